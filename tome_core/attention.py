@@ -1,0 +1,35 @@
+"""Proportional attention: a token that stands for s tokens is attended to as s tokens would be."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The additive attention mask log s, (B, 1, 1, N), for any attention that takes a float mask; None for sizes of 1.
+
+    Attention with it equals attention over keys and values repeated s times.
+
+    Source: Bolya et al., Token Merging, ICLR 2023, equation 1.
+    """
+    return None if size is None else size.log()[:, None, None, :].to(dtype)
+
+
+def proportional_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D) + log s) v.
+
+    Args:
+        q: Queries, (B, num_heads, N, D).
+        k: Keys, (B, num_heads, N, D).
+        v: Values, (B, num_heads, N, D).
+        size: Size s of each key's token, (B, N) float32; None means one each, and is plain attention.
+        dropout: Probability with which an attention weight is dropped.
+
+    Returns:
+        (B, num_heads, N, D) in q's dtype.
+
+    Source: Bolya et al., Token Merging, ICLR 2023, equation 1.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=size_bias(size, q.dtype), dropout_p=dropout)

@@ -1,0 +1,27 @@
+"""Model families: one small adapter each, and the choice among them. The only files of tome_core that know timm."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tome_core.families.family import Family, UnsupportedModelError
+from tome_core.families.vit import ViTFamily
+
+FAMILIES: tuple[Family, ...] = (ViTFamily(),)
+
+
+def family_of(model: nn.Module) -> Family:
+    """Finds the adapter of a timm model, by its exact class: a subclass may compute something else.
+
+    Raises:
+        UnsupportedModelError: No family knows the class, or its family cannot merge this variant of it.
+    """
+    for family in FAMILIES:
+        if type(model) in family.model_classes:
+            family.check(model)
+            return family
+    supported = ", ".join(cls.__name__ for family in FAMILIES for cls in family.model_classes)
+    raise UnsupportedModelError(f"cannot merge tokens in a {type(model).__name__}; supported timm classes: {supported}")
+
+
+__all__ = ["Family", "UnsupportedModelError", "family_of"]

@@ -1,0 +1,84 @@
+"""Which tokens merge: bipartite soft matching on a metric, as index tensors that any device and dtype can apply."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tome_core.schedule import max_r
+
+
+class MergePlan(NamedTuple):
+    """One merge of N tokens into M = N - r, for each image of a batch.
+
+    Attributes:
+        keep: Token that heads each output row, (B, M) int64: prefix tokens, unmerged src, then every dst.
+        src: Tokens merged away, (B, r) int64.
+        dst: Output row that each of `src` joins, (B, r) int64.
+    """
+
+    keep: Tensor
+    src: Tensor
+    dst: Tensor
+
+    def target(self) -> Tensor:
+        """Output row of every input token, (B, N) int64."""
+        rows = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
+        # keep and src together are a permutation of the input; sorting it inverts it without a scatter.
+        inverse = torch.cat([self.keep, self.src], dim=1).argsort(dim=1)
+        return torch.cat([rows, self.dst], dim=1).gather(1, inverse)
+
+
+def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
+    """Chooses the r most similar token pairs to merge.
+
+    Tokens alternate between src (even positions) and dst (odd positions). Each src proposes its most similar dst by
+    cosine similarity, and the r best proposals win; ties go to the earlier token. Prefix tokens take no part, and a
+    metric of zero norm is similar to nothing (0, never NaN).
+
+    Args:
+        metric: Features compared, (B, N, D), any float dtype; compared in float32.
+        r: Pairs to merge. Clipped to half of the mergeable tokens; 0 gives the identity plan.
+        num_prefix_tokens: Leading tokens never merged (class, distillation, registers).
+
+    Returns:
+        The plan, on metric's device.
+
+    Raises:
+        ValueError: r is negative, or metric is not three-dimensional.
+
+    Source: Bolya et al., Token Merging, ICLR 2023, section 3, "Bipartite Soft Matching".
+    """
+    if metric.ndim != 3:
+        raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (B, N, D)")
+    if r < 0:
+        raise ValueError(f"r is {r}; it must be 0 or more")
+    B, N, _ = metric.shape
+    r = min(r, max_r(N, num_prefix_tokens))
+    positions = torch.arange(N, device=metric.device).expand(B, N)
+    if r == 0:
+        return MergePlan(positions, positions[:, :0], positions[:, :0])
+
+    # Parity is that of the whole sequence, so a class token shifts patches as it does in the paper.
+    first_src = num_prefix_tokens + num_prefix_tokens % 2
+    first_dst = num_prefix_tokens + 1 - num_prefix_tokens % 2
+    with full_precision(metric.device):
+        metric = F.normalize(metric.float(), dim=-1)
+        similarity = metric[:, first_src::2] @ metric[:, first_dst::2].transpose(1, 2)  # (B, N_src, N_dst)
+    best, partner = similarity.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    merged, unmerged = order[:, :r], order[:, r:].sort(dim=-1).values
+    keep = torch.cat([positions[:, :num_prefix_tokens], first_src + 2 * unmerged, positions[:, first_dst::2]], dim=1)
+    first_dst_row = num_prefix_tokens + unmerged.shape[1]
+    return MergePlan(keep, first_src + 2 * merged, first_dst_row + partner.gather(1, merged))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast does not lower float32 arithmetic on `device`."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
