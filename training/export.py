@@ -1,0 +1,88 @@
+"""Writes a trained checkpoint as a model folder (Hugging Face layout, fp16 safetensors) and measures it at each `r`.
+
+python -m training.export --data FOLDER --run RUN --out FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tome_core
+from training.data import Labels, Split, load_labels, load_split
+from training.train import ARCHITECTURE, MODEL_ARGS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--cache", type=Path, help="folder for decoded pixels")
+    parser.add_argument("--r", default="0,4,8,12,16,18,20", help="values of r to measure")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+
+    state = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)["average"]
+    weights = {name.removeprefix("module."): value.half() for name, value in state.items() if name != "n_averaged"}
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(load_labels(args.data))
+    (args.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    model = timm.create_model(ARCHITECTURE, **MODEL_ARGS)
+    model.load_state_dict(load_file(args.out / "model.safetensors"))
+    val = load_split(args.data, "val", args.cache)
+    rows = measure(model.eval().to(args.device), val, [int(r) for r in args.r.split(",")])
+    for row in rows:
+        print(f"r {row['r']:>2}  top-1 {row['top1']:.4f}  agreement {row['agreement']:.4f}  tokens {row['tokens']}")
+    print(json.dumps({"rows": rows}))
+
+
+def config_of(labels: Labels) -> dict[str, object]:
+    """`config.json` as timm reads it: architecture, arguments, preprocessing, label names."""
+    return {
+        "architecture": ARCHITECTURE,
+        "num_classes": MODEL_ARGS["num_classes"],
+        "num_features": 192,
+        "model_args": MODEL_ARGS,
+        "pretrained_cfg": {
+            "tag": "tiny_imagenet_200",
+            "input_size": [3, 64, 64],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "label_names": labels.wnids,
+        "label_descriptions": dict(zip(labels.wnids, labels.names, strict=True)),
+    }
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, val: Split, ladder: list[int]) -> list[dict[str, float]]:
+    """Top-1, and agreement with r=0, over a split in float32."""
+    merged, device = tome_core.wrap(model), next(model.parameters()).device
+    rows: list[dict[str, float]] = []
+    guesses = {}
+    for r in dict.fromkeys([0, *ladder]):
+        batches = val.images.split(500)
+        guesses[r] = torch.cat([merged(x.to(device).float() / 127.5 - 1, r).argmax(1).cpu() for x in batches])
+        top1 = (guesses[r] == val.labels).float().mean().item()
+        agreement = (guesses[r] == guesses[0]).float().mean().item()
+        rows.append({"r": r, "top1": top1, "agreement": agreement, "tokens": merged.token_counts(r)[-1]})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
