@@ -1,13 +1,31 @@
 """Token merging for timm Vision Transformers, as a library: `merged = wrap(model)`, then `merged(images, r=8)`.
 
-It knows no HTTP, no asyncio and no environment.
+It knows no HTTP, no asyncio and no environment. Names load on first use, so that code which needs schedules alone
+(`tome_core.schedule`) does not pay for torch.
 """
 
-from tome_core.families import UnsupportedModelError
-from tome_core.matching import MergePlan, match
-from tome_core.merging import merge, track_source, unmerge
-from tome_core.schedule import Ramp
-from tome_core.vit import MergedViT, Tokens, wrap
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tome_core.families import UnsupportedModelError
+    from tome_core.matching import MergePlan, match
+    from tome_core.merging import merge, track_source, unmerge
+    from tome_core.schedule import Ramp
+    from tome_core.vit import MergedViT, Tokens, wrap
+
+_HOME = {
+    "MergePlan": "matching",
+    "MergedViT": "vit",
+    "Ramp": "schedule",
+    "Tokens": "vit",
+    "UnsupportedModelError": "families",
+    "match": "matching",
+    "merge": "merging",
+    "track_source": "merging",
+    "unmerge": "merging",
+    "wrap": "vit",
+}
 
 __all__ = [
     "MergePlan",
@@ -21,3 +39,9 @@ __all__ = [
     "unmerge",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tome_core' has no attribute {name!r}")
+    return getattr(import_module(f"tome_core.{_HOME[name]}"), name)

@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -25,7 +26,7 @@ from training.data import Split, load_labels, load_split
 from training.teacher import enlarge, load_teacher
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-MODEL_ARGS = {"img_size": 64, "patch_size": 4, "num_classes": 200}
+MODEL_ARGS: dict[str, Any] = {"img_size": 64, "patch_size": 4, "num_classes": 200}
 LARGEST_R = 20  # 257 tokens and 12 blocks: 17 tokens are left
 SHARE_OF_R0 = 0.3
 DISTILLATION = 0.8  # share of the loss that comes from the teacher

@@ -1,4 +1,4 @@
-"""timm's `VisionTransformer` with plain `Block`s: ViT, DeiT (distilled too), DeiT-3, registers, q/k norm, CLIP towers."""
+"""timm's `VisionTransformer` made of plain `Block`s: ViT, DeiT, distilled, DeiT-3, registers, q/k norm, CLIP towers."""
 
 from __future__ import annotations
 
@@ -62,15 +62,16 @@ class ViTFamily:
 
     def attend(self, block: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
         block = cast(Block, block)
-        attended, metric = _attention(block.attn, block.norm1(x), size)
+        attended, metric = _attention(cast(Attention, block.attn), block.norm1(x), size)
         return x + block.drop_path1(block.ls1(attended)), metric
 
     def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
         block = cast(Block, block)
-        return cast(Tensor, x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+        fed: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x + fed
 
     def norm(self, model: nn.Module, x: Tensor) -> Tensor:
-        return cast(Tensor, _vit(model).norm(x))
+        return _vit(model).norm(x)
 
     def head(self, model: nn.Module, x: Tensor, size: Tensor | None) -> Tensor:
         vit = _vit(model)
@@ -100,8 +101,8 @@ def _pool(vit: VisionTransformer, x: Tensor, size: Tensor) -> Tensor:
     """Pools tokens (B, N, C) to (B, C), each as if it stood there `size` times."""
     if vit.global_pool == "map":
         return cast(Tensor, _map_pool(vit)(x, attn_mask=size_bias(size, x.dtype)))
-    weight = (size / size.sum(dim=1, keepdim=True)).to(x.dtype)
-    mean = (weight[:, None, :] @ x)[:, 0]
+    weight = size / size.sum(dim=1, keepdim=True)
+    mean = (x.float() * weight[..., None]).sum(dim=1).to(x.dtype)
     if vit.global_pool == "avg":
         return mean
     largest = x.amax(dim=1)
@@ -113,4 +114,4 @@ def _vit(model: nn.Module) -> VisionTransformer:
 
 
 def _map_pool(vit: VisionTransformer) -> AttentionPoolLatent:
-    return cast(AttentionPoolLatent, vit.attn_pool)
+    return vit.attn_pool

@@ -1,0 +1,1 @@
+"""The HTTP side: bodies in, pixels to the engine, answers out. It never imports torch."""

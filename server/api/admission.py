@@ -1,0 +1,54 @@
+"""Permits for images: taken before any pixel is decoded, given back whatever happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from server.errors import QueueFullError, TooLargeError
+from server.metrics import IN_FLIGHT
+
+
+class Admission:
+    """Counts images in flight, and how fast they leave, so that a refusal can say when to come back.
+
+    Args:
+        max_images: Most images admitted at once.
+    """
+
+    def __init__(self, max_images: int) -> None:
+        self._max_images = max_images
+        self._in_flight = 0
+        self._per_image_s = 0.0
+        self._left_at = time.monotonic()
+
+    @contextmanager
+    def permit(self, images: int) -> Iterator[None]:
+        """Holds places for the images of one request.
+
+        Raises:
+            QueueFullError: There are not that many places; it says when there may be.
+            TooLargeError: There never are.
+        """
+        if images > self._max_images:
+            raise TooLargeError(f"the request holds {images} images; at most {self._max_images} fit in the queue")
+        if self._in_flight + images > self._max_images:
+            raise QueueFullError(
+                f"{self._in_flight} images are in flight; at most {self._max_images} may be",
+                retry_after_s=self._in_flight * self._per_image_s,
+            )
+        if self._in_flight == 0:
+            self._left_at = time.monotonic()
+        self._in_flight += images
+        IN_FLIGHT.inc(images)
+        try:
+            yield
+        finally:
+            self._in_flight -= images
+            IN_FLIGHT.dec(images)
+            now = time.monotonic()
+            # A moving mean over about 30 departures of the time between them.
+            for _ in range(min(images, 30)):
+                self._per_image_s += ((now - self._left_at) / images - self._per_image_s) / 30
+            self._left_at = now

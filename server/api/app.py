@@ -1,0 +1,79 @@
+"""Wiring: an engine and settings become an application. The one table from errors to HTTP answers stands here."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Lifespan
+
+from server import __version__
+from server.api import routes
+from server.api.admission import Admission
+from server.api.body import invalid
+from server.api.middleware import BodyLimit, RequestId
+from server.errors import ServerError
+from server.settings import Settings
+from server.types import Engine
+
+logger = logging.getLogger(__name__)
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(settings: Settings, engine: Engine, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """Builds the application around an engine, real or fake.
+
+    Args:
+        settings: Limits and keys.
+        engine: Where images are classified.
+        lifespan: Starts and stops the engine with the application.
+    """
+    app = FastAPI(
+        title="ToMe Server",
+        version=__version__,
+        description="Image classification with a speed/accuracy dial: `r` tokens are merged in every block.",
+        lifespan=lifespan,
+    )
+    app.state.settings, app.state.engine = settings, engine
+    app.state.admission = Admission(settings.max_queue_size)
+    app.include_router(routes.router)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestId)
+    app.add_exception_handler(ServerError, _answer_server_error)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _answer_http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _answer_invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _answer_unforeseen)
+    return app
+
+
+def _answer(status: int, code: str, message: str, details: dict[str, object] | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message, "details": details or {}}}, status)
+
+
+async def _answer_server_error(request: Request, error: ServerError) -> JSONResponse:
+    response = _answer(error.status, error.code, error.message, error.details)
+    if error.status in (429, 503):
+        response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s or 0)))
+    if error.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+async def _answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    response = _answer(error.status_code, _HTTP_CODES.get(error.status_code, "http_error"), str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    return await _answer_server_error(request, invalid(error.errors()))
+
+
+async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
+    logger.error("request %s failed", getattr(request.state, "request_id", "?"), exc_info=error)
+    return _answer(500, "internal", "something broke on our side; the log has it under this request's x-request-id")

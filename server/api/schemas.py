@@ -1,0 +1,108 @@
+"""What HTTP clients send and see."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.dial import RSetting
+
+
+class Parameters(BaseModel):
+    """The parameters of a classification, from the query, the form or the JSON body."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="A name from /v1/models; the first one when absent.")
+    r: Any = Field(None, description="Tokens merged in each block: a number, or a list of one per block.")
+    inflect: float | None = Field(None, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r.")
+    top_k: int = Field(5, ge=1, description="Classes to answer with, likeliest first.")
+    deadline_ms: float | None = Field(None, gt=0, description="Time after which the answer is worth nothing.")
+
+
+class JsonBody(Parameters):
+    """A JSON request: base64 images, and any of the parameters."""
+
+    images: list[str] = Field(description="Images, base64, with or without a data: prefix.")
+
+
+class PatchModel(BaseModel):
+    """A live change of a model's deployment."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    r: Any = Field(description="A number, or a list of one per block.")
+    inflect: float | None = Field(None, description="With a single r: a ramp.")
+
+
+class Class(BaseModel):
+    label: str
+    index: int
+    score: float = Field(description="Probability, 0 to 1.")
+
+
+class ImageResult(BaseModel):
+    filename: str | None = None
+    top_k: list[Class]
+
+
+class TimingsMs(BaseModel):
+    """Where the time of a request went, in milliseconds: the slowest image of each stage."""
+
+    decode: float
+    queue: float
+    inference: float
+    total: float
+
+
+class Classification(BaseModel):
+    """The answer: what is in each image, and how it was computed."""
+
+    model: str
+    r: RSetting = Field(description="Tokens merged in each block; a list where the blocks differ.")
+    r_source: Literal["request", "deployment"] = Field(description="Who chose that r.")
+    tokens: int = Field(description="Tokens left after the last block.")
+    batch_size: int = Field(description="Images in the batch; the largest, where several images took several batches.")
+    config_version: int
+    results: list[ImageResult]
+    timings_ms: TimingsMs
+
+
+class ModelSummary(BaseModel):
+    name: str
+    architecture: str
+    source: str
+    is_default: bool
+    r: RSetting = Field(description="The deployment's r, for requests that name none.")
+    config_version: int
+
+
+class ModelDetail(ModelSummary):
+    num_classes: int
+    classes: list[str]
+    input_size: tuple[int, int]
+    num_blocks: int
+    num_tokens: int
+    num_prefix_tokens: int
+    min_r: int
+    max_r: int
+    token_counts: dict[int, list[int]] = Field(
+        description="For each r: tokens entering the first block, then leaving each block."
+    )
+
+
+class ModelList(BaseModel):
+    models: list[ModelSummary]
+
+
+class ErrorDetail(BaseModel):
+    code: str
+    message: str
+    details: dict[str, Any]
+
+
+class ErrorBody(BaseModel):
+    """Every error looks like this."""
+
+    error: ErrorDetail

@@ -1,0 +1,99 @@
+"""Live configuration: each model's deployment `r`, versioned, and kept over a restart when it has a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from server.dial import RSetting, parse_r
+from server.errors import ConflictError, EngineError, InvalidError
+from server.settings import SettingsError
+from server.types import Deployment
+
+logger = logging.getLogger(__name__)
+
+
+class ConfigStore:
+    """The deployment `r` of every model.
+
+    A live change is kept together with the start setting that it replaced. It outlives a restart while that start
+    setting stays the same; whoever starts the service with another one means that one.
+
+    Args:
+        start: Each model's `r` from the settings.
+        path: JSON file that keeps live changes; None keeps them in memory.
+
+    Raises:
+        SettingsError: The file is there and cannot be read.
+    """
+
+    def __init__(self, start: Mapping[str, RSetting], path: Path | None = None) -> None:
+        self._start = dict(start)
+        self._path = path
+        self._version, self._live = self._read()
+
+    @property
+    def version(self) -> int:
+        """Grows by one with each change."""
+        return self._version
+
+    def deployment(self, model: str) -> Deployment:
+        """The `r` in force for a model."""
+        return Deployment(self._live.get(model, self._start[model]), self._version)
+
+    def set_r(self, model: str, r: RSetting, expected_version: int | None = None) -> Deployment:
+        """Changes a model's `r`, on disk before in memory.
+
+        Raises:
+            ConflictError: `expected_version` is given and another change came first.
+        """
+        if expected_version is not None and expected_version != self._version:
+            raise ConflictError(
+                f"the configuration is at version {self._version}, not {expected_version}; read it again",
+                config_version=self._version,
+            )
+        live = {**self._live, model: r}
+        try:
+            self._write(self._version + 1, live)
+        except OSError as error:
+            raise EngineError(
+                f"the change cannot be kept in {self._path}: {error.strerror}; nothing changed"
+            ) from error
+        self._version, self._live = self._version + 1, live
+        return self.deployment(model)
+
+    def _read(self) -> tuple[int, dict[str, RSetting]]:
+        if self._path is None or not self._path.exists():
+            return 1, {}
+        try:
+            content = json.loads(self._path.read_text())
+            entries = {
+                name: (parse_r(entry["r"]), parse_r(entry["start"])) for name, entry in content["models"].items()
+            }
+            version = int(content["version"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidError) as error:
+            raise SettingsError(f"state file {self._path} cannot be read ({error}); mend or remove it") from error
+        live = {}
+        for name, (r, start) in entries.items():
+            if name in self._start and start == self._start[name]:
+                live[name] = r
+                logger.info("%s: r=%s, set live earlier, stays in force", name, r)
+            elif name in self._start:
+                logger.info("%s: r=%s was set live over r=%s; started with r=%s now", name, r, start, self._start[name])
+        return version + (len(live) < len(entries)), live
+
+    def _write(self, version: int, live: Mapping[str, RSetting]) -> None:
+        if self._path is None:
+            return
+        models = {name: {"r": r, "start": self._start[name]} for name, r in live.items()}
+        # Replaced as a whole: a start after a crash sees the old file or the new one.
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path.with_suffix(".new")
+        with unfinished.open("w") as file:
+            json.dump({"version": version, "models": models}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self._path)

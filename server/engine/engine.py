@@ -1,0 +1,118 @@
+"""The engine: deployment `r`, batcher and device thread behind the `Engine` protocol, in whichever process holds it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from server.config_store import ConfigStore
+from server.dial import RSetting, schedule_of
+from server.engine.batcher import Batcher
+from server.errors import DeadlineError, NotFoundError, UnavailableError
+from server.metrics import CONFIG_VERSION, BatchMetrics
+from server.types import BatchKey, Deployment, Job, ModelInfo, Prediction, TopK
+
+RunBatch = Callable[[BatchKey, Sequence[Job]], Sequence[TopK]]
+"""Computes one batch on the device: every job of it under the key's model and schedule; answers in order."""
+
+CHECK_TIMEOUT_S = 10.0
+
+
+class LocalEngine:
+    """The engine of this process. One thread runs the device, so that batches never overlap.
+
+    Args:
+        models: The loaded models, the default first.
+        run_batch: The device; a function of its input is enough for a test.
+        store: The deployment `r` of each model.
+        max_batch_size: Most images in a batch.
+        max_queue_size: Most images waiting.
+        batch_timeout_s: Age at which a waiting image goes before fuller batches.
+
+    Raises:
+        InvalidError: A model's deployment `r` is out of its range.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelInfo],
+        run_batch: RunBatch,
+        store: ConfigStore,
+        *,
+        max_batch_size: int = 32,
+        max_queue_size: int = 256,
+        batch_timeout_s: float = 0.1,
+    ) -> None:
+        self._models = dict(models)
+        self._compute = run_batch
+        self._store = store
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._batcher = Batcher[BatchKey | None, Job | None, TopK | None](
+            self._run_batch,
+            max_batch_size=max_batch_size,
+            max_queue_size=max_queue_size,
+            batch_timeout_s=batch_timeout_s,
+            observer=BatchMetrics(),
+        )
+        for name, info in self._models.items():
+            schedule_of(store.deployment(name).r, info.num_blocks, info.max_r)
+        CONFIG_VERSION.set(store.version)
+
+    def start(self) -> None:
+        """Begins to serve; call it inside a running event loop."""
+        self._batcher.start()
+
+    async def close(self) -> None:
+        """Answers what waits, then stops."""
+        await self._batcher.close()
+        self._device.shutdown()
+
+    def catalog(self) -> dict[str, ModelInfo]:
+        return self._models
+
+    async def classify(self, job: Job) -> Prediction:
+        info = self._info(job.model)
+        deployment = self._store.deployment(job.model)
+        schedule = job.schedule or schedule_of(deployment.r, info.num_blocks, info.max_r)
+        key = BatchKey(job.model, schedule, info.preprocessing.input_size)
+        answer = await self._batcher.submit(key, job, job.timeout_s)
+        assert answer.result is not None  # only a health check is answered with None
+        return Prediction(
+            top_k=answer.result,
+            schedule=schedule,
+            r_source="request" if job.schedule else "deployment",
+            batch_size=answer.batch_size,
+            config_version=deployment.config_version,
+            queue_s=answer.wait_s,
+            inference_s=answer.run_s,
+        )
+
+    async def deployment(self, model: str) -> Deployment:
+        self._info(model)
+        return self._store.deployment(model)
+
+    async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
+        info = self._info(model)
+        schedule_of(r, info.num_blocks, info.max_r)
+        deployment = self._store.set_r(model, r, expected_version)
+        CONFIG_VERSION.set(deployment.config_version)
+        return deployment
+
+    async def check(self) -> None:
+        try:
+            await self._batcher.submit(None, None, CHECK_TIMEOUT_S, urgent=True)
+        except DeadlineError as error:
+            raise UnavailableError(f"the engine does not answer: {error.message}", retry_after_s=1) from None
+
+    async def _run_batch(self, key: BatchKey | None, jobs: Sequence[Job | None]) -> Sequence[TopK | None]:
+        """A batch on the device thread; without a key it is a health check, and reaching that thread is the answer."""
+        loop = asyncio.get_running_loop()
+        if key is None:
+            return await loop.run_in_executor(self._device, lambda: [None] * len(jobs))
+        return await loop.run_in_executor(self._device, self._compute, key, jobs)  # type: ignore[arg-type]
+
+    def _info(self, model: str) -> ModelInfo:
+        if model not in self._models:
+            raise NotFoundError(f"there is no model {model!r}; there are: {', '.join(self._models)}")
+        return self._models[model]

@@ -1,0 +1,81 @@
+"""The device: loaded models in, batches of pixels through them, likeliest classes out. Called from one thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from server.models import LoadedModel
+from server.types import BatchKey, Job, TopK
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Runs batches on one device.
+
+    Args:
+        models: The models by name.
+        device: A torch device, or "auto".
+        precision: "fp32", "bf16", "fp16", or "auto".
+    """
+
+    def __init__(self, models: Mapping[str, LoadedModel], device: str = "auto", precision: str = "auto") -> None:
+        self._device = torch.device(pick_device(device))
+        self._dtype = _DTYPES[pick_precision(precision, self._device.type)]
+        self._models = {name: loaded.merged.to(self._device, self._dtype).eval() for name, loaded in models.items()}
+        self._scale = {name: self._normalisation(loaded) for name, loaded in models.items()}
+
+    @torch.inference_mode()
+    def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
+        """Classifies the jobs' images under the key's schedule."""
+        images = self._images(key, [job.pixels for job in jobs])
+        probabilities = self._models[key.model](images, key.schedule).float().softmax(dim=1)
+        scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
+        rows = zip(jobs, indices.tolist(), scores.tolist(), strict=True)
+        return [TopK(indices[: job.top_k], scores[: job.top_k]) for job, indices, scores in rows]
+
+    def warm_up(self, keys: Sequence[BatchKey]) -> None:
+        """Runs each key once, so that no first request pays for what happens once."""
+        for key in keys:
+            start = time.perf_counter()
+            height, width = key.input_size
+            self.run_batch(key, [Job(key.model, bytes(height * width * 3), key.schedule, 1, 0.0)])
+            elapsed_s = time.perf_counter() - start
+            logger.info("%s is warm on %s in %s (%.2f s)", key.model, self._device, self._dtype, elapsed_s)
+
+    def _images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
+        """Bytes of RGB rows to the normalised batch (B, 3, H, W)."""
+        packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
+        images = packed.view(len(pixels), *key.input_size, 3).to(self._device).permute(0, 3, 1, 2)
+        scale, offset = self._scale[key.model]
+        return torch.addcmul(offset, images.float(), scale).to(self._dtype)
+
+    def _normalisation(self, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
+        """Scale and offset that take bytes to what the model was trained on: (byte / 255 - mean) / std."""
+        preprocessing = loaded.info.preprocessing
+        mean, std = (
+            torch.tensor(v, device=self._device)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
+        )
+        return 1 / (255 * std), -mean / std
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str) -> str:
+    """The device that "auto" stands for."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_precision(precision: str, device_type: str) -> str:
+    """The precision that "auto" stands for on a device."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device_type == "cuda" else "fp32"

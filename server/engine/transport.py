@@ -1,0 +1,213 @@
+"""The local socket between HTTP processes and the engine process: both of its ends, and the frames that cross it.
+
+A frame is two lengths, a JSON head and raw bytes (pixels). Calls carry an id and are answered in any order; a caller
+that gives up sends `cancel`. When the connection breaks, every call in flight fails at once, and the engine withdraws
+the jobs of the process that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import struct
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from typing import Any
+
+from server.dial import RSetting, parse_r
+from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
+from server.metrics import ENGINE_UP
+from server.types import Deployment, Engine, Job, ModelInfo, Prediction, TopK
+
+logger = logging.getLogger(__name__)
+
+_LENGTHS = struct.Struct("!II")
+RECONNECT_S = 0.05
+CALL_TIMEOUT_S = 10.0
+
+
+async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
+    """Reads one frame; raises IncompleteReadError at the end of the stream."""
+    head_length, body_length = _LENGTHS.unpack(await reader.readexactly(_LENGTHS.size))
+    head = json.loads(await reader.readexactly(head_length))
+    return head, await reader.readexactly(body_length) if body_length else b""
+
+
+def write_frame(writer: asyncio.StreamWriter, head: dict[str, Any], body: bytes = b"") -> None:
+    """Queues one frame for sending."""
+    encoded = json.dumps(head).encode()
+    writer.write(_LENGTHS.pack(len(encoded), len(body)) + encoded)
+    if body:
+        writer.write(body)
+
+
+class RemoteEngine:
+    """The engine as an HTTP process has it: behind a Unix socket, which it reconnects to for as long as it lives."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._catalog: dict[str, ModelInfo] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._ids = itertools.count()
+        self._connection: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to connect; call it inside a running event loop."""
+        self._connection = asyncio.create_task(self._stay_connected(), name="engine connection")
+
+    async def close(self) -> None:
+        """Leaves the engine."""
+        assert self._connection is not None
+        self._connection.cancel()
+        await asyncio.wait([self._connection])
+
+    def catalog(self) -> dict[str, ModelInfo]:
+        if not self._catalog:
+            raise UnavailableError("the models are still loading", retry_after_s=1)
+        return self._catalog
+
+    async def classify(self, job: Job) -> Prediction:
+        head = {"model": job.model, "schedule": job.schedule, "top_k": job.top_k, "timeout_s": job.timeout_s}
+        # The engine keeps the deadline; the second more is for an engine that no longer does.
+        answer = await self._call("classify", head, job.pixels, timeout_s=job.timeout_s + 1)
+        return Prediction(**{**answer, "schedule": tuple(answer["schedule"]), "top_k": TopK(**answer["top_k"])})
+
+    async def deployment(self, model: str) -> Deployment:
+        return _deployment(await self._call("deployment", {"model": model}))
+
+    async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
+        return _deployment(await self._call("set_r", {"model": model, "r": r, "expected_version": expected_version}))
+
+    async def check(self) -> None:
+        try:
+            await self._call("check", {})
+        except DeadlineError as error:
+            raise UnavailableError(error.message, retry_after_s=1) from None
+
+    async def _call(
+        self, operation: str, head: dict[str, Any], body: bytes = b"", timeout_s: float = CALL_TIMEOUT_S
+    ) -> Any:
+        if self._writer is None:
+            raise UnavailableError("the engine is not running", retry_after_s=1)
+        call_id, writer = next(self._ids), self._writer
+        future = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            write_frame(writer, {"id": call_id, "call": operation, **head}, body)
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            raise DeadlineError(f"the engine did not answer within {timeout_s:.3g} s") from None
+        except asyncio.CancelledError:
+            write_frame(writer, {"id": call_id, "call": "cancel"})
+            raise
+        finally:
+            del self._calls[call_id]
+
+    async def _stay_connected(self) -> None:
+        while True:
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(self._path)
+            except OSError:
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            try:
+                await self._receive(reader)
+            except (OSError, asyncio.IncompleteReadError):
+                logger.warning("the connection to the engine broke; %d calls fail", len(self._calls))
+            finally:
+                ENGINE_UP.set(0)
+                writer, self._writer = self._writer, None
+                writer.close()
+                for future in self._calls.values():
+                    if not future.done():
+                        future.set_exception(UnavailableError("the engine went down", retry_after_s=1))
+
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
+        """Reads the catalog, which the engine sends first, then answers, until the connection breaks."""
+        head, _ = await read_frame(reader)
+        self._catalog = {wire["name"]: ModelInfo.from_wire(wire) for wire in head["catalog"]}
+        ENGINE_UP.set(1)
+        while True:
+            head, _ = await read_frame(reader)
+            future = self._calls.get(head["id"])
+            if future is None or future.done():
+                continue  # its caller gave up
+            if "error" in head:
+                future.set_exception(ServerError.from_wire(head["error"]))
+            else:
+                future.set_result(head["answer"])
+
+
+async def serve_engine(engine: Engine, path: str) -> asyncio.Server:
+    """Offers an engine on a Unix socket, to any number of HTTP processes."""
+    return await asyncio.start_unix_server(lambda reader, writer: _serve_connection(engine, reader, writer), path)
+
+
+async def _serve_connection(engine: Engine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    calls: dict[int, asyncio.Task[None]] = {}
+    write_frame(writer, {"catalog": [info.to_wire() for info in engine.catalog().values()]})
+    try:
+        while True:
+            head, body = await read_frame(reader)
+            call_id, operation = head.pop("id"), head.pop("call")
+            if operation == "cancel":
+                if call_id in calls:
+                    calls[call_id].cancel()
+                continue
+            call = asyncio.create_task(_answer(engine, writer, call_id, operation, head, body))
+            calls[call_id] = call
+            call.add_done_callback(lambda _, call_id=call_id: calls.pop(call_id))  # type: ignore[misc]
+    except (OSError, asyncio.IncompleteReadError):
+        logger.info("an HTTP process left; %d of its calls are withdrawn", len(calls))
+    finally:
+        for call in calls.values():
+            call.cancel()
+        writer.close()
+
+
+async def _answer(
+    engine: Engine, writer: asyncio.StreamWriter, call_id: int, operation: str, head: dict[str, Any], body: bytes
+) -> None:
+    try:
+        reply = {"id": call_id, "answer": await _OPERATIONS[operation](engine, head, body)}
+    except ServerError as error:
+        reply = {"id": call_id, "error": error.to_wire()}
+    except Exception as error:  # the caller must get an answer whatever broke
+        logger.exception("call %r failed", operation)
+        reply = {"id": call_id, "error": EngineError(f"the engine failed: {error!r}").to_wire()}
+    write_frame(writer, reply)
+    await writer.drain()
+
+
+async def _classify(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    schedule = head.pop("schedule")
+    return asdict(
+        await engine.classify(Job(pixels=body, schedule=None if schedule is None else tuple(schedule), **head))
+    )
+
+
+async def _get_deployment(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    return asdict(await engine.deployment(head["model"]))
+
+
+async def _set_r(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    return asdict(await engine.set_r(head["model"], parse_r(head["r"]), head["expected_version"]))
+
+
+async def _check(engine: Engine, head: dict[str, Any], body: bytes) -> None:
+    await engine.check()
+
+
+_OPERATIONS: dict[str, Callable[[Engine, dict[str, Any], bytes], Coroutine[Any, Any, Any]]] = {
+    "classify": _classify,
+    "deployment": _get_deployment,
+    "set_r": _set_r,
+    "check": _check,
+}
+
+
+def _deployment(answer: dict[str, Any]) -> Deployment:
+    return Deployment(parse_r(answer["r"]), answer["config_version"])

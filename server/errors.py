@@ -1,0 +1,108 @@
+"""Everything that can go wrong with a request, and the one table of codes and statuses.
+
+ServerError
+├── UndecodableError      400  the body or an image in it cannot be read
+├── UnauthorizedError     401  no valid key
+├── ForbiddenError        403  the admin key is needed
+├── NotFoundError         404  no such model
+├── ConflictError         409  the configuration changed meanwhile
+├── TooLargeError         413  too many bytes, pixels or images
+├── UnsupportedError      415  not an allowed format
+├── InvalidError          422  a parameter is out of range
+├── ClientGoneError       499  the client hung up; seen in metrics alone
+├── EngineError           500  the model failed on this batch
+├── QueueFullError        429  come back after `retry_after_s`
+├── UnavailableError      503  not ready, draining, or the engine is down
+└── DeadlineError         504  the deadline passed before the answer was there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class ServerError(Exception):
+    """A request that gets an error for an answer.
+
+    Args:
+        message: What is wrong, with the value and the allowed range; clients see it.
+        retry_after_s: When it is worth asking again.
+        details: Machine-readable facts for the client.
+    """
+
+    code: ClassVar[str] = "server_error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.details = details
+
+    def to_wire(self) -> dict[str, Any]:
+        """As it crosses from the engine process to the HTTP side."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "retry_after_s": self.retry_after_s,
+            "details": self.details,
+        }
+
+    @staticmethod
+    def from_wire(wire: Mapping[str, Any]) -> ServerError:
+        """The same error on the other side."""
+        kind = next((kind for kind in ServerError.__subclasses__() if kind.code == wire["code"]), ServerError)
+        return kind(wire["message"], retry_after_s=wire["retry_after_s"], **wire["details"])
+
+
+class UndecodableError(ServerError):
+    code, status = "undecodable", 400
+
+
+class UnauthorizedError(ServerError):
+    code, status = "unauthorized", 401
+
+
+class ForbiddenError(ServerError):
+    code, status = "forbidden", 403
+
+
+class NotFoundError(ServerError):
+    code, status = "not_found", 404
+
+
+class ConflictError(ServerError):
+    code, status = "conflict", 409
+
+
+class TooLargeError(ServerError):
+    code, status = "too_large", 413
+
+
+class UnsupportedError(ServerError):
+    code, status = "unsupported_format", 415
+
+
+class InvalidError(ServerError):
+    code, status = "invalid_parameter", 422
+
+
+class QueueFullError(ServerError):
+    code, status = "queue_full", 429
+
+
+class ClientGoneError(ServerError):
+    code, status = "client_gone", 499
+
+
+class EngineError(ServerError):
+    code, status = "engine_error", 500
+
+
+class UnavailableError(ServerError):
+    code, status = "unavailable", 503
+
+
+class DeadlineError(ServerError):
+    code, status = "deadline_exceeded", 504

@@ -1,0 +1,61 @@
+"""Every metric of the service, and how they are written out. Labels come from closed sets.
+
+With several processes, prometheus_client keeps the numbers in files of a shared folder (PROMETHEUS_MULTIPROC_DIR, set
+by the supervisor before it starts any process), so that a scrape of one process shows them all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+
+from prometheus_client import REGISTRY as OWN_REGISTRY
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+from server.dial import label_of
+from server.types import BatchKey
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+REQUESTS = Counter("tome_requests", "Requests to classify, answered", ["model", "r", "code"])
+IMAGES = Counter("tome_images", "Images answered with a class", ["model", "r"])
+REQUEST_S = Histogram("tome_request_duration_seconds", "From first byte to answer", ["model", "r"], buckets=_SECONDS)
+DECODE_S = Histogram("tome_decode_duration_seconds", "Decoding and resizing an image", buckets=_SECONDS)
+QUEUE_S = Histogram("tome_queue_duration_seconds", "Wait of an image for its batch", ["model", "r"], buckets=_SECONDS)
+INFERENCE_S = Histogram("tome_inference_duration_seconds", "Time of a batch", ["model", "r"], buckets=_SECONDS)
+BATCH_SIZE = Histogram(
+    "tome_batch_size", "Images in a batch; all of them share model and r", ["model", "r"], buckets=_SIZES
+)
+DROPPED = Counter("tome_dropped_images", "Images given up in the queue: caller gone or deadline passed", ["reason"])
+IN_FLIGHT = Gauge("tome_in_flight_images", "Images admitted and not yet answered", multiprocess_mode="livesum")
+ENGINE_UP = Gauge(
+    "tome_engine_up", "Whether the engine runs and every HTTP process reaches it", multiprocess_mode="livemin"
+)
+ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
+CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")
+
+
+class BatchMetrics:
+    """The batcher's observer: its batches and drops as metrics."""
+
+    def batch_ran(self, key: Hashable, waits_s: Sequence[float], run_s: float) -> None:
+        if not isinstance(key, BatchKey):  # a health check
+            return
+        labels = (key.model, label_of(key.schedule))
+        BATCH_SIZE.labels(*labels).observe(len(waits_s))
+        INFERENCE_S.labels(*labels).observe(run_s)
+        for wait_s in waits_s:
+            QUEUE_S.labels(*labels).observe(wait_s)
+
+    def job_dropped(self, key: Hashable, reason: str) -> None:
+        DROPPED.labels(reason).inc()
+
+
+def exposition() -> bytes:
+    """All metrics of all processes, in Prometheus' text format."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(OWN_REGISTRY)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)

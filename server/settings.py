@@ -1,0 +1,186 @@
+"""The settings of the service: one frozen object, read once. The only reader of the environment.
+
+Every field is a flag (`--max-batch-size`), a variable (`TOME_MAX_BATCH_SIZE`) and a key of a YAML file; a flag wins
+over a variable, a variable over the file. What is unknown or out of range stops the start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from server.dial import RSetting, parse_r
+from server.errors import InvalidError
+
+PREFIX = "TOME_"
+BUNDLED_NAME = "tome-vit-tiny-64"
+
+
+def _r(value: object) -> RSetting:
+    try:
+        return parse_r(value)
+    except InvalidError as error:
+        raise ValueError(error.message) from None
+
+
+R = Annotated[RSetting, BeforeValidator(_r)]
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or wrong; the message names it, and the service does not start."""
+
+
+class ModelSpec(BaseModel):
+    """One model to serve: `SOURCE[,weights=FILE][,name=NAME][,r=R]`, or the same keys as a YAML mapping.
+
+    SOURCE is `bundled`, a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER` (the Hugging Face layout).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(min_length=1)
+    weights: str | None = None
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    r: R | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            source, *pairs = value.split(",")
+            if any("=" not in pair for pair in pairs):
+                raise ValueError(f"{value!r} must read SOURCE[,weights=FILE][,name=NAME][,r=R]")
+            value = {"source": source, **dict(pair.split("=", 1) for pair in pairs)}
+        if isinstance(value, dict) and isinstance(value.get("source"), str) and not value.get("name"):
+            value = {**value, "name": _default_name(value["source"])}
+        return value
+
+
+def _default_name(source: str) -> str:
+    if source == "bundled":
+        return BUNDLED_NAME
+    kind, _, rest = source.rpartition(":")
+    return Path(rest).resolve().name if kind == "local-dir" else rest.rsplit("/", 1)[-1].split("@")[0]
+
+
+class Settings(BaseModel):
+    """What `tome-server serve` can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    model: tuple[ModelSpec, ...] = Field(
+        (ModelSpec(source="bundled", name=BUNDLED_NAME),),
+        min_length=1,
+        description="a model to serve, SOURCE[,weights=FILE][,name=NAME][,r=R] with SOURCE one of bundled, a timm "
+        "name, hf-hub:ORG/NAME, local-dir:FOLDER; give it again for more, the first is the default",
+    )
+    weights: str | None = Field(
+        None, description="safetensors file for the one --model; 'random' for untrained weights"
+    )
+    r: R = Field(
+        0, description="tokens merged in each block where a request names none: a number or a list like 16,14,12"
+    )
+    state_dir: Path | None = Field(
+        Path("~/.local/state/tome-server"),
+        description="folder that keeps live changes over a restart; none to keep none",
+    )
+    http_workers: int = Field(1, ge=1, le=64, description="HTTP processes; each decodes images on about one core")
+    device: str = Field("auto", description="torch device; auto takes cuda where there is one, else the CPU")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on cuda, fp32 on the CPU"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 leaves the choice to torch")
+    max_batch_size: int = Field(
+        32, ge=1, le=4096, description="most images in a batch; larger is faster until latency hurts"
+    )
+    batch_timeout_s: float = Field(0.1, gt=0, description="age at which a waiting image goes before fuller batches")
+    max_queue_size: int = Field(256, ge=1, description="images admitted at once; past it requests get 429")
+    deadline_s: float = Field(
+        30.0, gt=0, le=3600, description="longest that any request may take; deadline_ms may be shorter"
+    )
+    max_body_bytes: int = Field(32 << 20, ge=1, description="largest request body")
+    max_image_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="largest image, width x height")
+    max_images: int = Field(32, ge=1, description="most images in one request")
+    api_key: str | None = Field(None, min_length=1, description="key that requests must bear; default: none needed")
+    admin_key: str | None = Field(None, min_length=1, description="key that changes must bear; default: none needed")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("state_dir", mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _several_models(cls, value: Any) -> Any:
+        return value.split() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [spec.name for spec in self.model]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two models are named alike ({', '.join(names)}); give one a name=")
+        if self.weights and (len(self.model) > 1 or self.model[0].weights):
+            raise ValueError(
+                "--weights goes with one --model that names none itself; for several write SOURCE,weights=FILE"
+            )
+        return self
+
+    def state_file(self) -> Path | None:
+        """Where live changes are kept: one file a port, so that two servers of a machine do not share it."""
+        return self.state_dir.expanduser() / f"config-{self.port}.json" if self.state_dir else None
+
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """The models to load, each with its own weights and `r`."""
+        return tuple(
+            spec.model_copy(update={"weights": spec.weights or self.weights, "r": self.r if spec.r is None else spec.r})
+            for spec in self.model
+        )
+
+
+def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
+    """Joins flags, `TOME_*` variables and a YAML file into one checked object.
+
+    Args:
+        flags: What the command line said, by field name; None counts as not said.
+        config: A YAML file; `TOME_CONFIG` names one too.
+
+    Raises:
+        SettingsError: Something is unknown, missing or out of range.
+    """
+    variables = {name[len(PREFIX) :].lower(): text for name, text in os.environ.items() if name.startswith(PREFIX)}
+    variables = {name: text for name, text in variables.items() if text}  # an empty variable is one not set
+    config = config or variables.pop("config", None)
+    variables.pop("config", None)
+    said = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**{**_read_yaml(config), **variables, **said})
+    except ValidationError as error:
+        raise SettingsError("\n".join(_line(problem) for problem in error.errors())) from None
+
+
+def _read_yaml(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"config file {path}: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise SettingsError(f"config file {path}: it must hold one setting a line, like 'port: 8000'")
+    return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def _line(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"there is no setting {where!r}; 'tome-server serve --help' lists them"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {problem['input']!r})" if where else message

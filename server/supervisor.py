@@ -1,0 +1,145 @@
+"""`tome-server serve`: one engine process and N HTTP processes on one port, each started again when it dies."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+from typing import Any
+
+from prometheus_client import multiprocess as shared_metrics
+
+from server.lifetime import configure_logging
+from server.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+_spawn = multiprocessing.get_context("spawn")
+_RESTART_AFTER_S = 0.2
+_SHORT_LIFE_S = 5.0
+_LONGEST_PAUSE_S = 10.0
+_DRAIN_S = 30.0
+
+
+class Child:
+    """One supervised process: `start()` starts it, again when it has died, later each time it dies young."""
+
+    def __init__(self, name: str, target: Callable[..., None], *args: Any) -> None:
+        self._name, self._target, self._args = name, target, args
+        self._started_at, self._pause_s = 0.0, 0.0
+        self.process: SpawnProcess | None = None
+        self.restart_at = 0.0
+
+    def start(self) -> None:
+        """Starts the process."""
+        self.process = _spawn.Process(target=self._target, args=self._args, name=self._name)
+        self.process.start()
+        self._started_at = time.monotonic()
+
+    def bury(self) -> int:
+        """Takes note of the process's death, plans the next start, and gives its exit status."""
+        assert self.process is not None and self.process.pid is not None and self.process.exitcode is not None
+        status, now = self.process.exitcode, time.monotonic()
+        lived_long = now - self._started_at > _SHORT_LIFE_S
+        self._pause_s = _RESTART_AFTER_S if lived_long else min(2 * self._pause_s + _RESTART_AFTER_S, _LONGEST_PAUSE_S)
+        self.restart_at = now + self._pause_s
+        logger.warning("process %s (%d) ended with status %d", self._name, self.process.pid, status)
+        shared_metrics.mark_process_dead(self.process.pid)  # type: ignore[no-untyped-call]
+        self.process = None
+        return status
+
+    def end(self, timeout_s: float) -> None:
+        """Asks the process to end, and kills it when it does not."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        self.process.join(timeout_s)
+        if self.process.is_alive():
+            logger.warning("process %s did not end in %.0f s and is killed", self._name, timeout_s)
+            self.process.kill()
+            self.process.join()
+        self.process = None
+
+
+def serve(settings: Settings) -> int:
+    """Runs the service until SIGTERM or Ctrl-C.
+
+    Returns:
+        The exit status: 0 after a drain, 1 when the service cannot run as it is told to.
+
+    Raises:
+        SettingsError: The address cannot be listened on.
+    """
+    configure_logging(settings.log_level)
+    with tempfile.TemporaryDirectory(prefix="tome-server-") as folder, _listen(settings) as listener:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        return _supervise(settings, listener, os.path.join(folder, "engine.sock"))
+
+
+def _supervise(settings: Settings, listener: socket.socket, socket_path: str) -> int:
+    told_to_end = _on_signals()
+    is_ready, tell_ready = _spawn.Pipe(duplex=False)
+    engine = Child("engine", _run_engine, settings, socket_path, tell_ready)
+    workers = [
+        Child(f"http-{index}", _run_http, settings, listener, socket_path) for index in range(settings.http_workers)
+    ]
+    for child in (engine, *workers):
+        child.start()
+    address, port = listener.getsockname()[:2]
+    logger.info("http://%s:%d; try: curl -F image=@photo.jpg 'http://%s:%d/classify?r=8'", address, port, address, port)
+    status = 0
+    while not told_to_end:
+        alive = [child.process.sentinel for child in (engine, *workers) if child.process]
+        multiprocessing.connection.wait(alive, timeout=0.2)
+        for child in (engine, *workers):
+            if child.process and not child.process.is_alive():
+                child.bury()
+                if child is engine and not is_ready.poll():  # it has never served: starting it again would not help
+                    told_to_end.append(signal.SIGTERM)
+                    status = 1
+            elif child.process is None and time.monotonic() >= child.restart_at:
+                child.start()
+    logger.info("shutting down")
+    for child in (*workers, engine):  # HTTP first: the engine answers what they still hold
+        child.end(_DRAIN_S)
+    return status
+
+
+def _run_engine(settings: Settings, socket_path: str, ready: multiprocessing.connection.Connection) -> None:
+    from server.engine import process  # imports torch: in the engine process alone
+
+    process.main(settings, socket_path, ready)
+
+
+def _run_http(settings: Settings, listener: socket.socket, socket_path: str) -> None:
+    from server.api import process
+
+    process.main(settings, listener, socket_path)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from None
+
+
+def _on_signals() -> list[int]:
+    """A list that holds the signal once the service is told to end."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGINT, receive)
+    return received

@@ -1,0 +1,132 @@
+"""The nouns that travel through the service. Standard library only; every one is complete when built."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from server.dial import RSetting, Schedule
+
+RSource = Literal["request", "deployment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a model wants its images, from its own configuration; sizes in pixels."""
+
+    input_size: tuple[int, int]
+    resize_size: tuple[int, int]
+    crop_mode: Literal["center", "squash"]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the HTTP side must know of a loaded model.
+
+    Attributes:
+        labels: Words for each class, in class order.
+        max_r: The most tokens that one block can merge.
+    """
+
+    name: str
+    architecture: str
+    source: str
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    num_blocks: int
+    num_tokens: int
+    num_prefix_tokens: int
+    max_r: int
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_wire(wire: dict[str, Any]) -> ModelInfo:
+        pre: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in wire["preprocessing"].items()
+        }
+        return ModelInfo(**{**wire, "labels": tuple(wire["labels"]), "preprocessing": Preprocessing(**pre)})
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """The `r` that requests get which name none, and the version of the configuration that says so."""
+
+    r: RSetting
+    config_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKey:
+    """Jobs that share it may share a batch: the same model, the same `r` in every block, the same input size."""
+
+    model: str
+    schedule: Schedule
+    input_size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image to classify.
+
+    Attributes:
+        pixels: RGB bytes, height x width x 3, as the model's preprocessing wants them, not yet normalised.
+        schedule: `r` per block as asked; None takes the deployment's.
+        top_k: How many classes to answer with.
+        timeout_s: Time left until the deadline.
+    """
+
+    model: str
+    pixels: bytes
+    schedule: Schedule | None
+    top_k: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The likeliest classes of one image, best first, with their probabilities."""
+
+    indices: list[int]
+    scores: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One answered job: the classes, and how they were computed. Durations in seconds."""
+
+    top_k: TopK
+    schedule: Schedule
+    r_source: RSource
+    batch_size: int
+    config_version: int
+    queue_s: float
+    inference_s: float
+
+
+class Engine(Protocol):
+    """The device side as the HTTP side sees it: in this process, or behind a local socket."""
+
+    def catalog(self) -> dict[str, ModelInfo]:
+        """The loaded models by name, the default first; raises UnavailableError before they are known."""
+        ...
+
+    async def classify(self, job: Job) -> Prediction:
+        """Answers one job or raises a ServerError; cancelling the call withdraws the job."""
+        ...
+
+    async def deployment(self, model: str) -> Deployment:
+        """The model's deployment `r` at this moment."""
+        ...
+
+    async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
+        """Changes the deployment `r`; raises ConflictError when the version is no longer the expected one."""
+        ...
+
+    async def check(self) -> None:
+        """Returns once the batch loop has answered; raises UnavailableError when it does not."""
+        ...
