@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
     classify = commands.add_parser("classify", help="classify photos here and now, without a server")
     classify.add_argument("photos", nargs="+", metavar="PHOTO", help="image file")
-    classify.add_argument("--top-k", type=int, default=5, help="classes to name (default: 5)")
+    classify.add_argument("--top-k", type=int, help="classes to name (default: 5, or all where there are fewer)")
     classify.add_argument("--json", action="store_true", help="print JSON, one line a photo")
     classify.set_defaults(run=_classify)
     models = commands.add_parser("models", help="load the models that serve would and describe them")
@@ -81,8 +81,9 @@ def _classify(settings: Settings, args: argparse.Namespace) -> int:
     loaded = _load(spec)
     info = loaded.info
     schedule = schedule_of(0 if spec.r is None else spec.r, info.num_blocks, info.max_r)
-    if not 1 <= args.top_k <= len(info.labels):
-        raise SettingsError(f"--top-k is {args.top_k}; it must lie between 1 and {len(info.labels)}")
+    top_k = min(5, len(info.labels)) if args.top_k is None else args.top_k
+    if not 1 <= top_k <= len(info.labels):
+        raise SettingsError(f"--top-k is {top_k}; it must lie between 1 and {len(info.labels)}")
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     key = BatchKey(info.name, schedule, info.preprocessing.input_size)
     for photo in args.photos:
@@ -92,10 +93,10 @@ def _classify(settings: Settings, args: argparse.Namespace) -> int:
             raise SettingsError(f"{photo}: {error.strerror}") from None
         except ServerError as error:
             raise SettingsError(f"{photo}: {error.message}") from None
-        (top_k,) = runner.run_batch(key, [Job(info.name, pixels, schedule, args.top_k, settings.deadline_s)])
+        (likeliest,) = runner.run_batch(key, [Job(info.name, pixels, schedule, top_k, settings.deadline_s)])
         classes = [
             {"label": info.labels[index], "index": index, "score": score}
-            for index, score in zip(top_k.indices, top_k.scores, strict=True)
+            for index, score in zip(likeliest.indices, likeliest.scores, strict=True)
         ]
         if args.json:
             print(json.dumps({"file": photo, "model": info.name, "r": list(schedule), "top_k": classes}))

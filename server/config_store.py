@@ -27,7 +27,7 @@ class ConfigStore:
         path: JSON file that keeps live changes; None keeps them in memory.
 
     Raises:
-        SettingsError: The file is there and cannot be read.
+        SettingsError: The file is there and cannot be read, or not written.
     """
 
     def __init__(self, start: Mapping[str, RSetting], path: Path | None = None) -> None:
@@ -74,7 +74,7 @@ class ConfigStore:
                 name: (parse_r(entry["r"]), parse_r(entry["start"])) for name, entry in content["models"].items()
             }
             version = int(content["version"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidError) as error:
+        except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError, InvalidError) as error:
             raise SettingsError(f"state file {self._path} cannot be read ({error}); mend or remove it") from error
         live = {}
         for name, (r, start) in entries.items():
@@ -83,7 +83,13 @@ class ConfigStore:
                 logger.info("%s: r=%s, set live earlier, stays in force", name, r)
             elif name in self._start:
                 logger.info("%s: r=%s was set live over r=%s; started with r=%s now", name, r, start, self._start[name])
-        return version + (len(live) < len(entries)), live
+        if len(live) < len(entries):
+            version += 1
+            try:
+                self._write(version, live)
+            except OSError as error:
+                raise SettingsError(f"state file {self._path} cannot be written: {error.strerror}") from error
+        return version, live
 
     def _write(self, version: int, live: Mapping[str, RSetting]) -> None:
         if self._path is None:

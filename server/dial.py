@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from server.errors import InvalidError
+from server.errors import InvalidError, shown
 from tome_core.schedule import Ramp, resolve
 
 Schedule = tuple[int, ...]
@@ -26,12 +25,12 @@ def parse_r(value: object) -> RSetting:
     if isinstance(value, str):
         try:
             value = json.loads(value if value.lstrip().startswith("[") or "," not in value else f"[{value}]")
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
     is_list = isinstance(value, list | tuple)
     numbers: tuple[Any, ...] = tuple(value) if is_list else (value,)  # type: ignore[arg-type]
     if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        raise InvalidError(f"r is {said!r}; it must be an integer from 0, or a list of one integer per block", r=said)
+        raise InvalidError(f"r is {shown(said)}; it must be an integer from 0, or a list of one integer per block")
     return numbers if is_list else int(numbers[0])
 
 
@@ -41,19 +40,17 @@ def schedule_of(r: RSetting, num_blocks: int, max_r: int, inflect: float | None 
     Raises:
         InvalidError: A number is above `max_r`, the list is too long, or `inflect` does not fit.
     """
-    asked: RSetting | Ramp = r
-    if inflect is not None:
-        if not isinstance(r, int) or not -1 <= inflect <= 1:
-            raise InvalidError(
-                f"inflect is {inflect:g}; it must lie between -1 and 1, beside a single r", inflect=inflect
-            )
-        asked = Ramp(r, inflect)
-    if isinstance(r, tuple) and len(r) > num_blocks:
-        raise InvalidError(f"r lists {len(r)} blocks; this model has {num_blocks}", num_blocks=num_blocks)
-    schedule = resolve(asked, num_blocks)
-    if isinstance(r, int) and r > max_r or max(schedule, default=0) > max_r and inflect is None:
-        raise InvalidError(f"r is {_text(r)}; each r must lie between 0 and {max_r} for this model", r=r, max_r=max_r)
-    return schedule
+    numbers = (r,) if isinstance(r, int) else r
+    if max(numbers) > max_r:
+        raise InvalidError(f"r is {shown(r)}; each r must lie between 0 and {max_r} for this model", max_r=max_r)
+    if len(numbers) > num_blocks:
+        raise InvalidError(f"r lists {len(numbers)} blocks; this model has {num_blocks}", num_blocks=num_blocks)
+    if inflect is None:
+        return resolve(r, num_blocks)
+    if not isinstance(r, int) or not -1 <= inflect <= 1:
+        raise InvalidError(f"inflect is {inflect:g}; it must lie between -1 and 1, beside a single r")
+    # The steep end of a ramp may pass what a block can merge: it is clipped, as the paper does.
+    return tuple(min(number, max_r) for number in Ramp(r, inflect).per_block(num_blocks))
 
 
 def r_of(schedule: Schedule) -> RSetting:
@@ -65,7 +62,3 @@ def label_of(schedule: Schedule) -> str:
     """A metric label from a closed set: the number where all blocks merge alike, else "schedule"."""
     r = r_of(schedule)
     return str(r) if isinstance(r, int) else "schedule"
-
-
-def _text(r: int | Sequence[int]) -> str:
-    return str(r) if isinstance(r, int) else ",".join(map(str, r))

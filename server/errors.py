@@ -18,17 +18,26 @@ ServerError
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+_quote = reprlib.Repr()
+_quote.maxstring = _quote.maxother = 80
+
+
+def shown(value: object) -> str:
+    """What a client sent, as a message may quote it: printable, and never long."""
+    return _quote.repr(value)
 
 
 class ServerError(Exception):
     """A request that gets an error for an answer.
 
     Args:
-        message: What is wrong, with the value and the allowed range; clients see it.
+        message: What is wrong, with the value (through `shown`) and the allowed range; clients see it.
         retry_after_s: When it is worth asking again.
-        details: Machine-readable facts for the client.
+        details: Machine-readable facts of ours for the client: never what it sent, which may not be JSON.
     """
 
     code: ClassVar[str] = "server_error"

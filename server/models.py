@@ -55,7 +55,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         name=spec.name,
         architecture=model.pretrained_cfg.get("architecture", type(model).__name__),
         source=spec.source,
-        labels=_labels(model),
+        labels=_labels(spec, model),
         preprocessing=_preprocessing(spec, model),
         num_blocks=merged.num_blocks,
         num_tokens=merged.num_tokens,
@@ -87,7 +87,7 @@ def _weights_file(source: str, pretrained_cfg: Mapping[str, Any]) -> Path:
 
 
 def _load_weights(model: nn.Module, spec: ModelSpec, file: Path) -> None:
-    if not file.exists():
+    if not file.is_file():
         raise SettingsError(f"model {spec.name}: there is no weights file {file}")
     try:
         state = load_file(file)
@@ -118,10 +118,12 @@ def _preprocessing(spec: ModelSpec, model: nn.Module) -> Preprocessing:
     )
 
 
-def _labels(model: Any) -> tuple[str, ...]:
+def _labels(spec: ModelSpec, model: Any) -> tuple[str, ...]:
     """Words for each class: the model's own, else ImageNet's where the number of classes tells which, else numbers."""
     names = model.pretrained_cfg.get("label_names")
     if names:
+        if len(names) != model.num_classes:
+            raise SettingsError(f"model {spec.name}: {len(names)} label names for {model.num_classes} classes")
         described = model.pretrained_cfg.get("label_descriptions") or {}
         return tuple(described.get(name, name) for name in names)
     subset = infer_imagenet_subset(model)

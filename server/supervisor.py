@@ -43,6 +43,7 @@ class Child:
         self.process = _spawn.Process(target=self._target, args=self._args, name=self._name)
         self.process.start()
         self._started_at = time.monotonic()
+        logger.info("%s is process %d", self._name, self.process.pid)
 
     def bury(self) -> int:
         """Takes note of the process's death, plans the next start, and gives its exit status."""

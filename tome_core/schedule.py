@@ -42,18 +42,21 @@ class Ramp:
 
     def per_block(self, num_blocks: int) -> tuple[int, ...]:
         """Gives the tokens to merge in each of `num_blocks` blocks."""
-        first = self.r * (1 - Fraction(self.inflect))
         if self.rounding == "published":
-            first = Fraction(int(first))
-        step = 2 * (self.r - first) / max(num_blocks - 1, 1)
-        wanted = [first + step * i for i in range(num_blocks)] if num_blocks > 1 else [Fraction(self.r)] * num_blocks
+            if num_blocks == 1:
+                return (self.r,)
+            first = int(self.r * (1.0 - self.inflect))
+            step = 2 * (self.r - first) / (num_blocks - 1)
+            return tuple(int(first + step * i) for i in range(num_blocks))
+        # r * (1 + inflect * (2 i / (num_blocks - 1) - 1)), as fractions: floats would lose a token here and there.
+        slope = self.r * Fraction(self.inflect)
+        wanted = [self.r + slope * Fraction(2 * i - num_blocks + 1, max(num_blocks - 1, 1)) for i in range(num_blocks)]
         counts = [int(value) for value in wanted]
-        if self.rounding == "exact":
-            # Largest remainders are rounded up: the sum is kept and the ramp stays monotone.
-            missing = self.r * num_blocks - sum(counts)
-            by_remainder = sorted(range(num_blocks), key=lambda i: counts[i] - wanted[i])
-            for i in by_remainder[:missing]:
-                counts[i] += 1
+        # Largest remainders are rounded up: the sum is kept and the ramp stays monotone.
+        missing = self.r * num_blocks - sum(counts)
+        by_remainder = sorted(range(num_blocks), key=lambda i: counts[i] - wanted[i])
+        for i in by_remainder[:missing]:
+            counts[i] += 1
         return tuple(counts)
 
 

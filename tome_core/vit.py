@@ -48,7 +48,7 @@ class MergedViT(nn.Module):
         self.num_prefix_tokens = self.family.num_prefix_tokens(model)
         self.num_tokens = self.family.num_tokens(model)
         self.max_r = schedule.max_r(self.num_tokens, self.num_prefix_tokens)
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, images: Tensor, r: RLike = 0) -> Tensor:
         """Classifies images.

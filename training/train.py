@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import tome_core
 from training.augment import augment, mix
 from training.data import Split, load_labels, load_split
+from training.replay import Backward, Replay
 from training.teacher import enlarge, load_teacher
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -37,18 +38,20 @@ def main() -> None:
     args = parse_args()
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured on a stream of their own; all runs on it
     train = Split(*(tensor.to(device) for tensor in load_split(args.data, "train", args.cache)))
     num_classes = len(load_labels(args.data).wnids)
     model = timm.create_model(ARCHITECTURE, **MODEL_ARGS).to(device).train()
-    merged = tome_core.wrap(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = torch.optim.AdamW(decay_groups(model), lr=args.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
-    teacher = torch.compile(load_teacher(args.teacher, num_classes).to(device)) if args.teacher else None
-    if args.compile:
-        # One graph serves every block and every r: the number of tokens is dynamic.
-        merged.family.attend = torch.compile(merged.family.attend, dynamic=True)  # type: ignore[method-assign]
-        merged.family.feed_forward = torch.compile(merged.family.feed_forward, dynamic=True)  # type: ignore[method-assign]
+    teacher: Any = load_teacher(args.teacher, num_classes).to(device) if args.teacher else None
+    backward = backward_of(model, device)
+    if device.type == "cuda":
+        teacher = torch.compile(teacher) if teacher is not None else None
+        backward = Replay(backward, range(LARGEST_R + 1))
 
+    args.run.mkdir(parents=True, exist_ok=True)
     checkpoint, first_epoch, start = args.run / "checkpoint.pt", 0, time.monotonic()
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -57,7 +60,6 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         first_epoch = state["epoch"]
         print(f"resumed after epoch {first_epoch}", flush=True)
-    args.run.mkdir(parents=True, exist_ok=True)
 
     steps = len(train.images) // args.batch_size
     for epoch in range(first_epoch, args.epochs):
@@ -67,14 +69,14 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch + step / steps, args)
             x, targets = mix(augment(train.images[batch]), F.one_hot(train.labels[batch], num_classes).float())
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = loss_of(merged(x, random_r()), targets, teacher(enlarge(x)) if teacher is not None else None)
-            loss.backward()
+            taught = None
+            if teacher is not None:
+                with torch.autocast(device.type, torch.bfloat16):
+                    taught = teacher(enlarge(x))
+            total += backward(x, targets, taught, random_r())
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             average.update_parameters(model)
-            total += loss.detach()
         state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save({**state, "epoch": epoch + 1}, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").rename(checkpoint)
@@ -83,6 +85,29 @@ def main() -> None:
         per_epoch_s = elapsed_s / (epoch + 1 - first_epoch)
         if args.stop_after_s and elapsed_s + per_epoch_s > args.stop_after_s:
             break
+
+
+def backward_of(model: nn.Module, device: torch.device) -> Backward:
+    """The forward and backward pass under a given `r`; gradients are zeroed in place, for graphs write to them."""
+    merged = tome_core.wrap(model)
+    if device.type == "cuda":
+        # One compiled half-block serves every block and every r: the number of tokens is dynamic.
+        family: Any = merged.family
+        family.block = torch.compile(family.block)
+        family.attend = torch.compile(family.attend, dynamic=True)
+        family.feed_forward = torch.compile(family.feed_forward, dynamic=True)
+    gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+
+    def backward(images: Tensor, targets: Tensor, taught: Tensor | None, r: int) -> Tensor:
+        torch._foreach_zero_(gradients)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(merged(images, r), targets, taught)
+        loss.backward()
+        return loss.detach()
+
+    return backward
 
 
 def parse_args() -> argparse.Namespace:
@@ -97,7 +122,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ema", type=float, default=0.9995, help="decay of the averaged weights, per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop-after-s", type=float, help="end early, after the epoch that would pass this time")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -12,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Lifespan
 
 from server import __version__
-from server.api import routes
+from server.api import health, models, routes
 from server.api.admission import Admission
 from server.api.body import invalid
 from server.api.middleware import BodyLimit, RequestId
@@ -41,7 +43,9 @@ def create_app(settings: Settings, engine: Engine, lifespan: Lifespan[FastAPI] |
     )
     app.state.settings, app.state.engine = settings, engine
     app.state.admission = Admission(settings.max_queue_size)
-    app.include_router(routes.router)
+    app.state.decoders = CapacityLimiter(os.cpu_count() or 1)  # more at once would only hold more memory
+    for router in (routes.router, models.router, health.router):
+        app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestId)
     app.add_exception_handler(ServerError, _answer_server_error)  # type: ignore[arg-type]
@@ -75,5 +79,7 @@ async def _answer_invalid(request: Request, error: RequestValidationError) -> JS
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
-    logger.error("request %s failed", getattr(request.state, "request_id", "?"), exc_info=error)
-    return _answer(500, "internal", "something broke on our side; the log has it under this request's x-request-id")
+    logger.error("request %s failed", request.state.request_id, exc_info=error)
+    response = _answer(500, "internal", "something broke on our side; the log has it under this request's x-request-id")
+    response.headers["x-request-id"] = request.state.request_id  # this answer bypasses the middleware
+    return response

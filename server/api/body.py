@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from server.api.schemas import JsonBody, Parameters
-from server.errors import InvalidError, TooLargeError, UndecodableError, UnsupportedError
+from server.errors import InvalidError, TooLargeError, UndecodableError, UnsupportedError, shown
 
 M = TypeVar("M", bound=BaseModel)
 
+_PROBLEMS_TOLD = 5
 CONTENT_TYPES = ("multipart/form-data", "application/json", "image/*", "application/octet-stream")
 
 
@@ -28,27 +30,22 @@ class Upload:
     filename: str | None = None
 
 
-async def read_request(request: Request, max_images: int, max_bytes: int) -> tuple[list[Upload], Parameters]:
+async def read_request(request: Request, max_images: int) -> tuple[list[Upload], Parameters]:
     """Reads images and parameters from a multipart form, a JSON body or a raw image.
 
     Raises:
         UnsupportedError: The content type is none of `CONTENT_TYPES`.
         UndecodableError: The body does not parse, or holds no image.
-        TooLargeError: Too many bytes or images.
+        TooLargeError: Too many images.
         InvalidError: A parameter is unknown, wrong, or given twice.
     """
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
-        raise TooLargeError(
-            f"the body has {announced} bytes; at most {max_bytes} are allowed", max_body_bytes=max_bytes
-        )
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     query = _without_repeats(request.query_params.multi_items())
     if content_type == "multipart/form-data":
-        uploads, said = await _read_form(request, max_images)
+        uploads, said = await _read_form(request)
         parameters = parse(Parameters, _joined(query, said))
     elif content_type == "application/json":
-        body = parse(JsonBody, _joined(query, await _read_json(request)))
+        body = parse(JsonBody, _joined(query, await read_json(request)))
         _check_count(len(body.images), max_images)
         uploads = [Upload(_from_base64(text, index)) for index, text in enumerate(body.images)]
         parameters = body
@@ -56,7 +53,7 @@ async def read_request(request: Request, max_images: int, max_bytes: int) -> tup
         uploads, parameters = [Upload(await request.body())], parse(Parameters, query)
     else:
         raise UnsupportedError(
-            f"content type {content_type or 'missing'!r} is not one of {', '.join(CONTENT_TYPES)}",
+            f"content type {shown(content_type or 'missing')} is not one of {', '.join(CONTENT_TYPES)}",
             allowed=CONTENT_TYPES,
         )
     _check_count(len(uploads), max_images)
@@ -71,40 +68,42 @@ def parse(model: type[M], said: dict[str, Any]) -> M:
         raise invalid(error.errors(), model) from None
 
 
-def invalid(problems: Any, model: type[BaseModel] | None = None) -> InvalidError:
-    """One InvalidError for all that pydantic found wrong."""
+def invalid(problems: Sequence[Any], model: type[BaseModel] | None = None) -> InvalidError:
+    """One InvalidError for what pydantic found wrong: the first few problems."""
     lines = []
-    for problem in problems:
+    for problem in problems[:_PROBLEMS_TOLD]:
         field = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden" and model is not None:
-            lines.append(f"there is no parameter {field!r}; there are: {', '.join(model.model_fields)}")
+            lines.append(f"there is no parameter {shown(field)}; there are: {', '.join(model.model_fields)}")
         elif problem["type"] == "missing":
             lines.append(f"{field} is missing")
         else:
-            lines.append(f"{field} is {problem.get('input')!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+            lines.append(f"{field} is {shown(problem.get('input'))}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
     return InvalidError("; ".join(lines))
 
 
-async def _read_form(request: Request, max_images: int) -> tuple[list[Upload], dict[str, Any]]:
+async def _read_form(request: Request) -> tuple[list[Upload], dict[str, Any]]:
+    uploads, said = [], []
     try:
-        form: FormData = await request.form(max_files=max_images + 1, max_fields=32)
+        async with request.form() as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    if name != "image":
+                        raise InvalidError(f"the form has a file in {shown(name)}; send images as 'image'")
+                    uploads.append(Upload(await value.read(), _sayable(value.filename)))
+                elif name == "image":
+                    raise InvalidError("'image' must be a file part, as curl -F image=@photo.jpg sends it")
+                else:
+                    said.append((name, value))
     except HTTPException as error:
         raise UndecodableError(f"the form cannot be read: {error.detail}") from None
-    uploads, said = [], []
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            if name != "image":
-                raise InvalidError(f"the form has a file in {name!r}; send images as 'image'")
-            uploads.append(Upload(await value.read(), value.filename))
-        elif name == "image":
-            raise InvalidError("'image' must be a file part, as curl -F image=@photo.jpg sends it")
-        else:
-            said.append((name, value))
-    await form.close()
+    except (UnicodeError, LookupError) as error:
+        raise UndecodableError(f"the form's charset cannot be read: {error}") from None
     return uploads, _without_repeats(said)
 
 
-async def _read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request) -> dict[str, Any]:
+    """A JSON object; raises UndecodableError where the body is none."""
     try:
         body = await request.json()
     except (ValueError, RecursionError) as error:
@@ -112,6 +111,11 @@ async def _read_json(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise UndecodableError('the body must be a JSON object like {"images": ["..."]}')
     return body
+
+
+def _sayable(filename: str | None) -> str | None:
+    """A file name that UTF-8 can hold: an odd charset parameter can make another."""
+    return filename and filename.encode("utf-8", "replace").decode()
 
 
 def _from_base64(text: str, index: int) -> bytes:

@@ -7,7 +7,7 @@ import warnings
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from server.errors import TooLargeError, UndecodableError, UnsupportedError
+from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
 from server.types import Preprocessing
 
 Image.init()
@@ -15,6 +15,7 @@ FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "
 _RESAMPLING = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 }
+_ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 # The header check below is stricter than Pillow's warning and gives the client an answer.
@@ -35,7 +36,7 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
     Raises:
         UndecodableError: Empty, truncated or broken.
         UnsupportedError: Not one of `FORMATS`.
-        TooLargeError: More than `max_pixels`.
+        TooLargeError: More than `max_pixels`: in the file, or once the shorter side of a thin strip fits the model.
     """
     if not encoded:
         raise UndecodableError("the image is empty")
@@ -46,11 +47,14 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
                     f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are allowed",
                     max_pixels=max_pixels,
                 )
-            return _fit(_to_rgb(image), preprocessing).tobytes()
-    except (TooLargeError, MemoryError):
+            resized = _resized(_to_rgb(image), preprocessing, max_pixels)
+            return _crop(resized, preprocessing).tobytes()
+    except (ServerError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise UnsupportedError(f"not an image in one of the formats {', '.join(FORMATS)}", formats=FORMATS) from None
+        raise UnsupportedError(
+            f"not an image in one of the formats {', '.join(FORMATS)}, or damaged", formats=FORMATS
+        ) from None
     except Image.DecompressionBombError:
         raise TooLargeError(f"the image has more than {max_pixels} pixels", max_pixels=max_pixels) from None
     except Exception as error:  # Pillow's readers raise whatever broken bytes lead them to
@@ -73,14 +77,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Resizes (the shorter side, or both to squash) and crops the centre, rounding as torchvision does."""
+def _resized(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
+    """The shorter side, or both to squash, at the model's size; rounds as torchvision does."""
     height, width = preprocessing.resize_size
     if preprocessing.crop_mode == "center":
         short = min(image.size)
         width, height = (height if side == short else int(height * side / short) for side in image.size)
-    if image.size != (width, height):
-        image = image.resize((width, height), _RESAMPLING[preprocessing.interpolation])
-    crop_height, crop_width = preprocessing.input_size
-    left, top = round((width - crop_width) / 2), round((height - crop_height) / 2)
-    return image.crop((left, top, left + crop_width, top + crop_height))
+    if width * height > max(max_pixels, _ALWAYS_ALLOWED * preprocessing.resize_size[0] ** 2):
+        raise TooLargeError(
+            f"the image is too thin: {image.width} x {image.height} would become {width} x {height} pixels; "
+            f"at most {max_pixels} are allowed",
+            max_pixels=max_pixels,
+        )
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), _RESAMPLING[preprocessing.interpolation])
+
+
+def _crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """The centre of the image, at the model's input size; rounds as torchvision does."""
+    height, width = preprocessing.input_size
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

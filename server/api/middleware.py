@@ -35,21 +35,25 @@ class RequestId:
 
 
 class BodyLimit:
-    """Ends a body with TooLargeError once more than `max_bytes` of it have come in, announced or not."""
+    """Refuses a body that announces more than `max_bytes`, and ends one that turns out to be longer."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        announced = Headers(scope=scope).get("content-length", "0")
+        is_too_long = announced.isascii() and announced.isdigit() and int(announced[:20]) > self._max_bytes
         received = 0
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
+            if is_too_long or received > self._max_bytes:
                 limit = self._max_bytes
                 raise TooLargeError(f"the body is larger than {limit} bytes", max_body_bytes=limit)
             return message
 
-        await self._app(scope, limited if scope["type"] == "http" else receive, send)
+        await self._app(scope, limited, send)

@@ -1,85 +1,32 @@
-"""The endpoints. `classify` conducts one request: read, admit, decode, ask the engine, shape the answer."""
+"""The main job. `classify` conducts one request: read, admit, decode, ask the engine, shape the answer."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import hmac
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, TypeVar
+from typing import TypeVar
 
-from fastapi import APIRouter, Depends, Header, Request, Response
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Depends, Request, Response
 
 from server import metrics
-from server.api.admission import Admission
+from server.api.access import ERRORS, UsingAdmission, UsingEngine, UsingSettings, check_key
 from server.api.body import Upload, read_request
 from server.api.decode import decode
-from server.api.schemas import (
-    Class,
-    Classification,
-    ErrorBody,
-    ImageResult,
-    JsonBody,
-    ModelDetail,
-    ModelList,
-    ModelSummary,
-    Parameters,
-    PatchModel,
-    TimingsMs,
-)
-from server.dial import Schedule, label_of, parse_r, r_of, schedule_of
-from server.errors import ClientGoneError, ForbiddenError, InvalidError, NotFoundError, ServerError, UnauthorizedError
-from server.settings import Settings
-from server.types import Deployment, Engine, Job, ModelInfo, Prediction, Preprocessing
+from server.api.models import find_model
+from server.api.schemas import Class, Classification, ImageResult, JsonBody, Parameters, TimingsMs
+from server.dial import label_of, parse_r, r_of, schedule_of
+from server.errors import ClientGoneError, InvalidError, ServerError
+from server.types import Engine, Job, ModelInfo, Prediction
 from tome_core.schedule import token_counts
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503, 504)
-}
 T = TypeVar("T")
 router = APIRouter(responses=ERRORS)
 
-
-def get_settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
-
-
-def get_engine(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
-    return engine
-
-
-def get_admission(request: Request) -> Admission:
-    admission: Admission = request.app.state.admission
-    return admission
-
-
-UsingSettings = Annotated[Settings, Depends(get_settings)]
-UsingEngine = Annotated[Engine, Depends(get_engine)]
-
-
-def check_key(request: Request, settings: UsingSettings) -> None:
-    """Lets pass who bears the user key or the admin key, or anyone when no user key is set."""
-    if settings.api_key and not _bears(request, settings.api_key, settings.admin_key):
-        raise UnauthorizedError("send the API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
-
-
-def check_admin_key(request: Request, settings: UsingSettings) -> None:
-    """Lets pass who bears the admin key, or whom `check_key` lets pass when none is set."""
-    check_key(request, settings)
-    if settings.admin_key and not _bears(request, settings.admin_key):
-        raise ForbiddenError("changes need the admin key")
-
-
-def _bears(request: Request, *keys: str | None) -> bool:
-    borne = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-    return any(key is not None and hmac.compare_digest(borne.encode(), key.encode()) for key in keys)
-
-
+DEFAULT_TOP_K = 5
 BODY = {
     "required": True,
     "content": {
@@ -108,17 +55,17 @@ async def classify(
     response: Response,
     settings: UsingSettings,
     engine: UsingEngine,
-    admission: Annotated[Admission, Depends(get_admission)],
+    admission: UsingAdmission,
 ) -> Classification:
     """Names what is in each image. Send form parts `image`, a raw image or JSON; parameters in query or body."""
     start = time.perf_counter()
     try:
-        uploads, parameters = await read_request(request, settings.max_images, settings.max_body_bytes)
-        info, schedule, timeout_s = resolve(parameters, engine.catalog(), settings)
-        request.state.model, request.state.schedule = info.name, schedule
+        uploads, parameters = await read_request(request, settings.max_images)
+        info, job = resolve(parameters, engine.catalog(), settings.deadline_s)
+        request.state.model, request.state.schedule = info.name, job.schedule
         with admission.permit(len(uploads)):
-            job = Job(info.name, b"", schedule, parameters.top_k, timeout_s)
-            work = _classify_all(uploads, job, info.preprocessing, settings.max_image_pixels, engine)
+            decoding = functools.partial(decode, preprocessing=info.preprocessing, max_pixels=settings.max_image_pixels)
+            work = _classify_all(uploads, job, decoding, request.app.state.decoders, engine)
             answers = await _unless_client_leaves(request, work)
     except ServerError as error:
         _count(request, error.status)
@@ -144,10 +91,8 @@ async def classify(
     return answer
 
 
-def resolve(
-    parameters: Parameters, catalog: dict[str, ModelInfo], settings: Settings
-) -> tuple[ModelInfo, Schedule | None, float]:
-    """Checks parameters against the model: its description, `r` per block (None: the deployment's), seconds to answer.
+def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], longest_s: float) -> tuple[ModelInfo, Job]:
+    """Checks parameters against the model: its description, and a job that lacks only its pixels.
 
     Raises:
         NotFoundError: There is no such model.
@@ -159,35 +104,28 @@ def resolve(
         schedule = schedule_of(parse_r(parameters.r), info.num_blocks, info.max_r, parameters.inflect)
     elif parameters.inflect is not None:
         raise InvalidError("inflect goes with an r")
-    if parameters.top_k > len(info.labels):
-        raise InvalidError(f"top_k is {parameters.top_k}; it must lie between 1 and {len(info.labels)}")
-    timeout_s = settings.deadline_s
-    if parameters.deadline_ms is not None:
-        if parameters.deadline_ms > 1e3 * settings.deadline_s:
-            limit_ms = 1e3 * settings.deadline_s
-            raise InvalidError(f"deadline_ms is {parameters.deadline_ms:g}; it must lie between 0 and {limit_ms:g}")
-        timeout_s = parameters.deadline_ms / 1e3
-    return info, schedule, timeout_s
-
-
-def find_model(catalog: dict[str, ModelInfo], name: str | None) -> ModelInfo:
-    """A model by name, or the first one."""
-    if name is None:
-        return next(iter(catalog.values()))
-    if name not in catalog:
-        raise NotFoundError(f"there is no model {name!r}; there are: {', '.join(catalog)}", models=list(catalog))
-    return catalog[name]
+    top_k = parameters.top_k or min(DEFAULT_TOP_K, len(info.labels))
+    if top_k > len(info.labels):
+        raise InvalidError(f"top_k is {top_k}; it must lie between 1 and {len(info.labels)}")
+    timeout_s = longest_s if parameters.deadline_ms is None else parameters.deadline_ms / 1e3
+    if timeout_s > longest_s:
+        raise InvalidError(f"deadline_ms is {1e3 * timeout_s:g}; it must lie between 0 and {1e3 * longest_s:g}")
+    return info, Job(info.name, b"", schedule, top_k, timeout_s)
 
 
 async def _classify_all(
-    uploads: Sequence[Upload], job: Job, preprocessing: Preprocessing, max_pixels: int, engine: Engine
+    uploads: Sequence[Upload],
+    job: Job,
+    decoding: Callable[[bytes], bytes],
+    decoders: CapacityLimiter,
+    engine: Engine,
 ) -> list[tuple[float, Prediction]]:
     """Seconds of decoding, and the prediction, for each image; the first failure withdraws the others."""
 
     async def classify_one(index: int, upload: Upload) -> tuple[float, Prediction]:
         start = time.perf_counter()
         try:
-            pixels = await run_in_threadpool(decode, upload.encoded, preprocessing, max_pixels)
+            pixels = await to_thread.run_sync(decoding, upload.encoded, limiter=decoders)
         except ServerError as error:
             error.details.update(image=index, filename=upload.filename)
             raise
@@ -257,89 +195,3 @@ def _count(request: Request, status: int, images: int = 0, total_s: float | None
         metrics.IMAGES.labels(model, r).inc(images)
     if total_s is not None:
         metrics.REQUEST_S.labels(model, r).observe(total_s)
-
-
-@router.get("/v1/models", dependencies=[Depends(check_key)])
-async def list_models(engine: UsingEngine) -> ModelList:
-    """The models that are served, the default first."""
-    return ModelList(
-        models=[_summary(info, await engine.deployment(info.name), engine) for info in engine.catalog().values()]
-    )
-
-
-@router.get("/v1/models/{name}", dependencies=[Depends(check_key)])
-async def get_model(name: str, response: Response, engine: UsingEngine) -> ModelDetail:
-    """One model: classes, input size, blocks, range of r, and token counts for each r."""
-    info = find_model(engine.catalog(), name)
-    return _detail(info, await engine.deployment(name), engine, response)
-
-
-@router.patch("/v1/models/{name}", dependencies=[Depends(check_admin_key)])
-async def patch_model(
-    name: str,
-    change: PatchModel,
-    response: Response,
-    engine: UsingEngine,
-    if_match: Annotated[str | None, Header()] = None,
-) -> ModelDetail:
-    """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
-    info = find_model(engine.catalog(), name)
-    schedule = schedule_of(parse_r(change.r), info.num_blocks, info.max_r, change.inflect)
-    expected_version = None
-    if if_match is not None and if_match != "*":
-        if not if_match.strip('"').isdigit():
-            raise InvalidError(f'If-Match is {if_match!r}; send the ETag of a model, like "3"')
-        expected_version = int(if_match.strip('"'))
-    return _detail(info, await engine.set_r(name, r_of(schedule), expected_version), engine, response)
-
-
-def _summary(info: ModelInfo, deployment: Deployment, engine: Engine) -> ModelSummary:
-    return ModelSummary(
-        name=info.name,
-        architecture=info.architecture,
-        source=info.source,
-        is_default=info.name == next(iter(engine.catalog())),
-        r=deployment.r,
-        config_version=deployment.config_version,
-    )
-
-
-def _detail(info: ModelInfo, deployment: Deployment, engine: Engine, response: Response) -> ModelDetail:
-    response.headers["etag"] = f'"{deployment.config_version}"'
-    return ModelDetail(
-        **_summary(info, deployment, engine).model_dump(),
-        num_classes=len(info.labels),
-        classes=list(info.labels),
-        input_size=info.preprocessing.input_size,
-        num_blocks=info.num_blocks,
-        num_tokens=info.num_tokens,
-        num_prefix_tokens=info.num_prefix_tokens,
-        min_r=0,
-        max_r=info.max_r,
-        token_counts={r: list(_counts(info, r)) for r in range(info.max_r + 1)},
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _counts(info: ModelInfo, r: int) -> tuple[int, ...]:
-    return token_counts((r,) * info.num_blocks, info.num_tokens, info.num_prefix_tokens)
-
-
-@router.get("/livez")
-async def livez() -> dict[str, str]:
-    """Whether this process answers. Says nothing about the engine, so that load or a reload never gets it killed."""
-    return {"status": "alive"}
-
-
-@router.get("/readyz")
-@router.get("/healthz", include_in_schema=False)
-async def readyz(engine: UsingEngine) -> dict[str, Any]:
-    """Whether images would be answered now: asks the engine through the real batch loop."""
-    await engine.check()
-    return {"status": "ready", "models": list(engine.catalog())}
-
-
-@router.get("/metrics")
-async def get_metrics() -> Response:
-    """Prometheus metrics of all processes."""
-    return Response(await run_in_threadpool(metrics.exposition), media_type="text/plain; version=0.0.4; charset=utf-8")

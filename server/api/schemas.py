@@ -17,7 +17,7 @@ class Parameters(BaseModel):
     model: str | None = Field(None, description="A name from /v1/models; the first one when absent.")
     r: Any = Field(None, description="Tokens merged in each block: a number, or a list of one per block.")
     inflect: float | None = Field(None, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r.")
-    top_k: int = Field(5, ge=1, description="Classes to answer with, likeliest first.")
+    top_k: int | None = Field(None, ge=1, description="Classes to answer with, likeliest first; 5 when absent.")
     deadline_ms: float | None = Field(None, gt=0, description="Time after which the answer is worth nothing.")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from server.models import LoadedModel
+from server.settings import SettingsError
 from server.types import BatchKey, Job, TopK
 
 logger = logging.getLogger(__name__)
@@ -22,10 +23,17 @@ class Runner:
         models: The models by name.
         device: A torch device, or "auto".
         precision: "fp32", "bf16", "fp16", or "auto".
+
+    Raises:
+        SettingsError: There is no such device.
     """
 
     def __init__(self, models: Mapping[str, LoadedModel], device: str = "auto", precision: str = "auto") -> None:
-        self._device = torch.device(pick_device(device))
+        try:
+            self._device = torch.device(pick_device(device))
+            torch.empty(0, device=self._device)
+        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
+            raise SettingsError(f"device {device!r}: {error}") from error
         self._dtype = _DTYPES[pick_precision(precision, self._device.type)]
         self._models = {name: loaded.merged.to(self._device, self._dtype).eval() for name, loaded in models.items()}
         self._scale = {name: self._normalisation(loaded) for name, loaded in models.items()}

@@ -67,16 +67,16 @@ class ViTFamily:
 
     def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
         block = cast(Block, block)
-        fed: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return x + fed
+        y: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return y
 
     def norm(self, model: nn.Module, x: Tensor) -> Tensor:
-        return _vit(model).norm(x)
+        return cast(Tensor, _vit(model).norm(x))
 
     def head(self, model: nn.Module, x: Tensor, size: Tensor | None) -> Tensor:
         vit = _vit(model)
         if size is None or vit.global_pool == "token":  # prefix tokens have size 1 and stay in place
-            return cast(Tensor, vit.forward_head(x))
+            return vit.forward_head(x)
         if not vit.pool_include_prefix:
             x, size = x[:, vit.num_prefix_tokens :], size[:, vit.num_prefix_tokens :]
         x = vit.fc_norm(_pool(vit, x, size))

@@ -1,0 +1,103 @@
+"""The endpoints of the models: what they are, and the deployment's `r`, read and changed live."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+
+from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
+from server.api.body import parse, read_json
+from server.api.schemas import ModelDetail, ModelList, ModelSummary, PatchModel
+from server.dial import parse_r, r_of, schedule_of
+from server.errors import InvalidError, NotFoundError, shown
+from server.types import Deployment, Engine, ModelInfo
+from tome_core.schedule import token_counts
+
+router = APIRouter(prefix="/v1/models", responses=ERRORS)
+
+_ETAG = re.compile(r'"?([0-9]{1,18})"?')
+_PATCH_BODY = {"required": True, "content": {"application/json": {"schema": PatchModel.model_json_schema()}}}
+
+
+@router.get("", dependencies=[Depends(check_key)])
+async def list_models(engine: UsingEngine) -> ModelList:
+    """The models that are served, the default first."""
+    return ModelList(
+        models=[_summary(info, await engine.deployment(info.name), engine) for info in engine.catalog().values()]
+    )
+
+
+@router.get("/{name}", dependencies=[Depends(check_key)])
+async def get_model(name: str, response: Response, engine: UsingEngine) -> ModelDetail:
+    """One model: classes, input size, blocks, range of r, and token counts for each r."""
+    info = find_model(engine.catalog(), name)
+    return _detail(info, await engine.deployment(name), engine, response)
+
+
+@router.patch("/{name}", dependencies=[Depends(check_admin_key)], openapi_extra={"requestBody": _PATCH_BODY})
+async def patch_model(
+    name: str,
+    request: Request,
+    response: Response,
+    engine: UsingEngine,
+    if_match: Annotated[str | None, Header()] = None,
+) -> ModelDetail:
+    """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
+    info = find_model(engine.catalog(), name)
+    change = parse(PatchModel, await read_json(request))
+    schedule = schedule_of(parse_r(change.r), info.num_blocks, info.max_r, change.inflect)
+    deployment = await engine.set_r(name, r_of(schedule), _version(if_match))
+    return _detail(info, deployment, engine, response)
+
+
+def find_model(catalog: dict[str, ModelInfo], name: str | None) -> ModelInfo:
+    """A model by name, or the first one."""
+    if name is None:
+        return next(iter(catalog.values()))
+    if name not in catalog:
+        raise NotFoundError(f"there is no model {shown(name)}; there are: {', '.join(catalog)}", models=list(catalog))
+    return catalog[name]
+
+
+def _version(if_match: str | None) -> int | None:
+    if if_match is None or if_match == "*":
+        return None
+    etag = _ETAG.fullmatch(if_match)
+    if etag is None:
+        raise InvalidError(f'If-Match is {shown(if_match)}; send the ETag of a model, like "3"')
+    return int(etag[1])
+
+
+def _summary(info: ModelInfo, deployment: Deployment, engine: Engine) -> ModelSummary:
+    return ModelSummary(
+        name=info.name,
+        architecture=info.architecture,
+        source=info.source,
+        is_default=info.name == next(iter(engine.catalog())),
+        r=deployment.r,
+        config_version=deployment.config_version,
+    )
+
+
+def _detail(info: ModelInfo, deployment: Deployment, engine: Engine, response: Response) -> ModelDetail:
+    response.headers["etag"] = f'"{deployment.config_version}"'
+    return ModelDetail(
+        **_summary(info, deployment, engine).model_dump(),
+        num_classes=len(info.labels),
+        classes=list(info.labels),
+        input_size=info.preprocessing.input_size,
+        num_blocks=info.num_blocks,
+        num_tokens=info.num_tokens,
+        num_prefix_tokens=info.num_prefix_tokens,
+        min_r=0,
+        max_r=info.max_r,
+        token_counts=_token_counts(info.num_blocks, info.num_tokens, info.num_prefix_tokens, info.max_r),
+    )
+
+
+@functools.cache
+def _token_counts(num_blocks: int, num_tokens: int, num_prefix_tokens: int, max_r: int) -> dict[int, list[int]]:
+    return {r: list(token_counts((r,) * num_blocks, num_tokens, num_prefix_tokens)) for r in range(max_r + 1)}

@@ -1,0 +1,57 @@
+"""Small timm models whose every parameter matters, and hypothesis without deadlines: a busy machine is no bug."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import timm
+import torch
+from hypothesis import settings
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+settings.register_profile("core", deadline=None)
+settings.load_profile("core")
+
+SMALL: dict[str, Any] = {"img_size": 96, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, which on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., VisionTransformer]:
+    """Builds `build(name, **overrides)`: a registered timm model made small, in eval mode, with random parameters."""
+
+    def build(name: str = "vit_tiny_patch16_224", **overrides: Any) -> VisionTransformer:
+        torch.manual_seed(0)
+        model = cast(VisionTransformer, timm.create_model(name, **(SMALL | overrides)).eval())
+        randomise(model)
+        return model
+
+    return build
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Gives weights the scale of their fan-in, and no bias, norm or LayerScale its trivial start."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            parameter.uniform_(0.5, 1.5)
+        elif parameter.ndim == 1:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        else:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)

@@ -1,0 +1,198 @@
+"""The forward loop: at r = 0 it is timm's model, at any r it keeps its books, and nothing outlives a call."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tome_core import MergedViT, Ramp, wrap
+from tome_core.schedule import RLike
+
+Build = Callable[..., VisionTransformer]
+RS: list[RLike] = [1, 4, 11, 1000, [5], [0, 6, 0], [4, 0, 7], Ramp(6), Ramp(5, 1.0, "published")]
+
+
+@pytest.fixture
+def model(build: Build) -> VisionTransformer:
+    return build()
+
+
+@pytest.fixture
+def merged(model: VisionTransformer) -> MergedViT:
+    return wrap(model)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 96, 96)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("r", [0, [], [0, 0, 0], Ramp(0)])
+def test_r_0_is_timm_bit_for_bit(model: VisionTransformer, merged: MergedViT, images: Tensor, r: RLike) -> None:
+    assert torch.equal(merged(images, r), model(images))
+    assert torch.equal(merged.forward_features(images, r).x, model.forward_features(images))
+
+
+@pytest.mark.parametrize("r", RS)
+def test_token_counts_are_what_really_enters_and_leaves_the_blocks(
+    model: VisionTransformer, merged: MergedViT, images: Tensor, r: RLike
+) -> None:
+    seen: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].shape[1])
+
+    blocks: list[Any] = list(model.blocks)
+    blocks[0].norm1.register_forward_pre_hook(count)
+    for block in blocks:
+        block.mlp.register_forward_pre_hook(count)
+    tokens = merged.forward_features(images, r)
+    assert merged.token_counts(r) == tuple(seen)
+    assert merged.token_counts(r)[-1] == tokens.x.shape[1] < merged.num_tokens == 37
+    assert merged.max_r == 18
+
+
+@pytest.mark.parametrize("r", RS)
+def test_sizes_add_up_to_the_tokens_that_came_in(merged: MergedViT, images: Tensor, r: RLike) -> None:
+    size = merged.forward_features(images, r).size
+    assert size is not None
+    assert size.sum(1).tolist() == [37.0] * 4
+
+
+@pytest.mark.parametrize("r", RS)
+def test_a_source_finds_as_many_tokens_in_a_row_as_its_size_says(merged: MergedViT, images: Tensor, r: RLike) -> None:
+    tokens = merged.forward_features(images, r, track=True)
+    assert tokens.size is not None and tokens.source is not None
+    for source, size in zip(tokens.source, tokens.size, strict=True):
+        assert source.bincount(minlength=len(size)).tolist() == size.tolist()
+
+
+def test_tracking_changes_no_feature_and_is_off_unless_asked(merged: MergedViT, images: Tensor) -> None:
+    tokens = merged.forward_features(images, 4)
+    assert tokens.source is None
+    assert torch.equal(tokens.x, merged.forward_features(images, 4, track=True).x)
+
+
+@pytest.mark.parametrize("reg_tokens", [0, 4, 5])
+def test_prefix_tokens_survive_any_r_in_their_places(build: Build, images: Tensor, reg_tokens: int) -> None:
+    prefix = 1 + reg_tokens
+    tokens = wrap(build(reg_tokens=reg_tokens)).forward_features(images, 10**9, track=True)
+    assert tokens.size is not None and tokens.source is not None
+    assert torch.equal(tokens.source[:, :prefix], torch.arange(prefix).expand(4, -1))
+    assert tokens.source[:, prefix:].min() == prefix
+    assert tokens.size[:, :prefix].unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("r", RS)
+def test_an_image_gets_the_same_logits_in_any_batch(merged: MergedViT, images: Tensor, r: RLike) -> None:
+    alone = torch.cat([merged(image[None], r) for image in images])
+    torch.testing.assert_close(merged(images, r), alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("r", RS)
+def test_merging_identical_patches_changes_nothing(build: Build, r: RLike) -> None:
+    model = build(pos_embed="none")
+    image = torch.randn(2, 3, 1, 1).expand(-1, -1, 96, 96)
+    torch.testing.assert_close(wrap(model)(image, r), model(image), rtol=0, atol=1e-4)
+
+
+def test_merging_different_patches_changes_the_logits(merged: MergedViT, images: Tensor) -> None:
+    assert (merged(images, 4) - merged(images)).abs().max() > 1e-3
+
+
+def test_different_ways_to_say_the_same_schedule_give_the_same_logits(merged: MergedViT, images: Tensor) -> None:
+    for same in ([4, 4, 4], (4, 4, 4), Ramp(4, 0.0)):
+        assert torch.equal(merged(images, same), merged(images, 4))
+
+
+@pytest.mark.parametrize(("r", "error"), [(-1, ValueError), ([1, 1, 1, 1], ValueError), ("4", TypeError)])
+def test_a_wrong_r_is_refused(merged: MergedViT, images: Tensor, r: RLike, error: type[Exception]) -> None:
+    for use in (merged, merged.forward_features):
+        with pytest.raises(error):
+            use(images, r)
+    with pytest.raises(error):
+        merged.token_counts(r)
+
+
+def test_threads_with_different_r_share_one_model(merged: MergedViT, images: Tensor) -> None:
+    calls = RS * 4
+    with torch.inference_mode():
+        expected = [merged(images, r) for r in calls]
+
+    def call(r: RLike) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = merged(images, r)
+        return logits
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for logits, alone in zip(pool.map(call, calls), expected, strict=True):
+            torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_timm_model_stays_as_it_was_and_shares_its_weights(model: VisionTransformer, images: Tensor) -> None:
+    before = copy.deepcopy(model)
+    merged = wrap(model)
+    merged(images, 4)
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert [type(module) for module in model.modules()] == [type(module) for module in before.modules()]
+    assert [list(vars(module)) for module in model.modules()] == [list(vars(module)) for module in before.modules()]
+    assert torch.equal(model(images), before(images))
+    for ours, theirs in zip(merged.parameters(), model.parameters(), strict=True):
+        assert ours is theirs
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrapping_keeps_the_mode_of_every_module(model: VisionTransformer, training: bool) -> None:
+    model.train(training)
+    model.patch_embed.train(not training)  # a frozen stem, say
+    before = [module.training for module in model.modules()]
+    assert wrap(model).training == training
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_model_survives_pickling(merged: MergedViT, images: Tensor) -> None:
+    assert torch.equal(pickle.loads(pickle.dumps(merged))(images, 4), merged(images, 4))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_it_compiles_whole_for_several_r(merged: MergedViT, images: Tensor) -> None:
+    compiled = torch.compile(merged, fullgraph=True, dynamic=False, backend="eager")
+    for r in (0, 4, [5, 0, 2], 1000):
+        torch.testing.assert_close(compiled(images, r), merged(images, r))
+
+
+def test_checkpointing_gives_the_same_gradients(model: VisionTransformer, merged: MergedViT, images: Tensor) -> None:
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(merged(images, [4, 0, 5]).square().sum(), list(model.parameters()))
+
+    plain = gradients()
+    model.set_grad_checkpointing()
+    for ours, expected in zip(gradients(), plain, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("r", [0, 4, [5, 0, 2]])
+def test_bfloat16_stays_close_to_float32(merged: MergedViT, images: Tensor, r: RLike) -> None:
+    expected = merged(images, r)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = merged(images, r)
+    lowered = copy.deepcopy(merged).bfloat16()(images.bfloat16(), r)
+    for logits in (autocast, lowered):
+        assert logits.dtype == torch.bfloat16
+        assert (logits - expected).abs().max() < 0.1 * expected.abs().max()

@@ -1,0 +1,37 @@
+"""Real services for the tests to talk to, on free ports of the loopback."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.e2e.service import Service, StartService
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[StartService]:
+    """Starts services that end with the test."""
+    running: list[Service] = []
+
+    def start(*flags: str, wait: bool = True) -> Service:
+        service = Service(*flags, state_dir=tmp_path / "state")
+        running.append(service)
+        if wait:
+            service.wait_until_ready()
+        return service
+
+    yield start
+    for service in running:
+        service.stop()
+
+
+@pytest.fixture
+def photo() -> bytes:
+    """A small JPEG."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()

@@ -1,0 +1,81 @@
+"""`tome-server serve` as a process, and what a test wants to know of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+START_TIMEOUT_S = 120.0
+
+StartService = Callable[..., "Service"]
+
+
+class Service:
+    """One running `tome-server serve`."""
+
+    def __init__(self, *flags: str, state_dir: Path) -> None:
+        command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--state-dir", str(state_dir), *flags]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TOME_")}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.log: list[str] = []
+        self._address = threading.Event()
+        self.url = ""
+        self.reader = threading.Thread(target=self._read_log, daemon=True)
+        self.reader.start()
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if not self.url and (found := re.search(r"http://127\.0\.0\.1:\d+", line)):
+                self.url = found[0]
+                self._address.set()
+
+    def wait_until_ready(self) -> None:
+        """Returns once /readyz says yes; fails with the log when it does not."""
+        assert self._address.wait(START_TIMEOUT_S), "".join(self.log)
+        self.until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Polls a condition of the service; a refused connection counts as not yet."""
+        ends = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < ends:
+            assert self.process.poll() is None, "".join(self.log)
+            try:
+                if condition():
+                    return
+            except httpx.TransportError:
+                pass  # nobody listens yet
+            time.sleep(0.02)
+        pytest.fail("".join(self.log))
+
+    def pid_of(self, name: str) -> int:
+        """The process that now runs as `engine`, `http-0`, and so on; the supervisor logs each start."""
+        started = re.findall(rf"{name} is process (\d+)", "".join(self.log))
+        return int(started[-1])
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(timeout=60)
+        self.reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return status

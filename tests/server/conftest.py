@@ -1,0 +1,228 @@
+"""A fake device whose answers are a function of their input, the service around it, and small image files."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from hypothesis import settings as hypothesis_settings
+from PIL import Image
+
+from server.api.app import create_app
+from server.config_store import ConfigStore
+from server.dial import RSetting
+from server.engine.engine import LocalEngine
+from server.settings import Settings
+from server.types import BatchKey, Engine, Job, ModelInfo, Preprocessing, TopK
+
+hypothesis_settings.register_profile("server", deadline=None)
+hypothesis_settings.load_profile("server")
+
+SIDE = 8
+NUM_CLASSES = 101  # a prime: different colours and schedules give different classes
+HANGS_AFTER_S = 60
+
+
+@pytest.fixture(autouse=True)
+def _never_hang() -> Iterator[None]:
+    """A test that waits for what never comes fails instead of standing still."""
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError(f"the test still runs after {HANGS_AFTER_S} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(HANGS_AFTER_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TOME_ variable of the developer's shell reaches a test."""
+    for name in [name for name in os.environ if name.startswith("TOME_") or name == "PROMETHEUS_MULTIPROC_DIR"]:
+        monkeypatch.delenv(name)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets the event loop turn until something holds."""
+    while not condition():
+        await asyncio.sleep(0.0005)
+
+
+def model_info(name: str = "tiny", **changes: Any) -> ModelInfo:
+    """A model of three blocks, 17 tokens, `r` up to 8, for images of 8 x 8 pixels."""
+    half = (0.5, 0.5, 0.5)
+    facts: dict[str, Any] = {
+        "name": name,
+        "architecture": "vit_fake",
+        "source": "fake",
+        "labels": tuple(f"label {index}" for index in range(NUM_CLASSES)),
+        "preprocessing": Preprocessing((SIDE, SIDE), (SIDE, SIDE), "center", "bicubic", half, half),
+        "num_blocks": 3,
+        "num_tokens": 17,
+        "num_prefix_tokens": 1,
+        "max_r": 8,
+    }
+    return ModelInfo(**(facts | changes))
+
+
+def class_of(pixels: bytes, schedule: Sequence[int]) -> int:
+    """The class that the fake device answers with: pixels and schedule both count."""
+    return (sum(pixels) + sum((block + 1) * r for block, r in enumerate(schedule))) % NUM_CLASSES
+
+
+def class_of_grey(grey: int, schedule: Sequence[int] = (0, 0, 0)) -> int:
+    """The fake device's class for a uniform image."""
+    return class_of(bytes([grey]) * (SIDE * SIDE * 3), schedule)
+
+
+@dataclass
+class FakeDevice:
+    """Answers each job from its pixels and its batch's schedule, once `gate` is open; notes every batch."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    batches: list[tuple[BatchKey, list[Job]]] = field(default_factory=list)
+    failure: Exception | None = None
+    num_classes: int = NUM_CLASSES
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def __call__(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
+        self.batches.append((key, list(jobs)))
+        self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        return [self.answer(key, job) for job in jobs]
+
+    def answer(self, key: BatchKey, job: Job) -> TopK:
+        first = class_of(job.pixels, key.schedule)
+        scores = [1 / 2 ** (rank + 1) for rank in range(job.top_k)]
+        return TopK([(first + rank) % self.num_classes for rank in range(job.top_k)], scores)
+
+
+def local_engine(
+    device: FakeDevice,
+    models: Sequence[ModelInfo] = (),
+    *,
+    r: RSetting = 0,
+    state_file: Path | None = None,
+    **limits: Any,
+) -> LocalEngine:
+    """An engine around a fake device; the caller starts it."""
+    catalog = {info.name: info for info in models or [model_info()]}
+    return LocalEngine(catalog, device, ConfigStore(dict.fromkeys(catalog, r), state_file), **limits)
+
+
+@dataclass
+class Service:
+    """The application in this process, and a client of it."""
+
+    client: httpx.AsyncClient
+    app: FastAPI
+    device: FakeDevice
+
+    async def classify(self, encoded: bytes, *, status: int = 200, **parameters: Any) -> httpx.Response:
+        """Sends one raw image and expects a status."""
+        headers = {"content-type": "image/png"}
+        response = await self.client.post("/classify", content=encoded, params=parameters, headers=headers)
+        assert response.status_code == status, response.text
+        return response
+
+
+@asynccontextmanager
+async def serving(
+    *,
+    models: Sequence[ModelInfo] = (),
+    r: RSetting = 0,
+    state_file: Path | None = None,
+    engine: Engine | None = None,
+    batch: int = 32,
+    queue: int = 256,
+    **settings: Any,
+) -> AsyncIterator[Service]:
+    """The service around a fake device, or around the given engine; keywords are settings."""
+    device = FakeDevice()
+    local = local_engine(device, models, r=r, state_file=state_file, max_batch_size=batch, max_queue_size=queue)
+    app = create_app(Settings.model_validate({"state_dir": None} | settings), engine or local)
+    local.start()
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield Service(client, app, device)
+    finally:
+        device.gate.set()
+        await local.close()
+
+
+def assert_is_error(response: httpx.Response, status: int, code: str) -> str:
+    """Checks the one error shape; gives the message."""
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert body.keys() == {"error"} and body["error"].keys() == {"code", "message", "details"}
+    assert body["error"]["code"] == code
+    assert isinstance(body["error"]["details"], dict)
+    message = body["error"]["message"]
+    assert isinstance(message, str) and message
+    return message
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """An image file."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def grey_png(grey: int = 100) -> bytes:
+    """A uniform picture whose class the fake device computes from its brightness."""
+    return encode(Image.new("RGB", (SIDE, SIDE), (grey, grey, grey)))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random ViT in the Hugging Face folder layout: fp16 safetensors, config.json with label names."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-vit"
+    folder.mkdir()
+    size: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **size)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    save_file({name: value.half() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "model_args": size,
+        "label_names": ["n01", "n02", "n03"],
+        "label_descriptions": {"n01": "cat", "n02": "dog", "n03": "goldfish"},
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32],
+            "crop_pct": 0.9,
+            "crop_mode": "center",
+            "interpolation": "bilinear",
+            "mean": [0.4, 0.5, 0.6],
+            "std": [0.2, 0.3, 0.4],
+            "num_classes": 3,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,204 @@
+"""Model sources: folders, labels, weights that fit and weights that do not; a message for everything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data.imagenet_info import ImageNetInfo
+
+from server import models
+from server.engine.runner import Runner
+from server.models import load_model
+from server.settings import ModelSpec, SettingsError
+from server.types import BatchKey, Job, Preprocessing
+
+SMALL = "vit_tiny_patch16_224"
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model's folder that a test may spoil."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_timm() -> Any:
+    """The registered timm model of these tests, made small: they are about its classes and its configuration."""
+    patch = pytest.MonkeyPatch()
+    create = timm.create_model
+
+    def create_small(name: str, **options: Any) -> Any:
+        size: dict[str, Any] = {"depth": 1, "embed_dim": 24} if name == SMALL else {}
+        return create(name, **options, **size)
+
+    patch.setattr(timm, "create_model", create_small)
+    yield
+    patch.undo()
+
+
+def spec(source: str | Path, **more: Any) -> ModelSpec:
+    text = f"local-dir:{source}" if isinstance(source, Path) else source
+    return ModelSpec(source=text, **({"name": "mine"} | more))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a folder's config.json."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def test_a_folder_is_loaded_with_its_labels_its_preprocessing_and_its_weights(tiny_folder: Path) -> None:
+    loaded = load_model(spec(tiny_folder))
+    info = loaded.info
+    assert (info.name, info.architecture, info.labels) == ("mine", SMALL, ("cat", "dog", "goldfish"))
+    assert info.preprocessing == Preprocessing(
+        (32, 32), (35, 35), "center", "bilinear", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    )
+    assert (info.num_blocks, info.num_tokens, info.num_prefix_tokens, info.max_r) == (2, 17, 1, 8)
+    assert not loaded.merged.training
+    saved = load_file(tiny_folder / "model.safetensors")
+    held = {name.rpartition("model.")[2] or name: value for name, value in loaded.merged.state_dict().items()}
+    assert len(held) == len(saved)
+    assert all(held[name].dtype == torch.float32 and torch.equal(held[name], saved[name].float()) for name in saved)
+
+
+def test_the_bundled_model_is_a_folder_of_the_same_layout(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "BUNDLED", tiny_folder)
+    info = load_model(ModelSpec.model_validate("bundled")).info
+    assert (info.name, info.source, info.labels[2]) == ("tome-vit-tiny-64", "bundled", "goldfish")
+
+
+def test_label_names_alone_are_the_words(folder: Path) -> None:
+    edit(folder, lambda config: config.pop("label_descriptions"))
+    assert load_model(spec(folder)).info.labels == ("n01", "n02", "n03")
+
+
+def test_without_label_names_an_odd_number_of_classes_is_numbered(folder: Path) -> None:
+    edit(folder, lambda config: (config.pop("label_names"), config.pop("label_descriptions")))
+    assert load_model(spec(folder)).info.labels == ("class 0", "class 1", "class 2")
+
+
+def test_a_thousand_classes_are_imagenets() -> None:
+    labels = load_model(spec(SMALL, weights="random")).info.labels
+    assert labels == tuple(ImageNetInfo("imagenet-1k").label_descriptions())
+    assert "goldfish" in labels[1] and len(labels) == 1000
+
+
+def test_a_wrong_number_of_label_names_stops_the_start(folder: Path) -> None:
+    edit(folder, lambda config: config.update(label_names=["n01", "n02"]))
+    with pytest.raises(SettingsError, match="label"):
+        load_model(spec(folder))
+
+
+def test_squash_keeps_both_sides(folder: Path) -> None:
+    edit(folder, lambda config: config["pretrained_cfg"].update(crop_mode="squash", crop_pct=1.0))
+    preprocessing = load_model(spec(folder)).info.preprocessing
+    assert (preprocessing.crop_mode, preprocessing.resize_size) == ("squash", (32, 32))
+
+
+def test_a_crop_mode_that_is_not_supported_stops_the_start(folder: Path) -> None:
+    edit(folder, lambda config: config["pretrained_cfg"].update(crop_mode="border"))
+    with pytest.raises(SettingsError, match="'border'"):
+        load_model(spec(folder))
+
+
+def test_weights_from_a_file_go_into_the_named_model(tmp_path: Path) -> None:
+    state = timm.create_model(SMALL).state_dict()
+    save_file(state, tmp_path / "mine.safetensors")
+    held = load_model(spec(SMALL, weights=str(tmp_path / "mine.safetensors"))).merged.state_dict()
+    assert any(torch.equal(value, state["head.weight"]) for name, value in held.items() if name.endswith("head.weight"))
+
+
+def test_random_weights_are_said_to_mean_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    load_model(spec(SMALL, weights="random"))
+    assert "random weights" in caplog.text
+
+
+def pickle_only(folder: Path) -> ModelSpec:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return spec(folder)
+
+
+def without_config(folder: Path) -> ModelSpec:
+    (folder / "config.json").unlink()
+    return spec(folder)
+
+
+def broken_config(folder: Path) -> ModelSpec:
+    (folder / "config.json").write_text("{")
+    return spec(folder)
+
+
+def weights_of_another_shape(folder: Path) -> ModelSpec:
+    save_file({"head.weight": torch.zeros(3, 5)}, folder / "model.safetensors")
+    return spec(folder)
+
+
+def broken_weights(folder: Path) -> ModelSpec:
+    (folder / "model.safetensors").write_bytes(b"these are no weights")
+    return spec(folder)
+
+
+def weights_cut_short(folder: Path) -> ModelSpec:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return spec(folder)
+
+
+def pickled_weights(folder: Path) -> ModelSpec:
+    torch.save({"head.weight": torch.zeros(1)}, folder / "weights.pth")
+    return spec(SMALL, weights=str(folder / "weights.pth"))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], ModelSpec], str]] = {
+    "pickle only": (pickle_only, "safetensors only"),
+    "no config": (without_config, "config.json|cannot build"),
+    "broken config": (broken_config, "cannot build"),
+    "weights of another shape": (weights_of_another_shape, "do not fit"),
+    "broken weights": (broken_weights, "not a safetensors file"),
+    "weights cut short": (weights_cut_short, "not a safetensors file"),
+    "pickled weights": (pickled_weights, "not a safetensors file"),
+    "no folder": (lambda folder: spec(folder / "nothing"), "mine"),
+    "no weights file": (lambda folder: spec(SMALL, weights=str(folder / "nothing")), "no weights file"),
+    "a folder for weights": (lambda folder: spec(SMALL, weights=str(folder)), "mine"),
+    "unknown name": (lambda folder: spec("vit_of_nobody"), "vit_of_nobody"),
+    "not a ViT": (lambda folder: spec("resnet18", weights="random"), "(?i)resnet.*VisionTransformer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings("ignore::UserWarning:timm")
+def test_what_cannot_be_loaded_stops_the_start_with_a_reason(case: str, folder: Path) -> None:
+    make, reason = REFUSED[case]
+    wanted = make(folder)
+    with pytest.raises(SettingsError, match=reason):
+        load_model(wanted)
+
+
+def test_the_runner_answers_as_the_model_does_whatever_else_is_in_the_batch(tiny_folder: Path) -> None:
+    loaded = load_model(spec(tiny_folder))
+    runner = Runner({"mine": loaded}, "cpu", "fp32")
+    generator = torch.Generator().manual_seed(0)
+    for schedule in ((0, 0), (8, 2)):
+        key = BatchKey("mine", schedule, (32, 32))
+        images = [torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=generator) for _ in range(3)]
+        jobs = [Job("mine", image.numpy().tobytes(), schedule, top_k, 1.0) for top_k, image in enumerate(images, 1)]
+        answers = runner.run_batch(key, jobs)
+        for image, job, answer in zip(images, jobs, answers, strict=True):
+            mean, std = torch.tensor(loaded.info.preprocessing.mean), torch.tensor(loaded.info.preprocessing.std)
+            with torch.no_grad():
+                logits = loaded.merged((((image / 255) - mean) / std).permute(2, 0, 1)[None], r=schedule)
+            wanted = logits.softmax(1)[0].topk(job.top_k)
+            assert answer.indices == wanted.indices.tolist()
+            assert answer.scores == pytest.approx(wanted.values.tolist(), abs=1e-5)

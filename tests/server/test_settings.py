@@ -1,0 +1,198 @@
+"""Settings: where they come from, who wins, and what stops the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.cli import _parser
+from server.settings import BUNDLED_NAME, ModelSpec, Settings, SettingsError, load_settings
+
+
+def from_yaml(folder: Path, content: Mapping[str, Any]) -> str:
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(dict(content)))
+    return str(file)
+
+
+def test_without_a_word_the_bundled_model_is_served() -> None:
+    settings = load_settings({})
+    assert settings == Settings.model_validate({})
+    assert settings.specs() == (ModelSpec(source="bundled", name=BUNDLED_NAME, r=0),)
+
+
+def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = from_yaml(tmp_path, {"port": 1, "max-batch-size": 1, "max_images": 1})
+    monkeypatch.setenv("TOME_PORT", "2")
+    monkeypatch.setenv("TOME_MAX_BATCH_SIZE", "2")
+    settings = load_settings({"port": "3", "max_batch_size": None}, file)
+    assert (settings.port, settings.max_batch_size, settings.max_images, settings.threads) == (3, 2, 1, 0)
+
+
+def test_tome_config_names_the_file_and_the_flag_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOME_CONFIG", from_yaml(tmp_path, {"port": 1}))
+    assert load_settings({}).port == 1
+    other = tmp_path / "other.yaml"
+    other.write_text("port: 2")
+    assert load_settings({}, str(other)).port == 2
+
+
+def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOME_PORT", "")
+    monkeypatch.setenv("TOME_CONFIG", "")
+    monkeypatch.setenv("TOME_API_KEY", "")
+    (tmp_path / "empty.yaml").touch()
+    settings = load_settings({}, str(tmp_path / "empty.yaml"))
+    assert (settings.port, settings.api_key) == (8000, None)
+
+
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in ("model", "weights")])
+def test_every_field_is_a_flag_a_variable_and_a_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = getattr(Settings.model_validate({}), name)
+    text = {"precision": "fp16", "log_level": "debug", "device": "cpu", "deadline_s": "7", "host": "::1"}.get(name, "7")
+    by_flag = vars(_parser().parse_args(["serve", f"--{name.replace('_', '-')}", text]))
+    assert by_flag[name] == text
+    by_file = load_settings({}, from_yaml(tmp_path, {name: text}))
+    monkeypatch.setenv(f"TOME_{name.upper()}", text)
+    assert load_settings({}) == by_file == load_settings({name: text})
+    assert getattr(by_file, name) != default
+
+
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name != "log_level"])
+def test_every_field_has_help_text(name: str) -> None:
+    assert len(Settings.model_fields[name].description or "") > 10
+
+
+BAD = [
+    ("port", "eighty", "port"),
+    ("port", 65536, "port"),
+    ("port", -1, "port"),
+    ("r", "fast", "r is 'fast'"),
+    ("r", "-1", "r is '-1'"),
+    ("r", 1.5, "r is 1.5"),
+    ("http_workers", 0, "http_workers"),
+    ("precision", "int3", "precision"),
+    ("log_level", "loud", "log_level"),
+    ("threads", -1, "threads"),
+    ("max_batch_size", 0, "max_batch_size"),
+    ("batch_timeout_s", 0, "batch_timeout_s"),
+    ("batch_timeout_s", "nan", "batch_timeout_s"),
+    ("max_queue_size", 0, "max_queue_size"),
+    ("deadline_s", 0, "deadline_s"),
+    ("deadline_s", 3601, "deadline_s"),
+    ("max_body_bytes", 0, "max_body_bytes"),
+    ("max_image_pixels", 0, "max_image_pixels"),
+    ("max_images", 0, "max_images"),
+    ("model", [], "model"),
+    ("model", ["vit,r=fast"], "r is 'fast'"),
+    ("model", ["vit,colour=red"], "colour"),
+    ("model", ["vit,weights"], "SOURCE"),
+    ("model", ["vit,name=a b"], "name"),
+    ("model", [{"source": ""}], "source"),
+    ("model", [{"weights": "x"}], "source"),
+    ("api_key", [1], "api_key"),
+    ("max_batchsize", 8, "max_batchsize"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "named"), BAD, ids=[f"{name}={value}" for name, value, _ in BAD])
+def test_what_is_unknown_or_out_of_range_stops_the_start_by_name(
+    name: str, value: object, named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        load_settings({name: value})
+    assert named in str(refusal.value)
+    with pytest.raises(SettingsError) as refusal_of_file:
+        load_settings({}, from_yaml(tmp_path, {name: value}))
+    assert named in str(refusal_of_file.value)
+
+
+def test_an_unknown_variable_stops_the_start_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOME_MAX_BATCHSIZE", "8")
+    with pytest.raises(SettingsError, match="max_batchsize"):
+        load_settings({})
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(SettingsError) as refusal:
+        load_settings({"port": "x", "max_images": "0"})
+    assert "port" in str(refusal.value) and "max_images" in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "port", "1: 2", "port: [", "\tport: 1", "port: 8000\n- x"])
+def test_a_file_that_is_no_mapping_stops_the_start_by_its_path(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=r"broken\.yaml"):
+        load_settings({}, str(file))
+
+
+def test_a_file_of_other_bytes_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(SettingsError, match=r"binary\.yaml"):
+        load_settings({}, str(tmp_path / "binary.yaml"))
+
+
+def test_a_missing_file_stops_the_start_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nothing\.yaml"):
+        load_settings({}, str(tmp_path / "nothing.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("bundled", {"source": "bundled", "name": BUNDLED_NAME}),
+        ("deit_tiny_patch16_224", {"source": "deit_tiny_patch16_224", "name": "deit_tiny_patch16_224"}),
+        ("hf-hub:timm/vit_small@main", {"source": "hf-hub:timm/vit_small@main", "name": "vit_small"}),
+        ("local-dir:/models/mine/", {"source": "local-dir:/models/mine/", "name": "mine"}),
+        (
+            "vit,weights=a.safetensors,name=fast,r=8",
+            {"source": "vit", "weights": "a.safetensors", "name": "fast", "r": 8},
+        ),
+    ],
+)
+def test_a_model_is_said_as_text_or_as_a_mapping(text: str, spec: dict[str, Any], tmp_path: Path) -> None:
+    (by_flag,) = load_settings({"model": [text]}).model
+    (by_key,) = load_settings({}, from_yaml(tmp_path, {"model": [spec]})).model
+    assert by_flag == by_key == ModelSpec(**spec)
+
+
+def test_several_models_keep_their_order_and_their_own_r(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOME_MODEL", "one,r=4 two")
+    specs = load_settings({"r": "8"}).specs()
+    assert [(spec.name, spec.r) for spec in specs] == [("one", 4), ("two", 8)]
+
+
+def test_weights_go_to_the_one_model() -> None:
+    (spec,) = load_settings({"model": ["vit"], "weights": "a.safetensors"}).specs()
+    assert spec.weights == "a.safetensors"
+
+
+@pytest.mark.parametrize("models", [["one", "two"], ["one,weights=b.safetensors"]])
+def test_weights_beside_several_models_or_other_weights_stop_the_start(models: list[str]) -> None:
+    with pytest.raises(SettingsError, match="--weights"):
+        load_settings({"model": models, "weights": "a.safetensors"})
+
+
+def test_two_models_of_one_name_stop_the_start() -> None:
+    with pytest.raises(SettingsError, match="named alike"):
+        load_settings({"model": ["a/vit", "hf-hub:b/vit"]})
+
+
+def test_a_complaint_does_not_tell_the_keys() -> None:
+    with pytest.raises(SettingsError) as refusal:
+        load_settings({"api_key": "hush-1", "admin_key": "hush-2", "port": "x", "weights": "a", "model": ["a", "b"]})
+    assert "hush" not in str(refusal.value)
+
+
+def test_the_state_file_is_one_a_port_or_none(tmp_path: Path) -> None:
+    assert Settings.model_validate({"state_dir": tmp_path, "port": 81}).state_file() == tmp_path / "config-81.json"
+    assert load_settings({"state_dir": "none"}).state_file() is None
+    default = Settings.model_validate({}).state_file()
+    assert default is not None and "~" not in str(default)
