@@ -14,7 +14,7 @@ from tests.e2e.service import Service, StartService
 
 @pytest.fixture
 def start_service(tmp_path: Path) -> Iterator[StartService]:
-    """Starts services that end with the test."""
+    """Starts services of one state folder, which end with the test."""
     running: list[Service] = []
 
     def start(*flags: str, wait: bool = True) -> Service:
@@ -27,6 +27,15 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
     yield start
     for service in running:
         service.stop()
+
+
+@pytest.fixture(scope="module")
+def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One service of two HTTP processes, for all tests of a module that leave it as it was."""
+    service = Service("--http-workers", "2", state_dir=tmp_path_factory.mktemp("state"))
+    service.wait_until_ready()
+    yield service
+    assert service.stop() == 0
 
 
 @pytest.fixture
