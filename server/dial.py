@@ -58,6 +58,11 @@ def r_of(schedule: Schedule) -> RSetting:
     return schedule[0] if len(set(schedule)) == 1 else schedule
 
 
+def text_of(r: RSetting) -> str:
+    """`8` or `8,4,0`: what `parse_r` reads."""
+    return str(r) if isinstance(r, int) else ",".join(map(str, r))
+
+
 def label_of(schedule: Schedule) -> str:
     """A metric label from a closed set: the number where all blocks merge alike, else "schedule"."""
     r = r_of(schedule)

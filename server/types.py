@@ -7,8 +7,6 @@ from typing import Any, Literal, Protocol
 
 from server.dial import RSetting, Schedule
 
-RSource = Literal["request", "deployment"]
-
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
@@ -101,7 +99,6 @@ class Prediction:
 
     top_k: TopK
     schedule: Schedule
-    r_source: RSource
     batch_size: int
     config_version: int
     queue_s: float

@@ -17,8 +17,8 @@ from server.api.access import ERRORS, UsingAdmission, UsingEngine, UsingSettings
 from server.api.body import Upload, read_request
 from server.api.decode import decode
 from server.api.models import find_model
-from server.api.schemas import Class, Classification, ImageResult, JsonBody, Parameters, TimingsMs
-from server.dial import label_of, parse_r, r_of, schedule_of
+from server.api.schemas import Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
+from server.dial import label_of, parse_r, r_of, schedule_of, text_of
 from server.errors import ClientGoneError, InvalidError, ServerError
 from server.types import Engine, Job, ModelInfo, Prediction
 from tome_core.schedule import token_counts
@@ -64,6 +64,9 @@ async def classify(
         info, job = resolve(parameters, engine.catalog(), settings.deadline_s)
         request.state.model, request.state.schedule = info.name, job.schedule
         with admission.permit(len(uploads)):
+            if job.schedule is None and len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
+                r = (await engine.deployment(info.name)).r
+                job = replace(job, schedule=schedule_of(r, info.num_blocks, info.max_r))
             decoding = functools.partial(decode, preprocessing=info.preprocessing, max_pixels=settings.max_image_pixels)
             work = _classify_all(uploads, job, decoding, request.app.state.decoders, engine)
             answers = await _unless_client_leaves(request, work)
@@ -77,12 +80,13 @@ async def classify(
         inference=1e3 * max(prediction.inference_s for prediction in predictions),
         total=1e3 * (time.perf_counter() - start),
     )
-    answer = shape(info, uploads, predictions, timings)
+    r_source: RSource = "deployment" if parameters.r is None else "request"
+    answer = shape(info, uploads, predictions, r_source, timings)
     request.state.schedule = predictions[0].schedule
     _count(request, 200, images=len(uploads), total_s=timings.total / 1e3)
     response.headers.update(
         {
-            "x-r": str(answer.r).replace(" ", ""),
+            "x-r": text_of(answer.r),
             "x-batch-size": str(answer.batch_size),
             "x-config-version": str(answer.config_version),
             "server-timing": ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings),
@@ -161,7 +165,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def shape(info: ModelInfo, uploads: list[Upload], predictions: list[Prediction], timings: TimingsMs) -> Classification:
+def shape(
+    info: ModelInfo, uploads: list[Upload], predictions: list[Prediction], r_source: RSource, timings: TimingsMs
+) -> Classification:
     """The engine's predictions as the client sees them."""
     first = predictions[0]
     results = [
@@ -177,7 +183,7 @@ def shape(info: ModelInfo, uploads: list[Upload], predictions: list[Prediction],
     return Classification(
         model=info.name,
         r=r_of(first.schedule),
-        r_source=first.r_source,
+        r_source=r_source,
         tokens=token_counts(first.schedule, info.num_tokens, info.num_prefix_tokens)[-1],
         batch_size=max(prediction.batch_size for prediction in predictions),
         config_version=first.config_version,

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.dial import RSetting
 
+RSource = Literal["request", "deployment"]
+
 
 class Parameters(BaseModel):
     """The parameters of a classification, from the query, the form or the JSON body."""
@@ -61,7 +63,7 @@ class Classification(BaseModel):
 
     model: str
     r: RSetting = Field(description="Tokens merged in each block; a list where the blocks differ.")
-    r_source: Literal["request", "deployment"] = Field(description="Who chose that r.")
+    r_source: RSource = Field(description="Who chose that r.")
     tokens: int = Field(description="Tokens left after the last block.")
     batch_size: int = Field(description="Images in the batch; the largest, where several images took several batches.")
     config_version: int

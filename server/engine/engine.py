@@ -81,7 +81,6 @@ class LocalEngine:
         return Prediction(
             top_k=answer.result,
             schedule=schedule,
-            r_source="request" if job.schedule else "deployment",
             batch_size=answer.batch_size,
             config_version=deployment.config_version,
             queue_s=answer.wait_s,

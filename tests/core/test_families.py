@@ -129,6 +129,15 @@ def test_the_head_treats_a_size_as_that_many_copies(model: VisionTransformer) ->
     assert_head_sees_copies(model, *tokens_for(model))
 
 
+@pytest.mark.parametrize("pool", ["avg", "avgmax"])
+def test_autocast_does_not_lower_the_weighted_mean(build: Build, pool: str) -> None:
+    model = build("vit_medium_patch16_gap_240", global_pool=pool, num_classes=0)
+    family, (x, size) = wrap(model).family, tokens_for(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = family.head(model, x, size)
+    assert torch.equal(lowered, family.head(model, x, size))
+
+
 def test_the_metric_is_the_keys_averaged_over_heads(model: VisionTransformer) -> None:
     block: Any = model.blocks[1]
     x, _ = tokens_for(model)

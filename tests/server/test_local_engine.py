@@ -38,7 +38,6 @@ async def test_a_job_that_names_no_r_takes_the_deployments() -> None:
     async with started(FakeDevice(), r=(4, 2)) as engine:
         prediction = await engine.classify(job())
         assert prediction.schedule == (4, 2, 0)
-        assert prediction.r_source == "deployment"
         assert prediction.top_k.indices == [class_of(b"abc", (4, 2, 0))]
 
 
@@ -46,7 +45,7 @@ async def test_a_job_that_names_no_r_takes_the_deployments() -> None:
 async def test_a_jobs_own_r_is_honoured(schedule: Schedule) -> None:
     async with started(FakeDevice(), r=5) as engine:
         prediction = await engine.classify(job(schedule=schedule))
-        assert (prediction.schedule, prediction.r_source) == (schedule, "request")
+        assert prediction.schedule == schedule
         assert prediction.top_k.indices == [class_of(b"abc", schedule)]
 
 

@@ -52,7 +52,6 @@ class FakeEngine:
         return Prediction(
             top_k=TopK([class_of(job.pixels, schedule)] * job.top_k, [0.5] * job.top_k),
             schedule=schedule,
-            r_source="request" if job.schedule else "deployment",
             batch_size=1,
             config_version=7,
             queue_s=job.timeout_s,
@@ -129,7 +128,6 @@ async def test_answers_find_their_callers_under_many_concurrent_calls(socket_pat
             schedule = sent.schedule or (3, 3, 3)
             assert got.top_k == TopK([class_of(sent.pixels, schedule)] * sent.top_k, [0.5] * sent.top_k)
             assert (got.schedule, got.queue_s) == (schedule, sent.timeout_s)
-            assert got.r_source == ("request" if sent.schedule else "deployment")
 
 
 @pytest.mark.parametrize("r", [8, (4, 2)])
