@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from timm import create_model
-from timm.data import create_transform
 from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 
 import tome_core
 from tests.e2e.service import StartService
@@ -84,7 +84,7 @@ def offline(paths: list[Path], rs: list[int]) -> torch.Tensor:
     merged = tome_core.wrap(model.eval())
     config = resolve_model_data_config(model)
     transform: Any = create_transform(**config, is_training=False)
-    probabilities = torch.empty(len(paths), model.num_classes)
+    probabilities = torch.empty(len(paths), 1000)
     for r in LADDER:
         chosen = [index for index, each in enumerate(rs) if each == r]
         for start in range(0, len(chosen), 50):

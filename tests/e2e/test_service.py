@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 MODEL = f"/v1/models/{BUNDLED_NAME}"
 
 
-def classify(service: Service, photo: bytes, **parameters: object) -> httpx.Response:
+def classify(service: Service, photo: bytes, **parameters: int) -> httpx.Response:
     """One POST on a connection of its own, so that any HTTP process may take it."""
     url = f"{service.url}/classify"
     return httpx.post(url, params=parameters, files={"image": ("photo.jpg", photo)}, timeout=60)
