@@ -46,6 +46,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         merged = tome_core.wrap(model)
     except (RuntimeError, ValueError, OSError, TypeError, KeyError) as error:
         raise SettingsError(f"model {spec.name}: cannot build {spec.source!r}: {error}") from error
+    if not model.num_classes:
+        raise SettingsError(f"model {spec.name}: {spec.source} has no classifier: it gives features, not classes")
     if spec.weights == "random":
         logger.warning("%s has random weights: its answers mean nothing", spec.name)
     else:
