@@ -25,6 +25,6 @@ USER tome
 VOLUME /var/lib/tome-server
 EXPOSE 8000
 HEALTHCHECK --start-period=60s --interval=10s --timeout=12s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=11)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/readyz' % os.environ.get('TOME_PORT', 8000), timeout=11)"]
 ENTRYPOINT ["tome-server"]
 CMD ["serve"]

@@ -16,7 +16,8 @@ from server.settings import ModelSpec, Settings, SettingsError, load_settings
 if TYPE_CHECKING:
     from server.models import LoadedModel
 
-_MODEL_FLAGS = ("model", "weights", "r", "device", "precision", "threads")
+_MODEL_FLAGS = ("model", "weights")
+_CLASSIFY_FLAGS = (*_MODEL_FLAGS, "r", "device", "precision", "threads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true", help="print JSON, one line a model")
     models.set_defaults(run=_models)
 
-    for command, names in ((serve, Settings.model_fields), (classify, _MODEL_FLAGS), (models, _MODEL_FLAGS)):
+    for command, names in ((serve, Settings.model_fields), (classify, _CLASSIFY_FLAGS), (models, _MODEL_FLAGS)):
         command.add_argument("--config", metavar="FILE", help="YAML file of settings")
         for name in names:
             field = Settings.model_fields[name]
@@ -74,9 +75,10 @@ def _serve(settings: Settings, args: argparse.Namespace) -> int:
 def _classify(settings: Settings, args: argparse.Namespace) -> int:
     from server.api.decode import decode
     from server.dial import schedule_of
-    from server.engine.runner import Runner
+    from server.engine.runner import Runner, set_threads
     from server.types import BatchKey, Job
 
+    set_threads(settings.threads)
     spec = settings.specs()[0]
     loaded = _load(spec)
     info = loaded.info

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from server.dial import RSetting, parse_r
 from server.errors import ConflictError, EngineError, InvalidError
@@ -33,6 +34,7 @@ class ConfigStore:
     def __init__(self, start: Mapping[str, RSetting], path: Path | None = None) -> None:
         self._start = dict(start)
         self._path = path
+        self._others: dict[str, dict[str, Any]] = {}  # changes of models that are not served this time
         self._version, self._live = self._read()
 
     @property
@@ -78,12 +80,14 @@ class ConfigStore:
             raise SettingsError(f"state file {self._path} cannot be read ({error}); mend or remove it") from error
         live = {}
         for name, (r, start) in entries.items():
-            if name in self._start and start == self._start[name]:
+            if name not in self._start:
+                self._others[name] = {"r": r, "start": start}
+            elif start == self._start[name]:
                 live[name] = r
                 logger.info("%s: r=%s, set live earlier, stays in force", name, r)
-            elif name in self._start:
+            else:
                 logger.info("%s: r=%s was set live over r=%s; started with r=%s now", name, r, start, self._start[name])
-        if len(live) < len(entries):
+        if len(live) + len(self._others) < len(entries):
             version += 1
             try:
                 self._write(version, live)
@@ -94,7 +98,7 @@ class ConfigStore:
     def _write(self, version: int, live: Mapping[str, RSetting]) -> None:
         if self._path is None:
             return
-        models = {name: {"r": r, "start": self._start[name]} for name, r in live.items()}
+        models = self._others | {name: {"r": r, "start": self._start[name]} for name, r in live.items()}
         # Replaced as a whole: a start after a crash sees the old file or the new one.
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_suffix(".new")

@@ -18,7 +18,7 @@ def configure_logging(level: str) -> None:
 
 
 def end_with_parent() -> None:
-    """In a child process: ignores Ctrl-C, which the supervisor answers for all, and ends when that is gone."""
+    """In a child process: leaves Ctrl-C to the supervisor (uvicorn minds it too), and ends when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:

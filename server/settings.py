@@ -7,6 +7,7 @@ over a variable, a variable over the file. What is unknown or out of range stops
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,6 +19,9 @@ from server.dial import RSetting, parse_r
 from server.errors import InvalidError
 
 PREFIX = "TOME_"
+_OF_KUBERNETES = re.compile(
+    r"^(\w+_)?service_(host|port)|^(\w+_)?port(_\d+_(tcp|udp)\w*)?=(tcp|udp)://|_(tcp|udp)_(proto|addr|port)="
+)
 BUNDLED_NAME = "tome-vit-tiny-64"
 
 
@@ -156,7 +160,8 @@ def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settin
         SettingsError: Something is unknown, missing or out of range.
     """
     variables = {name[len(PREFIX) :].lower(): text for name, text in os.environ.items() if name.startswith(PREFIX)}
-    variables = {name: text for name, text in variables.items() if text}  # an empty variable is one not set
+    # An empty variable is one not set; and what Kubernetes sets for a Service named tome or tome-server is not for us.
+    variables = {name: text for name, text in variables.items() if text and not _OF_KUBERNETES.search(f"{name}={text}")}
     config = config or variables.pop("config", None)
     variables.pop("config", None)
     said = {name: value for name, value in flags.items() if value is not None}

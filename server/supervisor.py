@@ -10,8 +10,9 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import SpawnProcess
+from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import Any
 
@@ -57,14 +58,18 @@ class Child:
         self.process = None
         return status
 
-    def end(self, timeout_s: float) -> None:
-        """Asks the process to end, and kills it when it does not."""
+    def tell_to_end(self) -> None:
+        """Asks the process to finish what it has and end."""
+        if self.process is not None:
+            self.process.terminate()
+
+    def end(self, ends_at: float) -> None:
+        """Waits for the process until a moment of the monotonic clock, then kills it."""
         if self.process is None:
             return
-        self.process.terminate()
-        self.process.join(timeout_s)
+        self.process.join(max(0.0, ends_at - time.monotonic()))
         if self.process.is_alive():
-            logger.warning("process %s did not end in %.0f s and is killed", self._name, timeout_s)
+            logger.warning("process %s does not end and is killed", self._name)
             self.process.kill()
             self.process.join()
         self.process = None
@@ -87,34 +92,46 @@ def serve(settings: Settings) -> int:
 
 def _supervise(settings: Settings, listener: socket.socket, socket_path: str) -> int:
     told_to_end = _on_signals()
-    is_ready, tell_ready = _spawn.Pipe(duplex=False)
-    engine = Child("engine", _run_engine, settings, socket_path, tell_ready)
+    has_served = _spawn.Event()
+    engine = Child("engine", _run_engine, settings, socket_path, has_served)
     workers = [
         Child(f"http-{index}", _run_http, settings, listener, socket_path) for index in range(settings.http_workers)
     ]
-    for child in (engine, *workers):
-        child.start()
     address, port = listener.getsockname()[:2]
     logger.info("http://%s:%d; try: curl -F image=@photo.jpg 'http://%s:%d/classify?r=8'", address, port, address, port)
     status = 0
-    while not told_to_end:
-        alive = [child.process.sentinel for child in (engine, *workers) if child.process]
-        multiprocessing.connection.wait(alive, timeout=0.2)
+    try:
         for child in (engine, *workers):
-            if child.process and not child.process.is_alive():
-                child.bury()
-                if child is engine and not is_ready.poll():  # it has never served: starting it again would not help
-                    told_to_end.append(signal.SIGTERM)
-                    status = 1
-            elif child.process is None and time.monotonic() >= child.restart_at:
-                child.start()
-    logger.info("shutting down")
-    for child in (*workers, engine):  # HTTP first: the engine answers what they still hold
-        child.end(_DRAIN_S)
+            child.start()
+        while not told_to_end:
+            alive = [child.process.sentinel for child in (engine, *workers) if child.process]
+            multiprocessing.connection.wait(alive, timeout=0.2)
+            for child in (engine, *workers):
+                if child.process and not child.process.is_alive():
+                    child.bury()
+                    if child is engine and not has_served.is_set():  # starting it again would not help
+                        told_to_end.append(signal.SIGTERM)
+                        status = 1
+                elif child.process is None and time.monotonic() >= child.restart_at:
+                    child.start()
+    finally:
+        logger.info("shutting down")
+        listener.close()  # no connection is accepted that nobody would answer
+        _end(workers)
+        _end([engine])  # after the HTTP processes: it answers what they still hold
     return status
 
 
-def _run_engine(settings: Settings, socket_path: str, ready: multiprocessing.connection.Connection) -> None:
+def _end(children: Sequence[Child]) -> None:
+    """Ends processes side by side."""
+    ends_at = time.monotonic() + _DRAIN_S
+    for child in children:
+        child.tell_to_end()
+    for child in children:
+        child.end(ends_at)
+
+
+def _run_engine(settings: Settings, socket_path: str, ready: Event) -> None:
     from server.engine import process  # imports torch: in the engine process alone
 
     process.main(settings, socket_path, ready)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tome_core
+from tome_core.families.vit import ViTFamily
 from training.augment import augment, mix
 from training.data import Split, load_labels, load_split
 from training.replay import Backward, Replay
@@ -37,7 +38,6 @@ TEMPERATURE = 2.0
 def main() -> None:
     args = parse_args()
     device = torch.device(args.device)
-    torch.manual_seed(args.seed)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured on a stream of their own; all runs on it
     train = Split(*(tensor.to(device) for tensor in load_split(args.data, "train", args.cache)))
@@ -60,6 +60,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         first_epoch = state["epoch"]
         print(f"resumed after epoch {first_epoch}", flush=True)
+    torch.manual_seed(args.seed + first_epoch)  # a resumed run does not draw the same again
 
     steps = len(train.images) // args.batch_size
     for epoch in range(first_epoch, args.epochs):
@@ -92,7 +93,8 @@ def backward_of(model: nn.Module, device: torch.device) -> Backward:
     merged = tome_core.wrap(model)
     if device.type == "cuda":
         # One compiled half-block serves every block and every r: the number of tokens is dynamic.
-        family: Any = merged.family
+        family: Any = ViTFamily()  # its own: other models share theirs
+        merged.family = family
         family.block = torch.compile(family.block)
         family.attend = torch.compile(family.attend, dynamic=True)
         family.feed_forward = torch.compile(family.feed_forward, dynamic=True)

@@ -53,5 +53,6 @@ def check_admin_key(request: Request, settings: UsingSettings) -> None:
 
 
 def _bears(request: Request, *keys: str | None) -> bool:
-    borne = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    borne = request.headers.get("x-api-key") or (credentials.strip() if scheme.lower() == "bearer" else "")
     return any(key is not None and hmac.compare_digest(borne.encode(), key.encode()) for key in keys)

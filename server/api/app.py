@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
-from anyio import CapacityLimiter
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -43,7 +43,8 @@ def create_app(settings: Settings, engine: Engine, lifespan: Lifespan[FastAPI] |
     )
     app.state.settings, app.state.engine = settings, engine
     app.state.admission = Admission(settings.max_queue_size)
-    app.state.decoders = CapacityLimiter(os.cpu_count() or 1)  # more at once would only hold more memory
+    # An executor, since its threads stay as few when callers leave; more of them would only hold more memory.
+    app.state.decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
     for router in (routes.router, models.router, health.router):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

@@ -128,7 +128,7 @@ def _from_base64(text: str, index: int) -> bytes:
 def _joined(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     twice = sorted(query.keys() & body.keys())
     if twice:
-        raise InvalidError(f"{', '.join(twice)}: given in the query and in the body; say it once")
+        raise InvalidError(f"{_listed(twice)}: given in the query and in the body; say it once")
     return query | body
 
 
@@ -136,8 +136,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     said = dict(pairs)
     if len(said) < len(pairs):
         names = [name for name, _ in pairs]
-        raise InvalidError(f"{', '.join(sorted({n for n in names if names.count(n) > 1}))}: given twice; say it once")
+        raise InvalidError(
+            f"{_listed(sorted(set(names), key=names.count, reverse=True)[:1])}: given twice; say it once"
+        )
     return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(shown(name) for name in names[:_PROBLEMS_TOLD])
 
 
 def _check_count(count: int, max_images: int) -> None:

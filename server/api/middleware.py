@@ -8,7 +8,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import TooLargeError
+from server.errors import ClientGoneError, TooLargeError
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -35,7 +35,7 @@ class RequestId:
 
 
 class BodyLimit:
-    """Refuses a body that announces more than `max_bytes`, and ends one that turns out to be longer."""
+    """Refuses a body that announces more than `max_bytes`, ends a longer one, and tells when one is cut off."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
@@ -45,11 +45,14 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         announced = Headers(scope=scope).get("content-length", "0")
         is_too_long = announced.isascii() and announced.isdigit() and int(announced[:20]) > self._max_bytes
-        received = 0
+        received, is_complete = 0, False
 
         async def limited() -> Message:
-            nonlocal received
+            nonlocal received, is_complete
             message = await receive()
+            if message["type"] == "http.disconnect" and not is_complete:
+                raise ClientGoneError("the client hung up before its body was complete")
+            is_complete = is_complete or not message.get("more_body", False)
             received += len(message.get("body", b""))
             if is_too_long or received > self._max_bytes:
                 limit = self._max_bytes

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
 from server import metrics
@@ -19,7 +20,7 @@ from server.api.decode import decode
 from server.api.models import find_model
 from server.api.schemas import Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
 from server.dial import label_of, parse_r, r_of, schedule_of, text_of
-from server.errors import ClientGoneError, InvalidError, ServerError
+from server.errors import ClientGoneError, DeadlineError, InvalidError, ServerError
 from server.types import Engine, Job, ModelInfo, Prediction
 from tome_core.schedule import token_counts
 
@@ -60,18 +61,22 @@ async def classify(
     """Names what is in each image. Send form parts `image`, a raw image or JSON; parameters in query or body."""
     start = time.perf_counter()
     try:
-        uploads, parameters = await read_request(request, settings.max_images)
+        async with _at_most(settings.deadline_s):
+            uploads, parameters = await read_request(request, settings.max_images)
         info, job = resolve(parameters, engine.catalog(), settings.deadline_s)
         request.state.model, request.state.schedule = info.name, job.schedule
+        config_version = None
         with admission.permit(len(uploads)):
             if job.schedule is None and len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
-                r = (await engine.deployment(info.name)).r
-                job = replace(job, schedule=schedule_of(r, info.num_blocks, info.max_r))
+                deployment = await engine.deployment(info.name)
+                config_version = deployment.config_version
+                job = replace(job, schedule=schedule_of(deployment.r, info.num_blocks, info.max_r))
             decoding = functools.partial(decode, preprocessing=info.preprocessing, max_pixels=settings.max_image_pixels)
             work = _classify_all(uploads, job, decoding, request.app.state.decoders, engine)
-            answers = await _unless_client_leaves(request, work)
-    except ServerError as error:
-        _count(request, error.status)
+            async with _at_most(job.timeout_s):
+                answers = await _unless_client_leaves(request, work)
+    except Exception as error:
+        _count(request, error.status if isinstance(error, ServerError) else 500)
         raise
     predictions = [prediction for _, prediction in answers]
     timings = TimingsMs(
@@ -81,7 +86,8 @@ async def classify(
         total=1e3 * (time.perf_counter() - start),
     )
     r_source: RSource = "deployment" if parameters.r is None else "request"
-    answer = shape(info, uploads, predictions, r_source, timings)
+    config_version = config_version or predictions[0].config_version
+    answer = shape(info, uploads, predictions, r_source, config_version, timings)
     request.state.schedule = predictions[0].schedule
     _count(request, 200, images=len(uploads), total_s=timings.total / 1e3)
     response.headers.update(
@@ -121,7 +127,7 @@ async def _classify_all(
     uploads: Sequence[Upload],
     job: Job,
     decoding: Callable[[bytes], bytes],
-    decoders: CapacityLimiter,
+    decoders: Executor,
     engine: Engine,
 ) -> list[tuple[float, Prediction]]:
     """Seconds of decoding, and the prediction, for each image; the first failure withdraws the others."""
@@ -129,7 +135,7 @@ async def _classify_all(
     async def classify_one(index: int, upload: Upload) -> tuple[float, Prediction]:
         start = time.perf_counter()
         try:
-            pixels = await to_thread.run_sync(decoding, upload.encoded, limiter=decoders)
+            pixels = await asyncio.get_running_loop().run_in_executor(decoders, decoding, upload.encoded)
         except ServerError as error:
             error.details.update(image=index, filename=upload.filename)
             raise
@@ -160,13 +166,28 @@ async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
         working.cancel()
 
 
+@asynccontextmanager
+async def _at_most(timeout_s: float) -> AsyncIterator[None]:
+    """Withdraws what takes longer, and raises DeadlineError."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError:
+        raise DeadlineError(f"no answer within {timeout_s:.3g} s") from None
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def shape(
-    info: ModelInfo, uploads: list[Upload], predictions: list[Prediction], r_source: RSource, timings: TimingsMs
+    info: ModelInfo,
+    uploads: Sequence[Upload],
+    predictions: Sequence[Prediction],
+    r_source: RSource,
+    config_version: int,
+    timings: TimingsMs,
 ) -> Classification:
     """The engine's predictions as the client sees them."""
     first = predictions[0]
@@ -186,7 +207,7 @@ def shape(
         r_source=r_source,
         tokens=token_counts(first.schedule, info.num_tokens, info.num_prefix_tokens)[-1],
         batch_size=max(prediction.batch_size for prediction in predictions),
-        config_version=first.config_version,
+        config_version=config_version,
         results=results,
         timings_ms=timings,
     )
@@ -195,7 +216,7 @@ def shape(
 def _count(request: Request, status: int, images: int = 0, total_s: float | None = None) -> None:
     model = getattr(request.state, "model", "unknown")
     schedule = getattr(request.state, "schedule", None)
-    r = "deployment" if schedule is None else label_of(schedule)
+    r = "unknown" if schedule is None else label_of(schedule)  # refused before the deployment's was asked for
     metrics.REQUESTS.labels(model, r, str(status)).inc()
     if images:
         metrics.IMAGES.labels(model, r).inc(images)

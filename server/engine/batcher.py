@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from server.errors import DeadlineError, EngineError, QueueFullError, ServerError, UnavailableError
+
+logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 P = TypeVar("P")
@@ -84,7 +87,7 @@ class Batcher(Generic[K, P, A]):
         self._observer = observer
         self._clock = clock
         self._queues: dict[K, list[_Waiting[P, A]]] = {}
-        self._run_s: dict[K, float] = {}
+        self._batch_s = 0.0
         self._per_job_s = 0.0
         self._num_waiting = 0
         self._arrived = asyncio.Event()
@@ -96,9 +99,10 @@ class Batcher(Generic[K, P, A]):
         """Jobs queued whose callers still wait."""
         return self._num_waiting
 
-    def start(self) -> None:
-        """Begins to serve; call it inside a running event loop."""
+    def start(self) -> asyncio.Task[None]:
+        """Begins to serve; call it inside a running event loop. The task ends only by `close`."""
         self._loop = asyncio.create_task(self._serve(), name="batcher")
+        return self._loop
 
     async def submit(self, key: K, payload: P, timeout_s: float, *, urgent: bool = False) -> Answer[A]:
         """Queues one job and waits for its answer. Cancelling the call withdraws the job.
@@ -142,14 +146,6 @@ class Batcher(Generic[K, P, A]):
         if self._loop is not None:
             await self._loop
 
-    async def abort(self) -> None:
-        """Takes no more jobs and answers those that wait with UnavailableError; a running batch is still answered."""
-        self._closed = True
-        for queue in self._queues.values():
-            for job in queue:
-                _fail(job, UnavailableError("the engine is shutting down", retry_after_s=1))
-        await self.close()
-
     async def _serve(self) -> None:
         while True:
             # Lets callers that are ready in this turn of the loop join the batch; costs no waiting.
@@ -172,11 +168,11 @@ class Batcher(Generic[K, P, A]):
                 del self._queues[key]
         if not self._queues:
             return None
-        due = {key: min(self._due_at(key, job) for job in queue) for key, queue in self._queues.items()}
+        due = {key: min(self._due_at(job) for job in queue) for key, queue in self._queues.items()}
         key = min(due, key=lambda key: due[key])
         if due[key] > now:
             key = max(self._queues, key=lambda key: (min(len(self._queues[key]), self._max_batch_size), -due[key]))
-        batch = heapq.nsmallest(self._max_batch_size, self._queues[key], key=lambda job: self._due_at(key, job))
+        batch = heapq.nsmallest(self._max_batch_size, self._queues[key], key=self._due_at)
         for job in batch:
             self._leave_queue(job)
         self._queues[key] = [job for job in self._queues[key] if job.is_queued]
@@ -191,17 +187,14 @@ class Batcher(Generic[K, P, A]):
             if job.deadline > now:
                 return False
             _fail(job, DeadlineError("the deadline passed in the queue"))
-        elif not job.future.cancelled():
-            return True  # answered already, by abort
-        if self._observer:
-            self._observer.job_dropped(key, "deadline" if job.deadline <= now else "cancelled")
+        self._tell(lambda observer: observer.job_dropped(key, "deadline" if job.deadline <= now else "cancelled"))
         return True
 
-    def _due_at(self, key: K, job: _Waiting[P, A]) -> float:
+    def _due_at(self, job: _Waiting[P, A]) -> float:
         """When a job must go before fuller batches: at once, of age, or early enough to be answered in time."""
         if job.urgent:
             return float("-inf")
-        return min(job.enqueued_at + self._batch_timeout_s, job.deadline - 2 * self._run_s.get(key, 0.0))
+        return min(job.enqueued_at + self._batch_timeout_s, job.deadline - 2 * self._batch_s)
 
     async def _run(self, key: K, jobs: list[_Waiting[P, A]]) -> None:
         started = self._clock()
@@ -219,14 +212,27 @@ class Batcher(Generic[K, P, A]):
                 _fail(job, answer)
             return
         run_s = self._clock() - started
-        self._run_s[key] = run_s
-        self._per_job_s = run_s / len(jobs) if not self._per_job_s else 0.8 * self._per_job_s + 0.2 * run_s / len(jobs)
         waits_s = [started - job.enqueued_at for job in jobs]
-        if self._observer:
-            self._observer.batch_ran(key, waits_s, run_s)
         for job, result, wait_s in zip(jobs, results, waits_s, strict=True):
             if not job.future.done():
                 job.future.set_result(Answer(result, len(jobs), wait_s, run_s))
+        self._batch_s = _moved(self._batch_s, run_s)
+        self._per_job_s = _moved(self._per_job_s, run_s / len(jobs))
+        self._tell(lambda observer: observer.batch_ran(key, waits_s, run_s))
+
+    def _tell(self, event: Callable[[Observer[K]], None]) -> None:
+        """Tells the observer; its failure is not the jobs'."""
+        if self._observer is None:
+            return
+        try:
+            event(self._observer)
+        except Exception:  # a full disk under the metrics, say
+            logger.exception("the batcher's observer failed")
+
+
+def _moved(mean: float, value: float) -> float:
+    """A moving mean that starts at its first value."""
+    return 0.8 * mean + 0.2 * value if mean else value
 
 
 def _fail(job: _Waiting[P, A], error: ServerError) -> None:

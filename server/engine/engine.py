@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,8 @@ from server.engine.batcher import Batcher
 from server.errors import DeadlineError, NotFoundError, UnavailableError
 from server.metrics import CONFIG_VERSION, BatchMetrics
 from server.types import BatchKey, Deployment, Job, ModelInfo, Prediction, TopK
+
+logger = logging.getLogger(__name__)
 
 RunBatch = Callable[[BatchKey, Sequence[Job]], Sequence[TopK]]
 """Computes one batch on the device: every job of it under the key's model and schedule; answers in order."""
@@ -25,6 +28,7 @@ class LocalEngine:
     Args:
         models: The loaded models, the default first.
         run_batch: The device; a function of its input is enough for a test.
+        check_device: Raises when the device no longer works; called on the device's thread.
         store: The deployment `r` of each model.
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
@@ -40,12 +44,15 @@ class LocalEngine:
         run_batch: RunBatch,
         store: ConfigStore,
         *,
+        check_device: Callable[[], None] = lambda: None,
         max_batch_size: int = 32,
         max_queue_size: int = 256,
         batch_timeout_s: float = 0.1,
     ) -> None:
         self._models = dict(models)
         self._compute = run_batch
+        self._check_device = check_device
+        self._broken = asyncio.Event()
         self._store = store
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._batcher = Batcher[BatchKey | None, Job | None, TopK | None](
@@ -61,7 +68,11 @@ class LocalEngine:
 
     def start(self) -> None:
         """Begins to serve; call it inside a running event loop."""
-        self._batcher.start()
+        self._batcher.start().add_done_callback(lambda _: self._broken.set())
+
+    async def broken(self) -> None:
+        """Returns when this engine can serve no more: its device or its batch loop is gone, or it was closed."""
+        await self._broken.wait()
 
     async def close(self) -> None:
         """Answers what waits, then stops."""
@@ -105,11 +116,26 @@ class LocalEngine:
             raise UnavailableError(f"the engine does not answer: {error.message}", retry_after_s=1) from None
 
     async def _run_batch(self, key: BatchKey | None, jobs: Sequence[Job | None]) -> Sequence[TopK | None]:
-        """A batch on the device thread; without a key it is a health check, and reaching that thread is the answer."""
+        """A batch on the device thread; without a key it is a health check, which a working device answers."""
         loop = asyncio.get_running_loop()
-        if key is None:
-            return await loop.run_in_executor(self._device, lambda: [None] * len(jobs))
-        return await loop.run_in_executor(self._device, self._compute, key, jobs)  # type: ignore[arg-type]
+        if key is not None:
+            try:
+                return await loop.run_in_executor(self._device, self._compute, key, jobs)  # type: ignore[arg-type]
+            except Exception:
+                logger.exception("a batch of %d for %s failed", len(jobs), key)
+                await self._probe()
+                raise
+        await self._probe()
+        return [None] * len(jobs)
+
+    async def _probe(self) -> None:
+        """Raises UnavailableError, and gives this engine up, when the device fails at the simplest work."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._device, self._check_device)
+        except Exception as error:
+            logger.critical("the device works no more", exc_info=error)
+            self._broken.set()
+            raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
 
     def _info(self, model: str) -> ModelInfo:
         if model not in self._models:

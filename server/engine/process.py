@@ -7,15 +7,14 @@ import logging
 import os
 import signal
 import sys
-from multiprocessing.connection import Connection
-
-import torch
+from multiprocessing.synchronize import Event
 
 from server.config_store import ConfigStore
+from server.dial import schedule_of
 from server.engine.engine import LocalEngine
-from server.engine.runner import Runner
+from server.engine.runner import Runner, set_threads
 from server.engine.transport import serve_engine
-from server.errors import InvalidError
+from server.errors import EngineError, InvalidError
 from server.lifetime import configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.models import load_model
@@ -25,18 +24,17 @@ from server.types import BatchKey
 logger = logging.getLogger(__name__)
 
 
-def main(settings: Settings, socket_path: str, ready: Connection) -> None:
-    """Runs the engine process; sends on `ready` once it serves."""
+def main(settings: Settings, socket_path: str, ready: Event) -> None:
+    """Runs the engine process; sets `ready` once it serves."""
     configure_logging(settings.log_level)
     end_with_parent()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     try:
         engine = build_engine(settings)
-    except (SettingsError, InvalidError) as error:
+    except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    asyncio.run(_serve(engine, socket_path, ready))
+    sys.exit(asyncio.run(_serve(engine, socket_path, ready)))
 
 
 def build_engine(settings: Settings) -> LocalEngine:
@@ -45,6 +43,7 @@ def build_engine(settings: Settings) -> LocalEngine:
     Raises:
         SettingsError: A model cannot be loaded, or the state file cannot be read.
         InvalidError: A deployment `r` is out of its model's range.
+        EngineError: A model gives no numbers in this precision.
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
     store = ConfigStore(
@@ -55,16 +54,20 @@ def build_engine(settings: Settings) -> LocalEngine:
         {name: model.info for name, model in loaded.items()},
         runner.run_batch,
         store,
+        check_device=runner.check,
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
     )
-    infos = engine.catalog().values()
-    runner.warm_up([BatchKey(info.name, (0,) * info.num_blocks, info.preprocessing.input_size) for info in infos])
+    for info in engine.catalog().values():
+        deployed = schedule_of(store.deployment(info.name).r, info.num_blocks, info.max_r)
+        for schedule in dict.fromkeys([(0,) * info.num_blocks, deployed]):
+            runner.warm_up(BatchKey(info.name, schedule, info.preprocessing.input_size))
     return engine
 
 
-async def _serve(engine: LocalEngine, socket_path: str, ready: Connection) -> None:
+async def _serve(engine: LocalEngine, socket_path: str, ready: Event) -> int:
+    """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better)."""
     told_to_end = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
     if os.path.exists(socket_path):  # left by an engine that was killed
@@ -73,8 +76,12 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Connection) -> No
     server = await serve_engine(engine, socket_path)
     ENGINE_STARTS.inc()
     ENGINE_UP.set(1)
-    ready.send(True)
+    ready.set()
     logger.info("serving %s", ", ".join(engine.catalog()))
-    await told_to_end.wait()
+    ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()
+    if not told_to_end.is_set():
+        return 1
     await engine.close()
+    return 0

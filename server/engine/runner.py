@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from server.dial import r_of, text_of
+from server.errors import EngineError
 from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import BatchKey, Job, TopK
@@ -44,17 +46,22 @@ class Runner:
         images = self._images(key, [job.pixels for job in jobs])
         probabilities = self._models[key.model](images, key.schedule).float().softmax(dim=1)
         scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
+        if not scores.isfinite().all():
+            raise EngineError(f"{key.model} gives numbers that are none in {self._dtype}; try another --precision")
         rows = zip(jobs, indices.tolist(), scores.tolist(), strict=True)
         return [TopK(indices[: job.top_k], scores[: job.top_k]) for job, indices, scores in rows]
 
-    def warm_up(self, keys: Sequence[BatchKey]) -> None:
-        """Runs each key once, so that no first request pays for what happens once."""
-        for key in keys:
-            start = time.perf_counter()
-            height, width = key.input_size
-            self.run_batch(key, [Job(key.model, bytes(height * width * 3), key.schedule, 1, 0.0)])
-            elapsed_s = time.perf_counter() - start
-            logger.info("%s is warm on %s in %s (%.2f s)", key.model, self._device, self._dtype, elapsed_s)
+    def check(self) -> None:
+        """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
+        torch.ones(1, device=self._device).sum().item()
+
+    def warm_up(self, key: BatchKey) -> None:
+        """Classifies one black image, so that no request pays for what a device does once."""
+        start = time.perf_counter()
+        height, width = key.input_size
+        self.run_batch(key, [Job(key.model, bytes(height * width * 3), key.schedule, 1, 0.0)])
+        took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
+        logger.info("%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, self._dtype, took_s)
 
     def _images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
         """Bytes of RGB rows to the normalised batch (B, 3, H, W)."""
@@ -73,6 +80,12 @@ class Runner:
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_threads(threads: int) -> None:
+    """Gives torch that many CPU threads; 0 leaves the choice to it."""
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def pick_device(device: str) -> str:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _LENGTHS = struct.Struct("!II")
 RECONNECT_S = 0.05
-CALL_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 12.0  # longer than the engine takes to say that a check failed
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
@@ -117,6 +117,8 @@ class RemoteEngine:
                 await self._receive(reader)
             except (OSError, asyncio.IncompleteReadError):
                 logger.warning("the connection to the engine broke; %d calls fail", len(self._calls))
+            except Exception:  # whatever came over it: a new connection may do better
+                logger.exception("the connection to the engine is given up; %d calls fail", len(self._calls))
             finally:
                 ENGINE_UP.set(0)
                 writer, self._writer = self._writer, None
@@ -124,6 +126,7 @@ class RemoteEngine:
                 for future in self._calls.values():
                     if not future.done():
                         future.set_exception(UnavailableError("the engine went down", retry_after_s=1))
+            await asyncio.sleep(RECONNECT_S)
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         """Reads the catalog, which the engine sends first, then answers, until the connection breaks."""

@@ -320,18 +320,15 @@ async def test_close_answers_everyone_who_waits() -> None:
         assert [task.result().result for task in tasks] == ["busy:0", "a:1", "b:1", "c:1"]
 
 
-async def test_abort_answers_everyone_with_unavailable_and_lets_the_running_batch_finish() -> None:
+async def test_an_observer_that_fails_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bench() as it:
-        running = await it.keep_busy()
-        waiting = [await it.queued("a", payload) for payload in range(3)]
-        aborting = asyncio.create_task(it.batcher.abort())
-        failed = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [type(error) for error in failed] == [UnavailableError] * 3
-        it.device.gate.set()
-        await aborting
-        assert running.result().result == "busy:0"
-        assert it.device.batches == [("busy", [0])]
-        assert it.device.dropped == []
+
+        def fail(*event: object) -> None:
+            raise OSError("the disk is full")
+
+        monkeypatch.setattr(it.device, "batch_ran", fail)
+        for payload in range(3):
+            assert (await it.batcher.submit("a", payload, FOREVER)).result == f"a:{payload}"
 
 
 @pytest.mark.parametrize("urgent", [False, True])

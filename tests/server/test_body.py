@@ -113,7 +113,7 @@ async def test_a_parameter_said_twice_is_refused_by_name(service: Service) -> No
         await post("/classify?r=1", json={"images": [BASE64], "r": 1}),
     ]
     for answer in answers:
-        assert "r: given" in assert_is_error(answer, 422, "invalid_parameter")
+        assert "'r': given" in assert_is_error(answer, 422, "invalid_parameter")
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "video/mp4", "", "odd"])

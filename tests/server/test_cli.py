@@ -40,8 +40,12 @@ def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytes
         main([command, "--help"])
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    flags = list(Settings.model_fields) if command == "serve" else ["model", "weights", "r", "device", "precision"]
-    for name in [*flags, "config"]:
+    flags = {
+        "serve": list(Settings.model_fields),
+        "classify": ["model", "weights", "r", "device", "precision", "threads"],
+        "models": ["model", "weights"],
+    }
+    for name in [*flags[command], "config"]:
         assert re.search(rf"{flag(name)} (VALUE|FILE)\s+\w+", shown), name
 
 
@@ -68,7 +72,7 @@ def test_a_wrong_command_line_ends_with_usage(said: str, capsys: pytest.CaptureF
         (["serve", "--model", "a/vit", "--model", "b/vit"], "named alike"),
         (["serve", "--host", "256.256.256.256"], "256.256.256.256"),
         (["models", "--model", "vit_of_nobody"], "vit_of_nobody"),
-        (["models", "--precision", "int3"], "precision"),
+        (["classify", "--precision", "int3", "photo.png"], "precision"),
         (["classify", "--model", "local-dir:nothing", "photo.png"], "nothing"),
     ],
 )

@@ -153,3 +153,10 @@ def test_a_full_disk_leaves_the_old_value_in_force(file: Path, monkeypatch: pyte
     with pytest.raises(EngineError, match="No space left"):
         store.set_r("tiny", 9)
     assert store.deployment("tiny") == ConfigStore(START, file).deployment("tiny") == kept
+
+
+def test_a_change_outlives_a_start_without_its_model(file: Path) -> None:
+    ConfigStore(START, file).set_r("tiny", 3)
+    ConfigStore({"large": (4, 2)}, file).set_r("large", 1)
+    again = ConfigStore(START, file)
+    assert (again.deployment("tiny").r, again.deployment("large").r) == (3, 1)

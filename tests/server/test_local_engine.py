@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from server.dial import Schedule
 from server.engine import engine as engine_module
 from server.engine.engine import LocalEngine
-from server.errors import ConflictError, InvalidError, NotFoundError, QueueFullError, UnavailableError
+from server.errors import ConflictError, EngineError, InvalidError, NotFoundError, QueueFullError, UnavailableError
 from server.types import Deployment, Job
 from tests.server.conftest import FakeDevice, class_of, local_engine, model_info, until
 
@@ -169,4 +169,28 @@ async def test_a_closed_engine_is_unavailable_and_has_answered_what_waited() -> 
         with pytest.raises(UnavailableError):
             await engine.classify(job())
         with pytest.raises(UnavailableError):
+            await engine.check()
+
+
+async def test_a_failed_batch_on_a_working_device_is_not_the_end() -> None:
+    device = FakeDevice(failure=ValueError("this batch alone"))
+    async with started(device) as engine:
+        broken = asyncio.create_task(engine.broken())
+        with pytest.raises(EngineError):
+            await engine.classify(job())
+        device.failure = None
+        assert (await engine.classify(job())).top_k.indices == [class_of(b"abc", (0, 0, 0))]
+        assert not broken.done()
+        broken.cancel()
+
+
+async def test_an_engine_whose_device_works_no_more_is_not_ready_and_says_that_it_is_broken() -> None:
+    def fail() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    async with started(FakeDevice(failure=RuntimeError("illegal")), check_device=fail) as engine:
+        with pytest.raises(UnavailableError):
+            await engine.classify(job())
+        await engine.broken()
+        with pytest.raises(UnavailableError, match="works no more"):
             await engine.check()

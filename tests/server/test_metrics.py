@@ -58,7 +58,7 @@ async def test_an_answer_counts_once_in_every_metric() -> None:
         ("r=4&inflect=-1", "tiny", "schedule", "200"),
         ("r=3,3,3", "tiny", "3", "200"),
         ("", "tiny", "5", "200"),
-        ("model=secret-of-a-client", "unknown", "deployment", "404"),
+        ("model=secret-of-a-client", "unknown", "unknown", "404"),
     ],
 )
 async def test_labels_come_from_closed_sets(query: str, model: str, r: str, code: str) -> None:

@@ -16,6 +16,7 @@ from timm.data.imagenet_info import ImageNetInfo
 
 from server import models
 from server.engine.runner import Runner
+from server.errors import EngineError
 from server.models import load_model
 from server.settings import ModelSpec, SettingsError
 from server.types import BatchKey, Job, Preprocessing
@@ -203,3 +204,11 @@ def test_the_runner_answers_as_the_model_does_whatever_else_is_in_the_batch(tiny
             wanted = logits.softmax(1)[0].topk(job.top_k)
             assert answer.indices == wanted.indices.tolist()
             assert answer.scores == pytest.approx(wanted.values.tolist(), abs=1e-5)
+
+
+def test_a_model_that_gives_no_numbers_is_an_error_and_not_an_answer(tiny_folder: Path) -> None:
+    loaded = load_model(spec(tiny_folder))
+    torch.nn.init.constant_(loaded.merged.get_parameter("model.head.bias"), float("nan"))
+    runner = Runner({"mine": loaded}, "cpu", "fp32")
+    with pytest.raises(EngineError, match="precision"):
+        runner.warm_up(BatchKey("mine", (0, 0), (32, 32)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from server.api import routes
+from server.api.decode import decode
 from server.engine.engine import LocalEngine
 from server.engine.transport import RemoteEngine
 from server.errors import ServerError
@@ -434,9 +437,54 @@ async def test_a_client_that_hangs_up_while_queued_has_its_job_withdrawn() -> No
         assert [message["status"] for message in sent if message["type"] == "http.response.start"] in ([], [499])
 
 
-async def drive(service: Service, body: bytes, hangs_up: asyncio.Event, sent: list[MutableMapping[str, Any]]) -> None:
+async def test_a_client_that_leaves_amid_its_body_is_counted_as_gone_and_not_as_our_failure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving() as service:
+        labels = {"model": "unknown", "r": "unknown", "code": "499"}
+        before = REGISTRY.get_sample_value("tome_requests_total", labels) or 0.0
+        hangs_up = asyncio.Event()
+        hangs_up.set()
+        await drive(service, PNG[:20], hangs_up, [], more_body=True)
+        assert REGISTRY.get_sample_value("tome_requests_total", labels) == before + 1
+        assert "Traceback" not in caplog.text
+        assert service.device.batches == []
+
+
+async def test_the_deadline_holds_while_decoding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, done = threading.Event(), threading.Event()
+
+    def decode_for_long(encoded: bytes, **options: Any) -> bytes:
+        decoding.set()
+        done.wait()
+        return decode(encoded, **options)
+
+    async with serving() as service:
+        monkeypatch.setattr(routes, "decode", decode_for_long)
+        late = await service.classify(PNG, status=504, deadline_ms=50)
+        assert (late.json()["error"]["code"], decoding.is_set()) == ("deadline_exceeded", True)
+        done.set()
+        assert service.device.batches == []
+        assert service.app.state.admission._in_flight == 0
+
+
+@pytest.mark.parametrize("header", ["Bearer secret", "bearer secret", "BEARER  secret"])
+async def test_the_scheme_of_a_key_is_read_in_any_case(header: str) -> None:
+    async with serving(api_key="secret") as service:
+        response = await service.client.get("/v1/models", headers={"authorization": header})
+        assert response.status_code == 200
+
+
+async def drive(
+    service: Service,
+    body: bytes,
+    hangs_up: asyncio.Event,
+    sent: list[MutableMapping[str, Any]],
+    *,
+    more_body: bool = False,
+) -> None:
     """Sends one raw image as an ASGI server does, and then hangs up."""
-    messages: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+    messages: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": more_body}]
 
     async def receive() -> dict[str, Any]:
         if messages:

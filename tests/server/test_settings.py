@@ -196,3 +196,20 @@ def test_the_state_file_is_one_a_port_or_none(tmp_path: Path) -> None:
     assert load_settings({"state_dir": "none"}).state_file() is None
     default = Settings.model_validate({}).state_file()
     assert default is not None and "~" not in str(default)
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "TOME_PORT": "tcp://10.0.0.1:80",
+        "TOME_SERVICE_HOST": "10.0.0.1",
+        "TOME_SERVICE_PORT_HTTP": "80",
+        "TOME_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "TOME_PORT_80_TCP_ADDR": "10.0.0.1",
+        "TOME_SERVER_PORT": "tcp://10.0.0.1:80",
+        "TOME_SERVER_SERVICE_PORT": "80",
+        "TOME_SERVER_PORT_80_TCP_PROTO": "tcp",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TOME_MAX_IMAGES", "7")
+    settings = load_settings({})
+    assert (settings.port, settings.max_images) == (8000, 7)

@@ -86,7 +86,7 @@ class ViTFamily:
 def _attention(attn: Attention, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
     """timm's attention with sizes, and its metric: keys averaged over heads in float32, (B, N, D)."""
     B, N, _ = x.shape
-    gate = getattr(attn, "gate", None)  # since timm 1.0.30
+    gate = getattr(attn, "gate", None)  # newer timm alone has it
     q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     dropout = attn.attn_drop.p if attn.training else 0.0
