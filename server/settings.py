@@ -95,7 +95,9 @@ class Settings(BaseModel):
         Path("~/.local/state/tome-server"),
         description="folder that keeps live changes over a restart; none to keep none",
     )
-    http_workers: int = Field(1, ge=1, le=64, description="HTTP processes; each decodes images on about one core")
+    http_workers: int = Field(
+        1, ge=1, le=64, description="HTTP processes, which parse and decode; more of them keep more cores busy"
+    )
     device: str = Field("auto", description="torch device; auto takes cuda where there is one, else the CPU")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on cuda, fp32 on the CPU"

@@ -1,4 +1,4 @@
-"""The nouns that travel through the service. Standard library only; every one is complete when built."""
+"""The nouns that travel through the service. Standard library only."""
 
 from __future__ import annotations
 

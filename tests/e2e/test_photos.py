@@ -27,6 +27,9 @@ NAME = "vit_tiny_patch16_224"
 TOKENS_LEFT = {0: 197, 8: 101, 13: 41, 16: 11}  # at r=16 the last block has 21 tokens and can merge but 10
 LADDER = tuple(TOKENS_LEFT)
 
+PUBLISHED_TOP1 = {0: 0.891, 8: 0.883, 13: 0.871, 16: 0.834}
+"""Of the published implementation on all 1,000 photos, squashed to 224 px; each r has a quarter of them here."""
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (PHOTOS.exists() and WEIGHTS.exists()), reason="the shared photos and weights are not here"),
@@ -70,7 +73,7 @@ def test_every_answer_over_http_is_the_offline_answer_for_that_photo_and_that_r(
         # The images computed under an r are the images asked for under it: no batch mixed two.
         assert samples[f'tome_batch_size_sum{{model="{NAME}",r="{r}"}}'] == len(right) == 250
         assert samples[f'tome_images_total{{model="{NAME}",r="{r}"}}'] == 250
-        print(f"r={r}: top-1 {sum(right) / len(right):.3f} on {len(right)} photos")
+        assert sum(right) / len(right) >= PUBLISHED_TOP1[r] - 0.05
 
 
 JPEG = {"content-type": "image/jpeg"}
