@@ -60,6 +60,8 @@ def read_photos(folder: Path, info: ModelInfo, limit: int | None = None) -> tupl
     """The model's input pixels of every listed photo, and their class indices."""
     with (folder / "labels.csv").open(newline="") as file:
         listed = list(csv.DictReader(file))[:limit]
+    if not listed:
+        raise SystemExit(f"{folder / 'labels.csv'} lists no photo")
     with ThreadPoolExecutor() as pool:
         files = [folder / "images" / row["file"] for row in listed]
         pixels = list(pool.map(lambda file: decode(file.read_bytes(), info.preprocessing, MAX_PIXELS), files))
@@ -74,32 +76,33 @@ def measure(
     ladder: Sequence[int],
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """One row for each `r`; r=0 is measured too where it is not asked for, since agreement needs it."""
-    starts = range(0, len(pixels), batch_size)
-    guesses: dict[int, list[int]] = {}
-    rows = []
-    for r in dict.fromkeys([0, *ladder]):
-        schedule = schedule_of(r, info.num_blocks, info.max_r)
-        key = BatchKey(info.name, schedule, info.preprocessing.input_size)
-        batches = [[Job(info.name, image, schedule, 1, 0.0) for image in pixels[at : at + batch_size]] for at in starts]
-        runner.run_batch(key, batches[0])  # warm-up, not counted
-        guesses[r], per_image_s = [], []
-        for batch in batches:
+    """One row for each `r`; r=0 is measured too where it is not asked for, since agreement needs it.
+
+    Every batch runs under each `r` in turn, so that whatever else the machine does falls on all of them alike.
+    """
+    schedules = {r: schedule_of(r, info.num_blocks, info.max_r) for r in dict.fromkeys([0, *ladder])}
+    guesses: dict[int, list[int]] = {r: [] for r in schedules}
+    per_image_s: dict[int, list[float]] = {r: [] for r in schedules}
+    for at in range(-batch_size, len(pixels), batch_size):  # the first round is warm-up: its batch comes again
+        images = pixels[max(at, 0) : max(at, 0) + batch_size]
+        for r, schedule in schedules.items():
+            key = BatchKey(info.name, schedule, info.preprocessing.input_size)
             start = time.perf_counter()
-            top = runner.run_batch(key, batch)
-            per_image_s.append((time.perf_counter() - start) / len(batch))
-            guesses[r] += [top_k.indices[0] for top_k in top]
-        rows.append(
-            {
-                "r": r,
-                "top1": share(guesses[r], labels),
-                "agreement": share(guesses[r], guesses[0]),
-                "images": len(pixels),
-                "tokens": token_counts(schedule, info.num_tokens, info.num_prefix_tokens)[-1],
-                "images_per_s": 1 / statistics.median(per_image_s),
-            }
-        )
-    return rows
+            answers = runner.run_batch(key, [Job(info.name, image, schedule, 1, 0.0) for image in images])
+            if at >= 0:
+                per_image_s[r].append((time.perf_counter() - start) / len(images))
+                guesses[r] += [answer.indices[0] for answer in answers]
+    return [
+        {
+            "r": r,
+            "top1": share(guesses[r], labels),
+            "agreement": share(guesses[r], guesses[0]),
+            "images": len(pixels),
+            "tokens": token_counts(schedule, info.num_tokens, info.num_prefix_tokens)[-1],
+            "images_per_s": 1 / statistics.median(per_image_s[r]),
+        }
+        for r, schedule in schedules.items()
+    ]
 
 
 def share(guesses: Sequence[int], truth: Sequence[int]) -> float:

@@ -101,13 +101,14 @@ def said_by(patch: pytest.MonkeyPatch, main: Callable[[], None], *arguments: obj
 
 
 class Run(NamedTuple):
-    """A training of two epochs in two parts: what each part printed and left."""
+    """A training of two epochs in two parts: what each part printed, left, and was fed."""
 
     folder: Path
     first: list[str]
     second: list[str]
     after_first: dict[str, Any]
     after_second: dict[str, Any]
+    fed: list[Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +121,24 @@ def small_model() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(data: DataSet, small_model: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The first part ends for want of time; the second goes on with a teacher."""
+    """The first part ends for want of time; the second goes on. Both have a teacher."""
     folder = tmp_path_factory.mktemp("run")
     teacher, checkpoint = folder / "teacher.safetensors", folder / "run" / "checkpoint.pt"
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=200).state_dict(), teacher)
     arguments = ["--data", data.folder, "--run", checkpoint.parent, "--device", "cpu", "--batch-size", 2, "--epochs", 2]
+    arguments += ["--teacher", teacher]
+    fed: list[Tensor] = []
+
+    def noted(images: Tensor) -> Tensor:
+        fed.append(augment(images))
+        return fed[-1]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "augment", noted)
         first = said_by(patch, train.main, *arguments, "--stop-after-s", 1e-9)
         after_first = torch.load(checkpoint, weights_only=True)
-        second = said_by(patch, train.main, *arguments, "--teacher", teacher)
-    return Run(checkpoint.parent, first, second, after_first, torch.load(checkpoint, weights_only=True))
+        second = said_by(patch, train.main, *arguments)
+    return Run(checkpoint.parent, first, second, after_first, torch.load(checkpoint, weights_only=True), fed)
 
 
 class Exported(NamedTuple):
@@ -185,6 +194,8 @@ def test_augmentation_keeps_black_black_and_treats_each_image_its_own_way() -> N
     assert torch.equal(augment(torch.zeros(16, 3, 64, 64, dtype=torch.uint8)), -torch.ones(16, 3, 64, 64))
     alike = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8).expand(16, -1, -1, -1)
     assert len(augment(alike).flatten(1).unique(dim=0)) == 16
+    plain = torch.full((16, 3, 64, 64), 128, dtype=torch.uint8)  # where the geometry does nothing
+    assert len(augment(plain).mean(dim=(1, 2, 3)).mul(1000).round().unique()) > 8
 
 
 def test_mixing_gives_images_and_targets_in_the_same_proportion() -> None:
@@ -253,12 +264,14 @@ def test_decay_groups_hold_each_parameter_once_and_decay_matrices_alone() -> Non
 
 def test_the_teacher_starts_as_the_imagenet_model_cut_to_our_classes(tmp_path: Path) -> None:
     whole: Any = timm.create_model("vit_tiny_patch16_224").eval()
-    torch.nn.init.normal_(whole.head.weight)
+    for parameter in whole.head.parameters():
+        torch.nn.init.normal_(parameter)
     save_file(whole.state_dict(), tmp_path / "weights.safetensors")
     rows = [999, 0, 517, 3]
     wnids = [ImageNetInfo().label_names()[row] for row in rows]
     teacher: Any = from_imagenet(tmp_path / "weights.safetensors", Labels(wnids, wnids)).eval()
     assert torch.equal(teacher.head.weight, whole.head.weight[rows])
+    assert torch.equal(teacher.head.bias, whole.head.bias[rows])
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         torch.testing.assert_close(teacher(x), whole(x)[:, rows])
@@ -271,6 +284,11 @@ def test_training_tells_its_progress_and_goes_on_where_it_ended(run: Run) -> Non
         assert state["epoch"] == epochs
         assert state["average"]["n_averaged"] == epochs * STEPS, f"part {part}"
         assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {epochs * STEPS}
+
+
+def test_a_resumed_training_does_not_draw_the_same_again(run: Run) -> None:
+    assert len(run.fed) == 2 * STEPS
+    assert len(torch.stack(run.fed).flatten(1).unique(dim=0)) == 2 * STEPS
 
 
 def test_training_changes_every_weight_and_the_average_follows(run: Run) -> None:
@@ -324,13 +342,25 @@ def test_top1_is_agreement_where_the_labels_are_the_answers_without_merging() ->
     for parameter in model.parameters():
         if parameter.ndim > 1:  # large enough that images differ in their answers
             torch.nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5)
-    images = torch.randint(256, (12, 3, 4, 4), dtype=torch.uint8).repeat_interleave(16, 2).repeat_interleave(16, 3)
-    with torch.inference_mode():
+    images = torch.randint(256, (24, 3, 16, 16), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    with torch.no_grad():
         labels = model(images.float() / 127.5 - 1).argmax(1)
     assert len(labels.unique()) > 3
     labels[0] = (labels[0] + 1) % 200
     none, some, most = export.measure(model, Split(images, labels), [8, 20])
-    assert none["agreement"] == 1 and none["top1"] == pytest.approx(11 / 12)
+    assert none["agreement"] == 1 and none["top1"] == pytest.approx(23 / 24)
     for row in (some, most):
-        assert abs(row["agreement"] - row["top1"]) <= 1 / 12 + 1e-6
+        assert abs(row["agreement"] - row["top1"]) <= 1 / 24 + 1e-6
     assert most["agreement"] < 1
+
+
+def test_the_same_seed_trains_the_same_model(
+    data: DataSet, small_model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    for name in "ab":
+        run = tmp_path / name
+        arguments = ["--data", data.folder, "--run", run, "--device", "cpu", "--batch-size", 2, "--epochs", 1]
+        said_by(monkeypatch, train.main, *arguments)
+        states.append(torch.load(run / "checkpoint.pt", weights_only=True)["model"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

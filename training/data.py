@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +48,8 @@ def load_split(folder: Path, split: str, cache: Path | None = None) -> Split:
         raise FileNotFoundError(f"no {split}*.parquet in {folder}")
     tables = [parquet.read_table(file) for file in files]
     encoded = [image for table in tables for image in table["image"].to_pylist()]
-    with ProcessPoolExecutor() as pool:
-        pixels = list(pool.map(_decode, encoded, chunksize=256))
+    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it decodes
+        pixels = list(pool.map(_decode, encoded))
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor([label for table in tables for label in table["label"].to_pylist()])
     if cached:

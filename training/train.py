@@ -38,6 +38,7 @@ TEMPERATURE = 2.0
 def main() -> None:
     args = parse_args()
     device = torch.device(args.device)
+    torch.manual_seed(args.seed)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured on a stream of their own; all runs on it
     train = Split(*(tensor.to(device) for tensor in load_split(args.data, "train", args.cache)))
@@ -63,6 +64,8 @@ def main() -> None:
     torch.manual_seed(args.seed + first_epoch)  # a resumed run does not draw the same again
 
     steps = len(train.images) // args.batch_size
+    if not steps:
+        raise SystemExit(f"--batch-size is {args.batch_size}; there are {len(train.images)} images")
     for epoch in range(first_epoch, args.epochs):
         order = torch.randperm(len(train.images), device=device)[: steps * args.batch_size]
         total = torch.zeros((), device=device)
