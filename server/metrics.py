@@ -49,7 +49,8 @@ class BatchMetrics:
             QUEUE_S.labels(*labels).observe(wait_s)
 
     def job_dropped(self, key: Hashable, reason: str) -> None:
-        DROPPED.labels(reason).inc()
+        if isinstance(key, BatchKey):
+            DROPPED.labels(reason).inc()
 
 
 def exposition() -> bytes:

@@ -212,3 +212,21 @@ def test_a_model_that_gives_no_numbers_is_an_error_and_not_an_answer(tiny_folder
     runner = Runner({"mine": loaded}, "cpu", "fp32")
     with pytest.raises(EngineError, match="precision"):
         runner.warm_up(BatchKey("mine", (0, 0), (32, 32)))
+
+
+def test_a_model_of_the_hub_is_its_config_and_its_safetensors_at_the_revision_asked_for(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[tuple[str, str, str | None]] = []
+
+    def fetch(repo: str, filename: str, revision: str | None = None, **options: Any) -> str:
+        fetched.append((repo, filename, revision))
+        return str(tiny_folder / filename)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    hub = load_model(ModelSpec.model_validate("hf-hub:someone/mine@v2"))
+    assert fetched == [("someone/mine", "config.json", "v2"), ("someone/mine", "model.safetensors", "v2")]
+    here = load_model(spec(tiny_folder))
+    assert (hub.info.name, hub.info.labels) == ("mine", here.info.labels)
+    assert all(torch.equal(hub.merged.state_dict()[name], value) for name, value in here.merged.state_dict().items())
