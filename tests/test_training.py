@@ -39,20 +39,6 @@ VAL_LABELS = [3, 0, 199, 55]
 STEPS = len(TRAIN_LABELS) // 2  # of an epoch at --batch-size 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads, which on a busy machine wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 class DataSet(NamedTuple):
     """A folder as the training reads it, and the splits that lie there."""
 

@@ -1,11 +1,10 @@
-"""The endpoints, over a fake device: answers, headers, the dial, limits, keys, and errors of one shape."""
+"""`POST /classify` over a fake device: answers, headers, the dial, limits, and clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import MutableMapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from prometheus_client import REGISTRY
 from server.api import routes
 from server.api.decode import decode
 from server.engine.engine import LocalEngine
-from server.engine.transport import RemoteEngine
-from server.errors import ServerError
 from server.types import Job, Prediction
 from tests.server.conftest import (
     NUM_CLASSES,
@@ -163,72 +160,6 @@ def waiting(service: Service) -> int:
     return count
 
 
-RAMP = {"r": 4, "inflect": -1}
-
-
-@pytest.mark.parametrize(("change", "r"), [({"r": 8}, 8), ({"r": "8,4"}, [8, 4, 0]), (RAMP, [8, 4, 0])])
-async def test_a_patched_r_counts_for_the_next_request_and_after_a_restart(
-    change: dict[str, Any], r: Any, tmp_path: Path
-) -> None:
-    async with serving(state_file=tmp_path / "state.json") as service:
-        patched = await service.client.patch("/v1/models/tiny", json=change)
-        assert (patched.status_code, patched.json()["r"], patched.json()["config_version"]) == (200, r, 2)
-        answer = await service.classify(PNG)
-        assert (answer.json()["r"], answer.json()["r_source"]) == (r, "deployment")
-        assert answer.headers["x-config-version"] == "2"
-        assert (await service.classify(PNG, r=1)).json()["r"] == 1
-    async with serving(state_file=tmp_path / "state.json") as service:
-        assert (await service.classify(PNG)).json()["r"] == r
-
-
-async def test_a_ramp_that_a_request_may_ask_for_can_be_deployed_too() -> None:
-    async with serving() as service:
-        asked = await service.classify(PNG, r=8, inflect=-1)
-        patched = await service.client.patch("/v1/models/tiny", json={"r": 8, "inflect": -1})
-        assert patched.status_code == 200, patched.text
-        assert (await service.classify(PNG)).json()["tokens"] == asked.json()["tokens"]
-
-
-async def test_an_etag_guards_a_change_against_a_race() -> None:
-    async with serving() as service:
-        etag = (await service.client.get("/v1/models/tiny")).headers["etag"]
-        first = await service.client.patch("/v1/models/tiny", json={"r": 1}, headers={"if-match": etag})
-        assert first.status_code == 200 and first.headers["etag"] != etag
-        second = await service.client.patch("/v1/models/tiny", json={"r": 2}, headers={"if-match": etag})
-        assert_is_error(second, 409, "conflict")
-        assert second.json()["error"]["details"] == {"config_version": 2}
-        anyway = await service.client.patch("/v1/models/tiny", json={"r": 3}, headers={"if-match": "*"})
-        assert anyway.json()["r"] == 3
-        again = await service.client.get("/v1/models/tiny")
-        assert (again.headers["etag"], again.json()["r"]) == (anyway.headers["etag"], 3)
-
-
-@pytest.mark.parametrize("if_match", [b'W/"1"', b'"one"', b'"-1"', b'"1", "2"', b'"\xb2"', b'"' + b"9" * 5000 + b'"'])
-async def test_an_if_match_that_is_no_etag_is_refused(if_match: bytes) -> None:
-    async with serving() as service:
-        response = await service.client.patch("/v1/models/tiny", json={"r": 1}, headers={b"if-match": if_match})
-        assert response.status_code in (409, 422)
-        assert_is_error(response, response.status_code, response.json()["error"]["code"])
-        assert (await service.client.get("/v1/models/tiny")).json()["r"] == 0
-
-
-async def test_the_models_are_described() -> None:
-    async with serving(models=[model_info(), model_info("large")], r=2) as service:
-        listed = (await service.client.get("/v1/models")).json()["models"]
-        assert [(each["name"], each["is_default"], each["r"]) for each in listed] == [
-            ("tiny", True, 2),
-            ("large", False, 2),
-        ]
-        detail = (await service.client.get("/v1/models/large")).json()
-        assert {name: detail[name] for name in listed[1]} == listed[1]
-        assert detail["classes"][3] == "label 3" and detail["num_classes"] == len(detail["classes"]) == NUM_CLASSES
-        assert (detail["input_size"], detail["num_blocks"], detail["min_r"], detail["max_r"]) == ([8, 8], 3, 0, 8)
-        assert detail["token_counts"].keys() == {str(r) for r in range(9)}
-        assert detail["token_counts"]["4"] == [17, 13, 9, 5]
-        assert_is_error(await service.client.get("/v1/models/huge"), 404, "not_found")
-        assert_is_error(await service.client.patch("/v1/models/huge", json={"r": 1}), 404, "not_found")
-
-
 async def test_a_deadline_that_passes_is_a_504_and_the_next_request_works() -> None:
     async with serving() as service:
         service.device.gate.clear()
@@ -278,143 +209,6 @@ async def test_a_batch_that_fails_is_a_500_and_the_next_request_works() -> None:
         assert_is_error(await service.classify(PNG, status=500), 500, "engine_error")
         service.device.failure = None
         await service.classify(PNG)
-
-
-USER, ADMIN = "user-key", "admin-key"
-
-
-def bearing(key: str | None, *, bearer: bool = True) -> dict[str, str]:
-    if key is None:
-        return {}
-    return {"authorization": f"Bearer {key}"} if bearer else {"x-api-key": key}
-
-
-@pytest.mark.parametrize("bearer", [True, False])
-@pytest.mark.parametrize(
-    ("api_key", "admin_key", "borne", "reading", "changing"),
-    [
-        (None, None, None, 200, 200),
-        (None, None, "any", 200, 200),
-        (USER, None, None, 401, 401),
-        (USER, None, "wrong", 401, 401),
-        (USER, None, "userkey\xe9", 401, 401),
-        (USER, None, USER, 200, 200),
-        (USER, ADMIN, None, 401, 401),
-        (USER, ADMIN, USER, 200, 403),
-        (USER, ADMIN, ADMIN, 200, 200),
-        (None, ADMIN, None, 200, 403),
-        (None, ADMIN, USER, 200, 403),
-        (None, ADMIN, ADMIN, 200, 200),
-    ],
-)
-async def test_keys_open_what_they_should(
-    api_key: str | None, admin_key: str | None, borne: str | None, reading: int, changing: int, bearer: bool
-) -> None:
-    async with serving(api_key=api_key, admin_key=admin_key) as service:
-        headers = {name.encode(): value.encode("latin-1") for name, value in bearing(borne, bearer=bearer).items()}
-        reads = [
-            await service.client.post("/classify", files=FORM, headers=headers),
-            await service.client.get("/v1/models", headers=headers),
-            await service.client.get("/v1/models/tiny", headers=headers),
-        ]
-        change = await service.client.patch("/v1/models/tiny", json={"r": 1}, headers=headers)
-        for response, status in [*((each, reading) for each in reads), (change, changing)]:
-            assert response.status_code == status
-            if status >= 400:
-                assert_is_error(response, status, "unauthorized" if status == 401 else "forbidden")
-            assert ("www-authenticate" in response.headers) == (status == 401)
-        for path in ("/livez", "/readyz", "/healthz", "/metrics"):
-            assert (await service.client.get(path)).status_code == 200
-
-
-async def test_a_ready_service_says_so() -> None:
-    async with serving() as service:
-        assert (await service.client.get("/livez")).status_code == 200
-        for path in ("/readyz", "/healthz"):
-            assert (await service.client.get(path)).json() == {"status": "ready", "models": ["tiny"]}
-
-
-async def test_without_an_engine_the_service_lives_and_is_not_ready(tmp_path: Path) -> None:
-    remote = RemoteEngine(str(tmp_path / "none"))
-    async with serving(engine=remote) as service:
-        assert (await service.client.get("/livez")).status_code == 200
-        answers = [await service.client.get(path) for path in ("/readyz", "/healthz", "/v1/models", "/v1/models/tiny")]
-        answers.append(await service.classify(PNG, status=503))
-        for answer in answers:
-            assert_is_error(answer, 503, "unavailable")
-            assert int(answer.headers["retry-after"]) >= 1
-
-
-async def test_the_openapi_document_lists_parameters_and_bodies_and_errors() -> None:
-    async with serving() as service:
-        document = (await service.client.get("/openapi.json")).json()
-        operation = document["paths"]["/classify"]["post"]
-        listed = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
-        assert listed.keys() == {"model", "r", "inflect", "top_k", "deadline_ms"}
-        assert all(each["description"] for each in listed.values())
-        assert operation["requestBody"]["content"].keys() == {"multipart/form-data", "image/*", "application/json"}
-        assert {"400", "413", "415", "422", "429", "503", "504"} <= operation["responses"].keys()
-        assert {"/v1/models", "/v1/models/{name}", "/livez", "/readyz", "/metrics"} <= document["paths"].keys()
-        docs = await service.client.get("/docs")
-        assert docs.status_code == 200 and "text/html" in docs.headers["content-type"]
-
-
-async def test_an_unknown_path_and_a_wrong_method_have_the_one_error_shape() -> None:
-    async with serving() as service:
-        assert_is_error(await service.client.get("/nothing"), 404, "not_found")
-        wrong = await service.client.get("/classify")
-        assert_is_error(wrong, 405, "method_not_allowed")
-        assert wrong.headers["allow"] == "POST"
-
-
-async def test_an_unforeseen_exception_is_a_500_of_the_one_shape_that_tells_nothing_inside(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with serving() as service:
-
-        async def explode(model: str) -> None:
-            raise ZeroDivisionError("secret inner detail")
-
-        monkeypatch.setattr(service.app.state.engine, "deployment", explode)
-        response = await service.client.get("/v1/models/tiny")
-        assert "secret" not in assert_is_error(response, 500, "internal")
-        logged = [record for record in caplog.records if response.headers["x-request-id"] in record.getMessage()]
-        assert logged and logged[0].exc_info
-        await service.classify(PNG)
-
-
-BAD_R = [
-    b'"x"',
-    b"9",
-    b"-1",
-    b"NaN",
-    b"Infinity",
-    b"null",
-    b"true",
-    b"[1, 1, 1, 1]",
-    b'"\\ud800"',
-    b"[" * 900 + b"]" * 900,
-]
-BAD_INFLECT = [b"2", b"NaN", b'"x"']
-BAD_PATCHES = [b"", b"{", b"[]", b'"r"', b"{}", b'{"q": 1}', b'{"r": 1, "q": 1}', b"\xff", b"[" * 100_000]
-BAD_PATCHES += [b'{"r": 1, "\\ud800": 1}']
-BAD_PATCHES += [b'{"r": %s}' % r for r in BAD_R] + [b'{"r": 1, "inflect": %s}' % inflect for inflect in BAD_INFLECT]
-
-
-@pytest.mark.parametrize("body", BAD_PATCHES, ids=lambda body: ascii(body[:30]))
-async def test_a_bad_patch_is_refused_and_changes_nothing(body: bytes) -> None:
-    async with serving() as service:
-        headers = {"content-type": "application/json"}
-        response = await service.client.patch("/v1/models/tiny", content=body, headers=headers)
-        assert response.status_code in (400, 422), response.text
-        assert_is_error(response, response.status_code, response.json()["error"]["code"])
-        assert (await service.client.get("/v1/models/tiny")).json()["r"] == 0
-
-
-async def test_a_patch_over_the_byte_cap_is_a_413() -> None:
-    async with serving(max_body_bytes=100) as service:
-        response = await service.client.patch("/v1/models/tiny", json={"r": "1" * 200})
-        assert_is_error(response, 413, "too_large")
 
 
 async def test_a_client_that_hangs_up_while_queued_has_its_job_withdrawn() -> None:
@@ -468,13 +262,6 @@ async def test_the_deadline_holds_while_decoding_too(monkeypatch: pytest.MonkeyP
         assert service.app.state.admission._in_flight == 0
 
 
-@pytest.mark.parametrize("header", ["Bearer secret", "bearer secret", "BEARER  secret"])
-async def test_the_scheme_of_a_key_is_read_in_any_case(header: str) -> None:
-    async with serving(api_key="secret") as service:
-        response = await service.client.get("/v1/models", headers={"authorization": header})
-        assert response.status_code == 200
-
-
 async def drive(
     service: Service,
     body: bytes,
@@ -510,22 +297,3 @@ async def drive(
         "server": ("127.0.0.1", 80),
     }
     await service.app(scope, receive, send)
-
-
-def test_the_error_table_is_that_of_the_architecture_page() -> None:
-    table = {kind.code: kind.status for kind in ServerError.__subclasses__()}
-    assert table == {
-        "undecodable": 400,
-        "unauthorized": 401,
-        "forbidden": 403,
-        "not_found": 404,
-        "conflict": 409,
-        "too_large": 413,
-        "unsupported_format": 415,
-        "invalid_parameter": 422,
-        "queue_full": 429,
-        "client_gone": 499,
-        "engine_error": 500,
-        "unavailable": 503,
-        "deadline_exceeded": 504,
-    }
