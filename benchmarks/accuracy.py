@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from server.api.decode import decode
-from server.dial import schedule_of
 from server.engine.runner import Runner
 from server.models import load_model
 from server.settings import ModelSpec
-from server.types import BatchKey, Job, ModelInfo
-from tome_core.schedule import token_counts
+from server.types import Job, ModelInfo
 
 MAX_PIXELS = 89_000_000
 
@@ -80,15 +78,16 @@ def measure(
 
     Every batch runs under each `r` in turn, so that whatever else the machine does falls on all of them alike.
     """
-    schedules = {r: schedule_of(r, info.num_blocks, info.max_r) for r in dict.fromkeys([0, *ladder])}
+    schedules = {r: info.schedule(r) for r in dict.fromkeys([0, *ladder])}
     guesses: dict[int, list[int]] = {r: [] for r in schedules}
     per_image_s: dict[int, list[float]] = {r: [] for r in schedules}
     for at in range(-batch_size, len(pixels), batch_size):  # the first round is warm-up: its batch comes again
         images = pixels[max(at, 0) : max(at, 0) + batch_size]
         for r, schedule in schedules.items():
-            key = BatchKey(info.name, schedule, info.preprocessing.input_size)
             start = time.perf_counter()
-            answers = runner.run_batch(key, [Job(info.name, image, schedule, 1, 0.0) for image in images])
+            answers = runner.run_batch(
+                info.batch_key(schedule), [Job(info.name, image, schedule, 1, 0.0) for image in images]
+            )
             if at >= 0:
                 per_image_s[r].append((time.perf_counter() - start) / len(images))
                 guesses[r] += [answer.indices[0] for answer in answers]
@@ -98,7 +97,7 @@ def measure(
             "top1": share(guesses[r], labels),
             "agreement": share(guesses[r], guesses[0]),
             "images": len(pixels),
-            "tokens": token_counts(schedule, info.num_tokens, info.num_prefix_tokens)[-1],
+            "tokens": info.token_counts(schedule)[-1],
             "images_per_s": 1 / statistics.median(per_image_s[r]),
         }
         for r, schedule in schedules.items()

@@ -74,20 +74,19 @@ def _serve(settings: Settings, args: argparse.Namespace) -> int:
 
 def _classify(settings: Settings, args: argparse.Namespace) -> int:
     from server.api.decode import decode
-    from server.dial import schedule_of
     from server.engine.runner import Runner, set_threads
-    from server.types import BatchKey, Job
+    from server.types import Job
 
     set_threads(settings.threads)
     spec = settings.specs()[0]
     loaded = _load(spec)
     info = loaded.info
-    schedule = schedule_of(0 if spec.r is None else spec.r, info.num_blocks, info.max_r)
+    schedule = info.schedule(spec.r or 0)
     top_k = min(5, len(info.labels)) if args.top_k is None else args.top_k
     if not 1 <= top_k <= len(info.labels):
         raise SettingsError(f"--top-k is {top_k}; it must lie between 1 and {len(info.labels)}")
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
-    key = BatchKey(info.name, schedule, info.preprocessing.input_size)
+    key = info.batch_key(schedule)
     for photo in args.photos:
         try:
             pixels = decode(Path(photo).read_bytes(), info.preprocessing, settings.max_image_pixels)

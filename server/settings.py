@@ -164,11 +164,10 @@ def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settin
     variables = {name[len(PREFIX) :].lower(): text for name, text in os.environ.items() if name.startswith(PREFIX)}
     # An empty variable is one not set; and what Kubernetes sets for a Service named tome or tome-server is not for us.
     variables = {name: text for name, text in variables.items() if text and not _OF_KUBERNETES.search(f"{name}={text}")}
-    config = config or variables.pop("config", None)
-    variables.pop("config", None)
+    config_variable = variables.pop("config", None)
     said = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Settings(**{**_read_yaml(config), **variables, **said})
+        return Settings(**{**_read_yaml(config or config_variable), **variables, **said})
     except ValidationError as error:
         raise SettingsError("\n".join(_line(problem) for problem in error.errors())) from None
 

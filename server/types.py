@@ -1,11 +1,14 @@
-"""The nouns that travel through the service. Standard library only."""
+"""The nouns that travel through the service. They know neither torch nor HTTP."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from server.dial import RSetting, Schedule
+from server.dial import RSetting, Schedule, schedule_of
+from server.errors import NotFoundError, shown
+from tome_core.schedule import token_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,18 @@ class ModelInfo:
     num_prefix_tokens: int
     max_r: int
 
+    def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
+        """The `r` of each block; raises InvalidError when this model cannot merge like that."""
+        return schedule_of(r, self.num_blocks, self.max_r, inflect)
+
+    def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
+        """Tokens entering the first block, then leaving each block."""
+        return token_counts(schedule, self.num_tokens, self.num_prefix_tokens)
+
+    def batch_key(self, schedule: Schedule) -> BatchKey:
+        """What jobs for this model under this schedule are batched by."""
+        return BatchKey(self.name, schedule, self.preprocessing.input_size)
+
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -48,6 +63,15 @@ class ModelInfo:
             key: tuple(value) if isinstance(value, list) else value for key, value in wire["preprocessing"].items()
         }
         return ModelInfo(**{**wire, "labels": tuple(wire["labels"]), "preprocessing": Preprocessing(**pre)})
+
+
+def find_model(catalog: Mapping[str, ModelInfo], name: str | None) -> ModelInfo:
+    """A model by name, or the first one; raises NotFoundError when there is none of that name."""
+    if name is None:
+        return next(iter(catalog.values()))
+    if name not in catalog:
+        raise NotFoundError(f"there is no model {shown(name)}; there are: {', '.join(catalog)}", models=list(catalog))
+    return catalog[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,9 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
 from server.api.body import parse, read_json
 from server.api.schemas import ModelDetail, ModelList, ModelSummary, PatchModel
-from server.dial import parse_r, r_of, schedule_of
-from server.errors import InvalidError, NotFoundError, shown
-from server.types import Deployment, Engine, ModelInfo
-from tome_core.schedule import token_counts
+from server.dial import parse_r, r_of
+from server.errors import InvalidError, shown
+from server.types import Deployment, Engine, ModelInfo, find_model
 
 router = APIRouter(prefix="/v1/models", responses=ERRORS)
 
@@ -48,18 +47,9 @@ async def patch_model(
     """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
     info = find_model(engine.catalog(), name)
     change = parse(PatchModel, await read_json(request))
-    schedule = schedule_of(parse_r(change.r), info.num_blocks, info.max_r, change.inflect)
+    schedule = info.schedule(parse_r(change.r), change.inflect)
     deployment = await engine.set_r(name, r_of(schedule), _version(if_match))
     return _detail(info, deployment, engine, response)
-
-
-def find_model(catalog: dict[str, ModelInfo], name: str | None) -> ModelInfo:
-    """A model by name, or the first one."""
-    if name is None:
-        return next(iter(catalog.values()))
-    if name not in catalog:
-        raise NotFoundError(f"there is no model {shown(name)}; there are: {', '.join(catalog)}", models=list(catalog))
-    return catalog[name]
 
 
 def _version(if_match: str | None) -> int | None:
@@ -94,10 +84,10 @@ def _detail(info: ModelInfo, deployment: Deployment, engine: Engine, response: R
         num_prefix_tokens=info.num_prefix_tokens,
         min_r=0,
         max_r=info.max_r,
-        token_counts=_token_counts(info.num_blocks, info.num_tokens, info.num_prefix_tokens, info.max_r),
+        token_counts=_token_counts(info),
     )
 
 
 @functools.cache
-def _token_counts(num_blocks: int, num_tokens: int, num_prefix_tokens: int, max_r: int) -> dict[int, list[int]]:
-    return {r: list(token_counts((r,) * num_blocks, num_tokens, num_prefix_tokens)) for r in range(max_r + 1)}
+def _token_counts(info: ModelInfo) -> dict[int, list[int]]:
+    return {r: list(info.token_counts(info.schedule(r))) for r in range(info.max_r + 1)}

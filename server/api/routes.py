@@ -17,12 +17,10 @@ from server import metrics
 from server.api.access import ERRORS, UsingAdmission, UsingEngine, UsingSettings, check_key
 from server.api.body import Upload, read_request
 from server.api.decode import decode
-from server.api.models import find_model
 from server.api.schemas import Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
-from server.dial import label_of, parse_r, r_of, schedule_of, text_of
+from server.dial import Schedule, label_of, parse_r, r_of, text_of
 from server.errors import ClientGoneError, DeadlineError, InvalidError, ServerError
-from server.types import Engine, Job, ModelInfo, Prediction
-from tome_core.schedule import token_counts
+from server.types import Engine, Job, ModelInfo, Prediction, find_model
 
 T = TypeVar("T")
 router = APIRouter(responses=ERRORS)
@@ -60,23 +58,24 @@ async def classify(
 ) -> Classification:
     """Names what is in each image. Send form parts `image`, a raw image or JSON; parameters in query or body."""
     start = time.perf_counter()
+    model, schedule = "unknown", None
     try:
         async with _at_most(settings.deadline_s):
             uploads, parameters = await read_request(request, settings.max_images)
         info, job = resolve(parameters, engine.catalog(), settings.deadline_s)
-        request.state.model, request.state.schedule = info.name, job.schedule
+        model, schedule = info.name, job.schedule
         config_version = None
         with admission.permit(len(uploads)):
             if job.schedule is None and len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
                 deployment = await engine.deployment(info.name)
                 config_version = deployment.config_version
-                job = replace(job, schedule=schedule_of(deployment.r, info.num_blocks, info.max_r))
+                job = replace(job, schedule=info.schedule(deployment.r))
             decoding = functools.partial(decode, preprocessing=info.preprocessing, max_pixels=settings.max_image_pixels)
             work = _classify_all(uploads, job, decoding, request.app.state.decoders, engine)
             async with _at_most(job.timeout_s):
                 answers = await _unless_client_leaves(request, work)
     except Exception as error:
-        _count(request, error.status if isinstance(error, ServerError) else 500)
+        _count(model, schedule, error.status if isinstance(error, ServerError) else 500)
         raise
     predictions = [prediction for _, prediction in answers]
     timings = TimingsMs(
@@ -88,8 +87,10 @@ async def classify(
     r_source: RSource = "deployment" if parameters.r is None else "request"
     config_version = config_version or predictions[0].config_version
     answer = shape(info, uploads, predictions, r_source, config_version, timings)
-    request.state.schedule = predictions[0].schedule
-    _count(request, 200, images=len(uploads), total_s=timings.total / 1e3)
+    _count(model, predictions[0].schedule, 200)
+    labels = (model, label_of(predictions[0].schedule))
+    metrics.IMAGES.labels(*labels).inc(len(uploads))
+    metrics.REQUEST_S.labels(*labels).observe(timings.total / 1e3)
     response.headers.update(
         {
             "x-r": text_of(answer.r),
@@ -111,7 +112,7 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], longest_s: fl
     info = find_model(catalog, parameters.model)
     schedule = None
     if parameters.r is not None:
-        schedule = schedule_of(parse_r(parameters.r), info.num_blocks, info.max_r, parameters.inflect)
+        schedule = info.schedule(parse_r(parameters.r), parameters.inflect)
     elif parameters.inflect is not None:
         raise InvalidError("inflect goes with an r")
     top_k = parameters.top_k or min(DEFAULT_TOP_K, len(info.labels))
@@ -205,7 +206,7 @@ def shape(
         model=info.name,
         r=r_of(first.schedule),
         r_source=r_source,
-        tokens=token_counts(first.schedule, info.num_tokens, info.num_prefix_tokens)[-1],
+        tokens=info.token_counts(first.schedule)[-1],
         batch_size=max(prediction.batch_size for prediction in predictions),
         config_version=config_version,
         results=results,
@@ -213,12 +214,6 @@ def shape(
     )
 
 
-def _count(request: Request, status: int, images: int = 0, total_s: float | None = None) -> None:
-    model = getattr(request.state, "model", "unknown")
-    schedule = getattr(request.state, "schedule", None)
+def _count(model: str, schedule: Schedule | None, status: int) -> None:
     r = "unknown" if schedule is None else label_of(schedule)  # refused before the deployment's was asked for
     metrics.REQUESTS.labels(model, r, str(status)).inc()
-    if images:
-        metrics.IMAGES.labels(model, r).inc(images)
-    if total_s is not None:
-        metrics.REQUEST_S.labels(model, r).observe(total_s)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from server.config_store import ConfigStore
-from server.dial import RSetting, schedule_of
+from server.dial import RSetting
 from server.engine.batcher import Batcher
-from server.errors import DeadlineError, NotFoundError, UnavailableError
+from server.errors import DeadlineError, UnavailableError
 from server.metrics import CONFIG_VERSION, BatchMetrics
-from server.types import BatchKey, Deployment, Job, ModelInfo, Prediction, TopK
+from server.types import BatchKey, Deployment, Job, ModelInfo, Prediction, TopK, find_model
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class LocalEngine:
             observer=BatchMetrics(),
         )
         for name, info in self._models.items():
-            schedule_of(store.deployment(name).r, info.num_blocks, info.max_r)
+            info.schedule(store.deployment(name).r)
         CONFIG_VERSION.set(store.version)
 
     def start(self) -> None:
@@ -83,11 +83,10 @@ class LocalEngine:
         return self._models
 
     async def classify(self, job: Job) -> Prediction:
-        info = self._info(job.model)
+        info = find_model(self._models, job.model)
         deployment = self._store.deployment(job.model)
-        schedule = job.schedule or schedule_of(deployment.r, info.num_blocks, info.max_r)
-        key = BatchKey(job.model, schedule, info.preprocessing.input_size)
-        answer = await self._batcher.submit(key, job, job.timeout_s)
+        schedule = job.schedule or info.schedule(deployment.r)
+        answer = await self._batcher.submit(info.batch_key(schedule), job, job.timeout_s)
         assert answer.result is not None  # only a health check is answered with None
         return Prediction(
             top_k=answer.result,
@@ -99,12 +98,11 @@ class LocalEngine:
         )
 
     async def deployment(self, model: str) -> Deployment:
-        self._info(model)
+        find_model(self._models, model)
         return self._store.deployment(model)
 
     async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
-        info = self._info(model)
-        schedule_of(r, info.num_blocks, info.max_r)
+        find_model(self._models, model).schedule(r)
         deployment = self._store.set_r(model, r, expected_version)
         CONFIG_VERSION.set(deployment.config_version)
         return deployment
@@ -136,8 +134,3 @@ class LocalEngine:
             logger.critical("the device works no more", exc_info=error)
             self._broken.set()
             raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
-
-    def _info(self, model: str) -> ModelInfo:
-        if model not in self._models:
-            raise NotFoundError(f"there is no model {model!r}; there are: {', '.join(self._models)}")
-        return self._models[model]

@@ -10,7 +10,6 @@ import sys
 from multiprocessing.synchronize import Event
 
 from server.config_store import ConfigStore
-from server.dial import schedule_of
 from server.engine.engine import LocalEngine
 from server.engine.runner import Runner, set_threads
 from server.engine.transport import serve_engine
@@ -19,7 +18,6 @@ from server.lifetime import configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.models import load_model
 from server.settings import Settings, SettingsError
-from server.types import BatchKey
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +44,7 @@ def build_engine(settings: Settings) -> LocalEngine:
         EngineError: A model gives no numbers in this precision.
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
-    store = ConfigStore(
-        {spec.name: 0 if spec.r is None else spec.r for spec in settings.specs()}, settings.state_file()
-    )
+    store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, settings.state_file())
     runner = Runner(loaded, settings.device, settings.precision)
     engine = LocalEngine(
         {name: model.info for name, model in loaded.items()},
@@ -60,9 +56,8 @@ def build_engine(settings: Settings) -> LocalEngine:
         batch_timeout_s=settings.batch_timeout_s,
     )
     for info in engine.catalog().values():
-        deployed = schedule_of(store.deployment(info.name).r, info.num_blocks, info.max_r)
-        for schedule in dict.fromkeys([(0,) * info.num_blocks, deployed]):
-            runner.warm_up(BatchKey(info.name, schedule, info.preprocessing.input_size))
+        for schedule in dict.fromkeys(info.schedule(r) for r in (0, store.deployment(info.name).r)):
+            runner.warm_up(info.batch_key(schedule))
     return engine
 
 
