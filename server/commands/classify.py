@@ -1,0 +1,56 @@
+"""`tome-server classify`: classify photos here and now, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from server.errors import ServerError
+from server.settings import Settings, SettingsError
+
+HELP = "classify photos here and now, without a server"
+SETTINGS: tuple[str, ...] = ("model", "weights", "r", "device", "precision", "threads")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image file")
+    parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all where there are fewer)")
+    parser.add_argument("--json", action="store_true", help="print JSON, one line a photo")
+
+
+def run(settings: Settings, args: argparse.Namespace) -> int:
+    from server.api.decode import decode
+    from server.engine.runner import Runner, set_threads
+    from server.models import load_model
+    from server.types import Job
+
+    set_threads(settings.threads)
+    spec = settings.specs()[0]
+    loaded = load_model(spec)
+    info = loaded.info
+    schedule = info.schedule(spec.r or 0)
+    top_k = min(5, len(info.labels)) if args.top_k is None else args.top_k
+    if not 1 <= top_k <= len(info.labels):
+        raise SettingsError(f"--top-k is {top_k}; it must lie between 1 and {len(info.labels)}")
+    runner = Runner({info.name: loaded}, settings.device, settings.precision)
+    key = info.batch_key(schedule)
+    for photo in args.photos:
+        try:
+            pixels = decode(Path(photo).read_bytes(), info.preprocessing, settings.max_image_pixels)
+        except OSError as error:
+            raise SettingsError(f"{photo}: {error.strerror}") from None
+        except ServerError as error:
+            raise SettingsError(f"{photo}: {error.message}") from None
+        (likeliest,) = runner.run_batch(key, [Job(info.name, pixels, schedule, top_k, settings.deadline_s)])
+        classes = [
+            {"label": info.labels[index], "index": index, "score": score}
+            for index, score in zip(likeliest.indices, likeliest.scores, strict=True)
+        ]
+        if args.json:
+            print(json.dumps({"file": photo, "model": info.name, "r": list(schedule), "top_k": classes}))
+        else:
+            print(photo)
+            for each in classes:
+                print(f"  {each['score']:6.1%}  {each['label']}")
+    return 0
