@@ -98,9 +98,9 @@ def backward_of(model: nn.Module, device: torch.device) -> Backward:
     if device.type == "cuda":
         # One compiled half-block serves every block and every r: the number of tokens is dynamic.
         halves = merged.family.halves(merged.family.blocks(model)[0])
-        attend, feed_forward = (torch.compile(half, dynamic=True) for half in halves[:2])
+        compiled: list[Any] = [torch.compile(half, dynamic=True) for half in halves[:2]]
         family: Any = ViTFamily()  # its own: other models share theirs
-        family.halves = lambda block: Halves(attend, feed_forward)
+        family.halves = lambda block: Halves(*compiled)
         merged.family = family
     gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
