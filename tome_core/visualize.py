@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tome_core.schedule import RLike, resolve
-from tome_core.vit import MergedViT
+from tome_core.schedule import RLike
+from tome_core.vit import MergedViT, Tokens
 
 
 @torch.no_grad()
@@ -28,16 +28,18 @@ def sources(merged: MergedViT, images: Tensor, r: RLike, blocks: Sequence[int]) 
     Raises:
         ValueError: A block is not one of the model's, or r is wrong.
     """
-    schedule = resolve(r, merged.num_blocks)
-    found = []
     for block in blocks:
         if not 1 <= block <= merged.num_blocks:
             raise ValueError(f"block is {block}; it must lie between 1 and {merged.num_blocks}")
-        # Nothing merges past the block, so where tokens are at the end is where that block left them.
-        tokens = merged.forward_features(images, schedule[:block], track=True)
-        B, N, _ = tokens.x.shape
-        found.append(torch.arange(N, device=images.device).expand(B, N) if tokens.source is None else tokens.source)
-    return found
+    inside = sorted({block - 1 for block in blocks})
+    kept = dict(zip(inside, merged.tokens_after(inside, images, r), strict=True))
+    return [_rows(kept[block - 1]) for block in blocks]
+
+
+def _rows(tokens: Tokens) -> Tensor:
+    """Where every input token is, (B, N0) int64, also while nothing has merged."""
+    B, N, _ = tokens.x.shape
+    return torch.arange(N, device=tokens.x.device).expand(B, N) if tokens.source is None else tokens.source
 
 
 def paint(image: Tensor, source: Tensor, grid: tuple[int, int], num_prefix_tokens: int, border: int = 1) -> Tensor:

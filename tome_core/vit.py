@@ -132,8 +132,7 @@ class MergedViT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
-        taken = _chosen(indices, self.num_blocks)
-        _, kept = self._run(images, r, track=True, keep=taken, num_blocks=taken[-1] + 1)
+        kept = self.tokens_after(_chosen(indices, self.num_blocks), images, r)
         rows, columns = self.family.grid(self.model, (images.shape[-2], images.shape[-1]))
         patches, prefixes = [], []
         for tokens in kept:
@@ -143,6 +142,20 @@ class MergedViT(nn.Module):
             patches.append(x.transpose(1, 2).unflatten(2, (rows, columns)) if output_fmt == "NCHW" else x)
             prefixes.append(prefix)
         return list(zip(patches, prefixes, strict=True)) if return_prefix_tokens else patches
+
+    def tokens_after(self, blocks: Sequence[int], images: Tensor, r: RLike = 0) -> list[Tokens]:
+        """The tokens as they leave chosen blocks; no block after the last of them runs.
+
+        Args:
+            blocks: Blocks, counted from 0, in order.
+            images: (B, 3, H, W).
+            r: As in `forward`.
+
+        Returns:
+            Tokens with their `source`, before any final norm.
+        """
+        _, kept = self._run(images, r, track=True, keep=blocks, num_blocks=max(blocks) + 1)
+        return kept
 
     def token_counts(self, r: RLike = 0) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block, at the model's own input size."""

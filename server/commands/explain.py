@@ -94,14 +94,12 @@ def _blocks(text: str | None, num_blocks: int) -> list[int]:
 def _patches(loaded: LoadedModel) -> tuple[tuple[int, int], int]:
     """The grid of patches, rows and columns, and the side of a patch in pixels."""
     model: Any = loaded.merged.model
-    patch = int(model.feature_info[-1]["reduction"])  # timm's word for it, in every family
     height, width = loaded.info.preprocessing.input_size
-    rows, columns = height // patch, width // patch
-    num_patches = loaded.info.num_tokens - loaded.info.num_prefix_tokens
-    if rows * columns != num_patches:
+    rows, columns = loaded.merged.family.grid(model, (height, width))
+    patch = int(model.feature_info[-1]["reduction"])  # timm's word for it, in every family
+    if (rows, columns) != (height // patch, width // patch):
         raise SettingsError(
-            f"model {loaded.info.name}: its {num_patches} patches cannot be painted: squares of {patch} px would be "
-            f"{rows} x {columns}"
+            f"model {loaded.info.name}: its {rows} x {columns} patches cannot be painted as squares of {patch} px"
         )
     return (rows, columns), patch
 

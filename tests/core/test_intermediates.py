@@ -56,7 +56,7 @@ def test_every_patch_has_the_features_of_the_token_it_merged_into(merged: Merged
         r = [6] * (last + 1)
         (patches,) = merged.forward_intermediates(images, r, indices=[last], output_fmt="NLC", norm=True)
         assert isinstance(patches, Tensor)
-        _, (tokens,) = merged._run(images, r, track=True, keep=[last])
+        (tokens,) = merged.tokens_after([last], images, r)
         assert tokens.source is not None
         expected = unmerge(merged.family.norm(merged.model, tokens.x), tokens.source)[:, merged.num_prefix_tokens :]
         torch.testing.assert_close(patches, expected)

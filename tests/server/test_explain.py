@@ -103,7 +103,7 @@ def test_a_model_whose_patches_are_no_squares_is_refused(
     folder = changed(tiny_folder, tmp_path / "oblong", size=32, patch=[8, 16])
     source = f"local-dir:{folder},weights=random"
     assert main(["explain", str(photo), "-o", str(tmp_path / "out.png"), "--model", source]) == 1
-    assert "its 8 patches cannot be painted: squares of 16 px would be 2 x 2" in capsys.readouterr().err
+    assert "its 4 x 2 patches cannot be painted as squares of 16 px" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
