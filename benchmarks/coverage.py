@@ -11,6 +11,7 @@ line is JSON: {"names", "supported", "equal_at_r0", "merged", "refused", "wrong"
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections import Counter
@@ -21,8 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from tome_core import MergedViT, UnsupportedModelError, wrap
+from tome_core.families import FAMILIES
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 96, "num_heads": 3, "num_classes": 10}
+SERVED = {cls.__name__ for family in FAMILIES for cls in family.model_classes}
+COARSE = ("patch32", "_s32_", "_r_s16_", "_mci_")  # patches, or strides of a stem, that do not divide 112
 STEM_DECIDES_WIDTH = ("vitamin_", "vit_base_mci_")
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -82,17 +86,18 @@ def main() -> None:
 
 @torch.inference_mode()
 def examine(name: str) -> Verdict:
-    """Builds one model and checks it."""
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    """Builds one model, small where it may be supported, and checks it."""
+    try:
+        model, side = build(name)
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        return Verdict(name, "", reason=f"cannot build it: {type(error).__name__}: {error}")
     cls = type(model).__name__
     try:
-        wrap(model)
+        merged = wrap(model)
     except UnsupportedModelError as error:
         return Verdict(name, cls, reason=str(error), refused=True)
     try:
-        model, image = build(name)
-        merged = wrap(model)
+        image = torch.randn(1, 3, side, side)
         equal, reason = differs(merged(image), model(image), "r=0")
         counted = miscounts(merged, image)
         neutralise(merged)
@@ -106,20 +111,32 @@ def examine(name: str) -> Verdict:
     return Verdict(name, cls, equal, same and not counted, reason or counted or changed)
 
 
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """A small model of that name whose every parameter matters, and an image for it."""
+def build(name: str) -> tuple[nn.Module, int]:
+    """A model of that name and the side of its images: small, with random parameters that all matter, or, of a class
+    that no family serves, as it is but without memory."""
+    if not says_supported(name):
+        with torch.device("meta"):
+            return timm.create_model(name), 0
     torch.manual_seed(0)
     overrides = dict(SMALL)
     if name.startswith(STEM_DECIDES_WIDTH):
         del overrides["embed_dim"], overrides["num_heads"]
+    if "sapiens2" in name:
+        overrides["num_kv_heads"] = 1  # else a list of one for each of its many blocks
     if name.startswith("naflexvit_"):  # counts its tokens at the size that its weights were trained at
         model: Any = timm.create_model(name, **overrides)
         side = model.pretrained_cfg["input_size"][-1]
     else:
-        side = 112 if "patch32" not in name and "_s32_" not in name and "mci" not in name else 224
+        side = 112 if not any(coarse in name for coarse in COARSE) else 224
         model = timm.create_model(name, img_size=side, **overrides)
     randomise(model)
-    return model.eval(), torch.randn(1, 3, side, side)
+    return model.eval(), side
+
+
+def says_supported(name: str) -> bool:
+    """Whether timm declares that the name gives a class that a family serves."""
+    declared = inspect.signature(timm.models.model_entrypoint(name)).return_annotation
+    return getattr(declared, "__name__", declared) in SERVED
 
 
 @torch.no_grad()

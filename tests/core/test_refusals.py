@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,23 +11,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from benchmarks.coverage import examine
+from benchmarks.coverage import examine, says_supported
 from tome_core import UnsupportedModelError, wrap
-from tome_core.families import FAMILIES
 
 Build = Callable[..., Any]
 
-CLASSES = {cls.__name__: cls for family in FAMILIES for cls in family.model_classes}
-SWEEP = [
-    name
-    for name in timm.list_models()
-    if getattr(
-        inspect.signature(timm.models.model_entrypoint(name)).return_annotation,
-        "__name__",
-        inspect.signature(timm.models.model_entrypoint(name)).return_annotation,
-    )
-    in CLASSES
-]
+SWEEP = [name for name in timm.list_models() if says_supported(name)]
 
 
 @pytest.mark.skipif(timm.__version__ != "1.0.31", reason="counted by building every model of timm 1.0.31")

@@ -59,7 +59,7 @@ class Family:
             halves = HALVES.get(type(block))
             found = f"cannot merge tokens in a {name} made of {type(block).__name__}"
             if halves is None:
-                supported = ", ".join(sorted(cls.__name__ for cls in HALVES))
+                supported = ", ".join(sorted({cls.__name__ for cls in HALVES}))
                 raise UnsupportedModelError(f"{found}; supported blocks: {supported}")
             for layer in halves.layers(block):
                 if type(layer) not in LAYERS:
