@@ -75,21 +75,23 @@ class MergedViT(nn.Module):
             ValueError: r is negative, or lists more blocks than there are.
         """
         prefix_only = self.family.reads_prefix_only(self.model)
-        tokens, _ = self._run(images, r, prefix_only=prefix_only)
-        return self.forward_head(tokens)
+        return self.forward_head(self.forward_features(images, r, prefix_only=prefix_only))
 
-    def forward_features(self, images: Tensor, r: RLike = 0, *, track: bool = False) -> Tokens:
+    def forward_features(
+        self, images: Tensor, r: RLike = 0, *, track: bool = False, prefix_only: bool = False
+    ) -> Tokens:
         """Runs all but the head.
 
         Args:
             images: (B, 3, H, W).
             r: As in `forward`.
             track: Whether to follow where each input token went (`Tokens.source`).
+            prefix_only: Whether prefix tokens are all that is wanted: the last block computes no others.
 
         Returns:
             The tokens after the final norm.
         """
-        tokens, _ = self._run(images, r, track=track)
+        tokens, _ = self._run(images, r, track=track, prefix_only=prefix_only)
         return tokens
 
     def forward_head(self, tokens: Tokens, pre_logits: bool = False) -> Tensor:
