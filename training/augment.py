@@ -1,6 +1,11 @@
-"""Augmentation of whole batches on the device: one grid sample for geometry, a few blends for colour, then mixing."""
+"""Augmentation of whole batches on the device: one grid sample for geometry, a few blends for colour, then mixing.
+
+Nothing here waits for the device or copies to it, so that a training step is queued while the one before still runs.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,31 +25,49 @@ def augment(images: Tensor) -> Tensor:
     return _colour(_geometry(x)) * 2 - 1
 
 
-def mix(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixes each image with another of the batch: CutMix for half of the batches, mixup for the rest.
+class Mixture(NamedTuple):
+    """Mixed images.
+
+    Attributes:
+        images: (B, 3, H, W).
+        partner: Which image of the batch each was mixed with, (B,) int64.
+        share: How much of each is its partner's, (B,) in [0, 1].
+    """
+
+    images: Tensor
+    partner: Tensor
+    share: Tensor
+
+
+def mix(x: Tensor) -> Mixture:
+    """Mixes each image with another of the batch: half of them by CutMix, the others by mixup, in any proportion.
 
     Args:
         x: (B, 3, H, W).
-        targets: (B, K) class probabilities, mixed in the same proportion.
     """
-    partner = torch.randperm(x.shape[0], device=x.device)
-    if torch.rand(()) < 0.5:
-        share = torch.distributions.Beta(0.8, 0.8).sample().item()
-        x = torch.lerp(x[partner], x, share)
-    else:
-        _, _, height, width = x.shape
-        side = (1 - torch.rand(()).item()) ** 0.5
-        box_height, box_width = int(height * side), int(width * side)
-        top = int(torch.randint(height - box_height + 1, ()))
-        left = int(torch.randint(width - box_width + 1, ()))
-        x = x.clone()
-        area = (..., slice(top, top + box_height), slice(left, left + box_width))
-        x[area] = x[partner][area]
-        share = 1 - box_height * box_width / (height * width)
-    return x, torch.lerp(targets[partner], targets, share)
+    B, _, height, width = x.shape
+    partner = torch.randperm(B, device=x.device)
+    share = torch.rand(B, device=x.device)
+    rows, columns = _span(share.sqrt(), height), _span(share.sqrt(), width)
+    box = rows[:, None, :, None] & columns[:, None, None, :]
+    cut = torch.rand(B, device=x.device) < 0.5
+    blend = torch.where(_per_image(cut), box.float(), _per_image(share))
+    return Mixture(torch.lerp(x, x[partner], blend), partner, blend.mean(dim=(1, 2, 3)))
 
 
-def _geometry(x: Tensor, smallest_area: float = 0.25, degrees: float = 15.0) -> Tensor:
+def _span(extent: Tensor, length: int) -> Tensor:
+    """A stretch of each of B lines, at a random place: extent (B,) in [0, 1] to (B, length) bool."""
+    covered = (extent * length).floor()
+    start = (torch.rand_like(extent) * (length - covered + 1)).floor()
+    at = torch.arange(length, device=extent.device)
+    return (at >= start[:, None]) & (at < (start + covered)[:, None])
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _geometry(x: Tensor, smallest_area: float = 0.2, degrees: float = 15.0) -> Tensor:
     """A random crop of random aspect, flipped at random and turned a little, as one affine resampling."""
     B, device = x.shape[0], x.device
     area = torch.empty(B, device=device).uniform_(smallest_area, 1)
@@ -73,9 +96,8 @@ def _colour(x: Tensor, strength: float = 0.4) -> Tensor:
     def chosen(share: float) -> Tensor:
         return torch.rand(B, 1, 1, 1, device=device) < share
 
-    weights = torch.tensor([0.299, 0.587, 0.114], device=device)[:, None, None]
     x = x * factor()
     x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, factor())
-    grey = (x * weights).sum(1, keepdim=True)
+    grey = 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
     x = torch.lerp(grey, x, torch.where(chosen(0.1), 0.0, factor())).clamp(0, 1)
     return torch.where(chosen(0.1) & (x > 0.5), 1 - x, x)

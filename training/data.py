@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,9 @@ class Split(NamedTuple):
 
     images: Tensor
     labels: Tensor
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 class Labels(NamedTuple):
@@ -54,7 +58,9 @@ def load_split(folder: Path, split: str, cache: Path | None = None) -> Split:
     labels = torch.tensor([label for table in tables for label in table["label"].to_pylist()])
     if cached:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((images, labels), cached)
+        new = cached.with_suffix(f".{os.getpid()}")
+        torch.save((images, labels), new)
+        new.rename(cached)  # at once: another process may be reading
     return Split(images, labels)
 
 

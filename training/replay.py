@@ -6,13 +6,19 @@ needs. Token counts depend on `r` alone, so that every step under one `r` is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Backward = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
-"""Images, targets, the teacher's logits or None, and r, to the loss; leaves gradients in the parameters."""
+from training.parallel import say
+
+
+class Backward(Protocol):
+    """From `r`, images and the teacher's answer to the loss; leaves gradients in the parameters."""
+
+    def __call__(self, r: int, images: Tensor, *taught: Tensor) -> Tensor: ...
 
 
 class Replay:
@@ -21,36 +27,34 @@ class Replay:
     Captured gradients live where they were first written, so the caller must zero them in place, never drop them.
 
     Args:
-        backward: What to capture; allocates nothing that outlives it but gradients.
+        backward: What to capture; allocates nothing that outlives it but gradients, and draws no random numbers.
         ladder: The values of `r` that will be asked for.
     """
 
     def __init__(self, backward: Backward, ladder: Sequence[int]) -> None:
         self._backward, self._ladder = backward, ladder
-        self._inputs: list[Tensor | None] = []
+        self._held: list[Tensor] = []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    def __call__(self, images: Tensor, targets: Tensor, taught: Tensor | None, r: int) -> Tensor:
+    def __call__(self, r: int, images: Tensor, *taught: Tensor) -> Tensor:
         if not self._graphs:
-            self._capture([None if tensor is None else tensor.clone() for tensor in (images, targets, taught)])
-        for held, given in zip(self._inputs, (images, targets, taught), strict=True):
-            if held is not None and given is not None:
-                held.copy_(given)
+            self._capture([tensor.clone() for tensor in (images, *taught)])
+        for held, given in zip(self._held, (images, *taught), strict=True):
+            held.copy_(given)
         graph, loss = self._graphs[r]
         graph.replay()
         return loss
 
-    def _capture(self, inputs: list[Tensor | None]) -> None:
-        self._inputs = inputs
-        images, targets, taught = inputs
-        assert images is not None and targets is not None
-        pool = torch.cuda.graph_pool_handle()
+    def _capture(self, held: list[Tensor]) -> None:
+        self._held, pool = held, torch.cuda.graph_pool_handle()
+        stream = torch.cuda.current_stream()
         for r in self._ladder:
             for _ in range(2):  # compiles and warms up, outside of the graph
-                self._backward(images, targets, taught, r)
+                self._backward(r, *held)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                loss = self._backward(images, targets, taught, r)
+            # Only this thread's calls may spoil the capture: the one that watches over NCCL goes on meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                loss = self._backward(r, *held)
             self._graphs[r] = graph, loss
-            print(f"captured r={r}", flush=True)
+            say(f"captured r={r}")

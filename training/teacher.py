@@ -1,6 +1,8 @@
 """Fits an ImageNet ViT-Ti to the 200 classes at 224 px, to teach the bundled model. It is never shipped.
 
 python -m training.teacher --data FOLDER --weights vit_tiny.safetensors --out teacher.safetensors
+
+Uses all GPUs. The last line tells its top-1.
 """
 
 from __future__ import annotations
@@ -8,30 +10,53 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.data.imagenet_info import ImageNetInfo
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from training.accuracy import top1
 from training.augment import augment, mix
-from training.data import Labels, load_labels, load_split
+from training.data import Labels, Split, load_labels, load_split
+from training.loss import Answer
+from training.parallel import add_arguments, average_, clip_, flat_gradients, launch, mine, rank, reseed, say
 
 ARCHITECTURE = "vit_tiny_patch16_224"
+MODEL_ARGS: dict[str, Any] = {"img_size": 224}
+
+
+class Teacher:
+    """A fitted model that answers for the student's images, enlarged to what it wants to see.
+
+    Args:
+        weights: Written by this program.
+        num_classes: What it was fitted to.
+        device: Where it runs, on a GPU compiled and in bfloat16.
+    """
+
+    def __init__(self, weights: Path, num_classes: int, device: torch.device) -> None:
+        self._model = cast(VisionTransformer, timm.create_model(ARCHITECTURE, num_classes=num_classes, **MODEL_ARGS))
+        self._model.load_state_dict(load_file(weights))
+        self._model.eval().requires_grad_(False).to(device)
+        self._on_gpu = device.type == "cuda"
+        features = self._model.forward_features
+        self._features = torch.compile(features) if self._on_gpu else features
+        self.width: int = self._model.num_features
+
+    def __call__(self, images: Tensor) -> Answer:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._on_gpu):
+            tokens = self._features(enlarge(images))
+            return Answer(self._model.forward_head(tokens), tokens[:, 0])
 
 
 def enlarge(x: Tensor) -> Tensor:
     """The student's 64 px batch as the teacher sees it, at 224 px; both are normalised alike."""
-    return F.interpolate(x, size=224, mode="bicubic", align_corners=False)
-
-
-def load_teacher(weights: Path, num_classes: int) -> nn.Module:
-    """A fitted teacher, frozen."""
-    model = timm.create_model(ARCHITECTURE, num_classes=num_classes)
-    model.load_state_dict(load_file(weights))
-    return model.eval().requires_grad_(False)
+    return F.interpolate(x, size=MODEL_ARGS["img_size"], mode="bicubic", align_corners=False)
 
 
 def from_imagenet(weights: Path, labels: Labels) -> nn.Module:
@@ -40,7 +65,7 @@ def from_imagenet(weights: Path, labels: Labels) -> nn.Module:
     row = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
     ours = torch.tensor([row[wnid] for wnid in labels.wnids])
     state["head.weight"], state["head.bias"] = state["head.weight"][ours], state["head.bias"][ours]
-    model = timm.create_model(ARCHITECTURE, num_classes=len(ours), drop_path_rate=0.1)
+    model = timm.create_model(ARCHITECTURE, num_classes=len(ours), drop_path_rate=0.1, **MODEL_ARGS)
     model.load_state_dict(state)
     return model
 
@@ -51,37 +76,52 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help=f"{ARCHITECTURE} ImageNet-1k weights, safetensors")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="folder for decoded pixels")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=512, help="of all GPUs together")
     parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--device", default="cuda")
-    args = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
+    launch(work, parser.parse_args())
 
-    labels, device = load_labels(args.data), torch.device(args.device)
-    model = from_imagenet(args.weights, labels).to(device).train()
-    images, targets = (tensor.to(device) for tensor in load_split(args.data, "train", args.cache))
-    steps = len(images) // args.batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=device.type == "cuda")
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.15)
-    compiled, start = torch.compile(model), time.monotonic()
-    for epoch in range(args.epochs):
-        for batch in torch.randperm(len(images), device=device)[: steps * args.batch_size].split(args.batch_size):
-            x, soft = mix(augment(images[batch]), F.one_hot(targets[batch], len(labels.wnids)).float())
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = F.cross_entropy(compiled(enlarge(x)), soft, label_smoothing=0.1)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            plan.step()
-        print(f"teacher epoch {epoch + 1}/{args.epochs} loss {loss:.3f} {time.monotonic() - start:.0f} s", flush=True)
-    save_file(model.state_dict(), args.out)
 
+def work(device: torch.device, args: argparse.Namespace) -> None:
+    """What each process does."""
+    labels = load_labels(args.data)
+    model = from_imagenet(args.weights, labels).to(device)
+    fit(model, load_split(args.data, "train", args.cache).to(device), args)
+    if rank() == 0:  # in half precision it is small enough to be carried about
+        save_file({name: value.half() for name, value in model.state_dict().items()}, args.out)
     model.eval()
-    images, targets = (tensor.to(device) for tensor in load_split(args.data, "val", args.cache))
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-        guesses = [model(enlarge(x.float() / 127.5 - 1)).argmax(1) for x in images.split(500)]
-    print(f"teacher top-1 {(torch.cat(guesses) == targets).float().mean():.4f}")
+    val = load_split(args.data, "val", args.cache).to(device)
+    say(f"teacher top-1 {top1(lambda x: model(enlarge(x)), val):.4f}")
+
+
+def fit(model: nn.Module, train: Split, args: argparse.Namespace) -> None:
+    """Cross entropy with mixed labels: one warm-up, one cosine down to nothing."""
+    model.train()
+    images, targets, device = train.images, train.labels, train.images.device
+    on_gpu, start = device.type == "cuda", time.monotonic()
+    steps = len(images) // args.batch_size
+    gradients = flat_gradients(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=on_gpu)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.15)
+    classify = torch.compile(model) if on_gpu else model
+    shared = reseed(args.seed)
+    for epoch in range(args.epochs):
+        order = torch.randperm(len(images), generator=shared)[: steps * args.batch_size].to(device)
+        for batch in map(mine, order.split(args.batch_size)):
+            x, partner, share = mix(augment(images[batch]))
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                logits = classify(enlarge(x)).float()
+            labels = F.one_hot(targets[batch], logits.shape[1]).float()
+            labels = torch.lerp(labels, labels[partner], share[:, None])
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+            gradients.zero_()
+            loss.backward()
+            clip_(average_(gradients))
+            optimizer.step()
+            plan.step()
+        say(f"teacher epoch {epoch + 1}/{args.epochs} loss {loss:.3f} {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
