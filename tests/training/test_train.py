@@ -130,6 +130,12 @@ def test_no_epoch_draws_what_another_drew(trained: Train, tmp_path: Path, monkey
     assert len(torch.stack(learned).flatten(1).unique(dim=0)) == 3 * STEPS
 
 
+def test_training_brings_the_student_nearer_to_its_teacher(trained: Train, tmp_path: Path) -> None:
+    said = trained(tmp_path, "--epochs", 20, "--lr", 1e-2)
+    losses = [float(line.split()[3]) for line in said if line.startswith("epoch")]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+
+
 def test_training_changes_every_weight_and_the_average_follows(run: Run) -> None:
     for which in ("student", "average"):
         before, after = run.after_first[which], run.after_second[which]
