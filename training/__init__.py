@@ -1,1 +1,1 @@
-"""How the bundled model was made: data, augmentation, an optional teacher, training under random `r`, export."""
+"""How the bundled model is made: data, augmentation, a teacher, training under random `r` on all GPUs, export."""

@@ -59,7 +59,8 @@ def backward_of(student: Student, gradients: Tensor, device: torch.device) -> Ba
 
 
 def compile_blocks(merged: tome_core.MergedViT) -> None:
-    """Compiles the halves of a block: one graph serves every block and every `r`, the number of tokens is dynamic."""
+    """Compiles the halves of a block: a few graphs serve every block and every `r`, the number of tokens is dynamic."""
+    torch._dynamo.config.recompile_limit = 64  # some sizes get fusions, and so graphs, of their own
     halves = merged.family.halves(merged.family.blocks(merged.model)[0])
     compiled: list[Any] = [torch.compile(half, dynamic=True) for half in halves[:2]]
     family: Any = type(merged.family)()  # its own: other models share theirs
