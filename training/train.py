@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from training.accuracy import top1
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of parquet files and classes.csv")
     parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--teacher", type=Path, required=True, help="weights written by training.teacher")
+    parser.add_argument("--start", type=Path, help="safetensors file of a model trained before, to go on from")
     parser.add_argument("--cache", type=Path, help="folder for decoded pixels")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, default=500)
@@ -111,6 +113,8 @@ class Training:
         self._teacher = Teacher(args.teacher, len(load_labels(args.data).wnids), device)
         torch.manual_seed(args.seed)  # the same first weights in every process
         self._student = Student(self._teacher.width).to(device).train()
+        if args.start:
+            self._student.model.load_state_dict(load_file(args.start))
         self._average = Average(self._student.model)
         self._gradients = flat_gradients(self._student.parameters())
         self._optimizer = torch.optim.AdamW(decay_groups(self._student), args.lr, betas=(0.9, 0.99), fused=on_gpu)
