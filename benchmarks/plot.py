@@ -28,6 +28,7 @@ def draw_methods(rows: Rows, file: Path) -> None:
                 line = sorted((row for row in [unmerged, *others] if row["method"] in (method, "none")), key=by_r)
                 x, y = [row["r"] for row in line], [100 * row[key] for row in line]
                 ax.plot(x, y, color=COLOURS[i % 6], marker=MARKERS[i % 6], markersize=5, label=method)
+            ax.set_xticks(sorted({row["r"] for row in rows}))
             ax.set(xlabel="r, tokens fewer after each block", title=title)
             ax.grid(axis="y", color="#e5e5e5")
         axes[0].legend(frameon=False, loc="lower left")
@@ -52,9 +53,9 @@ def draw_differences(rows: Rows, file: Path) -> None:
             ax.plot([100 * v for v in middle], y, MARKERS[i % 6], color=colour, markersize=5, label=f"r={r}")
         ax.set_yticks(range(len(methods)), methods)
         ax.invert_yaxis()
-        ax.set_xlabel("top-1 less that of token merging, points, with 95 % intervals")
+        ax.set_xlabel("difference to token merging in top-1, points, with 95 % intervals")
         ax.grid(axis="x", color="#e5e5e5")
-        ax.legend(frameon=False, loc="best")
+        figure.legend(frameon=False, loc="outside upper right", ncols=len(ladder))
         save(figure, file)
 
 
