@@ -1,9 +1,13 @@
 """Top-1, agreement with r=0 and speed of a model at each `r`, over a folder of labelled photos.
 
 python -m benchmarks.accuracy --model NAME --weights FILE --data FOLDER --r 0,4,8,11,13,16
+python -m benchmarks.accuracy ... --method tome,prune-attention,prune-random   # against pruning
+python -m benchmarks.accuracy ... --ablate                                     # the paper's choices, one at a time
 
 FOLDER holds `labels.csv` (columns `file` and `label`, a class index) and `images/`. Photos are decoded and
-preprocessed by the server's own code. The last line is JSON: {"rows": [{"r", "top1", "agreement", "images", ...}]}.
+preprocessed by the server's own code, and run by it. The last line is JSON: {"rows": [{"method", "r", "top1",
+"agreement", "to_tome", "images", ...}]}; `to_tome` is the difference in top-1 to token merging at the same `r`, with
+the ends of its 95 % interval.
 """
 
 from __future__ import annotations
@@ -11,20 +15,34 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.variants import CHOICES, METHODS, Variant
 from server.api.decode import decode
 from server.engine.runner import Runner
-from server.models import load_model
+from server.models import LoadedModel, load_model
 from server.settings import ModelSpec
 from server.types import Job, ModelInfo
+from tome_core import MergedViT
 
 MAX_PIXELS = 89_000_000
+
+
+class Case(NamedTuple):
+    """One thing that is measured; at r=0 there is nothing to do, and the method is "none"."""
+
+    method: str
+    r: int
+
+
+UNMERGED = Case("none", 0)
 
 
 def main() -> None:
@@ -32,25 +50,37 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="as for tome-server serve (default: bundled)")
     parser.add_argument("--weights", help="safetensors file for a timm name")
     parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
-    parser.add_argument("--r", default="0,4,8,11,13,16", help="values of r (default: 0,4,8,11,13,16)")
+    parser.add_argument("--r", help="values of r (default: 0,4,8,11,13,16; with --ablate 8,13,16)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--method", default="tome", help=f"one or more of {', '.join(METHODS)} (default: tome)")
+    what.add_argument("--ablate", action="store_true", help=f"compare tome with {', '.join(CHOICES)}")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="use this many photos")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--plot", type=Path, help="draw the table into this file (needs matplotlib)")
     args = parser.parse_args()
+    names = ["tome", *CHOICES] if args.ablate else args.method.split(",")
+    unknown = [name for name in names if name not in METHODS | CHOICES]
+    if unknown:
+        parser.error(f"there is no method {unknown[0]!r}; there are: {', '.join(METHODS | CHOICES)}")
+    ladder = [int(r) for r in (args.r or ("8,13,16" if args.ablate else "0,4,8,11,13,16")).split(",")]
 
     # Parsed from a mapping, as a YAML file's would be, so that the name is filled in.
     loaded = load_model(ModelSpec.model_validate({"source": args.model, "weights": args.weights}))
-    runner = Runner({loaded.info.name: loaded}, args.device, args.precision)
+    try:
+        methods = {name: (METHODS | CHOICES)[name](loaded.merged.model) for name in names}
+    except ValueError as error:
+        raise SystemExit(f"{loaded.info.name}: {error}") from error
     pixels, labels = read_photos(args.data, loaded.info, args.limit)
-    rows = measure(runner, loaded.info, pixels, labels, [int(r) for r in args.r.split(",")], args.batch_size)
+    bench = Bench(loaded, methods, args.device, args.precision)
+    rows = bench.measure(pixels, labels, ladder, args.batch_size)
     print(f"{loaded.info.name}, {len(pixels)} photos of {args.data.name}, batch {args.batch_size}")
-    print(f"{'r':>4} {'tokens left':>12} {'top-1 %':>8} {'agree %':>8} {'images/s':>9} {'speed-up':>9}")
-    for row in rows:
-        print(
-            f"{row['r']:>4} {row['tokens']:>12} {100 * row['top1']:>8.1f} {100 * row['agreement']:>8.1f} "
-            f"{row['images_per_s']:>9.1f} {row['images_per_s'] / rows[0]['images_per_s']:>8.2f}x"
-        )
+    print(table(rows))
+    if args.plot:
+        from benchmarks.plot import draw_differences, draw_methods  # on demand: matplotlib is slow to import
+
+        (draw_differences if args.ablate else draw_methods)(rows, args.plot)
     print(json.dumps({"model": loaded.info.name, "rows": rows}))
 
 
@@ -66,47 +96,114 @@ def read_photos(folder: Path, info: ModelInfo, limit: int | None = None) -> tupl
     return pixels, [int(row["label"]) for row in listed]
 
 
-def measure(
-    runner: Runner,
-    info: ModelInfo,
-    pixels: Sequence[bytes],
-    labels: Sequence[int],
-    ladder: Sequence[int],
-    batch_size: int,
-) -> list[dict[str, Any]]:
-    """One row for each `r`; r=0 is measured too where it is not asked for, since agreement needs it.
+class Bench:
+    """One model's weights under several methods, each run as the server would run it.
 
-    Every batch runs under each `r` in turn, so that whatever else the machine does falls on all of them alike.
+    Args:
+        loaded: The model.
+        methods: The same model wrapped in other ways, by name.
+        device: As for `Runner`.
+        precision: As for `Runner`.
     """
-    schedules = {r: info.schedule(r) for r in dict.fromkeys([0, *ladder])}
-    guesses: dict[int, list[int]] = {r: [] for r in schedules}
-    per_image_s: dict[int, list[float]] = {r: [] for r in schedules}
-    for at in range(-batch_size, len(pixels), batch_size):  # the first round is warm-up: its batch comes again
-        images = pixels[max(at, 0) : max(at, 0) + batch_size]
-        for r, schedule in schedules.items():
-            start = time.perf_counter()
-            answers = runner.run_batch(
-                info.batch_key(schedule), [Job(info.name, image, schedule, 1, 0.0) for image in images]
-            )
-            if at >= 0:
-                per_image_s[r].append((time.perf_counter() - start) / len(images))
-                guesses[r] += [answer.indices[0] for answer in answers]
-    return [
-        {
-            "r": r,
-            "top1": share(guesses[r], labels),
-            "agreement": share(guesses[r], guesses[0]),
-            "images": len(pixels),
-            "tokens": info.token_counts(schedule)[-1],
-            "images_per_s": 1 / statistics.median(per_image_s[r]),
-        }
-        for r, schedule in schedules.items()
-    ]
+
+    def __init__(self, loaded: LoadedModel, methods: Mapping[str, MergedViT], device: str, precision: str) -> None:
+        self._methods = {"none": loaded.merged, **methods}
+        self._infos = {name: replace(loaded.info, name=name) for name in self._methods}
+        self._runner = Runner(
+            {name: LoadedModel(model, self._infos[name]) for name, model in self._methods.items()}, device, precision
+        )
+
+    def measure(
+        self, pixels: Sequence[bytes], labels: Sequence[int], ladder: Sequence[int], batch_size: int
+    ) -> list[dict[str, Any]]:
+        """One row for each `r` and method; r=0 is measured too where it is not asked for, since agreement needs it.
+
+        Every batch runs in every case in turn, so that whatever else the machine does falls on all of them alike.
+        """
+        cases = [Case(name, r) for r in dict.fromkeys(ladder) if r for name in self._methods if name != "none"]
+        guesses: dict[Case, list[int]] = {case: [] for case in (UNMERGED, *cases)}
+        per_image_s: dict[Case, list[float]] = {case: [] for case in guesses}
+        for at in range(-batch_size, len(pixels), batch_size):  # the first round is warm-up: its batch comes again
+            first = max(at, 0)
+            images = pixels[first : first + batch_size]
+            for case in guesses:
+                start = time.perf_counter()
+                answers = self._run(case, images, first)
+                if at >= 0:
+                    per_image_s[case].append((time.perf_counter() - start) / len(images))
+                    guesses[case] += answers
+        return [
+            {
+                "method": case.method,
+                "r": case.r,
+                "top1": share(guesses[case], labels),
+                "agreement": share(guesses[case], guesses[UNMERGED]),
+                "to_tome": self._to_tome(case, guesses, labels),
+                "images": len(pixels),
+                "tokens": self._infos[case.method].token_counts(self._infos[case.method].schedule(case.r))[-1],
+                "images_per_s": 1 / statistics.median(per_image_s[case]),
+            }
+            for case in guesses
+        ]
+
+    def _run(self, case: Case, images: Sequence[bytes], first: int) -> list[int]:
+        """The likeliest class of each image; `first` is the place of the first of them among all."""
+        info, model = self._infos[case.method], self._methods[case.method]
+        if isinstance(model, Variant):
+            model.first_image = first
+        schedule = info.schedule(case.r)
+        jobs = [Job(info.name, image, schedule, 1, 0.0) for image in images]
+        return [answer.indices[0] for answer in self._runner.run_batch(info.batch_key(schedule), jobs)]
+
+    def _to_tome(
+        self, case: Case, guesses: Mapping[Case, Sequence[int]], labels: Sequence[int]
+    ) -> tuple[float, float, float] | None:
+        tome = guesses.get(Case("tome", case.r))
+        return None if tome is None or case.method == "tome" else paired_difference(guesses[case], tome, labels)
 
 
 def share(guesses: Sequence[int], truth: Sequence[int]) -> float:
     """The part of the guesses that is true."""
     return sum(guess == label for guess, label in zip(guesses, truth, strict=True)) / len(truth)
+
+
+def paired_difference(
+    guesses: Sequence[int], others: Sequence[int], truth: Sequence[int]
+) -> tuple[float, float, float]:
+    """How much more of the guesses is true than of the others, on the same images, and the ends of the 95 % interval.
+
+    Only images on which one is right and the other wrong count; half an image is added to each of the four cells.
+
+    Source: Agresti and Min, Simple improved confidence intervals for comparing matched proportions, 2005.
+    """
+    won, lost = 0, 0
+    for guess, other, label in zip(guesses, others, truth, strict=True):
+        won += guess == label != other
+        lost += other == label != guess
+    n = len(truth) + 2
+    centre = (won - lost) / n
+    half_width = 1.96 * math.sqrt(((won + lost + 1) / n - centre**2) / n)
+    return (won - lost) / len(truth), centre - half_width, centre + half_width
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows for people; speed-up is over the first."""
+    width = max(len(row["method"]) for row in rows)
+    lines = [
+        f"{'method':<{width}} {'r':>4} {'tokens left':>12} {'top-1 %':>8} {'agree %':>8} {'to tome, 95 %':>22} "
+        f"{'images/s':>9} {'speed-up':>9}"
+    ]
+    for row in rows:
+        to_tome = ""
+        if row["to_tome"]:
+            difference, low, high = (100 * value for value in row["to_tome"])
+            to_tome = f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(
+            f"{row['method']:<{width}} {row['r']:>4} {row['tokens']:>12} {100 * row['top1']:>8.1f} "
+            f"{100 * row['agreement']:>8.1f} {to_tome:>22} {row['images_per_s']:>9.1f} "
+            f"{row['images_per_s'] / rows[0]['images_per_s']:>8.2f}x"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

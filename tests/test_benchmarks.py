@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tome_core
 from benchmarks import accuracy
-from benchmarks.accuracy import share
+from benchmarks.accuracy import paired_difference, share
+from benchmarks.variants import CHOICES
 
 SIDE, NUM_CLASSES, PHOTOS = 32, 10, 11
 SIZE: dict[str, Any] = {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -109,7 +112,9 @@ def benchmark(
 def test_the_last_line_holds_one_row_for_each_r_asked_for(benchmark: Benchmark) -> None:
     rows = benchmark("--r", "0,2,8")
     assert [row["r"] for row in rows] == [0, 2, 8]
-    assert all(row.keys() == {"r", "top1", "agreement", "images", "tokens", "images_per_s"} for row in rows)
+    keys = {"method", "r", "top1", "agreement", "to_tome", "images", "tokens", "images_per_s"}
+    assert all(row.keys() == keys for row in rows)
+    assert [row["method"] for row in rows] == ["none", "tome", "tome"]
     assert all(row["images"] == PHOTOS and row["images_per_s"] > 0 for row in rows)
     assert [row["tokens"] for row in rows] == [17, 13, 5]  # two blocks merge; the second of r=8 has 9 tokens, merges 4
 
@@ -156,3 +161,71 @@ def test_the_share_is_that_of_the_places_where_both_lists_agree() -> None:
     assert share([5, 5, 5], [5, 0, 0]) == pytest.approx(1 / 3)
     with pytest.raises(ValueError):
         share([1], [1, 2])
+
+
+@pytest.mark.parametrize("batch_size", ["4", "32"])
+def test_methods_are_compared_at_every_r_and_answer_alike_in_any_batch(benchmark: Benchmark, batch_size: str) -> None:
+    rows = benchmark("--method", "prune-random,tome,prune-attention", "--r", "2,8", "--batch-size", batch_size)
+    methods = ["prune-random", "tome", "prune-attention"]
+    assert [(row["method"], row["r"]) for row in rows] == [("none", 0)] + [(m, r) for r in (2, 8) for m in methods]
+    assert [row["tokens"] for row in rows] == [17, 13, 13, 13, 5, 5, 5]
+    top1 = {(row["method"], row["r"]): row["top1"] for row in rows}
+    for row in rows:
+        if row["method"] in ("none", "tome"):
+            assert row["to_tome"] is None
+        else:
+            difference, low, high = row["to_tome"]
+            assert difference == pytest.approx(row["top1"] - top1["tome", row["r"]])
+            assert low < difference < high
+    (alone,) = benchmark("--method", "prune-random", "--r", "8", "--batch-size", "11")[1:]
+    assert (alone["top1"], alone["to_tome"]) == (top1["prune-random", 8], None)
+
+
+def test_an_ablation_makes_each_choice_otherwise(benchmark: Benchmark) -> None:
+    rows = benchmark("--ablate", "--r", "4")
+    assert [row["method"] for row in rows] == ["none", "tome", *CHOICES]
+    assert all(row["tokens"] == 9 for row in rows[1:])
+    assert all(row["to_tome"] for row in rows[2:])
+
+
+@pytest.mark.parametrize("what", [["--method", "tome,prune-attention,prune-random"], ["--ablate"]])
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_the_rows_are_drawn(benchmark: Benchmark, tmp_path: Path, what: list[str], suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"rows{suffix}"
+    benchmark(*what, "--r", "2,4", "--plot", str(file))
+    assert file.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+
+
+def test_a_method_that_does_not_exist_is_refused(benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark("--method", "tome,prune")
+    assert "no method 'prune'; there are: tome, prune-attention" in capsys.readouterr().err
+
+
+def test_a_model_for_which_a_method_is_not_written_is_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", "vit_pwee_patch16_reg1_gap_256", "--weights", "random", "--data", str(data)]
+    monkeypatch.setattr("sys.argv", ["accuracy", *model, "--method", "prune-random"])
+    with pytest.raises(SystemExit, match="PruneRandom is written for a VisionTransformer of plain blocks"):
+        accuracy.main()
+
+
+def test_a_paired_difference_counts_the_images_on_which_one_alone_is_right() -> None:
+    truth = [0] * 100
+    guesses = [0] * 60 + [1] * 40
+    others = [0] * 50 + [2] * 10 + [0] * 4 + [2] * 36
+    difference, low, high = paired_difference(guesses, others, truth)
+    assert difference == pytest.approx(0.06)  # 10 won, 4 lost
+    centre, half_width = 6 / 102, 1.96 * ((15 - 36 / 102) ** 0.5) / 102
+    assert (low, high) == pytest.approx((centre - half_width, centre + half_width))
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=50))
+def test_a_paired_difference_lies_in_its_interval_and_turns_round(images: list[tuple[int, int, int]]) -> None:
+    guesses, others, truth = zip(*images, strict=True)
+    difference, low, high = paired_difference(guesses, others, truth)
+    assert difference == pytest.approx(share(guesses, truth) - share(others, truth))
+    assert low < high
+    assert paired_difference(others, guesses, truth) == pytest.approx((-difference, -high, -low))

@@ -13,7 +13,7 @@ from tome_core import schedule
 from tome_core.families import family_of
 from tome_core.matching import match
 from tome_core.merging import merge, track_source, unmerge
-from tome_core.positions import follow
+from tome_core.positions import Position, follow
 from tome_core.schedule import RLike
 
 
@@ -198,12 +198,17 @@ class MergedViT(nn.Module):
         position = self.family.position(self.model, positions, i)
         if tokens.source is not None:
             position = follow(position, tokens.source, tokens.x.shape[1], self.num_prefix_tokens)
-        halves = self.family.halves(block)
-        x, keys = halves.attend(block, tokens.x, tokens.size, position, num_queries)
+        x, keys = self._attend(block, tokens, position, num_queries)
         tokens = Tokens(x) if num_queries is not None else tokens._replace(x=x)
         if r:
             tokens = self._merge(block, tokens, keys, r, track)
-        return tokens._replace(x=halves.feed_forward(block, tokens.x))
+        return tokens._replace(x=self.family.halves(block).feed_forward(block, tokens.x))
+
+    def _attend(
+        self, block: nn.Module, tokens: Tokens, position: Position, num_queries: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Proportional attention: features after its residual, (B, num_queries, C), and what `_merge` compares."""
+        return self.family.halves(block).attend(block, tokens.x, tokens.size, position, num_queries)
 
     def _merge(self, block: nn.Module, tokens: Tokens, keys: Tensor, r: int, track: bool) -> Tokens:
         """Merges by similarity of the keys (B, num_heads, N, D), averaged over heads."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -100,6 +102,26 @@ def test_a_source_finds_as_many_tokens_in_a_row_as_its_size_says(merged: MergedV
     assert tokens.size is not None and tokens.source is not None
     for source, size in zip(tokens.source, tokens.size, strict=True):
         assert source.bincount(minlength=len(size)).tolist() == size.tolist()
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 30), max_size=3), st.integers(0, 3))
+def test_any_schedule_keeps_the_books(build: Build, r: list[int], reg_tokens: int) -> None:
+    prefix = 1 + reg_tokens
+    merged = wrap(build(reg_tokens=reg_tokens))
+    tokens = merged.forward_features(torch.randn(2, 3, 96, 96), r, track=True)
+    left = prefix + 36
+    for wanted in r:
+        left -= min(wanted, (left - prefix) // 2)
+    assert tokens.x.shape[1] == left
+    if left == prefix + 36:
+        assert tokens.size is None and tokens.source is None
+    else:
+        assert tokens.size is not None and tokens.source is not None
+        assert tokens.size.sum(1).tolist() == [prefix + 36] * 2
+        for source, size in zip(tokens.source, tokens.size, strict=True):
+            assert source[:prefix].tolist() == list(range(prefix))
+            assert source.bincount(minlength=left).tolist() == size.tolist()
 
 
 def test_tracking_changes_no_feature_and_is_off_unless_asked(merged: MergedViT, images: Tensor) -> None:
