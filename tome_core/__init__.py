@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tome_core.families import UnsupportedModelError
+    from tome_core.fixed import FixedR
     from tome_core.matching import MergePlan, match
     from tome_core.merging import merge, track_source, unmerge
     from tome_core.schedule import Ramp
     from tome_core.vit import MergedViT, Tokens, wrap
 
 _HOME = {
+    "FixedR": "fixed",
     "MergePlan": "matching",
     "MergedViT": "vit",
     "Ramp": "schedule",
@@ -28,6 +30,7 @@ _HOME = {
 }
 
 __all__ = [
+    "FixedR",
     "MergePlan",
     "MergedViT",
     "Ramp",
