@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tome_core.export import ExportError, export_onnx, export_program
     from tome_core.families import UnsupportedModelError
     from tome_core.fixed import FixedR
     from tome_core.matching import MergePlan, match
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     from tome_core.vit import MergedViT, Tokens, wrap
 
 _HOME = {
+    "ExportError": "export",
     "FixedR": "fixed",
     "MergePlan": "matching",
     "MergedViT": "vit",
     "Ramp": "schedule",
     "Tokens": "vit",
     "UnsupportedModelError": "families",
+    "export_onnx": "export",
+    "export_program": "export",
     "match": "matching",
     "merge": "merging",
     "track_source": "merging",
@@ -30,12 +34,15 @@ _HOME = {
 }
 
 __all__ = [
+    "ExportError",
     "FixedR",
     "MergePlan",
     "MergedViT",
     "Ramp",
     "Tokens",
     "UnsupportedModelError",
+    "export_onnx",
+    "export_program",
     "match",
     "merge",
     "track_source",
