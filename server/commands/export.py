@@ -1,0 +1,54 @@
+"""`tome-server export`: write a model at one `r` as an ONNX file, for a runtime without Python or torch."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from server import __version__
+from server.settings import Settings, SettingsError
+
+HELP = "write a model at one r as an ONNX file"
+SETTINGS: tuple[str, ...] = ("model", "weights", "r")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="ONNX file to write")
+    parser.add_argument("--inflect", type=float, help="makes r a ramp: -1 from 2r down to 0, 1 from 0 up to 2r")
+    parser.add_argument("--opset", type=int, default=20, help="version of the ONNX operators (default: 20)")
+
+
+def run(settings: Settings, args: argparse.Namespace) -> int:
+    from server.models import load_model
+    from tome_core import ExportError, export_onnx
+
+    spec = settings.specs()[0]
+    loaded = load_model(spec)
+    info = loaded.info
+    schedule = info.schedule(spec.r or 0, args.inflect)
+    tokens = info.token_counts(schedule)
+    facts = {
+        "name": info.name,
+        "architecture": info.architecture,
+        "token_counts": tokens,
+        **asdict(info.preprocessing),
+        "labels": info.labels,
+        "version": __version__,
+    }
+    input_size = info.preprocessing.input_size
+    try:
+        written = export_onnx(loaded.merged, schedule, input_size, args.output, opset=args.opset, metadata=facts)
+    except ExportError as error:
+        raise SettingsError(str(error)) from error
+    except OSError as error:
+        raise SettingsError(f"{args.output}: {error.strerror}") from error
+    height, width = input_size
+    print(f"{written.path}: {info.architecture}, {written.num_bytes / 1e6:.1f} MB, opset {args.opset}")
+    print(f"  images (batch, 3, {height}, {width}) to logits (batch, {len(info.labels)})")
+    print(f"  tokens: {tokens[0]} come in, {tokens[-1]} are left")
+    if written.difference is None:
+        print("  not compared with torch: onnxruntime is not installed")
+    else:
+        print(f"  largest difference from torch: {written.difference:.1e}")
+    return 0
