@@ -1,4 +1,4 @@
-"""The accuracy benchmark against answers computed without the server, over a few photos and a tiny random model."""
+"""The benchmarks against answers computed without the server, over a few photos and a tiny random model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tome_core
-from benchmarks import accuracy
+from benchmarks import accuracy, export
 from benchmarks.accuracy import share
 
 SIDE, NUM_CLASSES, PHOTOS = 32, 10, 11
@@ -156,3 +156,23 @@ def test_the_share_is_that_of_the_places_where_both_lists_agree() -> None:
     assert share([5, 5, 5], [5, 0, 0]) == pytest.approx(1 / 3)
     with pytest.raises(ValueError):
         share([1], [1, 2])
+
+
+def test_the_export_benchmark_counts_the_same_answers_in_both_runtimes(
+    model: Path,
+    photos: list[Path],
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    labels = [int(line.split(",")[1]) for line in (data / "labels.csv").read_text().splitlines()[1:]]
+    said = ["--model", f"local-dir:{model}", "--data", str(data), "--r", "0,8", "--batch-sizes", "3"]
+    monkeypatch.setattr("sys.argv", ["export", *said])
+    export.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["r"], row["batch_size"], row["images"]) for row in rows] == [(0, 3, PHOTOS), (8, 3, PHOTOS)]
+    for row in rows:
+        top1 = share(answers_of(model, photos, row["r"]), labels)
+        assert (row["same_top1"], row["top1_torch"], row["top1_onnx"]) == (PHOTOS, top1, top1)
+        assert row["largest_difference"] < 1e-3
+        assert min(row["images_per_s_torch"], row["images_per_s_onnx"]) > 0
