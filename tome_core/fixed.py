@@ -35,7 +35,7 @@ class FixedR(nn.Module):
         self.schedule = resolve(r, merged.num_blocks)
         self.training = merged.training
         # torch.compile counts recompilations by code object, whatever the instance, and fails at the ninth. A copy of
-        # its own gives each instance a count of its own. (From torch 2.13 on, isolate_recompiles=True does that too.)
+        # its own gives each instance a count of its own; isolate_recompiles=True does so too, in newer torch.
         forward = type(self).forward
         own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
         self.forward = MethodType(own, self)  # type: ignore[method-assign]

@@ -161,7 +161,7 @@ class Plan(nn.Module):
     """A plan alone, so that every index can be compared."""
 
     def forward(self, metric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        plan = match(metric, 4, num_prefix_tokens=1)
+        plan = match(metric, 30, num_prefix_tokens=1)
         return plan.keep, plan.src, plan.dst, plan.target()
 
 
@@ -169,7 +169,7 @@ class Plan(nn.Module):
 def plan_session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     file = tmp_path_factory.mktemp("onnx") / "plan.onnx"
     shapes = {"metric": {0: Dim("batch", min=1)}}
-    program = torch.export.export(Plan(), (torch.randn(2, 14, 4),), dynamic_shapes=shapes)
+    program = torch.export.export(Plan(), (torch.randn(2, 197, 4),), dynamic_shapes=shapes)
     export.to_onnx(program, 20, ["metric"], ["keep", "src", "dst", "target"]).save(file)
     return open_onnx(file)
 
@@ -181,7 +181,7 @@ def test_ties_go_to_the_earlier_token_in_a_file_too(
     # Vectors of plus and minus one have cosines that are exact in float32: few kinds of them tie all over.
     generator = torch.Generator().manual_seed(seed)
     vectors = 2.0 * torch.randint(2, (kinds, 4), generator=generator) - 1
-    metric = vectors[torch.randint(kinds, (batch_size, 14), generator=generator)]
+    metric = vectors[torch.randint(kinds, (batch_size, 197), generator=generator)]
     expected = Plan()(metric)
     for got, rows in zip(plan_session.run(None, {"metric": metric.numpy()}), expected, strict=True):
         np.testing.assert_array_equal(got, rows.numpy())
