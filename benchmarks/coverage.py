@@ -4,8 +4,9 @@ python -m benchmarks.coverage [--names PATTERN]
 
 A supported model is built small with random parameters and must pass three checks: at r=0 its logits are timm's; with
 r > 0 as many tokens leave as promised and sizes add up; and with positions taken away, an image whose patches are all
-alike gives the same logits at any r, which no fault in matching, weighting, attention or pooling survives. The last
-line is JSON: {"names", "supported", "equal_at_r0", "merged", "refused", "wrong"}.
+alike gives the same logits at any r, which no fault in a family's use of sizes, in attention or in pooling, survives.
+(Matching and merging, which all families share, have tests of their own.) The last line is JSON: {"names",
+"supported", "equal_at_r0", "merged", "refused", "wrong"}.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def examine(name: str) -> Verdict:
     cls = type(model).__name__
     try:
         merged = wrap(model)
+        merged.family.check_head(model)
     except UnsupportedModelError as error:
         return Verdict(name, cls, reason=str(error), refused=True)
     try:

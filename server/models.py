@@ -44,6 +44,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     try:
         model: Any = timm.create_model(source, pretrained=False)
         merged = tome_core.wrap(model)
+        merged.family.check_head(model)
     except (RuntimeError, ValueError, OSError, TypeError, KeyError) as error:
         raise SettingsError(f"model {spec.name}: cannot build {spec.source!r}: {error}") from error
     if not model.num_classes:

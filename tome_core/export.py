@@ -67,7 +67,7 @@ def export_program(
         ExportError: The model is in training mode.
         ValueError: r is negative, or lists more blocks than there are.
     """
-    if merged.training:
+    if any(module.training for module in merged.model.modules()):
         raise ExportError("the model is in training mode, and dropout would be exported too; call eval() first")
     weight = next(merged.parameters())
     # torch takes a size of 1 for a constant, whatever is said about it: the example has 2.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tome_core.precision import full_precision, widened
 from tome_core.schedule import max_r
 
 
@@ -75,15 +75,3 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
     keep = torch.cat([positions[:, :num_prefix_tokens], first_src + 2 * unmerged, positions[:, first_dst::2]], dim=1)
     first_dst_row = num_prefix_tokens + unmerged.shape[1]
     return MergePlan(keep, first_src + 2 * merged, first_dst_row + partner.gather(1, merged))
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast does not lower float32 arithmetic on `device`."""
-    if device.type == "meta":  # has no autocast; asking torch which devices have it would break torch.compile's graph
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if that is what it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tome_core.matching import MergePlan, full_precision, widened
+from tome_core.matching import MergePlan
+from tome_core.precision import full_precision, widened
 
 
 def merge(plan: MergePlan, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:

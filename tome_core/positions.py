@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tome_core.matching import full_precision, widened
+from tome_core.precision import full_precision, widened
 
 
 class Position(NamedTuple):
@@ -49,27 +49,25 @@ def follow(position: Position, source: Tensor, num_tokens: int, num_prefix_token
         return position
     rows = torch.arange(num_prefix_tokens, num_tokens, device=source.device)
     members = (source[:, None, num_prefix_tokens:] == rows[:, None]).float()  # (B, N - P, N0 - P)
-    share = (members / members.sum(dim=-1, keepdim=True))[:, None]
     rope, bias = position.rope, position.bias
     with full_precision(source.device):
         if rope is not None:
             wide = widened(rope)
-            rope = (share.to(wide.dtype) @ wide).to(rope.dtype)
+            share = (members / members.sum(dim=-1, keepdim=True)).to(wide.dtype)
+            rope = (share[:, None] @ wide).to(rope.dtype)
         if bias is not None:
             assert position.grid is not None
-            bias = _between(bias, share[:, 0] @ _cells(position.grid, source.device), position.grid, num_prefix_tokens)
+            bias = _between(bias, members, position.grid, num_prefix_tokens)
     return Position(rope, bias, position.grid)
 
 
-def _cells(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Row and column of each patch, (N0 - P, 2) float32."""
-    cells = torch.arange(grid[0] * grid[1], device=device)
-    return torch.stack([cells // grid[1], cells % grid[1]], dim=1).float()
-
-
-def _between(bias: Tensor, cell: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+def _between(bias: Tensor, members: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
     """The bias (1, H, N0, N0) between merged tokens (B, H, N, N): that between the cells nearest to them."""
-    nearest = cell.round().long()
+    cells = torch.arange(grid[0] * grid[1], device=bias.device)
+    cells = torch.stack([cells // grid[1], cells % grid[1]], dim=1)
+    # In whole numbers: a mean that lies between two cells would be rounded by the order in which a device adds.
+    sums, count = (members @ cells.float()).long(), members.sum(dim=-1, keepdim=True).long()
+    nearest = (2 * sums + count) // (2 * count)
     index = num_prefix_tokens + nearest[..., 0] * grid[1] + nearest[..., 1]
     prefix = torch.arange(num_prefix_tokens, device=bias.device).expand(len(index), -1)
     index = torch.cat([prefix, index], dim=1)

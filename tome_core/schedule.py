@@ -5,10 +5,11 @@ Token counts depend on the schedule and the model alone, never on an image; that
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 Rounding = Literal["exact", "published"]
 
@@ -34,7 +35,7 @@ class Ramp:
     rounding: Rounding = "exact"
 
     def __post_init__(self) -> None:
-        _check_r(self.r)
+        _checked(self.r)
         if not -1 <= self.inflect <= 1:
             raise ValueError(f"inflect is {self.inflect}; it must lie between -1 and 1")
         if self.rounding not in ("exact", "published"):
@@ -76,11 +77,8 @@ def resolve(r: RLike, num_blocks: int) -> tuple[int, ...]:
     if isinstance(r, Sequence) and not isinstance(r, str | bytes):
         if len(r) > num_blocks:
             raise ValueError(f"the schedule lists {len(r)} blocks; this model has {num_blocks}")
-        for value in r:
-            _check_r(value)
-        return tuple(r) + (0,) * (num_blocks - len(r))
-    _check_r(r)
-    return (r,) * num_blocks  # type: ignore[return-value]  # _check_r leaves only int
+        return tuple(_checked(value) for value in r) + (0,) * (num_blocks - len(r))
+    return (_checked(r),) * num_blocks
 
 
 def max_r(num_tokens: int, num_prefix_tokens: int) -> int:
@@ -106,8 +104,9 @@ def token_counts(schedule: Sequence[int], num_tokens: int, num_prefix_tokens: in
     return tuple(counts)
 
 
-def _check_r(r: object) -> None:
-    if isinstance(r, bool) or not isinstance(r, int):
+def _checked(r: object) -> int:
+    if isinstance(r, bool) or not isinstance(r, SupportsIndex):  # NumPy's integers too
         raise TypeError(f"r is {r!r}; it must be an integer, a list of integers or a Ramp")
-    if r < 0:
+    if operator.index(r) < 0:
         raise ValueError(f"r is {r}; it must be 0 or more")
+    return operator.index(r)

@@ -20,7 +20,7 @@ def sources(merged: MergedViT, images: Tensor, r: RLike, blocks: Sequence[int]) 
         merged: The merging model.
         images: (B, 3, H, W), normalised as the model wants them.
         r: Tokens merged in each block, as in `MergedViT.forward`.
-        blocks: Blocks to look behind, counted from 1: 1 is the first, `merged.num_blocks` the last.
+        blocks: Blocks to look behind, counted from 0.
 
     Returns:
         For each of `blocks`, the row that holds each input token after it, (B, N0) int64, prefix included.
@@ -28,12 +28,9 @@ def sources(merged: MergedViT, images: Tensor, r: RLike, blocks: Sequence[int]) 
     Raises:
         ValueError: A block is not one of the model's, or r is wrong.
     """
-    for block in blocks:
-        if not 1 <= block <= merged.num_blocks:
-            raise ValueError(f"block is {block}; it must lie between 1 and {merged.num_blocks}")
-    inside = sorted({block - 1 for block in blocks})
-    kept = dict(zip(inside, merged.tokens_after(inside, images, r), strict=True))
-    return [_rows(kept[block - 1]) for block in blocks]
+    in_order = sorted(set(blocks))
+    kept = dict(zip(in_order, merged.tokens_after(in_order, images, r), strict=True))
+    return [_rows(kept[block]) for block in blocks]
 
 
 def _rows(tokens: Tokens) -> Tensor:

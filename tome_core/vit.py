@@ -42,7 +42,11 @@ class MergedViT(nn.Module):
     so one instance serves every `r` from several threads.
 
     Attributes:
-        model: The wrapped timm model, untouched.
+        model: The wrapped timm model, untouched. Its size and its number of blocks must stay as they were.
+        num_blocks: Blocks of the model.
+        num_prefix_tokens: Leading tokens that never merge.
+        num_tokens: Tokens that enter the first block at the model's own input size, prefix included.
+        max_r: The most tokens that the first block can merge.
 
     Source: Bolya et al., Token Merging, ICLR 2023.
     """
@@ -69,10 +73,12 @@ class MergedViT(nn.Module):
                 is clipped; `token_counts` shows the outcome.
 
         Returns:
-            Logits, (B, K).
+            Logits, (B, K); where the timm model gives several (distilled, in its mode for training), what it gives.
 
         Raises:
+            UnsupportedModelError: No right form of the model's pooling is known.
             ValueError: r is negative, or lists more blocks than there are.
+            TypeError: r is neither an integer, a sequence of integers nor a Ramp.
         """
         prefix_only = self.family.reads_prefix_only(self.model)
         return self.forward_head(self.forward_features(images, r, prefix_only=prefix_only))
@@ -86,13 +92,19 @@ class MergedViT(nn.Module):
             images: (B, 3, H, W).
             r: As in `forward`.
             track: Whether to follow where each input token went (`Tokens.source`).
-            prefix_only: Whether prefix tokens are all that is wanted: the last block computes no others.
+            prefix_only: Whether prefix tokens are all that is wanted, for a head that reads no others: the last block
+                computes those alone, and merges nothing.
 
         Returns:
-            The tokens after the final norm.
+            The tokens after the final norm; with `prefix_only`, the prefix tokens.
+
+        Raises:
+            ValueError: prefix_only does not go with `track`, or with this model's head.
         """
-        tokens, _ = self._run(images, r, track=track, prefix_only=prefix_only)
-        return tokens
+        if prefix_only and (track or not self.family.reads_prefix_only(self.model)):
+            raise ValueError("prefix_only leaves nothing to track, and needs a head that reads prefix tokens alone")
+        (tokens,) = self._run(images, r, [self.num_blocks - 1], track=track, prefix_only=prefix_only)
+        return tokens._replace(x=self.family.norm(self.model, tokens.x))
 
     def forward_head(self, tokens: Tokens, pre_logits: bool = False) -> Tensor:
         """Pools and classifies what `forward_features` gave.
@@ -103,7 +115,11 @@ class MergedViT(nn.Module):
 
         Returns:
             Logits, (B, K), or pooled features, (B, C).
+
+        Raises:
+            UnsupportedModelError: No right form of the model's pooling is known.
         """
+        self.family.check_head(self.model)
         return self.family.head(self.model, tokens.x, tokens.size, pre_logits)
 
     def forward_intermediates(
@@ -130,12 +146,15 @@ class MergedViT(nn.Module):
             One entry a chosen block, in order, as timm's method of this name gives with `intermediates_only`.
 
         Raises:
-            ValueError: output_fmt is neither, or there is no such block.
+            ValueError: output_fmt is neither, there is no such block, or patches were dropped (in training).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         kept = self.tokens_after(_chosen(indices, self.num_blocks), images, r)
         rows, columns = self.family.grid(self.model, (images.shape[-2], images.shape[-1]))
+        num_inputs = kept[0].unmerged().shape[1] - self.num_prefix_tokens
+        if num_inputs != rows * columns:
+            raise ValueError(f"{num_inputs} patches are left of {rows} x {columns}: patch dropout leaves no whole map")
         patches, prefixes = [], []
         for tokens in kept:
             x = tokens.unmerged()
@@ -149,46 +168,41 @@ class MergedViT(nn.Module):
         """The tokens as they leave chosen blocks; no block after the last of them runs.
 
         Args:
-            blocks: Blocks, counted from 0, in order.
+            blocks: Blocks, counted from 0 or, if negative, from the end.
             images: (B, 3, H, W).
             r: As in `forward`.
 
         Returns:
-            Tokens with their `source`, before any final norm.
+            Tokens with their `source`, before any final norm, in the order of the model.
+
+        Raises:
+            ValueError: There is no such block.
         """
-        _, kept = self._run(images, r, track=True, keep=blocks, num_blocks=max(blocks) + 1)
-        return kept
+        return self._run(images, r, _chosen(blocks, self.num_blocks), track=True)
 
     def token_counts(self, r: RLike = 0) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block, at the model's own input size."""
         return schedule.token_counts(schedule.resolve(r, self.num_blocks), self.num_tokens, self.num_prefix_tokens)
 
     def _run(
-        self,
-        images: Tensor,
-        r: RLike,
-        *,
-        track: bool = False,
-        prefix_only: bool = False,
-        keep: Sequence[int] = (),
-        num_blocks: int | None = None,
-    ) -> tuple[Tokens, list[Tokens]]:
-        """The tokens after the final norm, and as they were after the blocks in `keep`."""
+        self, images: Tensor, r: RLike, blocks: Sequence[int], *, track: bool = False, prefix_only: bool = False
+    ) -> list[Tokens]:
+        """The tokens as they leave some blocks, in order; the last of these is the last that runs."""
         x, positions = self.family.embed(self.model, images)
         per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
         grad_checkpointing = self.family.trunk(self.model).grad_checkpointing
         track = track or self.family.positional
         tokens, kept = Tokens(x), []
-        for i in range(num_blocks or self.num_blocks):
+        for i in range(blocks[-1] + 1):
             last = prefix_only and i == self.num_blocks - 1
             args = (i, tokens, positions, 0 if last else per_block[i], track, self.num_prefix_tokens if last else None)
             if grad_checkpointing:
                 tokens = checkpoint(self._block, *args, use_reentrant=False)
             else:
                 tokens = self._block(*args)
-            if i in keep:
+            if i in blocks:
                 kept.append(tokens)
-        return tokens._replace(x=self.family.norm(self.model, tokens.x)), kept
+        return kept
 
     def _block(
         self, i: int, tokens: Tokens, positions: Tensor | None, r: int, track: bool, num_queries: int | None

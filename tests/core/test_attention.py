@@ -66,6 +66,9 @@ def test_the_bias_is_the_log_of_the_size_broadcast_over_heads_and_queries() -> N
     assert bias.shape == (2, 1, 1, 3)
     assert bias.dtype == torch.float64
     torch.testing.assert_close(bias.exp()[:, 0, 0].float(), size)
+    rough = size_bias(torch.tensor([[257.0]]), torch.bfloat16)
+    assert rough is not None
+    assert rough.item() == torch.tensor(257.0).log().bfloat16().item()  # the logarithm is rounded, not the size
 
 
 def test_sizes_of_one_need_no_bias() -> None:

@@ -64,6 +64,11 @@ def test_every_patch_has_the_features_of_the_token_it_merged_into(merged: Merged
         assert groups == [36 - 6 * (last + 1)] * 2
 
 
+def test_dropped_patches_leave_no_map(build: Build, images: Tensor) -> None:
+    with pytest.raises(ValueError, match="18 patches are left of 6 x 6: patch dropout"):
+        wrap(build(patch_drop_rate=0.5).train()).forward_intermediates(images, 4)
+
+
 def test_a_map_has_the_shape_of_the_images(build: Build) -> None:
     merged = wrap(build(dynamic_img_size=True))
     (features,) = merged.forward_intermediates(torch.randn(2, 3, 96, 160), 4, indices=1)

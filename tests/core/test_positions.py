@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
+from math import floor
 from typing import Any
 
 import pytest
@@ -80,9 +82,10 @@ def test_a_bias_is_that_between_the_cells_nearest_to_the_means(
         stands_at = list(range(prefix))
         for row in range(prefix, num_tokens):
             members = [int(i) - prefix for i in (source[b] == row).nonzero()]
-            row_mean = torch.tensor([m // columns for m in members]).float().mean()
-            column_mean = torch.tensor([m % columns for m in members]).float().mean()
-            stands_at.append(prefix + int(row_mean.round()) * columns + int(column_mean.round()))
+            row_mean = Fraction(sum(m // columns for m in members), len(members))
+            column_mean = Fraction(sum(m % columns for m in members), len(members))
+            half = Fraction(1, 2)  # what lies between two cells goes to the later one
+            stands_at.append(prefix + floor(row_mean + half) * columns + floor(column_mean + half))
         assert torch.equal(moved[b], bias[0][:, stands_at][:, :, stands_at])
 
 
@@ -98,3 +101,12 @@ def test_positions_decide_what_the_model_says_after_a_merge(build: Build, name: 
     moved = image.roll(16, dims=-1)
     for r in (0, 6):
         assert (merged(image, r) - merged(moved, r)).abs().max() > 1e-3
+
+
+def test_autocast_does_not_lower_the_mean() -> None:
+    rope, source = torch.randn(9, 8), torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
+    expected = follow(Position(rope=rope), source, 3, 0).rope
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = follow(Position(rope=rope), source, 3, 0).rope
+    assert expected is not None and lowered is not None
+    assert torch.equal(lowered, expected)

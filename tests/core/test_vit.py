@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tome_core import MergedViT, Ramp, wrap
+from tome_core import MergedViT, MergePlan, Ramp, Tokens, match, vit, wrap
+from tome_core.positions import NOWHERE
 from tome_core.schedule import RLike
 
 Build = Callable[..., VisionTransformer]
@@ -218,15 +219,55 @@ def test_it_compiles_whole_for_several_r(merged: MergedViT, images: Tensor) -> N
         torch.testing.assert_close(compiled(images, r), merged(images, r), rtol=1e-5, atol=1e-5)
 
 
-def test_checkpointing_gives_the_same_gradients(model: VisionTransformer, merged: MergedViT, images: Tensor) -> None:
+def test_checkpointing_runs_blocks_again_and_gives_the_same_gradients(
+    model: VisionTransformer, merged: MergedViT, images: Tensor
+) -> None:
+    runs: list[nn.Module] = []
+    first: Any = model.blocks[0]
+    first.mlp.register_forward_pre_hook(lambda module, inputs: runs.append(module))
+
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(merged(images, [4, 0, 5]).square().sum(), list(model.parameters()))
 
     plain = gradients()
+    assert len(runs) == 1
     model.set_grad_checkpointing()
     for ours, expected in zip(gradients(), plain, strict=True):
         assert expected.abs().max() > 0
         torch.testing.assert_close(ours, expected)
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_metric_is_the_mean_of_the_keys_over_heads_in_float32_or_wider(
+    merged: MergedViT, images: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def spy(metric: Tensor, r: int, num_prefix_tokens: int) -> MergePlan:
+        seen.append(metric)
+        return match(metric, r, num_prefix_tokens)
+
+    monkeypatch.setattr(vit, "match", spy)
+    merged = copy.deepcopy(merged).to(dtype)
+    x = merged.family.embed(merged.model, images.to(dtype)).x
+    block = merged.family.blocks(merged.model)[0]
+    _, keys = merged._attend(block, Tokens(x), NOWHERE, None)
+    merged.forward_features(images.to(dtype), [4])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert seen[0].dtype == wide
+    torch.testing.assert_close(seen[0], keys.to(wide).mean(dim=1), rtol=1e-6, atol=1e-6)
+
+
+def test_prefix_only_is_for_heads_that_read_no_more(build: Build, images: Tensor) -> None:
+    merged = wrap(build(reg_tokens=2))
+    tokens = merged.forward_features(images, 4, prefix_only=True)
+    assert tokens.x.shape == (4, 3, 48)
+    torch.testing.assert_close(merged.forward_head(tokens), merged(images, 4))
+    with pytest.raises(ValueError, match="prefix_only leaves nothing to track"):
+        merged.forward_features(images, 4, prefix_only=True, track=True)
+    with pytest.raises(ValueError, match="needs a head that reads prefix tokens alone"):
+        wrap(build(global_pool="avg")).forward_features(images, 4, prefix_only=True)
 
 
 @pytest.mark.parametrize("r", [0, 4, [5, 0, 2]])

@@ -96,7 +96,8 @@ def split(
     Returns:
         The first part, (B, num_queries, widths[0]), then the others, (B, N, width).
     """
-    if num_queries is None or type(linear) is not nn.Linear:
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    if num_queries is None or type(linear) is not nn.Linear or hooked:
         y = linear(x) if bias is None else F.linear(x, linear.weight, torch.cat(tuple(bias)))
         first, *others = y.split(list(widths), dim=-1)
         return first[:, :num_queries], *others

@@ -17,6 +17,7 @@ class BeitFamily(Family):
 
     model_classes: tuple[type[nn.Module], ...] = (Beit,)
     positional = True
+    pools = ("token", "avg")
 
     def embed(self, model: Any, images: Tensor) -> Embedded:
         x = model.patch_embed(images)

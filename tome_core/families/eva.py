@@ -8,7 +8,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from tome_core.families.family import Embedded, Family
-from tome_core.positions import NOWHERE, Position
+from tome_core.positions import Position
 
 
 class EvaFamily(Family):
@@ -22,9 +22,7 @@ class EvaFamily(Family):
         return Embedded(model.norm_pre(x), rope)
 
     def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
-        if positions is None:
-            return NOWHERE
-        return Position(rope=positions[i] if model.rope_mixed else positions)
+        return Position(rope=positions[i] if positions is not None and model.rope_mixed else positions)
 
     def pools_prefix(self, model: Any) -> bool:
         return bool(model.global_pool == "map")  # its attention pool sees every token

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from tome_core.attention import size_bias
 from tome_core.families.blocks import HALVES, LAYERS, Halves
-from tome_core.matching import widened
 from tome_core.positions import NOWHERE, Position
-
-POOLS = ("token", "avg", "max", "avgmax", "map")
+from tome_core.precision import widened
 
 
 class UnsupportedModelError(TypeError):
@@ -39,17 +37,19 @@ class Family:
     Attributes:
         model_classes: The exact model classes that it serves.
         positional: Whether attention knows positions, so that they must follow their tokens through merges.
+        pools: The poolings that timm's models of the family know and that have a size-weighted form.
     """
 
     model_classes: tuple[type[nn.Module], ...] = ()
     positional = False
+    pools: tuple[str, ...] = ("token", "avg", "max", "avgmax", "map")
 
     def trunk(self, model: Any) -> Any:
         """The part of the model that holds the patch embedding and the blocks."""
         return model
 
     def check(self, model: Any) -> None:
-        """Refuses blocks and poolings for which no right form under merging is known.
+        """Refuses blocks for which no right form under merging is known.
 
         Raises:
             UnsupportedModelError: The message names what was found and what is supported.
@@ -65,14 +65,23 @@ class Family:
                 if type(layer) not in LAYERS:
                     supported = ", ".join(sorted({cls.__name__ for cls in LAYERS}))
                     raise UnsupportedModelError(f"{found} with {type(layer).__name__}; supported: {supported}")
-        if model.global_pool not in POOLS:
-            raise UnsupportedModelError(
-                f"cannot merge tokens in a {name} with global_pool={model.global_pool!r}; supported: {', '.join(POOLS)}"
-            )
-        if model.global_pool == "map" and model.attn_pool.pos_embed is not None:
-            raise UnsupportedModelError(
-                f"cannot merge tokens in a {name} whose attention pool adds position embeddings"
-            )
+
+    def check_head(self, model: Any) -> None:
+        """Refuses poolings for which no right form under merging is known; features are to be had without.
+
+        Raises:
+            UnsupportedModelError: The message names what was found and what is supported.
+        """
+        found = f"cannot classify merged tokens in a {type(model).__name__} with global_pool={model.global_pool!r}"
+        if model.global_pool not in self.pools:
+            raise UnsupportedModelError(f"{found}; supported: {', '.join(self.pools)}")
+        if model.global_pool == "token" and not self.num_prefix_tokens(model):
+            raise UnsupportedModelError(f"{found}: it has no class token")
+        attn_pool = getattr(model, "attn_pool", None)
+        if (attn_pool is not None) != (model.global_pool == "map"):  # older timm leaves a pool that was replaced
+            raise UnsupportedModelError(f"{found} and {'an' if attn_pool is not None else 'no'} attention pool")
+        if attn_pool is not None and attn_pool.pos_embed is not None:
+            raise UnsupportedModelError(f"{found} that adds position embeddings")
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """The transformer blocks, in order."""

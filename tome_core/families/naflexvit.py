@@ -8,7 +8,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from tome_core.families.family import Embedded, Family, UnsupportedModelError
-from tome_core.positions import NOWHERE, Position
+from tome_core.positions import Position
 
 
 class NaFlexFamily(Family):
@@ -29,7 +29,11 @@ class NaFlexFamily(Family):
         return int(rows), int(columns)
 
     def num_tokens(self, model: Any) -> int:
-        rows, columns = self.grid(model, tuple(model.pretrained_cfg["input_size"][1:]))
+        pretrained_cfg = getattr(model, "pretrained_cfg", None)
+        if pretrained_cfg:
+            rows, columns = self.grid(model, tuple(pretrained_cfg["input_size"][1:]))
+        else:
+            rows, columns = model.embeds.pos_embed_grid_size
         return rows * columns + self.num_prefix_tokens(model)
 
     def embed(self, model: Any, images: Tensor) -> Embedded:
@@ -37,6 +41,4 @@ class NaFlexFamily(Family):
         return Embedded(embedded["patches"], embedded["rope_embeds"])
 
     def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
-        if positions is None:
-            return NOWHERE
-        return Position(rope=positions[i] if model.rope_is_mixed else positions)
+        return Position(rope=positions[i] if positions is not None and model.rope_is_mixed else positions)

@@ -17,6 +17,7 @@ class RelPosFamily(Family):
 
     model_classes: tuple[type[nn.Module], ...] = (VisionTransformerRelPos,)
     positional = True
+    pools = ("token", "avg")
 
     def embed(self, model: Any, images: Tensor) -> Embedded:
         x = model.patch_embed(images)

@@ -23,6 +23,7 @@ class VisionTowerFamily(Family):
 
     model_classes = CLASSES
     positional = True
+    pools = ("avg",)
 
     def trunk(self, model: Any) -> Any:
         return model.encoder
