@@ -111,6 +111,9 @@ class Training:
         if not self.steps:
             raise SystemExit(f"--batch-size is {args.batch_size}; there are {len(self._train.images)} images")
         self._teacher = Teacher(args.teacher, len(load_labels(args.data).wnids), device)
+        say(
+            f"teacher top-1 {top1(lambda images: self._teacher(images).logits, self._val):.4f}"
+        )  # a poor one spoils all
         torch.manual_seed(args.seed)  # the same first weights in every process
         self._student = Student(self._teacher.width).to(device).train()
         if args.start:
