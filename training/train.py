@@ -111,9 +111,8 @@ class Training:
         if not self.steps:
             raise SystemExit(f"--batch-size is {args.batch_size}; there are {len(self._train.images)} images")
         self._teacher = Teacher(args.teacher, len(load_labels(args.data).wnids), device)
-        say(
-            f"teacher top-1 {top1(lambda images: self._teacher(images).logits, self._val):.4f}"
-        )  # a poor one spoils all
+        knows = top1(lambda images: self._teacher(images).logits, self._val)
+        say(f"teacher top-1 {knows:.4f}")  # a poor one spoils the student, and nothing else would tell
         torch.manual_seed(args.seed)  # the same first weights in every process
         self._student = Student(self._teacher.width).to(device).train()
         if args.start:

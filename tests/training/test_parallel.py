@@ -22,7 +22,7 @@ def out(data: DataSet, teacher_weights: Path, tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("out")
     args = argparse.Namespace(
         **{"device": "cpu", "processes": 2, "data": data.folder, "teacher": teacher_weights, "cache": None},
-        **{"epochs": 2, "minutes": None, "batch_size": 2, "lr": 1e-3, "seed": 0, "out": out},
+        **{"epochs": 2, "minutes": None, "batch_size": 2, "lr": 1e-3, "seed": 0, "start": None, "out": out},
     )
     launch(members.member, args)
     args.processes = 1
