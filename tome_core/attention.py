@@ -17,19 +17,31 @@ def size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if size is None else size.log()[:, None, None, :].to(dtype)
 
 
-def proportional_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D) + log s) v.
+def proportional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + log s + bias) v.
 
     Args:
-        q: Queries, (B, num_heads, N, D).
+        q: Queries of the leading M tokens, (B, num_heads, M, D).
         k: Keys, (B, num_heads, N, D).
         v: Values, (B, num_heads, N, D).
         size: Size s of each key's token, (B, N) float32; None means one each, and is plain attention.
+        bias: Relative position bias, (1 or B, num_heads, N, N), or None.
         dropout: Probability with which an attention weight is dropped.
 
     Returns:
-        (B, num_heads, N, D) in q's dtype.
+        (B, num_heads, M, D) in q's dtype.
 
     Source: Bolya et al., Token Merging, ICLR 2023, equation 1.
     """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=size_bias(size, q.dtype), dropout_p=dropout)
+    mask = size_bias(size, q.dtype)
+    if bias is not None:
+        bias = bias[:, :, : q.shape[2]].to(q.dtype)
+        mask = bias if mask is None else mask + bias
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

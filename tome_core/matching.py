@@ -41,7 +41,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
     metric of zero norm is similar to nothing (0, never NaN).
 
     Args:
-        metric: Features compared, (B, N, D), any float dtype; compared in float32.
+        metric: Features compared, (B, N, D), any float dtype; compared in float32 or wider.
         r: Pairs to merge. Clipped to half of the mergeable tokens; 0 gives the identity plan.
         num_prefix_tokens: Leading tokens never merged (class, distillation, registers).
 
@@ -67,7 +67,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
     first_src = num_prefix_tokens + num_prefix_tokens % 2
     first_dst = num_prefix_tokens + 1 - num_prefix_tokens % 2
     with full_precision(metric.device):
-        metric = F.normalize(metric.float(), dim=-1)
+        metric = F.normalize(widened(metric), dim=-1)
         similarity = metric[:, first_src::2] @ metric[:, first_dst::2].transpose(1, 2)  # (B, N_src, N_dst)
     best, partner = similarity.max(dim=-1)
     order = best.argsort(dim=-1, descending=True, stable=True)
@@ -82,3 +82,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "meta":  # has no autocast; asking torch which devices have it would break torch.compile's graph
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if that is what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

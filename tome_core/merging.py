@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tome_core.matching import MergePlan, full_precision
+from tome_core.matching import MergePlan, full_precision, widened
 
 
 def merge(plan: MergePlan, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -33,9 +33,10 @@ def merge(plan: MergePlan, x: Tensor, size: Tensor | None = None) -> tuple[Tenso
         gains = joins * size.gather(1, plan.src)[:, None, :]
         kept_size = size.gather(1, plan.keep)
         merged_size = kept_size + gains.sum(dim=-1)
-        # Weights of at most 1, in float32: a sum first and a division later would overflow float16.
-        kept = gather_tokens(x, plan.keep).float() * (kept_size / merged_size)[..., None]
-        merged = torch.baddbmm(kept, gains / merged_size[..., None], gather_tokens(x, plan.src).float())
+        # Weights of at most 1, in float32 or wider: a sum first and a division later would overflow float16.
+        kept, lost = widened(gather_tokens(x, plan.keep)), widened(gather_tokens(x, plan.src))
+        kept = kept * (kept_size / merged_size)[..., None]
+        merged = torch.baddbmm(kept, (gains / merged_size[..., None]).to(kept.dtype), lost)
     return merged.to(x.dtype), merged_size
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tome_core import schedule
 from tome_core.families import family_of
 from tome_core.matching import match
-from tome_core.merging import merge, track_source
+from tome_core.merging import merge, track_source, unmerge
+from tome_core.positions import follow
 from tome_core.schedule import RLike
 
 
@@ -26,6 +29,10 @@ class Tokens(NamedTuple):
     x: Tensor
     size: Tensor | None = None
     source: Tensor | None = None
+
+    def unmerged(self) -> Tensor:
+        """Features of every input token, in its place: (B, N0, C)."""
+        return self.x if self.source is None else unmerge(self.x, self.source)
 
 
 class MergedViT(nn.Module):
@@ -53,6 +60,9 @@ class MergedViT(nn.Module):
     def forward(self, images: Tensor, r: RLike = 0) -> Tensor:
         """Classifies images.
 
+        Where the head reads prefix tokens alone (class-token pooling), the last block computes them alone: the same
+        logits for less work.
+
         Args:
             images: (B, 3, H, W), normalised as the model wants them.
             r: Tokens merged in each block: a number, a list of one per block, or a Ramp. What a block cannot merge
@@ -64,8 +74,9 @@ class MergedViT(nn.Module):
         Raises:
             ValueError: r is negative, or lists more blocks than there are.
         """
-        tokens = self.forward_features(images, r)
-        return self.family.head(self.model, tokens.x, tokens.size)
+        prefix_only = self.family.reads_prefix_only(self.model)
+        tokens, _ = self._run(images, r, prefix_only=prefix_only)
+        return self.forward_head(tokens)
 
     def forward_features(self, images: Tensor, r: RLike = 0, *, track: bool = False) -> Tokens:
         """Runs all but the head.
@@ -78,29 +89,142 @@ class MergedViT(nn.Module):
         Returns:
             The tokens after the final norm.
         """
-        tokens = Tokens(self.family.embed(self.model, images))
-        blocks = self.family.blocks(self.model)
-        per_block = schedule.resolve(r, self.num_blocks)
-        per_block = schedule.clip(per_block, tokens.x.shape[1], self.num_prefix_tokens)
-        for block, block_r in zip(blocks, per_block, strict=True):
-            if getattr(self.model, "grad_checkpointing", False):
-                tokens = checkpoint(self._block, block, tokens, block_r, track, use_reentrant=False)
-            else:
-                tokens = self._block(block, tokens, block_r, track)
-        return tokens._replace(x=self.family.norm(self.model, tokens.x))
+        tokens, _ = self._run(images, r, track=track)
+        return tokens
+
+    def forward_head(self, tokens: Tokens, pre_logits: bool = False) -> Tensor:
+        """Pools and classifies what `forward_features` gave.
+
+        Args:
+            tokens: The tokens after the final norm.
+            pre_logits: Whether to stop before the classifier.
+
+        Returns:
+            Logits, (B, K), or pooled features, (B, C).
+        """
+        return self.family.head(self.model, tokens.x, tokens.size, pre_logits)
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        r: RLike = 0,
+        *,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+        """Dense features after chosen blocks: every patch has the features of the token that it merged into.
+
+        Args:
+            images: (B, 3, H, W).
+            r: As in `forward`.
+            indices: Blocks, counted from 0 or, if negative, from the end; a number n means the last n, None all.
+            return_prefix_tokens: Whether to give (patches, prefix tokens) for each block.
+            norm: Whether to apply the model's final norm.
+            output_fmt: "NCHW", maps (B, C, rows, columns), or "NLC", (B, rows * columns, C).
+
+        Returns:
+            One entry a chosen block, in order, as timm's method of this name gives with `intermediates_only`.
+
+        Raises:
+            ValueError: output_fmt is neither, or there is no such block.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
+        kept = self.tokens_after(_chosen(indices, self.num_blocks), images, r)
+        rows, columns = self.family.grid(self.model, (images.shape[-2], images.shape[-1]))
+        patches, prefixes = [], []
+        for tokens in kept:
+            x = tokens.unmerged()
+            x = self.family.norm(self.model, x) if norm else x
+            prefix, x = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+            patches.append(x.transpose(1, 2).unflatten(2, (rows, columns)) if output_fmt == "NCHW" else x)
+            prefixes.append(prefix)
+        return list(zip(patches, prefixes, strict=True)) if return_prefix_tokens else patches
+
+    def tokens_after(self, blocks: Sequence[int], images: Tensor, r: RLike = 0) -> list[Tokens]:
+        """The tokens as they leave chosen blocks; no block after the last of them runs.
+
+        Args:
+            blocks: Blocks, counted from 0, in order.
+            images: (B, 3, H, W).
+            r: As in `forward`.
+
+        Returns:
+            Tokens with their `source`, before any final norm.
+        """
+        _, kept = self._run(images, r, track=True, keep=blocks, num_blocks=max(blocks) + 1)
+        return kept
 
     def token_counts(self, r: RLike = 0) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block, at the model's own input size."""
         return schedule.token_counts(schedule.resolve(r, self.num_blocks), self.num_tokens, self.num_prefix_tokens)
 
-    def _block(self, block: nn.Module, tokens: Tokens, r: int, track: bool) -> Tokens:
-        if r == 0:
-            return tokens._replace(x=self.family.block(block, tokens.x, tokens.size))
-        x, metric = self.family.attend(block, tokens.x, tokens.size)
+    def _run(
+        self,
+        images: Tensor,
+        r: RLike,
+        *,
+        track: bool = False,
+        prefix_only: bool = False,
+        keep: Sequence[int] = (),
+        num_blocks: int | None = None,
+    ) -> tuple[Tokens, list[Tokens]]:
+        """The tokens after the final norm, and as they were after the blocks in `keep`."""
+        x, positions = self.family.embed(self.model, images)
+        per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
+        grad_checkpointing = self.family.trunk(self.model).grad_checkpointing
+        track = track or self.family.positional
+        tokens, kept = Tokens(x), []
+        for i in range(num_blocks or self.num_blocks):
+            last = prefix_only and i == self.num_blocks - 1
+            args = (i, tokens, positions, 0 if last else per_block[i], track, self.num_prefix_tokens if last else None)
+            if grad_checkpointing:
+                tokens = checkpoint(self._block, *args, use_reentrant=False)
+            else:
+                tokens = self._block(*args)
+            if i in keep:
+                kept.append(tokens)
+        return tokens._replace(x=self.family.norm(self.model, tokens.x)), kept
+
+    def _block(
+        self, i: int, tokens: Tokens, positions: Tensor | None, r: int, track: bool, num_queries: int | None
+    ) -> Tokens:
+        """Block i: attention, merging of r tokens, MLP. With `num_queries`, only for that many leading tokens."""
+        block = self.family.blocks(self.model)[i]
+        position = self.family.position(self.model, positions, i)
+        if tokens.source is not None:
+            position = follow(position, tokens.source, tokens.x.shape[1], self.num_prefix_tokens)
+        halves = self.family.halves(block)
+        x, keys = halves.attend(block, tokens.x, tokens.size, position, num_queries)
+        tokens = Tokens(x) if num_queries is not None else tokens._replace(x=x)
+        if r:
+            tokens = self._merge(block, tokens, keys, r, track)
+        return tokens._replace(x=halves.feed_forward(block, tokens.x))
+
+    def _merge(self, block: nn.Module, tokens: Tokens, keys: Tensor, r: int, track: bool) -> Tokens:
+        """Merges by similarity of the keys (B, num_heads, N, D), averaged over heads."""
+        metric = keys.mean(dim=1, dtype=torch.promote_types(keys.dtype, torch.float32))
         plan = match(metric, r, self.num_prefix_tokens)
-        x, size = merge(plan, x, tokens.size)
-        source = track_source(plan, tokens.source) if track else None
-        return Tokens(self.family.feed_forward(block, x), size, source)
+        x, size = merge(plan, tokens.x, tokens.size)
+        return Tokens(x, size, track_source(plan, tokens.source) if track else None)
+
+
+def _chosen(indices: int | Sequence[int] | None, num_blocks: int) -> list[int]:
+    """The blocks that `forward_intermediates` was asked for, from 0, in order."""
+    if indices is None:
+        return list(range(num_blocks))
+    if isinstance(indices, int):
+        if not 1 <= indices <= num_blocks:
+            raise ValueError(f"indices is {indices}: the last {indices} of {num_blocks} blocks")
+        return list(range(num_blocks - indices, num_blocks))
+    for i in indices:
+        if not -num_blocks <= i < num_blocks:
+            raise ValueError(f"indices names block {i}; blocks lie between {-num_blocks} and {num_blocks - 1}")
+    if not indices:
+        raise ValueError("indices is empty; name at least one block")
+    return sorted({i % num_blocks for i in indices})
 
 
 def wrap(model: nn.Module) -> MergedViT:

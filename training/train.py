@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tome_core
+from tome_core.families.blocks import Halves
 from tome_core.families.vit import ViTFamily
 from training.augment import augment, mix
 from training.data import Split, load_labels, load_split
@@ -96,11 +97,11 @@ def backward_of(model: nn.Module, device: torch.device) -> Backward:
     merged = tome_core.wrap(model)
     if device.type == "cuda":
         # One compiled half-block serves every block and every r: the number of tokens is dynamic.
+        halves = merged.family.halves(merged.family.blocks(model)[0])
+        compiled: list[Any] = [torch.compile(half, dynamic=True) for half in halves[:2]]
         family: Any = ViTFamily()  # its own: other models share theirs
+        family.halves = lambda block: Halves(*compiled)
         merged.family = family
-        family.block = torch.compile(family.block)
-        family.attend = torch.compile(family.attend, dynamic=True)
-        family.feed_forward = torch.compile(family.feed_forward, dynamic=True)
     gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = gradient

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from server.errors import ServerError
 from server.settings import Settings, SettingsError
 
 HELP = "classify photos here and now, without a server"
@@ -20,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.api.decode import decode
+    from server.commands.photo import read_photo
     from server.engine.runner import Runner, set_threads
     from server.models import load_model
     from server.types import Job
@@ -36,12 +34,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     key = info.batch_key(schedule)
     for photo in args.photos:
-        try:
-            pixels = decode(Path(photo).read_bytes(), info.preprocessing, settings.max_image_pixels)
-        except OSError as error:
-            raise SettingsError(f"{photo}: {error.strerror}") from None
-        except ServerError as error:
-            raise SettingsError(f"{photo}: {error.message}") from None
+        pixels = read_photo(photo, info.preprocessing, settings.max_image_pixels)
         (likeliest,) = runner.run_batch(key, [Job(info.name, pixels, schedule, top_k, settings.deadline_s)])
         classes = [
             {"label": info.labels[index], "index": index, "score": score}

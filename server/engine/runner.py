@@ -43,7 +43,7 @@ class Runner:
     @torch.inference_mode()
     def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
         """Classifies the jobs' images under the key's schedule."""
-        images = self._images(key, [job.pixels for job in jobs])
+        images = self.images(key, [job.pixels for job in jobs])
         probabilities = self._models[key.model](images, key.schedule).float().softmax(dim=1)
         scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
         if not scores.isfinite().all():
@@ -63,8 +63,8 @@ class Runner:
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
         logger.info("%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, self._dtype, took_s)
 
-    def _images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
-        """Bytes of RGB rows to the normalised batch (B, 3, H, W)."""
+    def images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
+        """Bytes of RGB rows to what the model sees: the normalised batch (B, 3, H, W), on its device."""
         packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
         images = packed.view(len(pixels), *key.input_size, 3).to(self._device).permute(0, 3, 1, 2)
         scale, offset = self._scale[key.model]

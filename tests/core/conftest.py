@@ -10,7 +10,8 @@ import timm
 import torch
 from hypothesis import settings
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+
+from benchmarks.coverage import randomise
 
 settings.register_profile("core", deadline=None)
 settings.load_profile("core")
@@ -29,15 +30,3 @@ def build() -> Callable[..., VisionTransformer]:
         return model
 
     return build
-
-
-@torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Gives weights the scale of their fan-in, and no bias, norm or LayerScale its trivial start."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            parameter.uniform_(0.5, 1.5)
-        elif parameter.ndim == 1:
-            parameter.add_(0.2 * torch.randn_like(parameter))
-        else:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)

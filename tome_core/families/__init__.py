@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from tome_core.families.family import Family, UnsupportedModelError
+from tome_core.families.beit import BeitFamily
+from tome_core.families.eva import EvaFamily
+from tome_core.families.family import Embedded, Family, UnsupportedModelError
+from tome_core.families.naflexvit import NaFlexFamily
+from tome_core.families.relpos import RelPosFamily
 from tome_core.families.vit import ViTFamily
+from tome_core.families.vlm import VisionTowerFamily
 
-FAMILIES: tuple[Family, ...] = (ViTFamily(),)
+FAMILIES: tuple[Family, ...] = (
+    ViTFamily(),
+    EvaFamily(),
+    NaFlexFamily(),
+    RelPosFamily(),
+    BeitFamily(),
+    VisionTowerFamily(),
+)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -24,4 +36,4 @@ def family_of(model: nn.Module) -> Family:
     raise UnsupportedModelError(f"cannot merge tokens in a {type(model).__name__}; supported timm classes: {supported}")
 
 
-__all__ = ["Family", "UnsupportedModelError", "family_of"]
+__all__ = ["Embedded", "Family", "UnsupportedModelError", "family_of"]

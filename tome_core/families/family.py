@@ -1,64 +1,154 @@
-"""What a family of models must offer so that tokens can be merged in it."""
+"""What a family of timm models must tell so that tokens can be merged in it. Most of it is the same for all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from tome_core.attention import size_bias
+from tome_core.families.blocks import HALVES, LAYERS, Halves
+from tome_core.matching import widened
+from tome_core.positions import NOWHERE, Position
+
+POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
 class UnsupportedModelError(TypeError):
     """The model has no known place where merging is right; the message names its class and what is supported."""
 
 
-class Family(Protocol):
-    """An adapter to one family of timm models. It holds no state: model and tokens come as arguments.
+class Embedded(NamedTuple):
+    """What enters the first block.
 
-    In every method `size` is (B, N) float32, or None while each token stands for itself.
+    Attributes:
+        x: Tokens, (B, N, C), prefix tokens first.
+        positions: What the attention of every block shares about positions (a rotary table, a relative bias), or None.
     """
 
-    @property
-    def model_classes(self) -> tuple[type[nn.Module], ...]:
-        """The exact model classes that it serves."""
-        ...
+    x: Tensor
+    positions: Tensor | None = None
 
-    def check(self, model: nn.Module) -> None:
-        """Raises UnsupportedModelError where merging in this variant of the class would be wrong."""
-        ...
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+class Family:
+    """An adapter to one family of timm models. It holds no state: the model and its tokens come as arguments.
+
+    In every method `size` is (B, N) float32, or None while each token stands for itself.
+
+    Attributes:
+        model_classes: The exact model classes that it serves.
+        positional: Whether attention knows positions, so that they must follow their tokens through merges.
+    """
+
+    model_classes: tuple[type[nn.Module], ...] = ()
+    positional = False
+
+    def trunk(self, model: Any) -> Any:
+        """The part of the model that holds the patch embedding and the blocks."""
+        return model
+
+    def check(self, model: Any) -> None:
+        """Refuses blocks and poolings for which no right form under merging is known.
+
+        Raises:
+            UnsupportedModelError: The message names what was found and what is supported.
+        """
+        name = type(model).__name__
+        for block in self.blocks(model):
+            halves = HALVES.get(type(block))
+            found = f"cannot merge tokens in a {name} made of {type(block).__name__}"
+            if halves is None:
+                supported = ", ".join(sorted({cls.__name__ for cls in HALVES}))
+                raise UnsupportedModelError(f"{found}; supported blocks: {supported}")
+            for layer in halves.layers(block):
+                if type(layer) not in LAYERS:
+                    supported = ", ".join(sorted({cls.__name__ for cls in LAYERS}))
+                    raise UnsupportedModelError(f"{found} with {type(layer).__name__}; supported: {supported}")
+        if model.global_pool not in POOLS:
+            raise UnsupportedModelError(
+                f"cannot merge tokens in a {name} with global_pool={model.global_pool!r}; supported: {', '.join(POOLS)}"
+            )
+        if model.global_pool == "map" and model.attn_pool.pos_embed is not None:
+            raise UnsupportedModelError(
+                f"cannot merge tokens in a {name} whose attention pool adds position embeddings"
+            )
+
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
         """The transformer blocks, in order."""
-        ...
+        blocks: Sequence[nn.Module] = self.trunk(model).blocks
+        return blocks
 
-    def num_prefix_tokens(self, model: nn.Module) -> int:
+    def halves(self, block: nn.Module) -> Halves:
+        """How the block runs in two halves, with room for a merge between them."""
+        return HALVES[type(block)]
+
+    def num_prefix_tokens(self, model: Any) -> int:
         """Leading tokens that never merge: class, distillation, registers."""
-        ...
+        return int(model.num_prefix_tokens)
 
-    def num_tokens(self, model: nn.Module) -> int:
+    def grid(self, model: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches in an image of (height, width) pixels."""
+        rows, columns = self.trunk(model).patch_embed.dynamic_feat_size(image_size)
+        return int(rows), int(columns)
+
+    def num_tokens(self, model: Any) -> int:
         """Tokens that enter the first block at the model's own input size, prefix included."""
-        ...
+        return int(self.trunk(model).patch_embed.num_patches) + self.num_prefix_tokens(model)
 
-    def embed(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the tokens (B, N, C) that enter the first block."""
-        ...
+    def embed(self, model: Any, images: Tensor) -> Embedded:
+        """Images (B, 3, H, W) to the tokens that enter the first block."""
+        raise NotImplementedError
 
-    def block(self, block: nn.Module, x: Tensor, size: Tensor | None) -> Tensor:
-        """A whole block that merges nothing, with proportional attention: timm's own, bit for bit, at size None."""
-        ...
+    def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
+        """What the attention of block i must know of where the original tokens are.
 
-    def attend(self, block: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The attention half of a block: tokens after its residual (B, N, C), and the metric to match (B, N, D)."""
-        ...
+        Args:
+            model: The timm model.
+            positions: What `embed` gave for all blocks.
+            i: The block.
+        """
+        return NOWHERE
 
-    def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
-        """The MLP half of a block."""
-        ...
-
-    def norm(self, model: nn.Module, x: Tensor) -> Tensor:
+    def norm(self, model: Any, x: Tensor) -> Tensor:
         """The norm after the last block."""
-        ...
+        normed: Tensor = model.norm(x)
+        return normed
 
-    def head(self, model: nn.Module, x: Tensor, size: Tensor | None) -> Tensor:
-        """Normalised tokens to logits (B, K); a pooled token counts as often as its size."""
-        ...
+    def reads_prefix_only(self, model: Any) -> bool:
+        """Whether the head looks at prefix tokens alone."""
+        return bool(model.global_pool == "token")
+
+    def head(self, model: Any, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
+        """Normalised tokens (B, N, C) to logits (B, K), or to pooled features (B, C); a token counts as its size."""
+        if size is None or self.reads_prefix_only(model):  # prefix tokens have size 1 and stay in place
+            out: Tensor = model.forward_head(x, pre_logits=pre_logits)
+            return out
+        if not self.pools_prefix(model):
+            num_prefix_tokens = self.num_prefix_tokens(model)
+            x, size = x[:, num_prefix_tokens:], size[:, num_prefix_tokens:]
+        x = self.fc_norm(model, _pool(model, x, size))
+        x = model.head_drop(x)
+        return x if pre_logits else model.head(x)
+
+    def pools_prefix(self, model: Any) -> bool:
+        """Whether prefix tokens are pooled with the others."""
+        return bool(getattr(model, "pool_include_prefix", False))
+
+    def fc_norm(self, model: Any, x: Tensor) -> Tensor:
+        """The norm after pooling."""
+        normed: Tensor = model.fc_norm(x)
+        return normed
+
+
+def _pool(model: Any, x: Tensor, size: Tensor) -> Tensor:
+    """Pools tokens (B, N, C) to (B, C), each as if it stood there `size` times."""
+    if model.global_pool == "map":
+        pooled: Tensor = model.attn_pool(x, attn_mask=size_bias(size, x.dtype))
+        return pooled
+    weight = size / size.sum(dim=1, keepdim=True)
+    mean = (widened(x) * weight[..., None]).sum(dim=1).to(x.dtype)
+    if model.global_pool == "avg":
+        return mean
+    largest = x.amax(dim=1)
+    return largest if model.global_pool == "max" else 0.5 * (largest + mean)

@@ -1,0 +1,30 @@
+"""timm's `Eva`: EVA, EVA-02, DINOv3, ROPE-ViT, Perception Encoder. Rotary embeddings follow their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from tome_core.families.family import Embedded, Family
+from tome_core.positions import NOWHERE, Position
+
+
+class EvaFamily(Family):
+    """Adapter to `Eva`; its rotary table is one for all blocks, or ("mixed") one for each block and head."""
+
+    model_classes: tuple[type[nn.Module], ...] = (Eva,)
+    positional = True
+
+    def embed(self, model: Any, images: Tensor) -> Embedded:
+        x, rope = model._pos_embed(model.patch_embed(images))
+        return Embedded(model.norm_pre(x), rope)
+
+    def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
+        if positions is None:
+            return NOWHERE
+        return Position(rope=positions[i] if model.rope_mixed else positions)
+
+    def pools_prefix(self, model: Any) -> bool:
+        return bool(model.global_pool == "map")  # its attention pool sees every token

@@ -1,0 +1,76 @@
+"""Positions that follow their tokens: what attention knows of where tokens are, after some of them merged.
+
+A merged token stands at the mean of the positions of its input tokens. For a rotary table that mean is taken over sines
+and cosines, so that its rotated key is the mean of its members' rotated keys; for a bias between pairs of positions,
+over rows and columns of the grid.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tome_core.matching import full_precision, widened
+
+
+class Position(NamedTuple):
+    """Where tokens are, as one block's attention wants to know it.
+
+    Attributes:
+        rope: Sines and cosines of a rotary embedding, (..., N - num_prefix_tokens, 2D), or None.
+        bias: What is added to the attention scores of each pair of tokens, (1 or B, num_heads, N, N), or None.
+        grid: Rows and columns of patches that a bias spans.
+    """
+
+    rope: Tensor | None = None
+    bias: Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+
+NOWHERE = Position()
+"""Of a block whose attention does not know positions."""
+
+
+def follow(position: Position, source: Tensor, num_tokens: int, num_prefix_tokens: int) -> Position:
+    """Positions of merged tokens.
+
+    Args:
+        position: Of the N0 original tokens.
+        source: Row that now holds each of them, (B, N0) int64.
+        num_tokens: Tokens that are left, N.
+        num_prefix_tokens: Leading tokens that never merge and have no position.
+
+    Returns:
+        Positions of the N tokens: rope (B, 1 or num_heads, N - num_prefix_tokens, 2D), bias (B, num_heads, N, N).
+    """
+    if position.rope is None and position.bias is None:
+        return position
+    rows = torch.arange(num_prefix_tokens, num_tokens, device=source.device)
+    members = (source[:, None, num_prefix_tokens:] == rows[:, None]).float()  # (B, N - P, N0 - P)
+    share = (members / members.sum(dim=-1, keepdim=True))[:, None]
+    rope, bias = position.rope, position.bias
+    with full_precision(source.device):
+        if rope is not None:
+            wide = widened(rope)
+            rope = (share.to(wide.dtype) @ wide).to(rope.dtype)
+        if bias is not None:
+            assert position.grid is not None
+            bias = _between(bias, share[:, 0] @ _cells(position.grid, source.device), position.grid, num_prefix_tokens)
+    return Position(rope, bias, position.grid)
+
+
+def _cells(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Row and column of each patch, (N0 - P, 2) float32."""
+    cells = torch.arange(grid[0] * grid[1], device=device)
+    return torch.stack([cells // grid[1], cells % grid[1]], dim=1).float()
+
+
+def _between(bias: Tensor, cell: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """The bias (1, H, N0, N0) between merged tokens (B, H, N, N): that between the cells nearest to them."""
+    nearest = cell.round().long()
+    index = num_prefix_tokens + nearest[..., 0] * grid[1] + nearest[..., 1]
+    prefix = torch.arange(num_prefix_tokens, device=bias.device).expand(len(index), -1)
+    index = torch.cat([prefix, index], dim=1)
+    return bias[0][:, index[:, :, None], index[:, None, :]].transpose(0, 1)
