@@ -7,11 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from server import __version__
-from server.commands import Command, classify, explain, models, serve
+from server.commands import Command, classify, explain, models, schedule, serve
 from server.errors import ServerError
 from server.settings import Settings, SettingsError, load_settings
 
-COMMANDS: dict[str, Command] = {"serve": serve, "classify": classify, "explain": explain, "models": models}
+COMMANDS: dict[str, Command] = {
+    "serve": serve,
+    "classify": classify,
+    "explain": explain,
+    "models": models,
+    "schedule": schedule,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,13 +17,13 @@ class Dimensions:
         num_prefix_tokens: Leading tokens that never merge.
         num_blocks: Transformer blocks, all alike.
         width: Features of a token, C.
-        attention_width: Features of its queries, num_heads * D.
+        attention_width: Features of its query, num_heads * D.
         head_width: Features of one head, D; the metric has as many.
-        mlp_weights: Weights of the matrices in one block's MLP: 2 * C * hidden where there are two.
-        patch_inputs: Values in one patch that the embedding reads: channels * height * width.
-        num_classes: Outputs of the head, which reads one pooled token.
-        prefix_only_last: The head reads prefix tokens alone, so the last block merges nothing and computes only its
-            keys and values for the others.
+        mlp_weights: Weights of the matrices in one block's MLP; 2 * C * hidden where there are two.
+        patch_inputs: Values of one patch that the embedding reads: channels * height * width.
+        head_weights: Weights of the classifier's matrices, which see one pooled token.
+        prefix_only_last: Whether the head reads prefix tokens alone, so that the last block merges nothing and
+            computes no more than keys and values of the others.
     """
 
     num_tokens: int
@@ -34,19 +34,19 @@ class Dimensions:
     head_width: int
     mlp_weights: int
     patch_inputs: int
-    num_classes: int
-    prefix_only_last: bool = False
+    head_weights: int
+    prefix_only_last: bool
 
 
 def flops(dimensions: Dimensions, schedule: Sequence[int]) -> int:
-    """Floating-point operations of one image under a schedule, a multiply and an add counted as two.
+    """Floating-point operations for one image under a schedule; a multiplication and its addition count as two.
 
-    Matrix products and convolutions are counted, with those that match and merge tokens; norms, activations and sorting
-    are not. `torch.utils.flop_counter.FlopCounterMode` counts the same.
+    All matrix products and convolutions count, those that match and merge tokens too; norms, activations and sorting
+    do not. `torch.utils.flop_counter.FlopCounterMode` counts the same.
 
     Args:
         dimensions: The model.
-        schedule: `r` of each block, `num_blocks` numbers; clipped where a block cannot merge that many.
+        schedule: `r` of each block; what a block cannot merge is clipped.
 
     Raises:
         ValueError: The schedule lists more or fewer blocks than the model has.
@@ -55,7 +55,7 @@ def flops(dimensions: Dimensions, schedule: Sequence[int]) -> int:
     if len(schedule) != d.num_blocks:
         raise ValueError(f"the schedule lists {len(schedule)} blocks; this model has {d.num_blocks}")
     N, P = d.num_tokens, d.num_prefix_tokens
-    products = (N - P) * d.patch_inputs * d.width + d.width * d.num_classes
+    products = (N - P) * d.patch_inputs * d.width + d.head_weights
     for block, r in enumerate(clip(schedule, N, P)):
         if d.prefix_only_last and block == d.num_blocks - 1:
             products += _block(d, queries=P, keys=N, leaving=P)
@@ -66,15 +66,15 @@ def flops(dimensions: Dimensions, schedule: Sequence[int]) -> int:
 
 
 def _block(d: Dimensions, queries: int, keys: int, leaving: int) -> int:
-    """Multiplications of queries, keys, values, two attention products, projection, then the MLP after the merge."""
-    projections = (2 * queries + 2 * keys) * d.width * d.attention_width
-    return projections + 2 * queries * keys * d.attention_width + leaving * d.mlp_weights
+    """Products of queries, keys, values and projection, of the two halves of attention, and of the MLP."""
+    linear = 2 * (queries + keys) * d.width * d.attention_width
+    return linear + 2 * queries * keys * d.attention_width + leaving * d.mlp_weights
 
 
 def _merging(d: Dimensions, N: int, r: int) -> int:
-    """Multiplications of src against dst similarities, and of the one-hot merge."""
+    """Products of the similarities of src and dst, and of the one-hot matrix that merges."""
     if r == 0:
         return 0
-    num_src = (N - d.num_prefix_tokens + (d.num_prefix_tokens + 1) % 2) // 2
-    num_dst = N - d.num_prefix_tokens - num_src
-    return num_src * num_dst * d.head_width + (N - r) * r * d.width
+    patches = N - d.num_prefix_tokens
+    num_src = (patches + 1 - d.num_prefix_tokens % 2) // 2
+    return num_src * (patches - num_src) * d.head_width + (N - r) * r * d.width

@@ -1,9 +1,9 @@
 """Search for the schedule, one for all images, that changes a model's answers least at a given cost.
 
 One token more or fewer in a block re-pairs all tokens after it, so the loss of a single schedule is jittery, and the
-jitter belongs to the photos it was measured on: it does not carry over to others. What does carry over is smooth in the
-token counts. So the search trusts no schedule's own figure: it fits a smooth surrogate to all that it has tried, moves to
-the surrogate's optimum, tries schedules around it, and fits again.
+jitter belongs to the photos it was measured on: it does not carry over to others. What does carry over is smooth in
+the token counts. So the search trusts no schedule's own figure: it fits a smooth surrogate to all that it has tried,
+moves to the surrogate's optimum, tries schedules around it, and fits again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Shape = tuple[float, ...]
 LARGEST_FACTOR = 4096.0
 FIRST_SPREAD, SPREAD_DECAY = 0.6, 0.7  # around shapes whose mean is 1
 IDLE_SHARES = (0.0, 0.0, 0.3)  # blocks of a first candidate that merge nothing
+REACH = 2.0  # spreads
 POOL, ELITE, GENERATIONS, POOL_DECAY = 120, 12, 14, 0.85
 
 
@@ -124,7 +125,8 @@ def search(
             part = trial % parts
             tried.append((space.features(schedule), math.log(loss(schedule, part)), part))
         surrogate = Surrogate(*_centred(tried, parts))
-        centre = _optimum(surrogate, space, centre, spread, random_numbers)
+        if surrogate.fit > 0:
+            centre = _optimum(surrogate, space, centre, spread, random_numbers)
         spread *= SPREAD_DECAY
         best = space.schedule(centre)
         assert best is not None, "the optimum is a mean of shapes that meet the budget, or the last centre"
@@ -152,17 +154,19 @@ def _candidate(
             return shape, schedule
 
 
-def _optimum(
-    surrogate: Surrogate, space: Space, centre: Shape, spread: float, random_numbers: random.Random
-) -> Shape:
-    """Descends the surrogate by moving to the mean of the best of a shrinking cloud (the cross-entropy method)."""
+def _optimum(surrogate: Surrogate, space: Space, centre: Shape, spread: float, random_numbers: random.Random) -> Shape:
+    """Descends the surrogate by moving to the mean of the best of a shrinking cloud (the cross-entropy method).
+
+    It goes no further than the schedules reach to which the surrogate was fitted last.
+    """
+    limits = [(part - REACH * spread, part + REACH * spread) for part in centre]
     for _ in range(GENERATIONS):
         pool = [_candidate(space, centre, spread, (0.0,), random_numbers) for _ in range(POOL)]
         losses = surrogate([space.features(schedule) for _, schedule in pool])
         elite = sorted(range(POOL), key=losses.__getitem__)[:ELITE]
         mean = [sum(pool[index][0][block] for index in elite) / ELITE for block in range(len(centre))]
         scale = len(mean) / sum(max(part, 0.0) for part in mean)
-        moved = tuple(scale * part for part in mean)
+        moved = tuple(min(max(scale * part, low), high) for part, (low, high) in zip(mean, limits, strict=True))
         if space.schedule(moved) is not None:
             centre = moved
         spread *= POOL_DECAY

@@ -13,8 +13,8 @@ RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 class Surrogate:
     """Ridge regression on the logarithms of the token counts, their squares, and the squared steps between them.
 
-    Each block has a best number of tokens, and a large step at once costs extra. The ridge is the one that predicts best
-    what it has not seen, by leave-one-out.
+    Each block has a best number of tokens, and a large step at once costs extra. The ridge is the one that predicts
+    best what it has not seen, by leave-one-out.
 
     Args:
         log_counts: Logarithm of the tokens around each block, (T, L).
@@ -55,7 +55,8 @@ def _left_out_error(z: Tensor, y: Tensor, ridge: float) -> float:
 
 
 def _inverse(z: Tensor, ridge: float) -> Tensor:
-    return torch.linalg.inv(z.T @ z + ridge * torch.eye(z.shape[1], dtype=z.dtype))
+    inverse: Tensor = torch.linalg.inv(z.T @ z + ridge * torch.eye(z.shape[1], dtype=z.dtype))
+    return inverse
 
 
 def _std(x: Tensor) -> Tensor:
