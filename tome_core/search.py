@@ -24,6 +24,7 @@ Shape = tuple[float, ...]
 LARGEST_FACTOR = 4096.0
 FIRST_SPREAD, SPREAD_DECAY = 0.6, 0.7  # around shapes whose mean is 1
 IDLE_SHARES = (0.0, 0.0, 0.3)  # blocks of a first candidate that merge nothing
+ATTEMPTS = 50
 REACH = 2.0  # spreads
 POOL, ELITE, GENERATIONS, POOL_DECAY = 120, 12, 14, 0.85
 
@@ -53,6 +54,8 @@ class Space:
     def schedule(self, shape: Shape) -> Schedule | None:
         """The schedule of this shape; None where it costs too much however much it merges."""
         low, high = 0.0, LARGEST_FACTOR
+        if self.cost(self._scaled(shape, low)) <= self.budget:
+            return self._scaled(shape, low)
         if self.cost(self._scaled(shape, high)) > self.budget:
             return None
         while high - low > 1e-3 * high:
@@ -143,8 +146,8 @@ def _centred(tried: Sequence[tuple[list[float], float, int]], parts: int) -> tup
 def _candidate(
     space: Space, centre: Shape, spread: float, idle_shares: Sequence[float], random_numbers: random.Random
 ) -> tuple[Shape, Schedule]:
-    """A shape near the centre that meets the budget, and its schedule."""
-    while True:
+    """A shape near the centre that meets the budget, and its schedule; the centre where none is to be had."""
+    for _ in range(ATTEMPTS):
         idle = random_numbers.choice(idle_shares)
         shape = tuple(
             -spread if random_numbers.random() < idle else random_numbers.gauss(part, spread) for part in centre
@@ -152,6 +155,9 @@ def _candidate(
         schedule = space.schedule(shape)
         if schedule is not None:
             return shape, schedule
+    schedule = space.schedule(centre)
+    assert schedule is not None, "the search moves only to centres that meet the budget"
+    return centre, schedule
 
 
 def _optimum(surrogate: Surrogate, space: Space, centre: Shape, spread: float, random_numbers: random.Random) -> Shape:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 
 Z = 1.959964
-RESAMPLES = 2000
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -21,10 +19,14 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def paired_difference(ours: Sequence[bool], theirs: Sequence[bool], seed: int = 0) -> tuple[float, float, float]:
-    """The share of `ours` less that of `theirs` on the same photos, and its bootstrap interval over photos."""
-    differences = [int(our) - int(their) for our, their in zip(ours, theirs, strict=True)]
-    count, random_numbers = len(differences), random.Random(seed)
-    means = sorted(sum(random_numbers.choices(differences, k=count)) / count for _ in range(RESAMPLES))
-    tail = int(0.025 * RESAMPLES)
-    return sum(differences) / count, means[tail], means[-1 - tail]
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
+    """The share of `ours` less that of `theirs` on the same photos, and its interval.
+
+    Source: Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+    data, Journal of Educational and Behavioral Statistics 2012.
+    """
+    pairs, count = list(zip(ours, theirs, strict=True)), len(ours)
+    won, lost = pairs.count((True, False)), pairs.count((False, True))
+    difference = (won - lost) / (count + 2)
+    half = Z * math.sqrt(((won + lost + 2) / (count + 2) - difference**2) / (count + 2))
+    return (won - lost) / count, difference - half, difference + half
