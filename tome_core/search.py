@@ -22,10 +22,10 @@ Shape = tuple[float, ...]
 """How a schedule spreads its merging over the blocks, up to a factor. Below 0 means none; missing ends mean none."""
 
 LARGEST_FACTOR = 4096.0
-FIRST_SPREAD, SPREAD_DECAY = 0.6, 0.7  # around shapes whose mean is 1
-IDLE_SHARES = (0.0, 0.0, 0.3)  # blocks of a first candidate that merge nothing
+FIRST_SPREAD, SPREAD_DECAY = 0.6, 0.85  # around shapes whose mean is 1
+IDLE_SHARES = (0.0, 0.15, 0.3)  # blocks of a first candidate that merge nothing
 ATTEMPTS = 50
-REACH = 2.0  # spreads
+REACH = 1.0  # spreads
 POOL, ELITE, GENERATIONS, POOL_DECAY = 120, 12, 14, 0.85
 
 

@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cost", choices=("flops", "latency"), default="flops", help="what to be faster in")
     parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="rounds of the search (default: 4)")
-    parser.add_argument("--trials", type=int, default=48, metavar="N", help="schedules tried a round (default: 48)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of the search (default: 3)")
+    parser.add_argument("--trials", type=int, default=64, metavar="N", help="schedules tried a round (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the halves and the search (default: 0)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write as well")
 

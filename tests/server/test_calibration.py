@@ -100,7 +100,7 @@ def test_a_batch_takes_time_with_merging_and_in_timm(loaded: LoadedModel, folder
     ("hits", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (95, 100, 0.8882, 0.9785)]
 )
 def test_wilson_gives_published_intervals(hits: int, count: int, low: float, high: float) -> None:
-    assert wilson(hits, count) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    assert wilson(hits, count) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_a_paired_difference_holds_the_truth_as_often_as_it_says() -> None:
