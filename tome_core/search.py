@@ -171,7 +171,7 @@ def _optimum(surrogate: Surrogate, space: Space, centre: Shape, spread: float, r
         losses = surrogate([space.features(schedule) for _, schedule in pool])
         elite = sorted(range(POOL), key=losses.__getitem__)[:ELITE]
         mean = [sum(pool[index][0][block] for index in elite) / ELITE for block in range(len(centre))]
-        scale = len(mean) / sum(max(part, 0.0) for part in mean)
+        scale = len(mean) / max(sum(max(part, 0.0) for part in mean), 1e-9)
         moved = tuple(min(max(scale * part, low), high) for part, (low, high) in zip(mean, limits, strict=True))
         if space.schedule(moved) is not None:
             centre = moved

@@ -32,6 +32,7 @@ class Row:
         cost: GFLOPs of one image, or milliseconds of a batch.
         agreement: Share of photos whose likeliest class is that at r=0.
         interval: Its 95 % interval.
+        distance: Mean squared Hellinger distance of its answers from those at r=0, which the search makes small.
         gain: Agreement of the found schedule less this one's, and its 95 % interval; nothing for the found one itself.
     """
 
@@ -41,6 +42,7 @@ class Row:
     cost: float
     agreement: float
     interval: tuple[float, float]
+    distance: float
     gain: tuple[float, float, float] | None
 
 
@@ -187,6 +189,7 @@ def _judge(
                 cost=cost(schedule) if cost else 1e3 * costs[schedule],
                 agreement=sum(agreed) / len(agreed),
                 interval=wilson(sum(agreed), len(agreed)),
+                distance=calibration.distance(schedule, report_on),
                 gain=None if kind == "found" else paired_difference(agreements["found"], agreed),
             )
         )
@@ -194,13 +197,16 @@ def _judge(
 
 
 def _print_table(rows: Sequence[Row], unit: str) -> None:
-    print(f"{'speed-up':>8}  {'schedule':<9} {unit:>8} {'agree % (95 %)':>20} {'found gains, points':>22}  r")
+    print(
+        f"{'speed-up':>8}  {'schedule':<9} {unit:>8} {'agree % (95 %)':>20} {'distance':>8} {'found gains, points':>22}  r"
+    )
     for row in rows:
         low, high = row.interval
         agree = f"{100 * row.agreement:.1f} ({100 * low:.1f} to {100 * high:.1f})"
         gain = "" if row.gain is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * part for part in row.gain))
         speedup = f"{row.speedup:.2f}x" if row.kind == "found" else ""
-        print(f"{speedup:>8}  {row.kind:<9} {row.cost:>8.3f} {agree:>20} {gain:>22}  {text_of(r_of(row.r))}")
+        measured = f"{row.cost:>8.3f} {agree:>20} {row.distance:>8.4f} {gain:>22}"
+        print(f"{speedup:>8}  {row.kind:<9} {measured}  {text_of(r_of(row.r))}")
 
 
 def _tell(message: str) -> None:

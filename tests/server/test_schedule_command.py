@@ -80,6 +80,7 @@ def test_it_reports_beside_constant_r_at_each_speed_up(
     for row in result["rows"]:
         assert row["cost"] == flops(counted, row["r"]) / 1e9 <= result["timm_cost"] / row["speedup"]
         assert row["interval"][0] <= row["agreement"] <= row["interval"][1]
+        assert 0 < row["distance"] < 1
         assert row["agreement"] * 12 == pytest.approx(round(row["agreement"] * 12))
     for best, even, constant in (result["rows"][:3], result["rows"][3:]):
         assert best["gain"] is None and len(set(constant["r"])) == 1
