@@ -197,16 +197,15 @@ def _judge(
 
 
 def _print_table(rows: Sequence[Row], unit: str) -> None:
-    print(
-        f"{'speed-up':>8}  {'schedule':<9} {unit:>8} {'agree % (95 %)':>20} {'distance':>8} {'found gains, points':>22}  r"
-    )
+    measures = f"{unit:>8} {'agree % (95 %)':>20} {'distance':>8} {'found gains, points':>22}"
+    print(f"{'speed-up':>8}  {'schedule':<9} {measures}  r")
     for row in rows:
         low, high = row.interval
         agree = f"{100 * row.agreement:.1f} ({100 * low:.1f} to {100 * high:.1f})"
         gain = "" if row.gain is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * part for part in row.gain))
         speedup = f"{row.speedup:.2f}x" if row.kind == "found" else ""
-        measured = f"{row.cost:>8.3f} {agree:>20} {row.distance:>8.4f} {gain:>22}"
-        print(f"{speedup:>8}  {row.kind:<9} {measured}  {text_of(r_of(row.r))}")
+        measures = f"{row.cost:>8.3f} {agree:>20} {row.distance:>8.4f} {gain:>22}"
+        print(f"{speedup:>8}  {row.kind:<9} {measures}  {text_of(r_of(row.r))}")
 
 
 def _tell(message: str) -> None:
