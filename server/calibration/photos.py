@@ -62,13 +62,13 @@ class Calibration:
         return torch.cat([self._batch(schedule, chosen[at : at + self._batch_size]) for at in starts])
 
     def distance(self, schedule: Schedule, chosen: Sequence[int]) -> float:
-        """Mean squared Hellinger distance of the answers from those at r=0: 0 where they are equal, at most 1.
+        """Mean Hellinger distance of the answers from those at r=0: 0 where they are equal, at most 1.
 
-        Agreement itself is too coarse to search by. Of the smooth distances this one, being bounded, depends least on
-        single photos.
+        Agreement itself is too coarse to search by. Of the smooth distances this one depends least on single photos: it
+        says most, measured on some, about the agreement on others.
         """
-        both = (self.probabilities(schedule, chosen) * self._unmerged[chosen]).sqrt().sum(dim=1)
-        return float((1 - both).clamp(min=0).mean())
+        alike = (self.probabilities(schedule, chosen) * self._unmerged[chosen]).sqrt().sum(dim=1)
+        return float((1 - alike).clamp(min=0).sqrt().mean())
 
     def agreements(self, schedule: Schedule, chosen: Sequence[int]) -> list[bool]:
         """Whether the likeliest class is that at r=0, for each of the chosen photos."""

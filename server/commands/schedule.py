@@ -32,7 +32,7 @@ class Row:
         cost: GFLOPs of one image, or milliseconds of a batch.
         agreement: Share of photos whose likeliest class is that at r=0.
         interval: Its 95 % interval.
-        distance: Mean squared Hellinger distance of its answers from those at r=0, which the search makes small.
+        distance: Mean Hellinger distance of its answers from those at r=0, which the search makes small.
         gain: Agreement of the found schedule less this one's, and its 95 % interval; nothing for the found one itself.
     """
 

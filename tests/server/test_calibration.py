@@ -73,16 +73,16 @@ def test_probabilities_are_those_of_the_chosen_photos_whatever_the_batch(loaded:
 
 def test_at_r_0_nothing_differs(loaded: LoadedModel, folder: Path) -> None:
     at_hand = calibration(loaded, folder)
-    assert at_hand.distance((0, 0), range(12)) == pytest.approx(0, abs=1e-6)
+    assert at_hand.distance((0, 0), range(12)) == pytest.approx(0, abs=1e-3)
     assert at_hand.agreements((0, 0), range(12)) == [True] * 12
 
 
-def test_the_distance_is_half_of_the_squared_difference_of_roots(loaded: LoadedModel, folder: Path) -> None:
+def test_the_distance_is_that_of_the_roots_of_probabilities(loaded: LoadedModel, folder: Path) -> None:
     at_hand = calibration(loaded, folder)
     merged, unmerged = (at_hand.probabilities(r, [1, 4]).sqrt() for r in ((8, 4), (0, 0)))
-    expected = float((merged - unmerged).square().sum(dim=1).mean()) / 2
+    expected = float(((merged - unmerged).square().sum(dim=1) / 2).sqrt().mean())
     assert at_hand.distance((8, 4), [1, 4]) == pytest.approx(expected, rel=1e-2)
-    assert expected > 1e-6
+    assert expected > 1e-4
 
 
 def test_agreement_is_that_of_the_likeliest_class(loaded: LoadedModel, folder: Path) -> None:
