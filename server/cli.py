@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from server import __version__
-from server.commands import Command, classify, explain, export, models, serve
+from server.commands import Command, classify, explain, export, models, schedule, serve
 from server.errors import ServerError
 from server.settings import Settings, SettingsError, load_settings
 
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Command] = {
     "models": models,
     "explain": explain,
     "export": export,
+    "schedule": schedule,
 }
 
 

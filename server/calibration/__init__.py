@@ -1,0 +1,1 @@
+"""What the search for a schedule asks of a real model and device: its answers for photos, and how long they take."""

@@ -1,0 +1,91 @@
+"""Photos without labels, and how far a schedule's answers for them are from those at r=0."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from server.commands.photo import read_photo
+from server.dial import Schedule
+from server.engine.runner import Runner
+from server.models import LoadedModel
+from server.settings import SettingsError
+from server.types import ModelInfo
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+
+
+def read_photos(folder: Path, info: ModelInfo, count: int, max_pixels: int, seed: int) -> list[bytes]:
+    """Images from a folder and the folders below it, as the model wants them, in random order.
+
+    Args:
+        folder: Where to look.
+        info: The model.
+        count: The most to read.
+        max_pixels: The largest that is decoded, width x height.
+        seed: Of the order, which decides too which are read where there are more.
+
+    Raises:
+        SettingsError: There are not even two, or one of them cannot be decoded.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        raise SettingsError(f"{folder} holds {len(files)} images; at least 2 are needed, to choose on and to report on")
+    files = random.Random(seed).sample(files, min(count, len(files)))
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda file: read_photo(str(file), info.preprocessing, max_pixels), files))
+
+
+class Calibration:
+    """A model on a device, photos, and its answers for them at r=0.
+
+    Args:
+        runner: The device; it has made the model ready.
+        loaded: The model.
+        photos: Pixels of each photo.
+        batch_size: Photos that run together.
+    """
+
+    def __init__(self, runner: Runner, loaded: LoadedModel, photos: Sequence[bytes], batch_size: int) -> None:
+        self._runner, self._loaded, self._photos, self._batch_size = runner, loaded, photos, batch_size
+        self._unmerged = self.probabilities((0,) * loaded.info.num_blocks, range(len(photos)))
+
+    def probabilities(self, schedule: Schedule, chosen: Sequence[int]) -> Tensor:
+        """Of each class, for the chosen photos, (len(chosen), K) float32."""
+        starts = range(0, len(chosen), self._batch_size)
+        return torch.cat([self._batch(schedule, chosen[at : at + self._batch_size]) for at in starts])
+
+    def distance(self, schedule: Schedule, chosen: Sequence[int]) -> float:
+        """Mean Hellinger distance of the answers from those at r=0: 0 where they are equal, at most 1.
+
+        Agreement itself is too coarse to search by. Of the smooth distances this one depends least on single photos: it
+        says most, measured on some, about the agreement on others.
+        """
+        alike = (self.probabilities(schedule, chosen) * self._unmerged[chosen]).sqrt().sum(dim=1)
+        return float((1 - alike).clamp(min=0).sqrt().mean())
+
+    def agreements(self, schedule: Schedule, chosen: Sequence[int]) -> list[bool]:
+        """Whether the likeliest class is that at r=0, for each of the chosen photos."""
+        same = self.probabilities(schedule, chosen).argmax(dim=1) == self._unmerged[chosen].argmax(dim=1)
+        answers: list[bool] = same.tolist()
+        return answers
+
+    def seconds(self, schedule: Schedule | None) -> float:
+        """Seconds that a batch takes now; None means timm's own forward, without merging."""
+        start = time.perf_counter()
+        self._batch(schedule, range(min(self._batch_size, len(self._photos))))
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def _batch(self, schedule: Schedule | None, chosen: Sequence[int]) -> Tensor:
+        merged = self._loaded.merged
+        key = self._loaded.info.batch_key(schedule or ())
+        images = self._runner.images(key, [self._photos[index] for index in chosen])
+        logits: Tensor = merged.model(images) if schedule is None else merged(images, schedule)
+        return logits.float().softmax(dim=1).cpu()  # which waits for the device

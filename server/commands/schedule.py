@@ -1,0 +1,213 @@
+"""`tome-server schedule`: look for the schedule that changes a model's answers least at a given speed-up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from server.dial import Schedule, r_of, text_of
+from server.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from server.calibration.photos import Calibration
+    from server.models import LoadedModel
+    from server.types import ModelInfo
+
+HELP = "look for a better schedule than a constant r, on photos without labels"
+SETTINGS: tuple[str, ...] = ("model", "weights", "device", "precision", "threads", "max_batch_size")
+PARTS = 4  # a trial looks at a quarter of the photos
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule, as judged on the photos that it was not chosen on.
+
+    Attributes:
+        kind: Found by the search, merging spread evenly at the same cost, or the least constant r within it.
+        cost: GFLOPs of one image, or milliseconds of a batch.
+        agreement: Share of photos whose likeliest class is that at r=0.
+        interval: Its 95 % interval.
+        distance: Mean Hellinger distance of its answers from those at r=0, which the search makes small.
+        gain: Agreement of the found schedule less this one's, and its 95 % interval; nothing for the found one itself.
+    """
+
+    speedup: float
+    kind: Literal["found", "even", "constant"]
+    r: Schedule
+    cost: float
+    agreement: float
+    interval: tuple[float, float]
+    distance: float
+    gain: tuple[float, float, float] | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Finds how many tokens each block should merge, the same for every image, so that answers differ least from "
+        "those at r=0. It needs no labels: half of the photos serve to choose, the other half to report."
+    )
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos like those to be served")
+    parser.add_argument(
+        "--speedup", required=True, type=float, nargs="+", metavar="X", help="times faster than timm's model; several"
+    )
+    parser.add_argument("--cost", choices=("flops", "latency"), default="flops", help="what to be faster in")
+    parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of the search (default: 3)")
+    parser.add_argument("--trials", type=int, default=64, metavar="N", help="schedules tried a round (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the halves and the search (default: 0)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write as well")
+
+
+def run(settings: Settings, args: argparse.Namespace) -> int:
+    from server.calibration.photos import Calibration, read_photos
+    from server.engine.runner import Runner, set_threads
+    from server.models import load_model
+
+    for name, least in (("photos", 2), ("rounds", 1), ("trials", PARTS)):
+        if getattr(args, name) < least:
+            raise SettingsError(f"--{name} is {getattr(args, name)}; it must be {least} or more")
+    set_threads(settings.threads)
+    loaded = load_model(settings.specs()[0])
+    info = loaded.info
+    photos = read_photos(args.images, info, args.photos, settings.max_image_pixels, args.seed)
+    runner = Runner({info.name: loaded}, settings.device, settings.precision)
+    calibration = Calibration(runner, loaded, photos, settings.max_batch_size)
+    choose_on, report_on = range(len(photos) // 2), range(len(photos) // 2, len(photos))
+    _tell(f"{info.name}: {len(choose_on)} photos to choose on, {len(report_on)} to report on")
+
+    cost, timm_cost = _flops(loaded) if args.cost == "flops" else _latency(calibration, info, args.seed)
+    rows = []
+    for speedup in args.speedup:
+        budget = timm_cost / speedup
+        kinds = _schedules(loaded, calibration, choose_on, cost, budget, speedup, args)
+        rows += _judge(kinds, speedup, calibration, report_on, cost if args.cost == "flops" else None)
+    unit = "GFLOPs" if args.cost == "flops" else f"ms/{min(settings.max_batch_size, len(photos))}"
+    _print_table(rows, unit)
+    result = {
+        "model": info.name,
+        "cost": unit,
+        "timm_cost": timm_cost,
+        "photos_to_choose_on": len(choose_on),
+        "photos_to_report_on": len(report_on),
+        "seed": args.seed,
+        "rows": [asdict(row) for row in rows],
+    }
+    if args.output:
+        try:
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise SettingsError(f"-o is {args.output}: {error.strerror}") from None
+    print(json.dumps(result))
+    return 0
+
+
+def _flops(loaded: LoadedModel) -> tuple[Callable[[Schedule], float], float]:
+    """GFLOPs of a schedule, and of timm's model."""
+    from tome_core.cost import flops
+    from tome_core.families.dimensions import dimensions
+    from tome_core.families.family import UnsupportedModelError
+
+    try:
+        counted = dimensions(loaded.merged)
+    except UnsupportedModelError as error:
+        raise SettingsError(f"model {loaded.info.name}: {error}; use --cost latency") from None
+    of_timm = flops(replace(counted, prefix_only_last=False), (0,) * counted.num_blocks) / 1e9
+    return lambda schedule: flops(counted, schedule) / 1e9, of_timm
+
+
+def _latency(calibration: Calibration, info: ModelInfo, seed: int) -> tuple[Callable[[Schedule], float], float]:
+    """Milliseconds of a batch under a schedule, and with timm's model."""
+    from server.calibration.latency import Latency, measure
+
+    of_timm = measure(calibration.seconds, [None])[None]
+    latency = Latency(calibration.seconds, info, seed)
+    _tell(f"latency is predicted to {latency.error:.1%} on the schedules that were measured")
+    return lambda schedule: 1e3 * latency(schedule), 1e3 * of_timm
+
+
+def _schedules(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    choose_on: Sequence[int],
+    cost: Callable[[Schedule], float],
+    budget: float,
+    speedup: float,
+    args: argparse.Namespace,
+) -> dict[Literal["found", "even", "constant"], Schedule]:
+    """The schedule found within a budget, and the two that it must beat."""
+    from tome_core.search import Space, search
+
+    info = loaded.info
+    space = Space(cost, budget, info.num_blocks, info.num_tokens, info.num_prefix_tokens)
+    # What the last block merges is worth nothing where only prefix tokens are read after it.
+    merging_blocks = info.num_blocks - loaded.merged.family.reads_prefix_only(loaded.merged.model)
+    start = (1.0,) * merging_blocks
+    even = space.schedule(start)
+    constants = [(r,) * info.num_blocks for r in range(info.max_r + 1)]
+    constant = next((schedule for schedule in constants if cost(schedule) <= budget), None)
+    if even is None or constant is None:
+        raise SettingsError(f"--speedup is {speedup:g}; merging the most in every block does not reach it")
+
+    def loss(schedule: Schedule, part: int) -> float:
+        return max(calibration.distance(schedule, choose_on[part::PARTS]), 1e-9)
+
+    finalists = [even]
+    rounds = search(loss, space, start, rounds=args.rounds, trials=args.trials, parts=PARTS, seed=args.seed)
+    for number, (schedule, fit) in enumerate(rounds, start=1):
+        _tell(f"{speedup:g}x, round {number} of {args.rounds}: r={text_of(schedule)} (surrogate explains {fit:.0%})")
+        finalists.append(schedule)
+    found = min(dict.fromkeys(finalists), key=lambda schedule: calibration.distance(schedule, choose_on))
+    return {"found": found, "even": even, "constant": constant}
+
+
+def _judge(
+    kinds: dict[Literal["found", "even", "constant"], Schedule],
+    speedup: float,
+    calibration: Calibration,
+    report_on: Sequence[int],
+    cost: Callable[[Schedule], float] | None,
+) -> list[Row]:
+    """Agreement on photos that the search has not seen; cost None means latency, measured once more."""
+    from server.calibration.intervals import paired_difference, wilson
+    from server.calibration.latency import measure
+
+    costs = measure(calibration.seconds, list(dict.fromkeys(kinds.values()))) if cost is None else {}
+    agreements = {kind: calibration.agreements(schedule, report_on) for kind, schedule in kinds.items()}
+    rows = []
+    for kind, schedule in kinds.items():
+        agreed = agreements[kind]
+        rows.append(
+            Row(
+                speedup=speedup,
+                kind=kind,
+                r=schedule,
+                cost=cost(schedule) if cost else 1e3 * costs[schedule],
+                agreement=sum(agreed) / len(agreed),
+                interval=wilson(sum(agreed), len(agreed)),
+                distance=calibration.distance(schedule, report_on),
+                gain=None if kind == "found" else paired_difference(agreements["found"], agreed),
+            )
+        )
+    return rows
+
+
+def _print_table(rows: Sequence[Row], unit: str) -> None:
+    measures = f"{unit:>8} {'agree % (95 %)':>20} {'distance':>8} {'found gains, points':>22}"
+    print(f"{'speed-up':>8}  {'schedule':<9} {measures}  r")
+    for row in rows:
+        low, high = row.interval
+        agree = f"{100 * row.agreement:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+        gain = "" if row.gain is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * part for part in row.gain))
+        speedup = f"{row.speedup:.2f}x" if row.kind == "found" else ""
+        measures = f"{row.cost:>8.3f} {agree:>20} {row.distance:>8.4f} {gain:>22}"
+        print(f"{speedup:>8}  {row.kind:<9} {measures}  {text_of(r_of(row.r))}")
+
+
+def _tell(message: str) -> None:
+    """Progress, apart from the answer."""
+    print(message, file=sys.stderr, flush=True)
