@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.variants import CHOICES, METHODS, Variant
 from server.api.decode import decode
+from server.calibration.intervals import paired_difference
 from server.engine.runner import Runner
 from server.models import LoadedModel, load_model
 from server.settings import ModelSpec
@@ -159,31 +159,16 @@ class Bench:
         self, case: Case, guesses: Mapping[Case, Sequence[int]], labels: Sequence[int]
     ) -> tuple[float, float, float] | None:
         tome = guesses.get(Case("tome", case.r))
-        return None if tome is None or case.method == "tome" else paired_difference(guesses[case], tome, labels)
+        if tome is None or case.method == "tome":
+            return None
+        return paired_difference(
+            *([g == label for g, label in zip(of, labels, strict=True)] for of in (guesses[case], tome))
+        )
 
 
 def share(guesses: Sequence[int], truth: Sequence[int]) -> float:
     """The part of the guesses that is true."""
     return sum(guess == label for guess, label in zip(guesses, truth, strict=True)) / len(truth)
-
-
-def paired_difference(
-    guesses: Sequence[int], others: Sequence[int], truth: Sequence[int]
-) -> tuple[float, float, float]:
-    """How much more of the guesses is true than of the others, on the same images, and the ends of the 95 % interval.
-
-    Only images on which one is right and the other wrong count; half an image is added to each of the four cells.
-
-    Source: Agresti and Min, Simple improved confidence intervals for comparing matched proportions, 2005.
-    """
-    won, lost = 0, 0
-    for guess, other, label in zip(guesses, others, truth, strict=True):
-        won += guess == label != other
-        lost += other == label != guess
-    n = len(truth) + 2
-    centre = (won - lost) / n
-    half_width = 1.96 * math.sqrt(((won + lost + 1) / n - centre**2) / n)
-    return (won - lost) / len(truth), centre - half_width, centre + half_width
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tome_core
 from benchmarks import accuracy, export
-from benchmarks.accuracy import paired_difference, share
+from benchmarks.accuracy import share
 from benchmarks.variants import CHOICES
 
 SIDE, NUM_CLASSES, PHOTOS = 32, 10, 11
@@ -210,25 +208,6 @@ def test_a_model_for_which_a_method_is_not_written_is_refused(
     monkeypatch.setattr("sys.argv", ["accuracy", *model, "--method", "prune-random"])
     with pytest.raises(SystemExit, match="PruneRandom is written for a VisionTransformer of plain blocks"):
         accuracy.main()
-
-
-def test_a_paired_difference_counts_the_images_on_which_one_alone_is_right() -> None:
-    truth = [0] * 100
-    guesses = [0] * 60 + [1] * 40
-    others = [0] * 50 + [2] * 10 + [0] * 4 + [2] * 36
-    difference, low, high = paired_difference(guesses, others, truth)
-    assert difference == pytest.approx(0.06)  # 10 won, 4 lost
-    centre, half_width = 6 / 102, 1.96 * ((15 - 36 / 102) ** 0.5) / 102
-    assert (low, high) == pytest.approx((centre - half_width, centre + half_width))
-
-
-@given(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=50))
-def test_a_paired_difference_lies_in_its_interval_and_turns_round(images: list[tuple[int, int, int]]) -> None:
-    guesses, others, truth = zip(*images, strict=True)
-    difference, low, high = paired_difference(guesses, others, truth)
-    assert difference == pytest.approx(share(guesses, truth) - share(others, truth))
-    assert low < high
-    assert paired_difference(others, guesses, truth) == pytest.approx((-difference, -high, -low))
 
 
 def test_the_export_benchmark_counts_the_same_answers_in_both_runtimes(

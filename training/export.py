@@ -12,11 +12,12 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 import tome_core
+from tome_core.cost import flops
+from tome_core.families.dimensions import dimensions
+from tome_core.schedule import resolve
 from training.data import Labels, Split, load_labels, load_split
 from training.student import ARCHITECTURE, MODEL_ARGS
 
@@ -86,16 +87,8 @@ def measure(model: nn.Module, val: Split, ladder: list[int]) -> list[dict[str, f
         top1 = (guesses[r] == val.labels).float().mean().item()
         agreement = (guesses[r] == guesses[0]).float().mean().item()
         row = {"r": r, "top1": top1, "agreement": agreement, "tokens": merged.token_counts(r)[-1]}
-        rows.append(row | {"flops": flops(merged, val.images[:1].to(device).float(), r)})
+        rows.append(row | {"flops": flops(dimensions(merged), resolve(r, merged.num_blocks))})
     return rows
-
-
-def flops(merged: nn.Module, images: Tensor, r: int) -> int:
-    """Multiplications and additions of a forward pass, merging included: of matrix products, which is nearly all."""
-    # Attention as plain products: not every fused kernel's are counted.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        merged(images, r)
-    return int(counter.get_total_flops())
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
-    """The share of `ours` less that of `theirs` on the same photos, and its interval.
+    """The share of `ours` less that of `theirs` on the same photos, and the ends of its interval.
 
-    Source: Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions based on paired
-    data, Journal of Educational and Behavioral Statistics 2012.
+    Only photos on which one holds and the other does not count; half a photo is added to each of the four cells.
+
+    Source: Agresti and Min, Simple improved confidence intervals for comparing matched proportions, 2005.
     """
-    pairs, count = list(zip(ours, theirs, strict=True)), len(ours)
+    pairs, n = list(zip(ours, theirs, strict=True)), len(ours) + 2
     won, lost = pairs.count((True, False)), pairs.count((False, True))
-    difference = (won - lost) / (count + 2)
-    half = Z * math.sqrt(((won + lost + 2) / (count + 2) - difference**2) / (count + 2))
-    return (won - lost) / count, difference - half, difference + half
+    centre = (won - lost) / n
+    half = Z * math.sqrt(((won + lost + 1) / n - centre**2) / n)
+    return (won - lost) / len(ours), centre - half, centre + half

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from server.calibration.intervals import paired_difference, wilson
@@ -112,6 +114,24 @@ def test_a_paired_difference_holds_the_truth_as_often_as_it_says() -> None:
         assert low <= difference <= high
         held += low <= 0.02 <= high  # 0.2 * (0.9 - 0.8)
     assert 0.92 <= held / tries <= 0.98
+
+
+def test_a_paired_difference_counts_the_photos_on_which_one_alone_holds() -> None:
+    ours = [True] * 60 + [False] * 40
+    theirs = [True] * 50 + [False] * 10 + [True] * 4 + [False] * 36
+    difference, low, high = paired_difference(ours, theirs)
+    assert difference == pytest.approx(0.06)  # 10 won, 4 lost
+    centre, half_width = 6 / 102, 1.96 * ((15 - 36 / 102) ** 0.5) / 102
+    assert (low, high) == pytest.approx((centre - half_width, centre + half_width), rel=1e-4)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=50))
+def test_a_paired_difference_lies_in_its_interval_and_turns_round(photos: list[tuple[bool, bool]]) -> None:
+    ours, theirs = zip(*photos, strict=True)
+    difference, low, high = paired_difference(ours, theirs)
+    assert difference == pytest.approx((sum(ours) - sum(theirs)) / len(ours))
+    assert low < high
+    assert paired_difference(theirs, ours) == pytest.approx((-difference, -high, -low))
 
 
 def test_photos_that_agree_anyway_make_a_paired_difference_sure() -> None:
