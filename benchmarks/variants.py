@@ -34,7 +34,7 @@ class Variant(MergedViT):
     first_image = 0
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+        super().__init__(model, "plain")
         plain = all(type(b) is Block and type(b.attn) is Attention for b in self.family.blocks(model))
         if type(model) is not VisionTransformer or not plain or not model.has_class_token:
             raise ValueError(

@@ -1,11 +1,15 @@
-"""What holds for every test: the same random numbers each time, and one torch thread."""
+"""What holds for every test: the same random numbers each time, one torch thread, and kernels that need no GPU."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which timm's is
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tome_core import schedule
-from tome_core.families import family_of
+from tome_core import fused, schedule
+from tome_core.families import UnsupportedModelError, family_of
+from tome_core.families.vit import ViTFamily
+from tome_core.kernels import DTYPES, missing_on
 from tome_core.matching import match
 from tome_core.merging import merge, track_source, unmerge
 from tome_core.positions import Position, follow
@@ -35,11 +37,30 @@ class Tokens(NamedTuple):
         return self.x if self.source is None else unmerge(self.x, self.source)
 
 
+class Implementation(NamedTuple):
+    """How a model computes.
+
+    Attributes:
+        name: "fused", by the operations of `tome_core.kernels`, or "plain", layer by layer.
+        reason: Why not the other.
+    """
+
+    name: str
+    reason: str
+
+
+Kernels = Literal["auto", "plain", "fused"]
+
+
 class MergedViT(nn.Module):
     """A Vision Transformer that merges `r` tokens in every block, between attention and MLP.
 
     It shares the weights of the timm model it wraps and leaves that model as it was. It keeps nothing between calls,
     so one instance serves every `r` from several threads.
+
+    Args:
+        model: A timm Vision Transformer.
+        kernels: As for `wrap`.
 
     Attributes:
         model: The wrapped timm model, untouched. Its size and its number of blocks must stay as they were.
@@ -51,9 +72,13 @@ class MergedViT(nn.Module):
     Source: Bolya et al., Token Merging, ICLR 2023.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.family = family_of(model)
+        self._kernels = kernels
+        self._unfusable = fused.reason_against(model) if isinstance(self.family, ViTFamily) else "it is no plain ViT"
+        if kernels == "fused" and self._unfusable:
+            raise UnsupportedModelError(f"cannot run a {type(model).__name__} by fused kernels: {self._unfusable}")
         self.model = model
         self.num_blocks = len(self.family.blocks(model))
         self.num_prefix_tokens = self.family.num_prefix_tokens(model)
@@ -103,8 +128,37 @@ class MergedViT(nn.Module):
         """
         if prefix_only and (track or not self.family.reads_prefix_only(self.model)):
             raise ValueError("prefix_only leaves nothing to track, and needs a head that reads prefix tokens alone")
+        if not track and self.implementation(images).name == "fused":
+            x, _ = self.family.embed(self.model, images)
+            per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
+            return Tokens(*fused.run_blocks(self.model, x, per_block, self.num_prefix_tokens, prefix_only))
         (tokens,) = self._run(images, r, [self.num_blocks - 1], track=track, prefix_only=prefix_only)
         return tokens._replace(x=self.family.norm(self.model, tokens.x))
+
+    def implementation(self, images: Tensor) -> Implementation:
+        """How these images would be classified, and why so. Tracked and intermediate tokens are always "plain"."""
+        if self._kernels == "plain":
+            return Implementation("plain", "asked for")
+        against = self._unfusable
+        if self._kernels == "auto":
+            against = against or missing_on(images.device)
+        against = against or self._not_now(images)
+        return Implementation("plain", against) if against else Implementation("fused", "nothing is against it")
+
+    def _not_now(self, images: Tensor) -> str | None:
+        """What stands against the fused kernels in this call; None where nothing does."""
+        dtype = next(self.model.parameters()).dtype
+        if torch.is_grad_enabled():
+            return "gradients are on; call it under torch.inference_mode() or no_grad()"
+        if any(block.training for block in self.family.blocks(self.model)):
+            return "the model is in training mode"
+        if torch.is_autocast_enabled(images.device.type):
+            return "autocast is on; convert the model instead"
+        if images.dtype != dtype or dtype not in DTYPES:
+            return f"the model is {dtype}, the images are {images.dtype}; fused: both float32, bfloat16 or float16"
+        if fused.has_hooks(self.family.blocks(self.model)):
+            return "a layer has hooks"
+        return None
 
     def forward_head(self, tokens: Tokens, pre_logits: bool = False) -> Tensor:
         """Pools and classifies what `forward_features` gave.
@@ -248,16 +302,20 @@ def _chosen(indices: int | Sequence[int] | None, num_blocks: int) -> list[int]:
     return sorted({i % num_blocks for i in indices})
 
 
-def wrap(model: nn.Module) -> MergedViT:
+def wrap(model: nn.Module, kernels: Kernels = "auto") -> MergedViT:
     """Gives a timm model a dial: `merged(images, r=8)` merges 8 tokens in every block.
 
     Args:
         model: A timm Vision Transformer; it stays as it is and shares its weights.
+        kernels: "auto" runs fused kernels where a GPU has them and nothing stands against it
+            (`MergedViT.implementation` tells); "plain" never does; "fused" does on any device, by their plain PyTorch
+            form where there is no kernel.
 
     Returns:
         The merging model; at r=0 it computes what `model` computes.
 
     Raises:
-        UnsupportedModelError: Merging is not known to be right in this model; the message says what is supported.
+        UnsupportedModelError: Merging is not known to be right in this model, or it cannot run fused and is asked to;
+            the message says why.
     """
-    return MergedViT(model)
+    return MergedViT(model, kernels)
