@@ -43,7 +43,7 @@ def test_equals_the_plain_model(build: Any, name: str, overrides: dict[str, Any]
 
 @torch.inference_mode()
 def test_equals_the_plain_model_by_its_kernels(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="the kernels need the package triton")
+    pytest.importorskip("triton", "3.7", reason="the interpreter of older Triton does not go with new NumPy")
     monkeypatch.setattr(kernels, "missing_on", lambda device: None)  # Triton's interpreter runs on the CPU
     model = build(depth=2)
     images = torch.randn(2, 3, 96, 96)
