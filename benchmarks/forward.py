@@ -1,0 +1,204 @@
+"""Speed of the forward pass: ours at each `r` beside timm, compiled timm, and the paper's maths in plain PyTorch.
+
+python -m benchmarks.forward --model vit_base_patch16_224 --batch 256 --r 0,4,8,11,13,16 --device cuda --dtype bf16
+python -m benchmarks.forward --model vit_base_patch16_224 --batch 1,8,32 --r 0,13 --device cuda --dtype bf16 --replay
+
+All of them run in turn on the same random images, weights are random too. "speed-up" is over the same one's r=0 (of
+timm's for what has none), "ideal" is what the arithmetic saved would give. `--replay` runs each as a recorded CUDA
+graph, without its launches; `--profile` shows where the time goes. The last line is JSON: {"rows": [{"impl", "r",
+"batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+import tome_core
+from benchmarks.unfused import Unfused
+from server.engine.graphs import CudaRecorder
+from tome_core.cost import flops
+from tome_core.families.dimensions import dimensions
+from tome_core.schedule import resolve
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP = 3
+Forward = Callable[[Tensor], Tensor]
+
+
+class Contender(NamedTuple):
+    """What is timed: a name, an `r`, and images to logits."""
+
+    impl: str
+    r: int
+    forward: Forward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="vit_base_patch16_224", help="timm name")
+    parser.add_argument("--batch", default="256", help="batch sizes")
+    parser.add_argument("--r", default="0,4,8,11,13,16", help="values of r")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--impl", default="timm,timm-compiled,unfused,ours", help=f"of {', '.join(IMPLEMENTATIONS)}")
+    parser.add_argument("--runs", type=int, default=20, help="timed runs of each")
+    parser.add_argument("--replay", action="store_true", help="as recorded CUDA graphs")
+    parser.add_argument("--profile", action="store_true", help="time of each kernel, for ours")
+    args = parser.parse_args()
+
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    model = timm.create_model(args.model).to(device, dtype).eval()
+    ladder, rows = [int(r) for r in args.r.split(",")], []
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    how = "replayed" if args.replay else "launched"
+    print(f"{args.model}, {args.dtype}, {how}, {machine}, torch {torch.__version__}")
+    print(f"{'batch':>5} {'':>13} {'r':>3} {'ms':>9} {'images/s':>9} {'speed-up':>9} {'ideal':>7} {'TFLOP/s':>8}")
+    for batch in map(int, args.batch.split(",")):
+        images = torch.randn(batch, *resolve_model_data_config(model)["input_size"], device=device, dtype=dtype)
+        entered = list(contenders(model, args.impl.split(","), ladder, batch, args))
+        for row in measure(model, entered, images, args.runs, args.replay):
+            rows.append(row)
+            print(
+                f"{batch:>5} {row['impl']:>13} {row['r']:>3} {row['ms']:>9.3f} {row['images_per_s']:>9.1f} "
+                f"{row['speedup']:>8.2f}x {row['flop_ideal']:>6.2f}x {row['tflops']:>8.2f}",
+                flush=True,
+            )
+        if args.profile:
+            for contender in entered:
+                if contender.impl == "ours":
+                    profile(contender, images)
+    print(
+        json.dumps({"model": args.model, "dtype": args.dtype, "device": machine, "replay": args.replay, "rows": rows})
+    )
+
+
+def contenders(
+    model: Any, names: Sequence[str], ladder: Sequence[int], batch: int, args: argparse.Namespace
+) -> Iterator[Contender]:
+    """One a name and `r`; those without merging under r=0 alone."""
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise SystemExit(f"--impl names {name!r}; it must be of {', '.join(IMPLEMENTATIONS)}")
+        build, merges = IMPLEMENTATIONS[name]
+        for r in dict.fromkeys([0, *ladder]) if merges else [0]:
+            yield Contender(name, r, build(model, r))
+
+
+def _timm(model: Any, r: int) -> Forward:
+    return lambda images: model(images)
+
+
+def _timm_compiled(model: Any, r: int) -> Forward:
+    return torch.compile(model)
+
+
+def _unfused(model: Any, r: int) -> Forward:
+    merged = Unfused(model)
+    return lambda images: merged.forward_head(merged.forward_features(images, r))  # all of the last block, as published
+
+
+def _ours(model: Any, r: int) -> Forward:
+    return tome_core.FixedR(tome_core.wrap(model), r)
+
+
+def _plain(model: Any, r: int) -> Forward:
+    return tome_core.FixedR(tome_core.wrap(model, "plain"), r)
+
+
+IMPLEMENTATIONS: dict[str, tuple[Callable[[Any, int], Forward], bool]] = {
+    "timm": (_timm, False),
+    "timm-compiled": (_timm_compiled, False),
+    "unfused": (_unfused, True),
+    "plain": (_plain, True),
+    "ours": (_ours, True),
+}
+"""What can be timed, and whether it merges."""
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module, entered: Sequence[Contender], images: Tensor, runs: int, replay: bool
+) -> Iterator[dict[str, Any]]:
+    """One row each. They take turns, so that a disturbance, or a warm chip, falls on all alike."""
+    calls: list[Callable[[], object]] = [partial(contender.forward, images) for contender in entered]
+    if replay:
+        record = CudaRecorder()
+        calls = [record(partial(contender.forward, images)).replay for contender in entered]
+    took_s: list[list[float]] = [[] for _ in calls]
+    for run in range(-WARM_UP, runs):
+        for call, times in zip(calls, took_s, strict=True):
+            seconds = timed(call, images.device)
+            if run >= 0:
+                times.append(seconds)
+    medians = {(c.impl, c.r): statistics.median(times) for c, times in zip(entered, took_s, strict=True)}
+    for contender in entered:
+        seconds = medians[contender.impl, contender.r]
+        cost = work(model, contender)
+        yield {
+            "impl": contender.impl,
+            "r": contender.r,
+            "batch": len(images),
+            "images_per_s": len(images) / seconds,
+            "ms": 1000 * seconds,
+            "speedup": medians[contender.impl, 0] / seconds,
+            "flop_ideal": work(model, contender._replace(r=0)) / cost,
+            "tflops": len(images) * cost / seconds / 1e12,
+        }
+
+
+def work(model: nn.Module, contender: Contender) -> int:
+    """Floating-point operations for an image; ours alone leaves out what the head does not read."""
+    merged = tome_core.wrap(model)
+    sizes = dimensions(merged)
+    if contender.impl not in ("ours", "plain"):
+        sizes = replace(sizes, prefix_only_last=False)
+    return flops(sizes, resolve(contender.r, merged.num_blocks))
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes, on a GPU by its own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
+
+
+@torch.inference_mode()
+def profile(contender: Contender, images: Tensor, runs: int = 5) -> None:
+    """Prints the share of each kernel, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if images.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(runs):
+            contender.forward(images)
+    on_gpu = images.device.type == "cuda"
+    events = [e for e in profiler.key_averages() if not on_gpu or e.device_type.name == "CUDA"]
+    took = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count) for e in events}
+    total = sum(us for us, _ in took.values())
+    print(f"r={contender.r}: {total / runs / 1000:.3f} ms")
+    for name, (us, count) in sorted(took.items(), key=lambda item: -item[1][0])[:14]:
+        print(f"  {us / total:>6.1%} {us / runs / 1000:>9.3f} ms {count // runs:>4} x  {name[:80]}")
+
+
+if __name__ == "__main__":
+    main()
