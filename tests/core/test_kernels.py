@@ -51,6 +51,16 @@ def test_attention(dtype: torch.dtype, N: int, D: int, sized: bool) -> None:
     agree(leading, got[:, :2], dtype)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes minutes without a GPU")
+@pytest.mark.parametrize("B", [1, 3, 7])
+def test_attention_at_every_size(B: int) -> None:
+    for N in range(3, 601):
+        q, k, v = random(B, N, 3 * 128, dtype=torch.bfloat16).split(128, dim=-1)
+        size = random_sizes(B, N)
+        wanted = reference.attend(q.float(), k.float(), v.float(), size, 2)
+        agree(attention.attend(q, k, v, size, 2), wanted, torch.bfloat16)
+
+
 def test_attention_counts_a_token_as_its_copies() -> None:
     torch.manual_seed(0)
     q, k, v = random(1, 9, 3 * 64).split(64, dim=-1)
@@ -104,7 +114,10 @@ def gained(metric: Tensor, groups: Groups) -> Tensor:
     return (src * dst).sum(dim=(1, 2))
 
 
-@pytest.mark.parametrize("N", [3, 4, 31, 64, 129, 197, 257, 577, 600])
+SIZES = [3, 4, 31, 64, 129, 197, 257, 577, 600] if DEVICE == "cpu" else range(3, 601)  # the interpreter is slow
+
+
+@pytest.mark.parametrize("N", SIZES)
 def test_matching_at_many_sizes(N: int) -> None:
     torch.manual_seed(N)
     metric = reference.metric(random(3, N, 64), 1)

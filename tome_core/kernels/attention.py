@@ -59,13 +59,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, num_heads: int)
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1 and k.stride() == v.stride()
     out = torch.empty(B, M, C, dtype=q.dtype, device=q.device)
     D = C // num_heads
-    block_m = 128 if M > 64 and D <= 64 else 64 if M > 16 else 16
-    _attend[(triton.cdiv(M, block_m), num_heads, B)](
+    blocks = blocks_of(M, D, q.dtype)
+    _attend[(triton.cdiv(M, blocks["BLOCK_M"]), num_heads, B)](
         q, k, v, size, out,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         M, N, D**-0.5 * LOG2_E,
-        D, max(next_power_of_2(D), 16), block_m, BLOCK_N=64 if q.dtype != torch.float32 else 32,
-        SIZED=size is not None, WIDEN=widen_products(q),
-        num_warps=8 if block_m == 128 else 4, num_stages=2,
+        D, max(next_power_of_2(D), 16), SIZED=size is not None, WIDEN=widen_products(q), **blocks,
     )  # fmt: skip
     return out
+
+
+def blocks_of(M: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+    """How the work is cut for M queries: few choices, so that few programs are compiled."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64 if M > 16 else 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    block_m = 128 if M > 64 and D <= 64 else 64 if M > 16 else 16
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": 8 if block_m == 128 else 4, "num_stages": 2}

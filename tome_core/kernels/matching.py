@@ -138,6 +138,11 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
     _match[(B,)](
         metric, best, partner, rank, keep, src, first,
         N, r, P, first_src, first_dst, S, T,
-        D, max(next_power_of_2(D), 16), min(max(next_power_of_2(S), 16), 128), BLOCK=32, num_warps=4,
+        D, max(next_power_of_2(D), 16), **blocks_of(S),
     )  # fmt: skip
     return Groups(keep, src, first)
+
+
+def blocks_of(S: int) -> dict[str, int]:
+    """How an image's work is cut for S src."""
+    return {"BLOCK_S": min(max(next_power_of_2(S), 16), 128), "BLOCK": 32, "num_warps": 4}

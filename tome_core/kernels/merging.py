@@ -104,13 +104,17 @@ def _launch(
     x_out = torch.empty(B, M, C, dtype=x.dtype, device=x.device)
     n_out = torch.empty(B, M, C, dtype=y.dtype, device=x.device)
     size_out = torch.empty(B, M, dtype=torch.float32, device=x.device) if groups else None
-    C_pad = next_power_of_2(C)
-    rows = max(1024 // C_pad, 1)
-    _add_norm[(triton.cdiv(M, rows), B)](
+    blocks = blocks_of(C)
+    _add_norm[(triton.cdiv(M, blocks["ROWS"]), B)](
         x, y, scale, weight, bias, keep, src, first, size, x_out, n_out, size_out,
         N, M, N - M, eps,
-        C, C_pad, rows,
-        MERGED=groups is not None, SIZED=size is not None, SCALED=scale is not None,
-        num_warps=2 if C_pad <= 1024 else 4,
+        C, next_power_of_2(C),
+        MERGED=groups is not None, SIZED=size is not None, SCALED=scale is not None, **blocks,
     )  # fmt: skip
     return x_out, n_out, size_out
+
+
+def blocks_of(C: int) -> dict[str, int]:
+    """How the work is cut for C channels."""
+    C_pad = next_power_of_2(C)
+    return {"ROWS": max(1024 // C_pad, 1), "num_warps": 2 if C_pad <= 1024 else 4}

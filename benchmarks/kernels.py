@@ -1,0 +1,119 @@
+"""Time of each operation of a block, beside the least that its arithmetic and its memory traffic allow.
+
+python -m benchmarks.kernels --model vit_base_patch16_224 --batch 256 --tokens 197,184,119,54 --r 13 --dtype bf16
+
+Each runs alone, as a recorded CUDA graph of many repetitions. "floor" is the longer of its floating-point operations
+over the rate of a large product, and its bytes over that of a large copy, both measured in the same run. The last line
+is JSON: {"rows": [{"op", "tokens", "us", "floor_us"}]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+
+from benchmarks.forward import DTYPES, timed
+from server.engine.graphs import CudaRecorder
+from tome_core import kernels
+from tome_core.kernels import reference
+
+REPETITIONS = 20  # in a recording, so that its own start counts for little
+
+
+class Operation(NamedTuple):
+    """What is timed, with its floating-point operations and the bytes that it must read and write."""
+
+    name: str
+    call: Callable[[], Any]
+    flops: float
+    num_bytes: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="vit_base_patch16_224", help="timm name of a plain ViT")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--tokens", default="197,184,119,54", help="tokens that enter the block")
+    parser.add_argument("--r", type=int, default=13)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    args = parser.parse_args()
+
+    device, dtype = torch.device("cuda"), DTYPES[args.dtype]
+    model: Any = timm.create_model(args.model).to(device, dtype).eval()
+    rate, bandwidth = ceilings(device, dtype)
+    print(f"{args.model}, batch {args.batch}, r={args.r}, {args.dtype}, {torch.cuda.get_device_name(device)}")
+    print(f"ceilings: {rate / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'tokens':>6} {'operation':>16} {'us':>9} {'floor us':>9} {'of floor':>8}")
+    rows = []
+    for N in map(int, args.tokens.split(",")):
+        for operation in operations(model, args.batch, N, args.r, device, dtype):
+            us = 1e6 * seconds(operation.call)
+            floor_us = 1e6 * max(operation.flops / rate, operation.num_bytes / bandwidth)
+            rows.append({"op": operation.name, "tokens": N, "us": us, "floor_us": floor_us})
+            print(f"{N:>6} {operation.name:>16} {us:>9.1f} {floor_us:>9.1f} {floor_us / us:>8.0%}", flush=True)
+    print(json.dumps({"model": args.model, "batch": args.batch, "r": args.r, "dtype": args.dtype, "rows": rows}))
+
+
+@torch.inference_mode()
+def operations(model: Any, B: int, N: int, r: int, device: torch.device, dtype: torch.dtype) -> Iterator[Operation]:
+    """Those of a block that N tokens enter, and M = N - r leave after the merge."""
+    block, (C, H, hidden) = model.blocks[0], (model.embed_dim, model.blocks[0].attn.num_heads, 4 * model.embed_dim)
+    M, width = N - r, dtype.itemsize
+    x, y, merged = (torch.randn(B, n, C, device=device, dtype=dtype) for n in (N, N, M))
+    wide = torch.randn(B, M, hidden, device=device, dtype=dtype)
+    qkv = torch.randn(B, N, 3 * C, device=device, dtype=dtype)
+    q, k, v = qkv.split(C, dim=-1)
+    size = torch.randint(1, 5, (B, N), device=device).float()
+    metric = kernels.metric(k, H)
+    groups = reference.match(metric, r, 1)
+    norm = (None, block.norm2.weight, block.norm2.bias, 1e-6)
+    token, fc1 = B * C * width, block.mlp.fc1
+
+    def product(n: int, inputs: int, outputs: int) -> tuple[float, float]:
+        return 2 * B * n * inputs * outputs, (B * n * (inputs + outputs) + inputs * outputs) * width
+
+    attention = 4 * B * N * N * C
+    yield Operation("qkv", lambda: block.attn.qkv(x), *product(N, C, 3 * C))
+    yield Operation("attend", lambda: kernels.attend(q, k, v, size, H), attention, 4 * N * token)
+    heads = [t.unflatten(-1, (H, -1)).transpose(1, 2) for t in (q, k, v)]
+    yield Operation("(SDPA, no sizes)", lambda: F.scaled_dot_product_attention(*heads), attention, 4 * N * token)
+    yield Operation("proj", lambda: block.attn.proj(x), *product(N, C, C))
+    yield Operation("metric", lambda: kernels.metric(k, H), 0, N * token + metric.numel() * 4)
+    yield Operation("match", lambda: kernels.match(metric, r, 1), 0, metric.numel() * 4)
+    yield Operation("merge_add_norm", lambda: kernels.merge_add_norm(groups, x, y, size, *norm), 0, 2 * (N + M) * token)
+    yield Operation("add_norm", lambda: kernels.add_norm(x, y, *norm), 0, 4 * N * token)
+    yield Operation("fc1 + gelu", lambda: kernels.linear_gelu(merged, fc1.weight, fc1.bias), *product(M, C, hidden))
+    yield Operation("fc2", lambda: block.mlp.fc2(wide), *product(M, hidden, C))
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Floating-point operations and bytes a second, of a large product and of a large copy."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(1 << 30, device=device, dtype=torch.int32)
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() * source.itemsize
+    return 2 * 8192**3 / seconds(lambda: a @ b), copied / seconds(lambda: target.copy_(source))
+
+
+@torch.inference_mode()
+def seconds(call: Callable[[], Any]) -> float:
+    """Median time of one call."""
+
+    def repeated() -> torch.Tensor:
+        for _ in range(REPETITIONS):
+            call()
+        return torch.empty(0)
+
+    replay = CudaRecorder()(repeated).replay
+    return statistics.median(timed(replay, torch.device("cuda")) for _ in range(10)) / REPETITIONS
+
+
+if __name__ == "__main__":
+    main()
