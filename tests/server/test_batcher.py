@@ -26,7 +26,7 @@ class Device:
         self.batches: list[tuple[str, list[int]]] = []
         self.failures: list[Exception] = []
         self.lost_answers = 0
-        self.dropped: list[tuple[str, str]] = []
+        self.dropped: list[str] = []
         self.ran: list[tuple[str, int]] = []
         self.during_batch: Callable[[], None] = lambda: None
         self.now = 1000.0
@@ -43,8 +43,8 @@ class Device:
     def batch_ran(self, key: str, waits_s: Sequence[float], run_s: float) -> None:
         self.ran.append((key, len(waits_s)))
 
-    def job_dropped(self, key: str, reason: str) -> None:
-        self.dropped.append((key, reason))
+    def job_dropped(self, reason: str) -> None:
+        self.dropped.append(reason)
 
 
 class Bench:
@@ -53,17 +53,17 @@ class Bench:
     def __init__(self, device: Device, batcher: Batcher[str, int, str]) -> None:
         self.device, self.batcher = device, batcher
 
-    def send(self, key: str, payload: int, timeout_s: float = FOREVER) -> asyncio.Task[Answer[str]]:
+    def send(self, key: str, payload: int, timeout_s: float = FOREVER) -> asyncio.Task[Answer[str, str]]:
         return asyncio.create_task(self.batcher.submit(key, payload, timeout_s))
 
-    async def queued(self, key: str, payload: int, timeout_s: float = FOREVER) -> asyncio.Task[Answer[str]]:
+    async def queued(self, key: str, payload: int, timeout_s: float = FOREVER) -> asyncio.Task[Answer[str, str]]:
         """Sends a job to a busy device and returns once it waits in the queue."""
         waiting = self.batcher.num_waiting
         task = self.send(key, payload, timeout_s)
         await until(lambda: self.batcher.num_waiting > waiting or task.done())
         return task
 
-    async def keep_busy(self, key: str = "busy") -> asyncio.Task[Answer[str]]:
+    async def keep_busy(self, key: str = "busy") -> asyncio.Task[Answer[str, str]]:
         """Occupies the device until its gate is opened."""
         self.device.gate.clear()
         batches = len(self.device.batches)
@@ -198,7 +198,7 @@ async def test_a_client_gone_before_the_run_is_not_computed() -> None:
         it.device.gate.set()
         assert (await stays).batch_size == 1
         assert it.device.batches[1:] == [("a", [2])]
-        assert it.device.dropped == [("a", "cancelled")]
+        assert it.device.dropped == ["cancelled"]
 
 
 async def test_a_client_gone_during_the_run_leaves_the_others_their_answers() -> None:
@@ -288,7 +288,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_an_error_and_nothing_is_co
             await late
         assert (await patient).result == "a:2"
         assert it.device.batches[1:] == [("a", [2])]
-        assert it.device.dropped == [("a", "deadline")]
+        assert it.device.dropped == ["deadline"]
 
 
 async def test_a_deadline_ends_the_wait_while_the_device_is_busy() -> None:
@@ -348,7 +348,7 @@ STEPS = st.lists(st.tuples(st.sampled_from("abc"), STEP), max_size=60)
 @given(steps=STEPS, batch=st.integers(1, 5))
 async def test_keys_never_mix_and_each_answer_belongs_to_its_payload(steps: list[tuple[str, str]], batch: int) -> None:
     async with bench(batch=batch, batch_timeout_s=2.0) as it:
-        tasks: dict[str, asyncio.Task[Answer[str]]] = {}
+        tasks: dict[str, asyncio.Task[Answer[str, str]]] = {}
         key_of: dict[int, str] = {}
         cancelled = set()
         for payload, (key, step) in enumerate(steps):
