@@ -93,16 +93,20 @@ class Settings(BaseModel):
     )
     state_dir: Path | None = Field(
         Path("~/.local/state/tome-server"),
-        description="folder that keeps live changes over a restart; none to keep none",
+        description="folder that keeps live changes and compiled models over a restart; none to keep none",
     )
     http_workers: int = Field(
         1, ge=1, le=64, description="HTTP processes, which parse and decode; more of them keep more cores busy"
     )
     device: str = Field("auto", description="torch device; auto takes cuda where there is one, else the CPU")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on cuda, fp32 on the CPU"
+        "auto",
+        description="auto: bf16 on cuda; on the CPU fp32, or bf16 where OpenVINO runs and measures it to be faster",
     )
-    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 leaves the choice to torch")
+    backend: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="what computes; auto: OpenVINO on the CPU where it is installed and takes the model"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 takes what the container may use")
     max_batch_size: int = Field(
         32, ge=1, le=4096, description="most images in a batch; larger is faster until latency hurts"
     )
@@ -142,6 +146,10 @@ class Settings(BaseModel):
     def state_file(self) -> Path | None:
         """Where live changes are kept: one file a port, so that two servers of a machine do not share it."""
         return self.state_dir.expanduser() / f"config-{self.port}.json" if self.state_dir else None
+
+    def cache_dir(self) -> Path | None:
+        """Where compiled models are kept over a restart."""
+        return self.state_dir.expanduser() / "openvino" if self.state_dir else None
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """The models to load, each with its own weights and `r`."""

@@ -24,12 +24,22 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What computes a model's answers: "torch" or "openvino", in which precision, and why this one."""
+
+    name: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the HTTP side must know of a loaded model.
 
     Attributes:
         labels: Words for each class, in class order.
         max_r: The most tokens that one block can merge.
+        backend: What computes its answers; None before a device holds it.
     """
 
     name: str
@@ -41,6 +51,7 @@ class ModelInfo:
     num_tokens: int
     num_prefix_tokens: int
     max_r: int
+    backend: BackendInfo | None = None
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
@@ -62,7 +73,9 @@ class ModelInfo:
         pre: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in wire["preprocessing"].items()
         }
-        return ModelInfo(**{**wire, "labels": tuple(wire["labels"]), "preprocessing": Preprocessing(**pre)})
+        backend = wire["backend"] and BackendInfo(**wire["backend"])
+        labels = tuple(wire["labels"])
+        return ModelInfo(**{**wire, "labels": labels, "preprocessing": Preprocessing(**pre), "backend": backend})
 
 
 def find_model(catalog: Mapping[str, ModelInfo], name: str | None) -> ModelInfo:

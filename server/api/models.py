@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
 from server.api.body import parse, read_json
-from server.api.schemas import ModelDetail, ModelList, ModelSummary, PatchModel
+from server.api.schemas import Backend, ModelDetail, ModelList, ModelSummary, PatchModel
 from server.dial import parse_r, r_of
 from server.errors import InvalidError, shown
 from server.types import Deployment, Engine, ModelInfo, find_model
@@ -76,6 +77,7 @@ def _detail(info: ModelInfo, deployment: Deployment, engine: Engine, response: R
     response.headers["etag"] = f'"{deployment.config_version}"'
     return ModelDetail(
         **_summary(info, deployment, engine).model_dump(),
+        backend=Backend(**asdict(info.backend)) if info.backend else None,
         num_classes=len(info.labels),
         classes=list(info.labels),
         input_size=info.preprocessing.input_size,

@@ -80,7 +80,16 @@ class ModelSummary(BaseModel):
     config_version: int
 
 
+class Backend(BaseModel):
+    """What computes the answers."""
+
+    name: str
+    precision: str
+    reason: str = Field(description="Why this one, and this precision.")
+
+
 class ModelDetail(ModelSummary):
+    backend: Backend | None = Field(description="What computes the answers; null before a device holds the model.")
     num_classes: int
     classes: list[str]
     input_size: tuple[int, int]

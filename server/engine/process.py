@@ -7,11 +7,14 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from multiprocessing.synchronize import Event
 
 from server.config_store import ConfigStore
+from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
-from server.engine.runner import Runner, set_threads
+from server.engine.runner import Runner
+from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
 from server.lifetime import configure_logging, end_with_parent
@@ -39,15 +42,20 @@ def build_engine(settings: Settings) -> LocalEngine:
     """Loads and warms every model, and puts queue and device together.
 
     Raises:
-        SettingsError: A model cannot be loaded, or the state file cannot be read.
+        SettingsError: A model cannot be loaded, its backend cannot be had, or the state file cannot be read.
         InvalidError: A deployment `r` is out of its model's range.
         EngineError: A model gives no numbers in this precision.
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
     store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, settings.state_file())
-    runner = Runner(loaded, settings.device, settings.precision)
+    runner = Runner(
+        loaded,
+        settings.device,
+        settings.precision,
+        BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size),
+    )
     engine = LocalEngine(
-        {name: model.info for name, model in loaded.items()},
+        {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
         runner.run_batch,
         store,
         check_device=runner.check,
