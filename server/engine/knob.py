@@ -112,7 +112,9 @@ def turn(ladder: Sequence[Rung], load: Load, stance: Stance, now: float) -> Stan
     needed = next((place for place, rung in enumerate(ladder) if keeps_up(rung, load)), len(ladder) - 1)
     if needed >= stance.rung:
         return Stance(needed)
-    spared = next((place for place, rung in enumerate(ladder) if keeps_up(rung, load, CALM_BUSY, CALM_SLACK)), len(ladder) - 1)
+    spared = next(
+        (place for place, rung in enumerate(ladder) if keeps_up(rung, load, CALM_BUSY, CALM_SLACK)), len(ladder) - 1
+    )
     if spared >= stance.rung:
         return Stance(stance.rung)
     calm_since = now if stance.calm_since is None else stance.calm_since
