@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from server.dial import RSetting, Schedule, schedule_of
-from server.errors import NotFoundError, shown
+from server.dial import AutoR, RSetting, Schedule, schedule_of
+from server.errors import InvalidError, NotFoundError, shown
 from tome_core.schedule import token_counts
 
 
@@ -55,7 +55,14 @@ class ModelInfo:
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
+        if isinstance(r, AutoR):
+            raise InvalidError("r is 'auto', which goes by the load of a server; here it must be a number or a list")
         return schedule_of(r, self.num_blocks, self.max_r, inflect)
+
+    def check(self, r: RSetting) -> None:
+        """Raises InvalidError when this model cannot merge like that; any bounds of `auto` will do."""
+        if not isinstance(r, AutoR):
+            self.schedule(r)
 
     def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block."""
@@ -110,14 +117,14 @@ class Job:
 
     Attributes:
         pixels: RGB bytes, height x width x 3, as the model's preprocessing wants them, not yet normalised.
-        schedule: `r` per block as asked; None takes the deployment's.
+        r: `r` per block as asked, or the bounds of `auto`; None takes the deployment's.
         top_k: How many classes to answer with.
         timeout_s: Time left until the deadline.
     """
 
     model: str
     pixels: bytes
-    schedule: Schedule | None
+    r: Schedule | AutoR | None
     top_k: int
     timeout_s: float
 
@@ -130,9 +137,31 @@ class TopK:
     scores: list[float]
 
 
+Reason = Literal["idle", "load", "bounds", "shared"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A schedule that `auto` chose.
+
+    Attributes:
+        schedule: `r` of each block.
+        reason: `AutoDial.why` says what the words mean.
+        expected_agreement: Share of images that keep the answer of r=0, or None where nobody measured it.
+    """
+
+    schedule: Schedule
+    reason: Reason
+    expected_agreement: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One answered job: the classes, and how they were computed. Durations in seconds."""
+    """One answered job: the classes, and how they were computed. Durations in seconds.
+
+    Attributes:
+        auto: What `auto` chose, where it was to choose.
+    """
 
     top_k: TopK
     schedule: Schedule
@@ -140,6 +169,7 @@ class Prediction:
     config_version: int
     queue_s: float
     inference_s: float
+    auto: Choice | None = None
 
 
 class Engine(Protocol):
@@ -151,6 +181,10 @@ class Engine(Protocol):
 
     async def classify(self, job: Job) -> Prediction:
         """Answers one job or raises a ServerError; cancelling the call withdraws the job."""
+        ...
+
+    async def choose(self, model: str, bounds: AutoR) -> Choice:
+        """What `auto` would take at this moment: for several images that are to share one `r`."""
         ...
 
     async def deployment(self, model: str) -> Deployment:

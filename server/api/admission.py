@@ -23,6 +23,11 @@ class Admission:
         self._per_image_s = 0.0
         self._left_at = time.monotonic()
 
+    @property
+    def in_flight(self) -> int:
+        """Images admitted and not yet answered."""
+        return self._in_flight
+
     @contextmanager
     def permit(self, images: int) -> Iterator[None]:
         """Holds places for the images of one request.

@@ -13,10 +13,9 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from server.dial import Schedule
-from server.engine.auto import Auto, Step
+from server.dial import AutoR, Schedule
+from server.engine.auto import AutoDial, Step
 from server.engine.batcher import Answer, Batcher
-from server.engine.knob import Bounds
 from server.errors import ServerError
 from server.types import BatchKey
 
@@ -46,7 +45,7 @@ def simulate(
     steps: Sequence[Step],
     arrivals: Iterable[float],
     deadline_s: float,
-    setting: Schedule | Bounds,
+    setting: Schedule | AutoR,
     *,
     max_batch_size: int = 32,
     max_queue_size: int = 256,
@@ -68,7 +67,7 @@ async def _serve(
     steps: Sequence[Step],
     arrivals: Sequence[float],
     deadline_s: float,
-    setting: Schedule | Bounds,
+    setting: Schedule | AutoR,
     max_batch_size: int,
     max_queue_size: int,
 ) -> Outcome:
@@ -89,8 +88,8 @@ async def _serve(
         batch_timeout_s=0.1,
         clock=loop.time,
     )
-    auto = Auto(lambda schedule: BatchKey("simulated", schedule, (0, 0)), steps, batcher.speed, loop.time)
-    key = auto.open(setting) if isinstance(setting, Bounds) else BatchKey("simulated", setting, (0, 0))
+    auto = AutoDial(lambda schedule: BatchKey("simulated", schedule, (0, 0)), steps, batcher.speed, loop.time)
+    key = auto.open(setting) if isinstance(setting, AutoR) else BatchKey("simulated", setting, (0, 0))
     batcher.start()
 
     async def request(at: float) -> tuple[float, Answer[BatchKey | None, None]] | None:

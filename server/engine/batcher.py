@@ -202,7 +202,7 @@ class Batcher(Generic[K, P, A]):
         while self._prune(now):
             first = self._next_queue(now)
             leader = min(self._queues[first], key=self._due_at)
-            key = leader.open.choose(self._load(now)) if leader.open else first
+            key = leader.open.choose(self.load()) if leader.open else first
             assert not isinstance(key, _Group)
             batch = self._batch(first, key)
             done_at = now + self.speed(key, len(batch))
@@ -243,8 +243,10 @@ class Batcher(Generic[K, P, A]):
             batch += heapq.nsmallest(self._max_batch_size - len(batch), fitting, key=self._due_at)
         return batch
 
-    def _load(self, now: float) -> Load:
-        left_s = sorted(job.deadline - now for queue in self._queues.values() for job in queue)
+    def load(self) -> Load:
+        """What waits and what comes, at this moment."""
+        now = self._clock()
+        left_s = sorted(job.deadline - now for queue in self._queues.values() for job in queue if job.is_queued)
         return Load(left_s, self._arrivals(now), self._max_batch_size)
 
     def _leave_queue(self, job: _Waiting[K, P, A]) -> None:

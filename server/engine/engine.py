@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from server.config_store import ConfigStore
-from server.dial import RSetting
+from server.dial import AutoR, RSetting, Schedule
+from server.engine.auto import AutoDial, Step
 from server.engine.batcher import Batcher
 from server.errors import DeadlineError, UnavailableError
 from server.metrics import CONFIG_VERSION, BatchMetrics
-from server.types import BatchKey, Deployment, Job, ModelInfo, Prediction, TopK, find_model
+from server.types import BatchKey, Choice, Deployment, Job, ModelInfo, Prediction, TopK, find_model
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class LocalEngine:
         run_batch: The device; a function of its input is enough for a test.
         check_device: Raises when the device no longer works; called on the device's thread.
         store: The deployment `r` of each model.
+        steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
@@ -44,6 +46,7 @@ class LocalEngine:
         run_batch: RunBatch,
         store: ConfigStore,
         *,
+        steps: Mapping[str, Sequence[Step]] | None = None,
         check_device: Callable[[], None] = lambda: None,
         max_batch_size: int = 32,
         max_queue_size: int = 256,
@@ -63,7 +66,12 @@ class LocalEngine:
             observer=BatchMetrics(),
         )
         for name, info in self._models.items():
-            info.schedule(store.deployment(name).r)
+            info.check(store.deployment(name).r)
+        only = {name: [Step(info.schedule(0))] for name, info in self._models.items()}
+        self._auto = {
+            name: AutoDial(self._models[name].batch_key, ladder, self._batcher.speed)
+            for name, ladder in (only | dict(steps or {})).items()
+        }
         CONFIG_VERSION.set(store.version)
 
     def start(self) -> None:
@@ -85,24 +93,37 @@ class LocalEngine:
     async def classify(self, job: Job) -> Prediction:
         info = find_model(self._models, job.model)
         deployment = self._store.deployment(job.model)
-        schedule = job.schedule or info.schedule(deployment.r)
-        answer = await self._batcher.submit(info.batch_key(schedule), job, job.timeout_s)
-        assert answer.result is not None  # only a health check is answered with None
+        r = deployment.r if job.r is None else job.r
+        if isinstance(r, AutoR):
+            answer = await self._batcher.submit(self._auto[info.name].open(r), job, job.timeout_s)
+        else:
+            answer = await self._batcher.submit(info.batch_key(info.schedule(r)), job, job.timeout_s)
+        assert answer.result is not None and answer.key is not None  # only a health check is answered with None
         return Prediction(
             top_k=answer.result,
-            schedule=schedule,
+            schedule=answer.key.schedule,
             batch_size=answer.batch_size,
             config_version=deployment.config_version,
             queue_s=answer.wait_s,
             inference_s=answer.run_s,
+            auto=self._choice(info.name, answer.key.schedule, r) if isinstance(r, AutoR) else None,
         )
+
+    async def choose(self, model: str, bounds: AutoR) -> Choice:
+        info = find_model(self._models, model)
+        schedule = self._auto[info.name].choose(self._batcher.load(), bounds).schedule
+        return self._choice(info.name, schedule, bounds)
+
+    def _choice(self, model: str, schedule: Schedule, bounds: AutoR) -> Choice:
+        auto = self._auto[model]
+        return Choice(schedule, auto.why(schedule, bounds), auto.expected_agreement(schedule))
 
     async def deployment(self, model: str) -> Deployment:
         find_model(self._models, model)
         return self._store.deployment(model)
 
     async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
-        find_model(self._models, model).schedule(r)
+        find_model(self._models, model).check(r)
         deployment = self._store.set_r(model, r, expected_version)
         CONFIG_VERSION.set(deployment.config_version)
         return deployment

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.dial import Schedule
+from server.dial import AutoR, Schedule
 
 BUSY = 0.95
 """The share of a rung's capacity that arrivals may take."""
@@ -73,31 +73,20 @@ class Stance:
     calm_since: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a request allows.
+def allows(bounds: AutoR, schedule: Schedule, agreement: float | None) -> bool:
+    """Whether an image may be classified so: at r=0 always; where the agreement is unknown, by `max_r` alone."""
+    largest = max(schedule)
+    if largest == 0:
+        return True
+    if bounds.max_r is not None and largest > bounds.max_r:
+        return False
+    return bounds.min_agreement is None or (agreement is not None and agreement >= bounds.min_agreement)
 
-    Attributes:
-        max_r: The most tokens that any block may merge, or None for any number.
-        min_agreement: The least expected agreement with r=0, or None for any; where it is unknown, only r=0 will do.
-    """
 
-    max_r: int | None = None
-    min_agreement: float | None = None
-
-    def allow(self, rung: Rung) -> bool:
-        """Whether an image may be classified so; at r=0 it always may."""
-        largest = max(rung.schedule)
-        if largest == 0:
-            return True
-        if self.max_r is not None and largest > self.max_r:
-            return False
-        return self.min_agreement is None or (rung.agreement is not None and rung.agreement >= self.min_agreement)
-
-    def highest(self, ladder: Sequence[Rung]) -> int:
-        """The highest rung up to which all are allowed."""
-        refused = (place for place, rung in enumerate(ladder) if not self.allow(rung))
-        return next(refused, len(ladder)) - 1
+def highest(ladder: Sequence[Rung], bounds: AutoR) -> int:
+    """The highest rung up to which all are allowed."""
+    refused = (place for place, rung in enumerate(ladder) if not allows(bounds, rung.schedule, rung.agreement))
+    return next(refused, len(ladder)) - 1
 
 
 def turn(ladder: Sequence[Rung], load: Load, stance: Stance, now: float) -> Stance:

@@ -11,16 +11,20 @@ from dataclasses import replace
 from multiprocessing.synchronize import Event
 
 from server.config_store import ConfigStore
+from server.dial import AutoR, Schedule
+from server.engine.auto import Step
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
+from server.engine.ladder import schedules, timed_steps
 from server.engine.runner import Runner
 from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
 from server.lifetime import configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
-from server.models import load_model
+from server.models import LoadedModel, load_model
 from server.settings import Settings, SettingsError
+from server.types import Job
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +58,37 @@ def build_engine(settings: Settings) -> LocalEngine:
         settings.precision,
         BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size),
     )
+    for name, model in loaded.items():
+        r = store.deployment(name).r
+        model.info.check(r)
+        for schedule in {model.info.schedule(0): None} | (
+            {} if isinstance(r, AutoR) else {model.info.schedule(r): None}
+        ):
+            runner.warm_up(model.info.batch_key(schedule))
     engine = LocalEngine(
         {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
         runner.run_batch,
         store,
+        steps={name: _steps(runner, model, settings.max_batch_size) for name, model in loaded.items()},
         check_device=runner.check,
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
     )
-    for info in engine.catalog().values():
-        for schedule in dict.fromkeys(info.schedule(r) for r in (0, store.deployment(info.name).r)):
-            runner.warm_up(info.batch_key(schedule))
     return engine
+
+
+def _steps(runner: Runner, loaded: LoadedModel, max_batch_size: int) -> list[Step]:
+    """What `auto` chooses from."""
+    info = loaded.info
+    height, width = info.preprocessing.input_size
+
+    def run(schedule: Schedule, images: int) -> None:
+        runner.run_batch(
+            info.batch_key(schedule), [Job(info.name, bytes(height * width * 3), schedule, 1, 0.0)] * images
+        )
+
+    return timed_steps(loaded, schedules(loaded), run, max_batch_size)
 
 
 async def _serve(engine: LocalEngine, socket_path: str, ready: Event) -> int:

@@ -23,6 +23,7 @@ from PIL import Image
 from server.api.app import create_app
 from server.config_store import ConfigStore
 from server.dial import RSetting
+from server.engine.auto import Step
 from server.engine.engine import LocalEngine
 from server.settings import Settings
 from server.types import BatchKey, Engine, Job, ModelInfo, Preprocessing, TopK
@@ -150,13 +151,16 @@ async def serving(
     r: RSetting = 0,
     state_file: Path | None = None,
     engine: Engine | None = None,
+    steps: Sequence[Step] | None = None,
     batch: int = 32,
     queue: int = 256,
     **settings: Any,
 ) -> AsyncIterator[Service]:
-    """The service around a fake device, or around the given engine; keywords are settings."""
+    """The service around a fake device, or around the given engine; keywords are settings, `steps` a ladder."""
     device = FakeDevice()
-    local = local_engine(device, models, r=r, state_file=state_file, max_batch_size=batch, max_queue_size=queue)
+    ladder = {"tiny": steps} if steps else None
+    limits = {"max_batch_size": batch, "max_queue_size": queue}
+    local = local_engine(device, models, r=r, state_file=state_file, steps=ladder, **limits)
     app = create_app(Settings.model_validate({"state_dir": None} | settings), engine or local)
     local.start()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

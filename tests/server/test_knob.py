@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.knob import BUSY, HOLD_S, Bounds, Load, Rung, Stance, keeps_up, turn
+from server.dial import AutoR
+from server.engine.knob import BUSY, HOLD_S, Load, Rung, Stance, highest, keeps_up, turn
 
 LADDER = [
     Rung((0, 0), 0.004, 0.010, 1.0),
@@ -90,9 +91,9 @@ def test_between_enough_and_calm_it_stays() -> None:
 
 
 def test_bounds_stop_it() -> None:
-    assert Bounds().highest(LADDER) == 2
-    assert Bounds(max_r=8).highest(LADDER) == 1
-    assert Bounds(max_r=0).highest(LADDER) == 0
-    assert Bounds(min_agreement=0.9).highest(LADDER) == 1
-    assert Bounds(min_agreement=1.0).highest(LADDER) == 0
-    assert Bounds(min_agreement=0.9).highest([LADDER[0], Rung((4, 4), 0.0, 0.01)]) == 0  # nobody measured it
+    assert highest(LADDER, AutoR()) == 2
+    assert highest(LADDER, AutoR(max_r=8)) == 1
+    assert highest(LADDER, AutoR(max_r=0)) == 0
+    assert highest(LADDER, AutoR(min_agreement=0.9)) == 1
+    assert highest(LADDER, AutoR(min_agreement=1.0)) == 0
+    assert highest([LADDER[0], Rung((4, 4), 0.0, 0.01)], AutoR(min_agreement=0.9)) == 0  # nobody measured it
