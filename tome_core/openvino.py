@@ -252,9 +252,9 @@ def _scale_queries(program: ExportedProgram) -> None:
     """Scales queries by 1 / sqrt(D), which OpenVINO does in passing, where it would scale the keys in a step."""
     graph = program.graph
     for attention in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
-        q = attention.args[0]
         if attention.kwargs.get("scale") is not None:
             continue
+        q = attention.args[0]
         with graph.inserting_before(attention):
             scaled = graph.call_function(torch.ops.aten.mul.Tensor, (q, 1 / math.sqrt(q.meta["val"].shape[-1])))
         scaled.meta.update(q.meta)
