@@ -95,7 +95,7 @@ def test_openvino_answers_as_torch_does_whatever_the_size_of_the_batch(openvino:
             torch.testing.assert_close(backend.logits(images(batch_size), schedule), wanted, atol=1e-4, rtol=1e-4)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
     openvino: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
