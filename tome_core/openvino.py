@@ -186,26 +186,16 @@ def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     best, partner = exact(ops.reshape(nearest.output(0), flat, True)), ops.reshape(nearest.output(1), flat, True)
     ranked = exact(ops.topk(best, ops.constant(r), 1, "max", "value", index_element_type="i32", stable=True))
     merged = ranked.output(1)  # (B, r)
-    row = integers(0, 1, -1)
     away = ops.add(ops.multiply(merged, integers(2)), integers(int(src[0])))
-    stay = []
-    if num_prefix_tokens:
-        prefix = ops.constant(np.arange(num_prefix_tokens, dtype=np.int32)[None])
-        batch = ops.gather(ops.shape_of(x), integers(0), integers(0))
-        stay.append(ops.broadcast(prefix, ops.concat([batch, ops.constant(np.array([num_prefix_tokens]))], 0)))
-    if r < len(src):
-        # The unmerged in their order: the smallest positions, where those of merged tokens are past all others.
-        positions = np.arange(len(src), dtype=np.int32)[None, None]
-        is_merged = ops.equal(ops.unsqueeze(merged, integers(2)), ops.constant(positions))  # (B, r, N_src)
-        late = ops.reduce_max(
-            ops.select(is_merged, ops.constant(positions + len(src)), ops.constant(positions)), integers(1)
-        )
-        left = ops.topk(late, ops.constant(len(src) - r), 1, "min", "value", index_element_type="i32").output(1)
-        stay.append(ops.add(ops.multiply(left, integers(2)), integers(int(src[0]))))
+    # What stays but dst, in its order: the smallest positions, where those of merged tokens are past all others.
+    stays = np.concatenate([np.arange(num_prefix_tokens, dtype=np.int32), src])[None, None]
+    is_merged = ops.equal(ops.unsqueeze(away, integers(2)), ops.constant(stays))  # (B, r, prefix + N_src)
+    late = ops.reduce_max(ops.select(is_merged, ops.constant(stays + N), ops.constant(stays)), integers(1))
     joined = ops.unsqueeze(ops.gather_elements(partner, merged, 1), integers(1))  # (B, 1, r)
     rows = ops.constant(np.arange(len(dst), dtype=np.int32)[None, :, None])
     joins = exact(ops.convert(ops.equal(joined, rows), Type.f32))  # (B, N_dst, r)
-    gains = exact(ops.multiply(joins, exact(ops.reshape(exact(ops.gather_elements(size, away, 1)), row, True))))
+    lost = exact(ops.gather_elements(size, away, 1))
+    gains = exact(ops.multiply(joins, exact(ops.reshape(lost, integers(0, 1, -1), True))))
     before = exact(ops.slice(size, *map(integers, (int(dst[0]), N, 2, 1))))
     after = exact(ops.add(before, exact(ops.reduce_sum(gains, integers(2)))))  # (B, N_dst)
     column = integers(0, -1, 1)
@@ -214,9 +204,9 @@ def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     received = ops.add(
         ops.multiply(gather(x, ops.constant(dst), 0), share), ops.matmul(weights, gather(x, away), False, False)
     )
-    if not stay:
+    if stays.size == r:
         return received.output(0), after.output(0)
-    kept = ops.concat(stay, 1)
+    kept = ops.topk(late, ops.constant(stays.size - r), 1, "min", "value", index_element_type="i32").output(0)
     sizes = exact(ops.concat([exact(ops.gather_elements(size, kept, 1)), after], 1))
     return ops.concat([gather(x, kept), received], 1).output(0), sizes.output(0)
 
@@ -252,9 +242,9 @@ def _scale_queries(program: ExportedProgram) -> None:
     """Scales queries by 1 / sqrt(D), which OpenVINO does in passing, where it would scale the keys in a step."""
     graph = program.graph
     for attention in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
-        q = attention.args[0]
         if attention.kwargs.get("scale") is not None:
             continue
+        q = attention.args[0]
         with graph.inserting_before(attention):
             scaled = graph.call_function(torch.ops.aten.mul.Tensor, (q, 1 / math.sqrt(q.meta["val"].shape[-1])))
         scaled.meta.update(q.meta)

@@ -11,9 +11,11 @@ import hashlib
 import logging
 import math
 import os
+import shutil
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +47,9 @@ MOST_SCHEDULES = 16
 _FASTER = 1.05
 """How much faster bf16 must be for `auto` to take it."""
 
+_TOLERANCES = {"fp32": 1e-3, "bf16": 0.5}
+"""By how much a logit may differ from torch's in float32, as a part of the largest."""
+
 Run = Callable[[Tensor], Tensor]
 
 
@@ -61,7 +66,7 @@ class OpenVINOBackend:
         dtype: What it wants its images in: float32, whatever it computes in.
 
     Raises:
-        RuntimeError: OpenVINO cannot translate or compile the model.
+        RuntimeError: OpenVINO cannot translate or compile the model, or gets it wrong.
     """
 
     dtype = torch.float32
@@ -83,6 +88,7 @@ class OpenVINOBackend:
         self._failed: set[Schedule] = set()
         self._compiling: Schedule | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="openvino")
+        self.warm_up(self._unmerged)  # a model that OpenVINO gets wrong is refused here
 
     def logits(self, images: Tensor, schedule: Schedule) -> Tensor:
         """Normalised images (B, 3, H, W) to logits (B, K)."""
@@ -114,9 +120,26 @@ class OpenVINOBackend:
     def _compile(self, schedule: Schedule) -> Mapping[int, Run]:
         start = time.perf_counter()
         runs = {size: self.forward(schedule, size) for size in self._batch_sizes}
+        for size, run in runs.items():
+            self._check(run, schedule, size)
         r, took_s = text_of(r_of(schedule)), time.perf_counter() - start
         logger.info("%s at r=%s is compiled by OpenVINO in %s (%.1f s)", self._name, r, self.info.precision, took_s)
         return runs
+
+    @torch.inference_mode()
+    def _check(self, run: Run, schedule: Schedule, size: int) -> None:
+        """Raises RuntimeError where a graph does not compute what torch does, which has happened.
+
+        Two pairs of tokens that are alike but for rounding may merge in either order: half of the images may differ.
+        """
+        images = torch.randn(size, 3, *self._compiler.input_size, generator=torch.Generator().manual_seed(0))
+        wanted = self._torch.logits(images, schedule)
+        difference = float((run(images) - wanted).abs().amax(dim=1).quantile(0.5))
+        allowed = _TOLERANCES[self.info.precision] * float(wanted.abs().max())
+        if not difference <= allowed:
+            raise RuntimeError(
+                f"OpenVINO's logits differ from torch's by {difference:.2g}; at most {allowed:.2g} may be"
+            )
 
     def _compile_later(self, schedule: Schedule) -> None:
         """Hands the schedule to the compiling thread, unless that is busy: it will be asked for again."""
@@ -141,7 +164,6 @@ class OpenVINOBackend:
         """Measures fp32 and bf16 in turn, unmerged, and says which to take and why."""
         size = self._batch_sizes[-1]
         if not self._compiler.has_bf16:
-            self._compiler.compile(self._unmerged, size, "fp32")
             return "fp32", "this CPU has no bf16"
         runs = {precision: self._compiler.compile(self._unmerged, size, precision) for precision in ("fp32", "bf16")}
         images = torch.zeros(size, 3, *self._compiler.input_size)
@@ -182,8 +204,8 @@ class Compiler:
         self._merged = merged
         self._core = openvino.Core()
         if cache_dir is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="tome-server-openvino-")
-            cache_dir = Path(self._temporary.name)
+            cache_dir = Path(tempfile.mkdtemp(prefix="tome-server-openvino-"))
+            weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
         self._folder = cache_dir / _fingerprint(merged, input_size)
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -219,6 +241,7 @@ class Compiler:
 
         return run
 
+    @torch.no_grad()
     def _translated(self, schedule: Schedule) -> Path:
         """The schedule's graph as a file: the one that is there, or a new one."""
         file = self._folder / f"r{text_of(r_of(schedule)).replace(',', '-')}.xml"

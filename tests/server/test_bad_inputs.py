@@ -98,7 +98,8 @@ INFLECT = "2 -1.01 nan NaN inf -inf abc 1e400 null".split() + [""]
 MODEL = "huge TINY %F0%9F%98%80 ..%2F..%2Fetc%2Fpasswd %00 tiny%20 %FF tiny,tiny".split() + ["", "a" * 3000]
 ODD = """inflect=0.5 r=1,2&inflect=0.5 r=9&inflect=-1 R=8 topk=5 unknown=1 =8 %F0%9F%98%80=1 r=1&r=2 images=x image=x
 max_r=3 min_agreement=0.9 r=8&max_r=3 r=8&min_agreement=0.9 r=auto&inflect=1 r=auto&max_r=-1 r=auto&max_r=1.5
-r=auto&min_agreement=1.01 r=auto&min_agreement=-1 r=auto&min_agreement=nan model=tiny&model=tiny r=1&top_k=1&top_k=1 self=1 __class__=1 model_config=1""".split()
+r=auto&min_agreement=1.01 r=auto&min_agreement=-1 r=auto&min_agreement=nan
+model=tiny&model=tiny r=1&top_k=1&top_k=1 self=1 __class__=1 model_config=1""".split()
 
 
 def wrong_parameters() -> Iterator[Bad]:
