@@ -28,10 +28,11 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to merge, and what the HTTP side must know of it."""
+    """A model ready to merge, what the HTTP side must know of it, and its weights' file where they are not random."""
 
     merged: tome_core.MergedViT
     info: ModelInfo
+    weights: Path | None = None
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -49,6 +50,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         raise SettingsError(f"model {spec.name}: cannot build {spec.source!r}: {error}") from error
     if not model.num_classes:
         raise SettingsError(f"model {spec.name}: {spec.source} has no classifier: it gives features, not classes")
+    file = None
     if spec.weights == "random":
         logger.warning("%s has random weights: its answers mean nothing", spec.name)
     else:
@@ -65,7 +67,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         num_prefix_tokens=merged.num_prefix_tokens,
         max_r=merged.max_r,
     )
-    return LoadedModel(merged.eval(), info)
+    return LoadedModel(merged.eval(), info, file)
 
 
 def _weights_file(source: str, pretrained_cfg: Mapping[str, Any]) -> Path:

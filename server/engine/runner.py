@@ -68,6 +68,11 @@ class Runner:
         """What computes a model's answers here, and why."""
         return self._backends[model].info
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
     def check(self) -> None:
         """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
         torch.ones(1, device=self._device).sum().item()

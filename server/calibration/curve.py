@@ -1,0 +1,159 @@
+"""The curve of a model: what each `r` costs and keeps, as it was measured, and for what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from server.dial import Schedule
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class CurveError(ValueError):
+    """What should be a curve is none; the message says where."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Facts(_Frozen):
+    """What a curve depends on.
+
+    Attributes:
+        weights: sha256 of the weights' file.
+        backend: "torch" or "openvino".
+        device: The processor by its name.
+        precision: "fp32", "bf16" or "fp16".
+        threads: CPU threads of torch; 0 on a GPU.
+        versions: Of tome-server, torch, timm and the backend.
+    """
+
+    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
+    backend: str
+    device: str
+    precision: str
+    threads: Count
+    versions: dict[str, str]
+
+
+class CurveRow(_Frozen):
+    """One schedule.
+
+    Attributes:
+        r: Of each block.
+        tokens: Left after the last block.
+        gflops: Of one image; None where they cannot be counted.
+        images_per_s: In full batches; None, as the two below, where speed was not measured.
+        overhead_s: Seconds of a batch, whatever its size.
+        image_s: Seconds for each image of it.
+        agreement: Share of photos that keep the answer of r=0.
+        agreement_interval: Its 95 % interval.
+        top1: Share of the labelled photos that are answered rightly; None without labels.
+    """
+
+    r: Annotated[tuple[Count, ...], Field(min_length=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    gflops: Annotated[float, Field(gt=0)] | None = None
+    images_per_s: Annotated[float, Field(gt=0)] | None = None
+    overhead_s: Annotated[float, Field(ge=0)] | None = None
+    image_s: Annotated[float, Field(gt=0)] | None = None
+    agreement: Share
+    agreement_interval: tuple[Share, Share]
+    top1: Share | None = None
+
+    @property
+    def line(self) -> tuple[float, float] | None:
+        """Seconds of a batch and of each image in it, where they were measured."""
+        return None if self.overhead_s is None or self.image_s is None else (self.overhead_s, self.image_s)
+
+    def at(self, line: tuple[float, float], max_batch_size: int) -> CurveRow:
+        """The same row at another speed."""
+        overhead_s, image_s = line
+        images_per_s = max_batch_size / (overhead_s + image_s * max_batch_size)
+        return self.model_copy(
+            update={"overhead_s": overhead_s, "image_s": image_s, "images_per_s": images_per_s},
+        )
+
+
+class Curve(_Frozen):
+    """Rows of one model, r=0 first.
+
+    Attributes:
+        model: Its name.
+        facts: What was measured on and with.
+        measured: The date, YYYY-MM-DD.
+        photos: How many the agreement was measured on.
+        max_batch_size: Images of a full batch.
+    """
+
+    model: str
+    facts: Facts
+    measured: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
+    photos: Annotated[int, Field(ge=1)]
+    max_batch_size: Annotated[int, Field(ge=1)]
+    rows: Annotated[tuple[CurveRow, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first, schedules = self.rows[0], {row.r for row in self.rows}
+        if max(first.r) > 0 or first.agreement < 1:
+            raise ValueError("the first row must be r=0, which agrees with itself")
+        if len(schedules) < len(self.rows) or len({len(r) for r in schedules}) > 1:
+            raise ValueError("each r must stand there once, and list as many blocks as the others")
+        return self
+
+    def to_json(self) -> str:
+        """As it is stored, one row a line."""
+        head = self.model_dump_json(exclude={"rows"}).removesuffix("}")
+        rows = ",\n".join(f"  {row.model_dump_json()}" for row in self.rows)
+        return f'{head},"rows":[\n{rows}\n]}}\n'
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Curve:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            CurveError: It did not write this.
+        """
+        try:
+            return Curve.model_validate_json(text)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise CurveError(f"it is no curve: {f'{place}: ' if place else ''}{problem['msg']}") from None
+
+    def at(self, line: Callable[[Schedule], tuple[float, float]], max_batch_size: int) -> Curve:
+        """The same curve at other speeds: seconds of a batch and of each image in it, for a schedule."""
+        rows = tuple(row.at(line(row.r), max_batch_size) for row in self.rows)
+        return self.model_copy(update={"rows": rows, "max_batch_size": max_batch_size})
+
+
+def staleness(curve: Curve, facts: Facts) -> str | None:
+    """Why the agreement of a curve does not hold here, in words, or None where it does: weights and precision alone."""
+    made = curve.facts
+    if made.weights != facts.weights:
+        return f"made with other weights ({made.weights[:12]}, not {facts.weights[:12]})"
+    if made.precision != facts.precision:
+        return f"made with precision {made.precision}, not {facts.precision}"
+    return None
+
+
+def speed_staleness(curve: Curve, facts: Facts) -> str | None:
+    """Why the speed of a curve does not hold here, in words, or None where it does: all facts count."""
+    made = curve.facts
+    if stale := staleness(curve, facts):
+        return stale
+    if any(row.line is None for row in curve.rows):
+        return "made without speeds"
+    for name in ("backend", "device", "threads"):
+        if (before := getattr(made, name)) != (now := getattr(facts, name)):
+            return f"made with {name} {before}, not {now}"
+    for name, version in facts.versions.items():
+        if made.versions.get(name) != version:
+            return f"made with {name} {made.versions.get(name, 'of no known version')}, not {version}"
+    return None

@@ -1,0 +1,50 @@
+"""The facts that a curve depends on, of a model as it is loaded here."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from server import __version__
+from server.calibration.curve import Facts
+from server.engine.runner import Runner
+from server.models import LoadedModel
+
+
+def facts_of(loaded: LoadedModel, runner: Runner) -> Facts | None:
+    """What a curve of this model would depend on here; None for random weights, which have none.
+
+    Args:
+        loaded: The model.
+        runner: The device that holds it.
+    """
+    if loaded.weights is None:
+        return None
+    backend, device = runner.backend(loaded.info.name), runner.device
+    with loaded.weights.open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    packages = dict.fromkeys(("torch", "timm", backend.name))
+    return Facts(
+        weights=weights,
+        backend=backend.name,
+        device=device_name(device),
+        precision=backend.precision,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
+        versions={"tome-server": __version__} | {name: version(name) for name in packages},
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The processor as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

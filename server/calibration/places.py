@@ -1,0 +1,95 @@
+"""Where the curve of a model lies: beside its weights where they have a place of their own, else in the state folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from server.calibration.curve import Curve, CurveError, Facts, speed_staleness, staleness
+from server.models import BUNDLED
+from server.settings import ModelSpec, SettingsError
+from server.types import ModelInfo
+
+FILE = "curve.json"
+
+
+def beside(spec: ModelSpec) -> Path | None:
+    """The place beside the model; None for one whose weights come from a hub."""
+    if spec.weights:
+        return Path(f"{spec.weights}.{FILE}")
+    if spec.source == "bundled":
+        return BUNDLED / FILE
+    if spec.source.startswith("local-dir:"):
+        return Path(spec.source.removeprefix("local-dir:")) / FILE
+    return None
+
+
+def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
+    """The place in the state folder, for these weights alone; None where nothing is kept."""
+    return state_dir.expanduser() / "curves" / f"{name}-{weights[:12]}.json" if state_dir else None
+
+
+def save(curve: Curve, spec: ModelSpec, state_dir: Path | None) -> tuple[Path, str | None]:
+    """Writes a curve to its place.
+
+    Returns:
+        The file, and why it is not beside the model where it should be.
+
+    Raises:
+        SettingsError: There is no place that can be written.
+    """
+    own = None if spec.source == "bundled" and not spec.weights else beside(spec)
+    refusal = None
+    if own is not None:
+        try:
+            write(curve, own)
+            return own, None
+        except OSError as error:
+            refusal = f"{own} cannot be written ({error.strerror})"
+    kept = in_state(spec.name, curve.facts.weights, state_dir)
+    if kept is None:
+        raise SettingsError(f"{refusal or f'{spec.name} has no folder of its own'}, and --state-dir is none; use -o FILE")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write(curve, kept)
+    except OSError as error:
+        raise SettingsError(f"{kept} cannot be written ({error.strerror}); use -o FILE") from None
+    return kept, refusal
+
+
+def write(curve: Curve, file: Path) -> None:
+    """Writes the file as a whole: who reads it meanwhile sees the old one or the new one."""
+    unfinished = file.with_name(f"{file.name}.new")
+    unfinished.write_text(curve.to_json())
+    unfinished.replace(file)
+
+
+def find(spec: ModelSpec, info: ModelInfo, facts: Facts, state_dir: Path | None) -> tuple[Curve | None, list[str]]:
+    """The curve that holds for a model as it is served: with speeds of this device before without, new before old.
+
+    Returns:
+        The curve, or None; and what is wrong with those that are there and do not hold.
+    """
+    curves, refusals = [], []
+    for file in (beside(spec), in_state(spec.name, facts.weights, state_dir)):
+        if file is None or not file.is_file():
+            continue
+        try:
+            curve = Curve.from_json(file.read_bytes())
+        except (OSError, CurveError) as error:
+            refusals.append(f"{file} cannot be used: {error}")
+            continue
+        if refusal := staleness(curve, facts) or _misfit(curve, info):
+            refusals.append(f"{file} is stale: {refusal}")
+        else:
+            curves.append(curve)
+    best = max(curves, key=lambda curve: (speed_staleness(curve, facts) is None, curve.measured), default=None)
+    return best, refusals
+
+
+def _misfit(curve: Curve, info: ModelInfo) -> str | None:
+    """Why a curve cannot be of this model, whose weights it names: another image size, say."""
+    for row in curve.rows:
+        fits = len(row.r) == info.num_blocks and max(row.r) <= info.max_r
+        if not fits or info.token_counts(row.r)[-1] != row.tokens:
+            return f"made with a model of another size ({row.tokens} tokens left after r={list(row.r)})"
+    return None
