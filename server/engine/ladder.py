@@ -1,4 +1,4 @@
-"""The ladder of `r=auto` where there is no curve: evenly spaced `r` up to half of the arithmetic, timed at its ends."""
+"""The ladder of `r=auto` where there is no curve: evenly spaced `r` up to half of the arithmetic, timed at r=0."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def schedules(loaded: LoadedModel) -> list[Schedule]:
 def timed_steps(
     loaded: LoadedModel, ladder: Sequence[Schedule], run: Callable[[Schedule, int], None], max_batch_size: int
 ) -> list[Step]:
-    """Steps of a ladder: its ends are timed on this device, what lies between follows its arithmetic.
+    """Steps of a ladder: r=0 is timed on this device, the others follow their arithmetic until they have run.
+
+    Timing them too would mean to warm them all, and nobody may ever ask for them.
 
     Args:
         loaded: The model.
@@ -39,15 +41,9 @@ def timed_steps(
         max_batch_size: Most images in a batch.
     """
     sizes = dimensions(loaded.merged)
-    ends = ladder[0], ladder[-1]
-    costs = [flops(sizes, schedule) for schedule in ladder]
-    (slow_a, slow_b), (fast_a, fast_b) = (_line(run, schedule, max_batch_size) for schedule in ends)
-    steps = []
-    for schedule, cost in zip(ladder, costs, strict=True):
-        share = (costs[0] - cost) / (costs[0] - costs[-1]) if len(ladder) > 1 else 0.0
-        a, b = slow_a + share * (fast_a - slow_a), slow_b + share * (fast_b - slow_b)
-        steps.append(Step(schedule, a, b, 1.0 if max(schedule) == 0 else None))
-    return steps
+    a, b = _line(run, ladder[0], max_batch_size)
+    shares = (flops(sizes, schedule) / flops(sizes, ladder[0]) for schedule in ladder)
+    return [Step(schedule, a, b * share) for schedule, share in zip(ladder, shares, strict=True)]
 
 
 def _line(run: Callable[[Schedule, int], None], schedule: Schedule, max_batch_size: int) -> tuple[float, float]:

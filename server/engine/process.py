@@ -61,11 +61,10 @@ def build_engine(settings: Settings) -> LocalEngine:
     for name, model in loaded.items():
         r = store.deployment(name).r
         model.info.check(r)
-        for schedule in {model.info.schedule(0): None} | (
-            {} if isinstance(r, AutoR) else {model.info.schedule(r): None}
-        ):
+        chosen = schedules(model) if isinstance(r, AutoR) else [model.info.schedule(r)]
+        for schedule in dict.fromkeys([model.info.schedule(0), *chosen]):
             runner.warm_up(model.info.batch_key(schedule))
-    engine = LocalEngine(
+    return LocalEngine(
         {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
         runner.run_batch,
         store,
@@ -75,7 +74,6 @@ def build_engine(settings: Settings) -> LocalEngine:
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
     )
-    return engine
 
 
 def _steps(runner: Runner, loaded: LoadedModel, max_batch_size: int) -> list[Step]:
