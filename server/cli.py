@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from server import __version__
-from server.commands import Command, classify, explain, export, models, schedule, serve
+from server.commands import Command, calibrate, classify, explain, export, models, schedule, serve
 from server.errors import ServerError
 from server.settings import Settings, SettingsError, load_settings
 
@@ -18,6 +18,7 @@ COMMANDS: dict[str, Command] = {
     "explain": explain,
     "export": export,
     "schedule": schedule,
+    "calibrate": calibrate,
 }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from server.dial import AutoR, RSetting, Schedule, schedule_of
 from server.errors import InvalidError, NotFoundError, shown
 from tome_core.schedule import token_counts
+
+if TYPE_CHECKING:
+    from server.calibration.curve import Curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,10 @@ class Engine(Protocol):
 
     async def choose(self, model: str, bounds: AutoR) -> Choice:
         """What `auto` would take at this moment: for several images that are to share one `r`."""
+        ...
+
+    async def curve(self, model: str) -> Curve:
+        """What was measured of the model, at the speeds of this moment; raises NotFoundError where nothing was."""
         ...
 
     async def deployment(self, model: str) -> Deployment:

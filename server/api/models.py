@@ -11,7 +11,18 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 
 from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
 from server.api.body import parse, read_json
-from server.api.schemas import AutoBounds, Backend, ModelDetail, ModelList, ModelSummary, PatchModel
+from server.api.schemas import (
+    AutoBounds,
+    Backend,
+    BatchSeconds,
+    CurveRow,
+    ModelCurve,
+    ModelDetail,
+    ModelList,
+    ModelSummary,
+    PatchModel,
+)
+from server.calibration import curve as curves
 from server.dial import AutoR, parse_setting, r_of
 from server.errors import InvalidError, shown
 from server.types import Deployment, Engine, ModelInfo, find_model
@@ -37,6 +48,22 @@ async def get_model(name: str, response: Response, engine: UsingEngine) -> Model
     return _detail(info, await engine.deployment(name), engine, response)
 
 
+@router.get("/{name}/curve", dependencies=[Depends(check_key)])
+async def get_curve(name: str, engine: UsingEngine) -> ModelCurve:
+    """What each r of a model costs and keeps, as `tome-server calibrate` measured it, at the speeds of this moment."""
+    curve = await engine.curve(find_model(engine.catalog(), name).name)
+    facts = curve.facts
+    return ModelCurve(
+        model=curve.model,
+        device=facts.device,
+        precision=facts.precision,
+        backend=facts.backend,
+        measured=curve.measured,
+        photos=curve.photos,
+        rows=[_curve_row(row) for row in curve.rows],
+    )
+
+
 @router.patch("/{name}", dependencies=[Depends(check_admin_key)], openapi_extra={"requestBody": _PATCH_BODY})
 async def patch_model(
     name: str,
@@ -55,6 +82,17 @@ async def patch_model(
         raise InvalidError("inflect goes with a single r, not with auto")
     deployment = await engine.set_r(name, r, _version(if_match))
     return _detail(info, deployment, engine, response)
+
+
+def _curve_row(row: curves.CurveRow) -> CurveRow:
+    assert row.line is not None and row.images_per_s is not None, "an engine knows its speeds"
+    return CurveRow(
+        r=r_of(row.r),
+        schedule=list(row.r),
+        batch_s=BatchSeconds(a=row.line[0], b=row.line[1]),
+        images_per_s=row.images_per_s,
+        **row.model_dump(include={"tokens", "gflops", "agreement", "agreement_interval", "top1"}),
+    )
 
 
 def _version(if_match: str | None) -> int | None:

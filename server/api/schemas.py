@@ -133,6 +133,39 @@ class ModelDetail(ModelSummary):
     )
 
 
+class BatchSeconds(BaseModel):
+    """Seconds of a batch of n images: a + b n."""
+
+    a: float
+    b: float
+
+
+class CurveRow(BaseModel):
+    """What one r costs, and what it keeps."""
+
+    r: FixedR
+    schedule: list[int] = Field(description="r of each block.")
+    tokens: int = Field(description="Tokens left after the last block.")
+    gflops: float | None = Field(description="Of one image; null where they cannot be counted.")
+    images_per_s: float = Field(description="In full batches, as the engine knows it now.")
+    batch_s: BatchSeconds
+    agreement: float = Field(description="Share of photos that keep the answer of r=0.")
+    agreement_interval: tuple[float, float] = Field(description="Its 95 % interval.")
+    top1: float | None = Field(description="Share of labelled photos that are answered rightly; null without labels.")
+
+
+class ModelCurve(BaseModel):
+    """The curve of a model, r=0 first."""
+
+    model: str
+    device: str
+    precision: str
+    backend: str
+    measured: str = Field(description="The date of agreement and top-1.")
+    photos: int = Field(description="How many they were measured on.")
+    rows: list[CurveRow]
+
+
 class ModelList(BaseModel):
     models: list[ModelSummary]
 

@@ -110,7 +110,7 @@ class Curve(_Frozen):
     def to_json(self) -> str:
         """As it is stored, one row a line."""
         head = self.model_dump_json(exclude={"rows"}).removesuffix("}")
-        rows = ",\n".join(f"  {row.model_dump_json()}" for row in self.rows)
+        rows = ",\n".join(f"  {row.model_dump_json(exclude_none=True)}" for row in self.rows)
         return f'{head},"rows":[\n{rows}\n]}}\n'
 
     @staticmethod

@@ -21,23 +21,34 @@ from server.types import ModelInfo
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
 
-def read_photos(folder: Path, info: ModelInfo, count: int, max_pixels: int, seed: int) -> list[bytes]:
-    """Images from a folder and the folders below it, as the model wants them, in random order.
+def choose_photos(folder: Path, count: int, seed: int) -> list[Path]:
+    """Image files of a folder and the folders below it, in random order.
 
     Args:
         folder: Where to look.
-        info: The model.
-        count: The most to read.
-        max_pixels: The largest that is decoded, width x height.
-        seed: Of the order, which decides too which are read where there are more.
+        count: The most to take.
+        seed: Of the order, which decides too which are taken where there are more.
 
     Raises:
-        SettingsError: There are not even two, or one of them cannot be decoded.
+        SettingsError: There are not even two.
     """
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if len(files) < 2:
-        raise SettingsError(f"{folder} holds {len(files)} images; at least 2 are needed, to choose on and to report on")
-    files = random.Random(seed).sample(files, min(count, len(files)))
+        raise SettingsError(f"{folder} holds {len(files)} images; at least 2 are needed")
+    return random.Random(seed).sample(files, min(count, len(files)))
+
+
+def read_photos(files: Sequence[Path], info: ModelInfo, max_pixels: int) -> list[bytes]:
+    """Images as the model wants them.
+
+    Args:
+        files: Their files.
+        info: The model.
+        max_pixels: The largest that is decoded, width x height.
+
+    Raises:
+        SettingsError: One of them cannot be decoded.
+    """
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda file: read_photo(str(file), info.preprocessing, max_pixels), files))
 

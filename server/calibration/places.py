@@ -1,4 +1,4 @@
-"""Where the curve of a model lies: beside its weights where they have a place of their own, else in the state folder."""
+"""Where the curve of a model lies: beside weights that have a place of their own, else in the state folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def save(curve: Curve, spec: ModelSpec, state_dir: Path | None) -> tuple[Path, s
             refusal = f"{own} cannot be written ({error.strerror})"
     kept = in_state(spec.name, curve.facts.weights, state_dir)
     if kept is None:
-        raise SettingsError(f"{refusal or f'{spec.name} has no folder of its own'}, and --state-dir is none; use -o FILE")
+        raise SettingsError(
+            f"{refusal or f'{spec.name} has no folder of its own'}, and --state-dir is none; use -o FILE"
+        )
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write(curve, kept)

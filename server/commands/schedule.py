@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.calibration.photos import Calibration, read_photos
+    from server.calibration.photos import Calibration, choose_photos, read_photos
     from server.engine.runner import Runner
     from server.engine.torch_backend import set_threads
     from server.models import load_model
@@ -75,7 +75,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     set_threads(settings.threads)
     loaded = load_model(settings.specs()[0])
     info = loaded.info
-    photos = read_photos(args.images, info, args.photos, settings.max_image_pixels, args.seed)
+    files = choose_photos(args.images, args.photos, args.seed)
+    photos = read_photos(files, info, settings.max_image_pixels)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     calibration = Calibration(runner, loaded, photos, settings.max_batch_size)
     choose_on, report_on = range(len(photos) // 2), range(len(photos) // 2, len(photos))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from server.dial import Schedule
-from server.engine.torch_backend import TorchBackend
+from server.engine.graphs import CudaRecorder
+from server.engine.torch_backend import RecordedBackend, TorchBackend
 from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import BackendInfo
@@ -80,7 +81,11 @@ def choose_backend(loaded: LoadedModel, device: torch.device, precision: str, op
     if options.name == "openvino":
         raise SettingsError(f"--backend openvino: {refusal}")
     reason = "asked for" if options.name == "torch" else str(refusal)
-    return _told(loaded, TorchBackend(loaded.merged, device, precision, reason))
+    launched = TorchBackend(loaded.merged, device, precision, reason)
+    if device.type != "cuda":
+        return _told(loaded, launched)
+    size = loaded.info.preprocessing.input_size
+    return _told(loaded, RecordedBackend(launched, size, device, options.max_batch_size, CudaRecorder()))
 
 
 def _refusal(device: torch.device, precision: str) -> str | None:

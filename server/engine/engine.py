@@ -7,11 +7,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from server.calibration.curve import Curve
 from server.config_store import ConfigStore
 from server.dial import AutoR, RSetting, Schedule
 from server.engine.auto import AutoDial, Step
 from server.engine.batcher import Batcher
-from server.errors import DeadlineError, UnavailableError
+from server.errors import DeadlineError, NotFoundError, UnavailableError
 from server.metrics import CONFIG_VERSION, BatchMetrics
 from server.types import BatchKey, Choice, Deployment, Job, ModelInfo, Prediction, TopK, find_model
 
@@ -32,6 +33,7 @@ class LocalEngine:
         check_device: Raises when the device no longer works; called on the device's thread.
         store: The deployment `r` of each model.
         steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
+        curves: What was measured of the models, those that have a curve.
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
@@ -47,6 +49,7 @@ class LocalEngine:
         store: ConfigStore,
         *,
         steps: Mapping[str, Sequence[Step]] | None = None,
+        curves: Mapping[str, Curve] | None = None,
         check_device: Callable[[], None] = lambda: None,
         max_batch_size: int = 32,
         max_queue_size: int = 256,
@@ -67,6 +70,11 @@ class LocalEngine:
         )
         for name, info in self._models.items():
             info.check(store.deployment(name).r)
+        self._curves, self._max_batch_size = dict(curves or {}), max_batch_size
+        for name, curve in self._curves.items():  # all rows, also those that `auto` has no use for
+            for row in curve.rows:
+                assert row.line is not None, "the speeds of a curve that is served are known"
+                self._batcher.speed.expect(self._models[name].batch_key(row.r), *row.line)
         only = {name: [Step(info.schedule(0))] for name, info in self._models.items()}
         self._auto = {
             name: AutoDial(self._models[name].batch_key, ladder, self._batcher.speed)
@@ -117,6 +125,19 @@ class LocalEngine:
     def _choice(self, model: str, schedule: Schedule, bounds: AutoR) -> Choice:
         auto = self._auto[model]
         return Choice(schedule, auto.why(schedule, bounds), auto.expected_agreement(schedule))
+
+    async def curve(self, model: str) -> Curve:
+        info = find_model(self._models, model)
+        if info.name not in self._curves:
+            raise NotFoundError(
+                f"{info.name} has no curve that holds for its weights and precision; "
+                f"measure it: tome-server calibrate --model {info.source} --images FOLDER"
+            )
+
+        def line(schedule: Schedule) -> tuple[float, float]:
+            return self._batcher.speed.line(info.batch_key(schedule)) or (0.0, 0.0)
+
+        return self._curves[info.name].at(line, self._max_batch_size)
 
     async def deployment(self, model: str) -> Deployment:
         find_model(self._models, model)

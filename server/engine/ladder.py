@@ -1,16 +1,15 @@
 """The ladder of `r=auto`: the rows of a curve, or, without one, evenly spaced `r` up to half of the arithmetic.
 
-What no curve of this device tells is timed at the ladder's ends.
+Where no curve was measured on this device, r=0 is timed at the start.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from server.calibration.curve import Curve
+from server.calibration.curve import Curve, CurveRow
 from server.dial import Schedule
 from server.engine.auto import Step
 from server.models import LoadedModel
@@ -34,7 +33,7 @@ def schedules(loaded: LoadedModel) -> list[Schedule]:
 
 
 def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
-    """What a schedule costs: in operations, or in tokens that leave blocks where a model's operations are not counted."""
+    """What a schedule costs: in operations, or in tokens that leave blocks where operations cannot be counted."""
     try:
         sizes = dimensions(loaded.merged)
     except UnsupportedModelError:
@@ -43,32 +42,36 @@ def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
 
 
 def steps_of(curve: Curve) -> list[Step]:
-    """Steps of a curve that knows its speeds: r=0, then each row that is faster than all that agree as well or better."""
-    batch = curve.max_batch_size
-    steps, fastest_s = [], math.inf
-    for row in sorted(curve.rows, key=lambda row: (max(row.r) > 0, -row.agreement)):
+    """Steps of a curve that knows its speeds: r=0, then each row faster than all that agree as well or better."""
+
+    def batch_s(step: Step) -> float:
+        return step.overhead_s + step.image_s * curve.max_batch_size
+
+    def of(row: CurveRow) -> Step:
         assert row.line is not None, "the caller times what was not measured"
-        batch_s = row.line[0] + row.line[1] * batch
-        if batch_s < fastest_s:
-            steps.append(Step(row.r, *row.line, row.agreement))
-            fastest_s = batch_s
-    return steps
+        return Step(row.r, *row.line, row.agreement)
+
+    unmerged, *others = map(of, curve.rows)
+    ladder = [unmerged]
+    for step in sorted(others, key=lambda step: (-(step.agreement or 0.0), batch_s(step))):
+        if batch_s(step) < batch_s(ladder[-1]):
+            ladder.append(step)
+    return ladder
 
 
-def timed(
-    curve: Curve, loaded: LoadedModel, run: Callable[[Schedule, int], None], max_batch_size: int
-) -> Curve:
-    """A curve of another device with speeds of this one: agreement depends on the weights, not on the device."""
-    cost = arithmetic(loaded)
-    ladder = sorted((row.r for row in curve.rows), key=lambda r: (max(r) > 0, -cost(r)))
-    lines = {step.schedule: (step.overhead_s, step.image_s) for step in timed_steps(loaded, ladder, run, max_batch_size)}
+def timed(curve: Curve, loaded: LoadedModel, run: Callable[[Schedule, int], None], max_batch_size: int) -> Curve:
+    """A curve of another device at the speeds of this one, as `timed_steps` has them."""
+    steps = timed_steps(loaded, [row.r for row in curve.rows], run, max_batch_size)
+    lines = {step.schedule: (step.overhead_s, step.image_s) for step in steps}
     return curve.at(lines.__getitem__, max_batch_size)
 
 
 def timed_steps(
     loaded: LoadedModel, ladder: Sequence[Schedule], run: Callable[[Schedule, int], None], max_batch_size: int
 ) -> list[Step]:
-    """Steps of a ladder: its ends are timed on this device, what lies between follows its arithmetic.
+    """Steps of a ladder: r=0 is timed on this device, the others follow their arithmetic until they have run.
+
+    Timing them too would mean to warm them all, and nobody may ever ask for them.
 
     Args:
         loaded: The model.
@@ -76,15 +79,10 @@ def timed_steps(
         run: Computes a batch of so many images under a schedule.
         max_batch_size: Most images in a batch.
     """
-    ends = ladder[0], ladder[-1]
-    costs = [arithmetic(loaded)(schedule) for schedule in ladder]
-    (slow_a, slow_b), (fast_a, fast_b) = (_line(run, schedule, max_batch_size) for schedule in ends)
-    steps = []
-    for schedule, cost in zip(ladder, costs, strict=True):
-        share = (costs[0] - cost) / (costs[0] - costs[-1]) if len(ladder) > 1 else 0.0
-        a, b = slow_a + share * (fast_a - slow_a), slow_b + share * (fast_b - slow_b)
-        steps.append(Step(schedule, a, b, 1.0 if max(schedule) == 0 else None))
-    return steps
+    cost = arithmetic(loaded)
+    a, b = _line(run, ladder[0], max_batch_size)
+    shares = (cost(schedule) / cost(ladder[0]) for schedule in ladder)
+    return [Step(schedule, a, b * share) for schedule, share in zip(ladder, shares, strict=True)]
 
 
 def _line(run: Callable[[Schedule, int], None], schedule: Schedule, max_batch_size: int) -> tuple[float, float]:

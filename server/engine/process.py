@@ -7,15 +7,19 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 
+from server.calibration.curve import Curve, speed_staleness
+from server.calibration.facts import facts_of
+from server.calibration.places import find
 from server.config_store import ConfigStore
 from server.dial import AutoR, Schedule
 from server.engine.auto import Step
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
-from server.engine.ladder import schedules, timed_steps
+from server.engine.ladder import schedules, steps_of, timed, timed_steps
 from server.engine.runner import Runner
 from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
@@ -23,7 +27,7 @@ from server.errors import EngineError, InvalidError
 from server.lifetime import configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.models import LoadedModel, load_model
-from server.settings import Settings, SettingsError
+from server.settings import ModelSpec, Settings, SettingsError
 from server.types import Job
 
 logger = logging.getLogger(__name__)
@@ -58,37 +62,66 @@ def build_engine(settings: Settings) -> LocalEngine:
         settings.precision,
         BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size),
     )
-    for name, model in loaded.items():
+    curves: dict[str, Curve] = {}
+    steps: dict[str, list[Step]] = {}
+    for spec in settings.specs():
+        name, model = spec.name, loaded[spec.name]
         r = store.deployment(name).r
         model.info.check(r)
-        for schedule in {model.info.schedule(0): None} | (
-            {} if isinstance(r, AutoR) else {model.info.schedule(r): None}
-        ):
-            runner.warm_up(model.info.batch_key(schedule))
-    engine = LocalEngine(
+        runner.warm_up(model.info.batch_key(model.info.schedule(0)))
+        if curve := _curve(spec, model, runner, settings):
+            curves[name], steps[name] = curve, steps_of(curve)
+        else:
+            steps[name] = timed_steps(model, schedules(model), _run(runner, model), settings.max_batch_size)
+        chosen = [step.schedule for step in steps[name]] if isinstance(r, AutoR) else [model.info.schedule(r)]
+        for schedule in chosen:
+            if max(schedule) > 0:
+                runner.warm_up(model.info.batch_key(schedule))
+    return LocalEngine(
         {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
         runner.run_batch,
         store,
-        steps={name: _steps(runner, model, settings.max_batch_size) for name, model in loaded.items()},
+        steps=steps,
+        curves=curves,
         check_device=runner.check,
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
     )
-    return engine
 
 
-def _steps(runner: Runner, loaded: LoadedModel, max_batch_size: int) -> list[Step]:
-    """What `auto` chooses from."""
+def _curve(spec: ModelSpec, loaded: LoadedModel, runner: Runner, settings: Settings) -> Curve | None:
+    """The curve that `auto` goes by, with this device's speeds; None where none holds, and then the log says why."""
+    facts = facts_of(loaded, runner)
+    if facts is None:
+        return None
+    curve, refusals = find(spec, loaded.info, facts, settings.state_dir)
+    for refusal in refusals:
+        logger.warning("%s", refusal)
+    if curve is None:
+        if refusals:
+            logger.warning(
+                "%s: r=auto takes evenly spaced r, and nobody knows how far their answers agree with r=0; "
+                "tome-server calibrate measures it",
+                spec.name,
+            )
+        return None
+    if stale := speed_staleness(curve, facts):
+        logger.info("%s: the curve of %s was %s: speeds are timed now", spec.name, curve.measured, stale)
+        curve = timed(curve, loaded, _run(runner, loaded), settings.max_batch_size)
+    return curve.model_copy(update={"facts": facts})
+
+
+def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]:
+    """Computes a batch of so many black images."""
     info = loaded.info
     height, width = info.preprocessing.input_size
+    black = bytes(height * width * 3)
 
     def run(schedule: Schedule, images: int) -> None:
-        runner.run_batch(
-            info.batch_key(schedule), [Job(info.name, bytes(height * width * 3), schedule, 1, 0.0)] * images
-        )
+        runner.run_batch(info.batch_key(schedule), [Job(info.name, black, schedule, 1, 0.0)] * images)
 
-    return timed_steps(loaded, schedules(loaded), run, max_batch_size)
+    return run
 
 
 async def _serve(engine: LocalEngine, socket_path: str, ready: Event) -> int:

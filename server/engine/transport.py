@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Any
 
+from server.calibration.curve import Curve
 from server.dial import AutoR, RSetting, Schedule, setting_from_json, setting_to_json
 from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
 from server.metrics import ENGINE_UP
@@ -80,6 +81,9 @@ class RemoteEngine:
 
     async def choose(self, model: str, bounds: AutoR) -> Choice:
         return _choice(await self._call("choose", {"model": model, "bounds": setting_to_json(bounds)}))
+
+    async def curve(self, model: str) -> Curve:
+        return Curve.model_validate(await self._call("curve", {"model": model}))
 
     async def deployment(self, model: str) -> Deployment:
         return _deployment(await self._call("deployment", {"model": model}))
@@ -204,6 +208,10 @@ async def _choose(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str
     return asdict(await engine.choose(head["model"], bounds))
 
 
+async def _curve(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    return (await engine.curve(head["model"])).model_dump()
+
+
 async def _get_deployment(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
     return _to_wire(await engine.deployment(head["model"]))
 
@@ -219,6 +227,7 @@ async def _check(engine: Engine, head: dict[str, Any], body: bytes) -> None:
 _OPERATIONS: dict[str, Callable[[Engine, dict[str, Any], bytes], Coroutine[Any, Any, Any]]] = {
     "classify": _classify,
     "choose": _choose,
+    "curve": _curve,
     "deployment": _get_deployment,
     "set_r": _set_r,
     "check": _check,

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from server.engine.backend import BackendOptions, choose_backend
+from server.engine.torch_backend import RecordedBackend, TorchBackend
 from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import ModelInfo, Preprocessing
+from tests.server.test_graphs import Repeated
 from tome_core import wrap
 
 CPU = torch.device("cpu")
@@ -64,6 +66,19 @@ def test_without_the_package_openvino_refuses_to_start(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(SettingsError, match=r"pip install 'tome-server\[openvino\]'"):
         choose_backend(loaded(), CPU, "auto", BackendOptions("openvino"))
+
+
+@torch.inference_mode()
+def test_recordings_answer_as_launches_do_and_say_what_they_record() -> None:
+    model = loaded()
+    launched = TorchBackend(model.merged, CPU, "fp32", "asked for")
+    recorded = RecordedBackend(launched, (64, 64), CPU, 8, Repeated)
+    recorded.warm_up((3, 3))
+    for size in (1, 5, 8):
+        for schedule in ((3, 3), (0, 2)):
+            wanted = launched.logits(images(size), schedule)
+            torch.testing.assert_close(recorded.logits(images(size), schedule), wanted, atol=1e-5, rtol=1e-5)
+    assert recorded.info.reason == "asked for; plain operations (there are no kernels for cpu), recorded as graphs"
 
 
 def test_openvino_is_not_for_fp16() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from server.calibration.intervals import paired_difference, wilson
 from server.calibration.latency import Latency, measure
-from server.calibration.photos import Calibration, read_photos
+from server.calibration.photos import Calibration, choose_photos, read_photos
 from server.dial import Schedule
 from server.engine.runner import Runner
 from server.models import LoadedModel, load_model
@@ -40,31 +40,35 @@ def loaded(tiny_folder: Path) -> LoadedModel:
     return load_model(ModelSpec.model_validate({"source": f"local-dir:{tiny_folder}"}))
 
 
+def photos_of(loaded: LoadedModel, folder: Path, count: int = 100, seed: int = 0) -> list[bytes]:
+    return read_photos(choose_photos(folder, count, seed), loaded.info, PIXELS)
+
+
 def calibration(loaded: LoadedModel, folder: Path, batch_size: int = 5) -> Calibration:
     runner = Runner({loaded.info.name: loaded}, "cpu", "fp32")
-    return Calibration(runner, loaded, read_photos(folder, loaded.info, 100, PIXELS, seed=0), batch_size)
+    return Calibration(runner, loaded, photos_of(loaded, folder), batch_size)
 
 
 def test_photos_come_in_an_order_that_the_seed_decides(loaded: LoadedModel, folder: Path) -> None:
-    orders = [read_photos(folder, loaded.info, 100, PIXELS, seed) for seed in (0, 0, 1)]
+    orders = [photos_of(loaded, folder, seed=seed) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) and len(set(orders[0])) == 12
 
 
 def test_no_more_photos_are_read_than_asked_for(loaded: LoadedModel, folder: Path) -> None:
-    assert len(read_photos(folder, loaded.info, 7, PIXELS, seed=0)) == 7
+    assert len(photos_of(loaded, folder, 7)) == 7
 
 
 @pytest.mark.parametrize("name", ["nothing", "below"])
 def test_a_folder_of_fewer_than_two_photos_is_refused(name: str, loaded: LoadedModel, folder: Path) -> None:
     with pytest.raises(SettingsError, match=rf"{name} holds [01] images; at least 2"):
-        read_photos(folder / name, loaded.info, 100, PIXELS, seed=0)
+        choose_photos(folder / name, 100, seed=0)
 
 
 def test_a_broken_photo_is_named(loaded: LoadedModel, folder: Path) -> None:
     (folder / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(SettingsError, match="broken.jpg"):
-        read_photos(folder, loaded.info, 100, PIXELS, seed=0)
+        photos_of(loaded, folder)
 
 
 def test_probabilities_are_those_of_the_chosen_photos_whatever_the_batch(loaded: LoadedModel, folder: Path) -> None:

@@ -61,6 +61,11 @@ class FakeEngine:
     async def choose(self, model: str, bounds: AutoR) -> Choice:
         return Choice((bounds.max_r or 0,) * 3, "load", bounds.min_agreement)
 
+    async def curve(self, model: str) -> Curve:
+        if model != "tiny":
+            raise NotFoundError(f"{model} has no curve")
+        return curve()
+
     async def deployment(self, model: str) -> Deployment:
         return self.now
 

@@ -1,0 +1,149 @@
+"""The rows of a curve, measured: what each schedule answers on photos, and how long its batches take.
+
+Everything runs through the runner, as in the server. The schedules take turns batch by batch, so that what else the
+machine does falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from server.calibration.curve import CurveRow
+from server.calibration.intervals import wilson
+from server.dial import Schedule
+from server.engine.runner import Runner
+from server.models import LoadedModel
+from server.types import Job
+from tome_core.cost import flops
+from tome_core.families.dimensions import dimensions
+from tome_core.families.family import UnsupportedModelError
+
+RUNS = 5
+"""Times that a batch of each size is timed, besides the photos in their full batches."""
+
+
+def measure(
+    loaded: LoadedModel,
+    runner: Runner,
+    schedules: Sequence[Schedule],
+    photos: Sequence[bytes],
+    labels: Sequence[int | None],
+    max_batch_size: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[CurveRow]:
+    """Measures schedules.
+
+    Args:
+        loaded: The model.
+        runner: The device that holds it.
+        schedules: `r` of each block; the first is r=0.
+        photos: Pixels of each photo.
+        labels: The class of each photo, where it is known.
+        max_batch_size: Images of a full batch.
+        progress: Is told the share that is done.
+    """
+    assert max(schedules[0]) == 0, "agreement is with r=0"
+    for schedule in schedules:
+        runner.warm_up(loaded.info.batch_key(schedule))
+    sized = [list(itertools.islice(itertools.cycle(photos), size)) for size in batch_sizes(max_batch_size)]
+    whole = [photos[at : at + max_batch_size] for at in range(0, len(photos), max_batch_size)]
+    work = (1 + RUNS) * sum(map(len, sized)) + len(photos)
+    done = 0
+
+    def take_turns(batch: Sequence[bytes]) -> dict[Schedule, tuple[list[int], float]]:
+        """The likeliest class of each image under each schedule, and the seconds it took."""
+        nonlocal done
+        seen = {schedule: _classes(loaded, runner, schedule, batch) for schedule in schedules}
+        done += len(batch)
+        progress(done / work)
+        return seen
+
+    guesses: dict[Schedule, list[int]] = {schedule: [] for schedule in schedules}
+    seconds: dict[Schedule, dict[int, list[float]]] = {s: {len(batch): [] for batch in sized} for s in schedules}
+    for batch in sized:
+        take_turns(batch)  # warm-up
+    for part in whole:
+        for schedule, (classes, took_s) in take_turns(part).items():
+            guesses[schedule] += classes
+            if len(part) == max_batch_size:
+                seconds[schedule][max_batch_size].append(took_s)
+    for batch in sized * RUNS:
+        for schedule, (_, took_s) in take_turns(batch).items():
+            seconds[schedule][len(batch)].append(took_s)
+    medians = {s: {n: statistics.median(times) for n, times in sizes.items()} for s, sizes in seconds.items()}
+    return [
+        _row(loaded, schedule, medians[schedule], guesses[schedule], guesses[schedules[0]], labels)
+        for schedule in schedules
+    ]
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """1, 2, 4 and so on, and the largest."""
+    powers = (2**power for power in itertools.count())
+    return [*itertools.takewhile(lambda size: size < largest, powers), largest]
+
+
+def fit(seconds: Mapping[int, float]) -> tuple[float, float]:
+    """a and b of the line a + b n through the seconds of batches of n, by relative least squares; a is never below 0.
+
+    Where batches of all sizes take the same time, b is yet a tenth of what an image takes in the largest of them.
+    """
+    ones, sizes = [1 / t for t in seconds.values()], [n / t for n, t in seconds.items()]
+    aa, ab, bb = _dot(ones, ones), _dot(ones, sizes), _dot(sizes, sizes)
+    if len(seconds) > 1:
+        largest = max(seconds)
+        b = (aa * sum(sizes) - ab * sum(ones)) / (aa * bb - ab * ab)
+        b = max(b, 0.1 * seconds[largest] / largest)
+        a = (sum(ones) - b * ab) / aa
+        if a >= 0:
+            return a, b
+    return 0.0, sum(sizes) / bb
+
+
+def _dot(x: Sequence[float], y: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(x, y, strict=True))
+
+
+def _classes(
+    loaded: LoadedModel, runner: Runner, schedule: Schedule, photos: Sequence[bytes]
+) -> tuple[list[int], float]:
+    """The likeliest class of each photo, and the seconds that took."""
+    jobs = [Job(loaded.info.name, photo, schedule, 1, 0.0) for photo in photos]
+    start = time.perf_counter()
+    answers = runner.run_batch(loaded.info.batch_key(schedule), jobs)
+    return [answer.indices[0] for answer in answers], time.perf_counter() - start
+
+
+def _row(
+    loaded: LoadedModel,
+    schedule: Schedule,
+    seconds: Mapping[int, float],
+    guesses: Sequence[int],
+    unmerged: Sequence[int],
+    labels: Sequence[int | None],
+) -> CurveRow:
+    overhead_s, image_s = fit(seconds)
+    agreed = sum(guess == answer for guess, answer in zip(guesses, unmerged, strict=True))
+    right = [guess == label for guess, label in zip(guesses, labels, strict=True) if label is not None]
+    largest = max(seconds)
+    return CurveRow(
+        r=schedule,
+        tokens=loaded.info.token_counts(schedule)[-1],
+        gflops=_gflops(loaded, schedule),
+        images_per_s=largest / seconds[largest],
+        overhead_s=overhead_s,
+        image_s=image_s,
+        agreement=agreed / len(guesses),
+        agreement_interval=wilson(agreed, len(guesses)),
+        top1=sum(right) / len(right) if right else None,
+    )
+
+
+def _gflops(loaded: LoadedModel, schedule: Schedule) -> float | None:
+    try:
+        return flops(dimensions(loaded.merged), schedule) / 1e9
+    except UnsupportedModelError:
+        return None

@@ -1,0 +1,175 @@
+"""`tome-server calibrate`: measure what each `r` costs and keeps on this machine, and keep it beside the model."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server.dial import FixedR, Schedule, parse_r, r_of, text_of
+from server.errors import InvalidError
+from server.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from server.calibration.curve import Curve
+    from server.models import LoadedModel
+
+HELP = "measure what each r costs and keeps on this machine, for r=auto and for you"
+SETTINGS: tuple[str, ...] = (
+    "model",
+    "weights",
+    "device",
+    "precision",
+    "backend",
+    "threads",
+    "max_batch_size",
+    "state_dir",
+)
+WIDTH = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measures images/s, the seconds of a batch as a + b n, and how many photos keep the answer of r=0, which needs "
+        "no labels. A server finds the result beside the model, or in the state folder, and r=auto goes by it."
+    )
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos like those to be served")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="CSV table with columns file and label (a class index), for top-1"
+    )
+    # Not the setting r, which is one r.
+    parser.add_argument(
+        "--r", dest="ladder", metavar="R,R", help="what to measure beside r=0 (default: up to half of the arithmetic)"
+    )
+    parser.add_argument(
+        "--schedule", action="append", default=[], metavar="LIST", help="a list of one r per block to measure; several"
+    )
+    parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="where to keep it (default: beside the model)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it into this file, .svg or .png")
+
+
+def run(settings: Settings, args: argparse.Namespace) -> int:
+    from server.calibration import places
+    from server.calibration.curve import Curve
+    from server.calibration.facts import facts_of
+    from server.calibration.labels import read_labels
+    from server.calibration.measure import measure
+    from server.calibration.photos import choose_photos, read_photos
+    from server.engine.backend import BackendOptions
+    from server.engine.runner import Runner
+    from server.engine.torch_backend import set_threads
+    from server.models import load_model
+
+    if args.photos < 2:
+        raise SettingsError(f"--photos is {args.photos}; it must be 2 or more")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
+    set_threads(settings.threads)
+    spec = settings.specs()[0]
+    loaded = load_model(spec)
+    info, batch = loaded.info, settings.max_batch_size
+    schedules = _ladder(loaded, args)
+    files = choose_photos(args.images, args.photos, seed=0)
+    labels = read_labels(args.labels, files, args.images, len(info.labels)) if args.labels else [None] * len(files)
+    photos = read_photos(files, info, settings.max_image_pixels)
+    options = BackendOptions(settings.backend, settings.threads, settings.cache_dir(), batch)
+    runner = Runner({info.name: loaded}, settings.device, settings.precision, options)
+    facts = facts_of(loaded, runner)
+    if facts is None:
+        raise SettingsError(f"{info.name} has random weights; a curve is of weights that stay")
+    rows = measure(loaded, runner, schedules, photos, labels, batch, _bar())
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    curve = Curve(
+        model=info.name, facts=facts, measured=today, photos=len(photos), max_batch_size=batch, rows=tuple(rows)
+    )
+    _print_table(curve)
+    if args.output:
+        try:
+            places.write(curve, args.output)
+        except OSError as error:
+            raise SettingsError(f"-o is {args.output}: {error.strerror}") from None
+        kept = args.output
+    else:
+        kept, refusal = places.save(curve, spec, settings.state_dir)
+        if refusal:
+            _tell(refusal)
+    _tell(f"kept in {kept}")
+    if args.plot:
+        _draw(curve, args.plot)
+    print(curve.model_dump_json())
+    return 0
+
+
+def _ladder(loaded: LoadedModel, args: argparse.Namespace) -> list[Schedule]:
+    """What to measure: r=0 first, then numbers, then lists."""
+    from server.engine.ladder import schedules
+
+    asked: list[FixedR] = [0]
+    try:
+        if args.ladder is not None:
+            numbers = parse_r(args.ladder)
+            asked += [numbers] if isinstance(numbers, int) else numbers
+        elif not args.schedule:
+            return schedules(loaded)
+        asked += [parse_r(text) for text in args.schedule]
+        return list(dict.fromkeys(loaded.info.schedule(r) for r in asked))
+    except InvalidError as error:
+        raise SettingsError(f"--r or --schedule: {error.message}") from None
+
+
+def _bar() -> Callable[[float], None]:
+    """Draws progress where a person looks on, and nothing else."""
+    if not sys.stderr.isatty():
+        return lambda share: None
+
+    def draw(share: float) -> None:
+        filled = int(share * WIDTH)
+        end = "\n" if share >= 1 else ""
+        print(f"\r[{'#' * filled:<{WIDTH}}] {share:4.0%}", end=end, file=sys.stderr, flush=True)
+
+    return draw
+
+
+def _print_table(curve: Curve) -> None:
+    facts = curve.facts
+    print(
+        f"{curve.model} on {facts.device}, {facts.backend} in {facts.precision}, {curve.photos} photos, "
+        f"batches of up to {curve.max_batch_size}"
+    )
+    print(
+        f"{'tokens':>6} {'GFLOPs':>8} {'images/s':>9} {'speed-up':>8} {'batch of n, ms':>17} "
+        f"{'agree % (95 %)':>21} {'top-1 %':>8}  r"
+    )
+    slowest = curve.rows[0].images_per_s or 0.0
+    for row in curve.rows:
+        assert row.line is not None and row.images_per_s is not None, "it was measured just now"
+        low, high = (100 * end for end in row.agreement_interval)
+        agree = f"{100 * row.agreement:.1f} ({low:.1f} to {high:.1f})"
+        batch_ms = "{:.1f} + {:.2f} n".format(*(1e3 * term for term in row.line))
+        gflops = "" if row.gflops is None else f"{row.gflops:.3f}"
+        top1 = "" if row.top1 is None else f"{100 * row.top1:.1f}"
+        print(
+            f"{row.tokens:>6} {gflops:>8} {row.images_per_s:>9.1f} {row.images_per_s / slowest:>7.2f}x {batch_ms:>17} "
+            f"{agree:>21} {top1:>8}  {text_of(r_of(row.r))}"
+        )
+
+
+def _draw(curve: Curve, file: Path) -> None:
+    from server.calibration.plot import draw
+
+    try:
+        draw(curve, file)
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not write
+        raise SettingsError(f"--plot is {file}: {error}") from None
+
+
+def _tell(message: str) -> None:
+    """Apart from the answer."""
+    print(message, file=sys.stderr, flush=True)
