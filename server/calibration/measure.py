@@ -137,7 +137,8 @@ def _row(
         overhead_s=overhead_s,
         image_s=image_s,
         agreement=agreed / len(guesses),
-        agreement_interval=wilson(agreed, len(guesses)),
+        # r=0 agrees with itself: no sample says so.
+        agreement_interval=wilson(agreed, len(guesses)) if max(schedule) else (1.0, 1.0),
         top1=sum(right) / len(right) if right else None,
     )
 

@@ -22,6 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from PIL import Image
 
 from server.api.app import create_app
+from server.calibration.curve import Curve, CurveRow, Facts
 from server.config_store import ConfigStore
 from server.dial import RSetting
 from server.engine.auto import Step
@@ -89,6 +90,43 @@ def model_info(name: str = "tiny", **changes: Any) -> ModelInfo:
         "max_r": 8,
     }
     return ModelInfo(**(facts | changes))
+
+
+def facts(**changes: Any) -> Facts:
+    """What a made-up curve was measured with."""
+    made: dict[str, Any] = {
+        "weights": "ab" * 32,
+        "backend": "torch",
+        "device": "abacus",
+        "precision": "fp32",
+        "threads": 2,
+        "versions": {"tome-server": "0.1.0", "torch": "2.15.0", "timm": "1.0.31"},
+    }
+    return Facts(**(made | changes))
+
+
+def curve_row(r: int, agreement: float, line: tuple[float, float] | None, **changes: Any) -> CurveRow:
+    """A row of the fake model."""
+    schedule = (r,) * 3
+    row = CurveRow(
+        r=schedule,
+        tokens=model_info().token_counts(schedule)[-1],
+        agreement=agreement,
+        agreement_interval=(agreement, agreement),
+        **changes,
+    )
+    return row.at(line, 32) if line else row
+
+
+def fake_curve(**changes: Any) -> Curve:
+    """A curve of the fake model."""
+    rows = (
+        curve_row(0, 1.0, (0.5, 1.0), top1=0.8, gflops=2.0),
+        curve_row(4, 0.96, (0.25, 0.5), top1=0.75, gflops=1.5),
+        curve_row(8, 0.9, (0.0, 0.1), top1=0.7, gflops=1.0),
+    )
+    made: dict[str, Any] = {"model": "tiny", "facts": facts(), "measured": "2026-11-22", "photos": 100, "rows": rows}
+    return Curve(**({"max_batch_size": 32} | made | changes))
 
 
 def class_of(pixels: bytes, schedule: Sequence[int]) -> int:
@@ -163,15 +201,17 @@ async def serving(
     state_file: Path | None = None,
     engine: Engine | None = None,
     steps: Sequence[Step] | None = None,
+    curve: Curve | None = None,
     batch: int = 32,
     queue: int = 256,
     **settings: Any,
 ) -> AsyncIterator[Service]:
-    """The service around a fake device, or around the given engine; keywords are settings, `steps` a ladder."""
+    """The service around a fake device, or around the given engine; keywords are settings; `steps`, `curve` are of `tiny`."""
     device = FakeDevice()
     ladder = {"tiny": steps} if steps else None
     limits = {"max_batch_size": batch, "max_queue_size": queue}
-    local = local_engine(device, models, r=r, state_file=state_file, steps=ladder, **limits)
+    curves = {"tiny": curve} if curve else None
+    local = local_engine(device, models, r=r, state_file=state_file, steps=ladder, curves=curves, **limits)
     app = create_app(Settings.model_validate({"state_dir": None} | settings), engine or local)
     local.start()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -31,10 +31,10 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("serve", "classify", "explain", "models"))
+    assert all(command in shown for command in ("serve", "classify", "explain", "models", "calibrate"))
 
 
-@pytest.mark.parametrize("command", ["serve", "classify", "explain", "models"])
+@pytest.mark.parametrize("command", ["serve", "classify", "explain", "models", "calibrate"])
 def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -45,6 +45,7 @@ def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytes
         "classify": ["model", "weights", "r", "device", "precision", "threads"],
         "explain": ["model", "weights", "r", "device", "precision", "threads"],
         "models": ["model", "weights"],
+        "calibrate": ["model", "weights", "device", "precision", "backend", "threads", "max_batch_size", "state_dir"],
     }
     for name in [*flags[command], "config"]:
         assert re.search(rf"{flag(name)} (VALUE|FILE)\s+\w+", shown), name

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from server.calibration.curve import Curve
 from server.dial import AutoR, RSetting
 from server.engine import transport
 from server.engine.transport import RemoteEngine, serve_engine
-from server.errors import DeadlineError, EngineError, QueueFullError, ServerError, UnavailableError
+from server.errors import DeadlineError, EngineError, NotFoundError, QueueFullError, ServerError, UnavailableError
 from server.types import Choice, Deployment, Job, ModelInfo, Prediction, TopK
-from tests.server.conftest import FakeDevice, class_of, local_engine, model_info, until
+from tests.server.conftest import FakeDevice, class_of, fake_curve, local_engine, model_info, until
 
 
 class FakeEngine:
@@ -64,7 +65,7 @@ class FakeEngine:
     async def curve(self, model: str) -> Curve:
         if model != "tiny":
             raise NotFoundError(f"{model} has no curve")
-        return curve()
+        return fake_curve()
 
     async def deployment(self, model: str) -> Deployment:
         return self.now
@@ -144,6 +145,13 @@ async def test_the_deployment_crosses_both_ways(r: RSetting, socket_path: str) -
         assert await remote.deployment("tiny") == Deployment(3, 7)
         assert await remote.set_r("tiny", r, 41) == Deployment(r, 42) == await remote.deployment("tiny")
         assert await remote.set_r("tiny", r, None) == Deployment(r, 0)
+
+
+async def test_the_curve_crosses_whole(socket_path: str) -> None:
+    async with connected(FakeEngine(), socket_path) as remote:
+        assert await remote.curve("tiny") == fake_curve()
+        with pytest.raises(NotFoundError, match="large has no curve"):
+            await remote.curve("large")
 
 
 @pytest.mark.parametrize("kind", ServerError.__subclasses__())
