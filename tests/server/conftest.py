@@ -206,7 +206,7 @@ async def serving(
     queue: int = 256,
     **settings: Any,
 ) -> AsyncIterator[Service]:
-    """The service around a fake device, or around the given engine; keywords are settings, steps of `tiny`, its curve."""
+    """The service around a fake device or the given engine; keywords are settings, `steps` and `curve` of `tiny`."""
     device = FakeDevice()
     ladder = {"tiny": steps} if steps else None
     limits = {"max_batch_size": batch, "max_queue_size": queue}
