@@ -135,7 +135,9 @@ class LocalEngine:
             )
 
         def line(schedule: Schedule) -> tuple[float, float]:
-            return self._batcher.speed.line(info.batch_key(schedule)) or (0.0, 0.0)
+            known = self._batcher.speed.line(info.batch_key(schedule))
+            assert known is not None, "all rows are expected from the start"
+            return known
 
         return self._curves[info.name].at(line, self._max_batch_size)
 

@@ -1,17 +1,20 @@
-"""The ladder of `r=auto` for a model without a curve."""
+"""The ladder of `r=auto` for a model without a curve on this device."""
 
 from __future__ import annotations
 
 import pytest
 import timm
 
+from server.calibration.curve import Curve, CurveRow
 from server.dial import Schedule
-from server.engine.ladder import RUNGS, schedules, timed_steps
+from server.engine.ladder import RUNGS, schedules, timed, timed_steps
 from server.models import LoadedModel
 from server.types import ModelInfo, Preprocessing
+from tests.server.conftest import facts
 from tome_core import wrap
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
+from tome_core.families.family import UnsupportedModelError
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +61,36 @@ def test_batches_of_one_are_timed_too(loaded: LoadedModel, monkeypatch: pytest.M
 
     monkeypatch.setattr("server.engine.ladder.time.perf_counter", lambda: now[0])
     assert timed_steps(loaded, schedules(loaded), run, 1)[0].image_s == pytest.approx(0.05)
+
+
+def test_a_curve_of_another_device_keeps_its_agreement_and_gets_the_speeds_of_this_one(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def run(schedule: Schedule, images: int) -> None:
+        now[0] += 0.01 + 0.002 * images
+
+    monkeypatch.setattr("server.engine.ladder.time.perf_counter", lambda: now[0])
+    rows = tuple(
+        CurveRow(r=(r,) * 4, tokens=197 - 4 * r, agreement=agreement, agreement_interval=(0.5, 1.0))
+        for r, agreement in ((0, 1.0), (16, 0.9), (8, 0.95))
+    )
+    made = Curve(model="m", facts=facts(), measured="2026-11-22", photos=10, max_batch_size=1, rows=rows)
+    unmerged, fast, between = timed(made, loaded, run, 32).rows
+    assert [row.agreement for row in (unmerged, fast, between)] == [1.0, 0.9, 0.95]
+    assert unmerged.line == pytest.approx((0.01, 0.002)) and unmerged.images_per_s == pytest.approx(32 / 0.074)
+    assert fast.line is not None and between.line is not None
+    assert fast.line[1] < between.line[1] < 0.002
+
+
+def test_where_operations_cannot_be_counted_tokens_are(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(merged: object) -> None:
+        raise UnsupportedModelError("parallel blocks")
+
+    monkeypatch.setattr("server.engine.ladder.dimensions", refuse)
+    ladder = schedules(loaded)
+    tokens = [sum(loaded.info.token_counts(schedule)[1:]) for schedule in ladder]
+    assert len(ladder) == RUNGS and tokens[-1] <= tokens[0] / 2
+    steps = timed_steps(loaded, ladder, lambda schedule, images: None, 8)
+    assert [step.schedule for step in steps] == ladder
