@@ -66,7 +66,7 @@ async def classify(
         model = info.name
         schedule = None if isinstance(job.r, AutoR) else job.r
         config_version = None
-        with admission.permit(len(uploads)):
+        with admission.permit(len(uploads), job.timeout_s):
             choice = None
             if len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
                 r: RSetting | None = job.r
