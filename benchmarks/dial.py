@@ -4,8 +4,9 @@ python -m benchmarks.dial --model vit_tiny_patch16_224 --weights FILE --data FOL
 
 FOLDER is as for benchmarks.accuracy; its photos are sent as JPEG. A real server, one request a photo, Poisson arrivals
 that do not wait for answers, a deadline for each. "goodput" is the share of requests that were answered in time,
-"top-1" that of the answers that are right. The last line is JSON: {"rows": [{"policy", "load", "goodput", "top1",
-"mean_r", "p99_ms"}]}.
+"top-1" that of the answers that are right. "simulated" is what the simulator says of the same arrivals, by the speeds
+that the server knows of; it leaves out HTTP and decoding. The last line is JSON: {"rows": [{"policy", "load",
+"goodput", "top1", "mean_r", "p99_ms", "simulated_goodput"}]}.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.load import Reply, closed_loop, open_loop, poisson
+from server.calibration.simulator import simulate
+from server.dial import AutoR
+from server.engine.auto import Step
 
 MOST_CLIENTS = 32
 
@@ -62,16 +66,18 @@ def main() -> None:
         print(
             f"{name}, {len(photos)} photos, deadline {args.deadline_ms:g} ms; capacity at r=0 {capacity:.1f} images/s"
         )
-        print(f"{'load':>4} {'policy':>6} {'goodput %':>9} {'top-1 %':>8} {'mean r':>7} {'p99 ms':>7}")
+        print(f"{'load':>4} {'policy':>6} {'goodput %':>9} {'simulated':>9} {'top-1 %':>8} {'mean r':>7} {'p99 ms':>7}")
         for load in map(float, args.loads.split(",")):
             due = list(poisson(load * capacity, args.seconds, seed=0))
             for policy, setting in policies.items():
                 patch(address, name, setting)
                 replies = asyncio.run(open_loop(address, path, photos, due))
                 row = judge(replies, labels, args.deadline_ms / 1000)
+                row["simulated_goodput"] = simulated(address, name, due, args.deadline_ms / 1000, setting)
                 rows.append({"policy": policy.replace(f"r={args.max_r}", "r=max"), "load": load} | row)
                 print(
-                    f"{load:>4} {policy:>6} {100 * rows[-1]['goodput']:>9.1f} {100 * rows[-1]['top1']:>8.1f} "
+                    f"{load:>4} {policy:>6} {100 * rows[-1]['goodput']:>9.1f} "
+                    f"{100 * (rows[-1]['simulated_goodput'] or 0):>9.1f} {100 * rows[-1]['top1']:>8.1f} "
                     f"{rows[-1]['mean_r']:>7.1f} {rows[-1]['p99_ms']:>7.0f}",
                     flush=True,
                 )
@@ -105,6 +111,21 @@ def judge(replies: Sequence[Reply], labels: Sequence[int], deadline_s: float) ->
         "requests": len(replies),
         "statuses": {status: sum(r.status == status for r in replies) for status in {r.status for r in replies}},
     }
+
+
+def simulated(
+    address: tuple[str, int], name: str, due: Sequence[float], deadline_s: float, setting: dict[str, Any]
+) -> float | None:
+    """Goodput of the same arrivals as the simulator has it; None without a curve that holds this `r`."""
+    try:
+        rows = _get(address, f"/v1/models/{name}/curve")["rows"]
+    except urllib.error.HTTPError:
+        return None
+    steps = [Step(tuple(r["schedule"]), r["batch_s"]["a"], r["batch_s"]["b"], r["agreement"]) for r in rows]
+    if setting["r"] == "auto":
+        return simulate(steps, due, deadline_s, AutoR(setting["max_r"])).goodput
+    schedule = next((step.schedule for step in steps if set(step.schedule) == {setting["r"]}), None)
+    return None if schedule is None else simulate(steps, due, deadline_s, schedule).goodput
 
 
 def _mean_r(r: int | list[int]) -> float:
