@@ -11,6 +11,7 @@ from multiprocessing.synchronize import Event
 
 from server.config_store import ConfigStore
 from server.engine.engine import LocalEngine
+from server.engine.explainer import Explainer
 from server.engine.runner import Runner, set_threads
 from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
@@ -45,11 +46,13 @@ def build_engine(settings: Settings) -> LocalEngine:
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
     store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, settings.state_file())
+    explainer = Explainer(loaded, settings.device)
     runner = Runner(loaded, settings.device, settings.precision)
     engine = LocalEngine(
         {name: model.info for name, model in loaded.items()},
         runner.run_batch,
         store,
+        explain_batch=explainer.explain_batch,
         check_device=runner.check,
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,

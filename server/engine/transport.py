@@ -19,7 +19,7 @@ from typing import Any
 from server.dial import RSetting, parse_r
 from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
 from server.metrics import ENGINE_UP
-from server.types import Deployment, Engine, Job, ModelInfo, Prediction, TopK
+from server.types import Deployment, Engine, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,12 @@ class RemoteEngine:
         return self._catalog
 
     async def classify(self, job: Job) -> Prediction:
-        head = {"model": job.model, "schedule": job.schedule, "top_k": job.top_k, "timeout_s": job.timeout_s}
-        # The engine keeps the deadline; the second more is for an engine that no longer does.
-        answer = await self._call("classify", head, job.pixels, timeout_s=job.timeout_s + 1)
-        return Prediction(**{**answer, "schedule": tuple(answer["schedule"]), "top_k": TopK(**answer["top_k"])})
+        return _prediction(await self._call_for(job, "classify"))
+
+    async def explain(self, job: Job) -> Explanation:
+        answer = await self._call_for(job, "explain")
+        merges = Merges(**{**answer["merges"], "grid": tuple(answer["merges"]["grid"])})
+        return Explanation(_prediction(answer["prediction"]), merges)
 
     async def deployment(self, model: str) -> Deployment:
         return _deployment(await self._call("deployment", {"model": model}))
@@ -86,6 +88,11 @@ class RemoteEngine:
             await self._call("check", {})
         except DeadlineError as error:
             raise UnavailableError(error.message, retry_after_s=1) from None
+
+    async def _call_for(self, job: Job, operation: str) -> Any:
+        head = {"model": job.model, "schedule": job.schedule, "top_k": job.top_k, "timeout_s": job.timeout_s}
+        # The engine keeps the deadline; the second more is for an engine that no longer does.
+        return await self._call(operation, head, job.pixels, timeout_s=job.timeout_s + 1)
 
     async def _call(
         self, operation: str, head: dict[str, Any], body: bytes = b"", timeout_s: float = CALL_TIMEOUT_S
@@ -186,10 +193,11 @@ async def _answer(
 
 
 async def _classify(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
-    schedule = head.pop("schedule")
-    return asdict(
-        await engine.classify(Job(pixels=body, schedule=None if schedule is None else tuple(schedule), **head))
-    )
+    return asdict(await engine.classify(_job(head, body)))
+
+
+async def _explain(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    return asdict(await engine.explain(_job(head, body)))
 
 
 async def _get_deployment(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
@@ -206,10 +214,20 @@ async def _check(engine: Engine, head: dict[str, Any], body: bytes) -> None:
 
 _OPERATIONS: dict[str, Callable[[Engine, dict[str, Any], bytes], Coroutine[Any, Any, Any]]] = {
     "classify": _classify,
+    "explain": _explain,
     "deployment": _get_deployment,
     "set_r": _set_r,
     "check": _check,
 }
+
+
+def _job(head: dict[str, Any], body: bytes) -> Job:
+    schedule = head.pop("schedule")
+    return Job(pixels=body, schedule=None if schedule is None else tuple(schedule), **head)
+
+
+def _prediction(answer: dict[str, Any]) -> Prediction:
+    return Prediction(**{**answer, "schedule": tuple(answer["schedule"]), "top_k": TopK(**answer["top_k"])})
 
 
 def _deployment(answer: dict[str, Any]) -> Deployment:
