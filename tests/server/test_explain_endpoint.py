@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -86,13 +87,15 @@ async def test_two_images_are_one_too_many() -> None:
 
 async def test_an_explanation_needs_the_key_and_a_place_in_the_queue() -> None:
     async with serving(api_key="secret", max_queue_size=1) as service:
-        asked = {"content": grey_png(), "headers": PNG}
-        assert_is_error(await service.client.post("/v1/explain", **asked), 401, "unauthorized")
-        asked["headers"] = {**PNG, "x-api-key": "secret"}
+
+        async def explain(**keys: str) -> httpx.Response:
+            return await service.client.post("/v1/explain", content=grey_png(), headers={**PNG, **keys})
+
+        assert_is_error(await explain(), 401, "unauthorized")
         service.device.gate.clear()
-        first = asyncio.create_task(service.client.post("/v1/explain", **asked))
+        first = asyncio.create_task(explain(**{"x-api-key": "secret"}))
         await until(lambda: len(service.device.batches) == 1)
-        refused = await service.client.post("/v1/explain", **asked)
+        refused = await explain(**{"x-api-key": "secret"})
         assert_is_error(refused, 429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
         service.device.gate.set()
