@@ -17,6 +17,9 @@ export class Problem extends Error {
   }
 }
 
+/** Whether a key is kept. */
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+
 /** Keeps an API key for as long as this tab is open. */
 export function keepKey(key) {
   sessionStorage.setItem(KEY, key);

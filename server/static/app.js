@@ -15,6 +15,7 @@ const FIRST_R = 8;
 let model = null; // as /v1/models/{name} tells it
 let photo = null; // {blob, bitmap, name}
 let lit = null; // the patch under the pointer
+let knownCurve = null;
 const turns = new Turns();
 const a = new Side("a", { onTurn: look, onTouch: touch });
 const b = new Side("b", { onTurn: look, onTouch: touch });
@@ -28,10 +29,10 @@ const curve = new Curve((r) => {
 const deployment = new Deployment({
   rOfA: () => words(Number(a.dial.value)),
   onModel: adopt,
-  reload: async () => adopt(await api.model(model.name)),
+  reload,
   onDenied: askForKey,
 });
-const live = new Live({ onAway: sayAway, onBack: sayBack, onVersion: () => refresh() });
+const live = new Live({ onAway: sayAway, onBack: sayBack, onVersion: () => attempt(reload) });
 const takeFirstSample = listenForPhotos((chosen) => {
   photo = chosen;
   at("photo-error").hidden = true;
@@ -43,14 +44,13 @@ at("b-follow").addEventListener("change", () => {
   b.showDial();
   look(b);
 });
-at("model").addEventListener("change", () => open(at("model").value));
+at("model").addEventListener("change", () => attempt(() => open(at("model").value)));
 at("key").addEventListener("submit", (event) => {
   event.preventDefault();
   api.keepKey(at("key-value").value.trim());
   at("key-value").value = "";
   at("key").hidden = true;
-  if (model) refresh().then(() => sides.forEach(look));
-  else start();
+  attempt(model ? reload : start).then(() => sides.forEach(look));
 });
 
 /** Asks a side's question, once it is its turn. */
@@ -64,7 +64,6 @@ function look(side) {
       at("photo-error").hidden = asked.bitmap !== null;
       if (!asked.bitmap) at("photo-error").textContent = "This browser cannot show this file, but the server reads it: the answers stand.";
       judge();
-      blocks.draw(sides);
       paint();
       time(side, asked);
     } catch (problem) {
@@ -93,7 +92,6 @@ function fail(side, problem) {
   at("photo-error").hidden = false;
   if (problem.passes) return void setTimeout(() => look(side), 1000 * problem.retryAfterS);
   side.clear();
-  blocks.draw(sides);
   paint();
   judge();
 }
@@ -118,8 +116,8 @@ function judge() {
 
 function paint() {
   document.querySelector(".compare").toggleAttribute("data-empty", !sides.some((side) => side.merging));
-  for (const side of sides) side.paint(photo, blocks.block, lit);
-  if (sides.some((side) => side.merging)) blocks.draw(sides);
+  for (const side of sides) side.paint(blocks.block, lit);
+  blocks.draw(sides);
 }
 
 /** Lights the token of a patch, on both sides. */
@@ -146,19 +144,16 @@ function adopt(told) {
   return told;
 }
 
-async function refresh() {
-  try {
-    adopt(await api.model(model.name));
-  } catch (problem) {
-    if ([401, 403].includes(problem.status)) askForKey(problem);
-  }
+async function reload() {
+  const told = adopt(await api.model(model.name));
+  say("ready", "ready");
+  return told;
 }
-
-let knownCurve = null;
 
 /** Brings the page to a model. */
 async function open(name) {
   model = await api.model(name);
+  turns.clear();
   a.fit(model, FIRST_R);
   b.fit(model, 0);
   for (const side of sides) side.clear();
@@ -175,22 +170,28 @@ async function open(name) {
   }
 }
 
-/** Finds the models, for as long as it takes. */
+/** Finds the models. */
 async function start() {
+  const known = await api.models();
+  at("model").replaceChildren(...known.map(({ name }) => make("option", {}, name)));
+  await open(known[0].name);
+}
+
+/** Does what needs the server, for as long as it takes; a model that is gone starts the page anew. */
+async function attempt(task) {
   try {
-    const known = await api.models();
-    at("model").replaceChildren(...known.map(({ name }) => make("option", {}, name)));
-    await open(known[0].name);
+    await task();
   } catch (problem) {
     if (!(problem instanceof api.Problem)) throw problem;
     if ([401, 403].includes(problem.status)) return askForKey(problem);
     say("waiting", problem.message);
-    setTimeout(start, 1000 * problem.retryAfterS);
+    setTimeout(() => attempt(problem.status === 404 ? start : task), 1000 * problem.retryAfterS);
   }
 }
 
 function askForKey(problem) {
-  at("key-why").textContent = `The server asks for a key: ${problem.message}.`;
+  const why = api.hasKey() ? "The server does not take this key." : "This server asks for a key.";
+  at("key-why").textContent = problem.status === 403 ? "Changes need the admin key." : why;
   at("key").hidden = false;
   at("key-value").focus();
   say("waiting", "a key is needed");
@@ -209,11 +210,10 @@ function sayAway() {
 }
 
 function sayBack() {
-  say("ready", "ready again");
   at("away").hidden = true;
   document.querySelector(".live").toggleAttribute("data-away", false);
-  refresh();
+  attempt(reload); // it may be another server by now
 }
 
 live.start();
-start();
+attempt(start);

@@ -2,7 +2,8 @@
 
 import { at, draw, make, words } from "./dom.js";
 
-const WIDE = 720, HIGH = 300, LEFT = 52, RIGHT = 24, TOP = 24, BOTTOM = 44;
+const HIGH = 300, LEFT = 52, RIGHT = 56, TOP = 28, BOTTOM = 44; // pixels
+const LABEL = 50; // pixels that a label is wide
 
 /** Draws a curve, or says how to make one. */
 export class Curve {
@@ -14,6 +15,7 @@ export class Curve {
   constructor(onChoose) {
     this.#onChoose = onChoose;
     at("curve-what").addEventListener("change", () => this.#draw());
+    addEventListener("resize", () => this.#curve?.rows.length && this.#draw());
   }
 
   /** Shows a curve (null: none has been measured) with the deployment's r marked. */
@@ -40,13 +42,14 @@ export class Curve {
     const rows = this.#curve.rows.filter((row) => row[what] !== null).sort((a, b) => a.images_per_s - b.images_per_s);
     const low = Math.min(...rows.map((row) => (what === "agreement" ? row.agreement_interval[0] : row.top1)));
     const high = Math.max(...rows.map((row) => (what === "agreement" ? row.agreement_interval[1] : row.top1)));
-    const ys = ticks(low, high, 4), xs = ticks(rows[0].images_per_s, rows.at(-1).images_per_s, 6);
-    const x = (value) => LEFT + ((WIDE - LEFT - RIGHT) * (value - xs[0])) / (xs.at(-1) - xs[0]);
+    const wide = Math.max(at("curve").clientWidth, 260);
+    const ys = ticks(low, high, 4), xs = ticks(rows[0].images_per_s, rows.at(-1).images_per_s, wide / 120);
+    const x = (value) => LEFT + ((wide - LEFT - RIGHT) * (value - xs[0])) / (xs.at(-1) - xs[0]);
     const y = (value) => HIGH - BOTTOM - ((HIGH - TOP - BOTTOM) * (value - ys[0])) / (ys.at(-1) - ys[0]);
-    const svg = draw("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, role: "group", "aria-label": "A dot for each r" });
+    const svg = draw("svg", { viewBox: `0 0 ${wide} ${HIGH}`, role: "group", "aria-label": "A dot for each r" });
     for (const tick of ys) {
       svg.append(
-        draw("path", { class: "axis", d: `M${LEFT} ${y(tick)}H${WIDE - RIGHT}` }),
+        draw("path", { class: "axis", d: `M${LEFT} ${y(tick)}H${wide - RIGHT}` }),
         draw("text", { x: LEFT - 8, y: y(tick) + 4, "text-anchor": "end" }, `${number(100 * tick)} %`),
       );
     }
@@ -54,11 +57,12 @@ export class Curve {
       svg.append(draw("text", { x: x(tick), y: HIGH - BOTTOM + 20, "text-anchor": "middle" }, number(tick)));
     }
     svg.append(
-      draw("text", { x: WIDE - RIGHT, y: HIGH - 4, "text-anchor": "end" }, "images/s"),
+      draw("text", { x: wide - RIGHT, y: HIGH - 4, "text-anchor": "end" }, "images/s"),
       draw("path", {
         class: "road", d: rows.map((row, i) => `${i ? "L" : "M"}${x(row.images_per_s)} ${y(row[what])}`).join(""),
       }),
       ...rows.map((row) => this.#dot(row, what, x, y)),
+      ...this.#labels(rows, what, x, y),
     );
     at("curve").replaceChildren(svg);
     this.#say(rows.find((row) => words(row.r) === this.#operating));
@@ -74,7 +78,6 @@ export class Curve {
     dot.append(
       draw("circle", { class: "reach", cx: left, cy: top, r: 16 }),
       draw("circle", { class: "point", cx: left, cy: top, r: 5 }),
-      draw("text", { x: left, y: top - 14, ...(here ? { class: "here" } : {}) }, words(row.r)),
     );
     if (here) dot.append(draw("circle", { class: "ring", cx: left, cy: top, r: 10 }));
     dot.addEventListener("pointerenter", () => this.#say(row));
@@ -86,6 +89,20 @@ export class Curve {
       this.#onChoose(row.r);
     });
     return dot;
+  }
+
+  /** Names the dots that have room for it, where the deployment stands first of all. */
+  #labels(rows, what, x, y) {
+    const named = [];
+    const here = (row) => words(row.r) === this.#operating;
+    for (const row of [...rows].sort((one, other) => here(other) - here(one))) {
+      const left = x(row.images_per_s);
+      if (named.some((other) => Math.abs(x(other.images_per_s) - left) < LABEL)) continue;
+      named.push(row);
+    }
+    return named.map((row) => draw("text", {
+      x: x(row.images_per_s) + 10, y: y(row[what]) - 9, class: here(row) ? "label here" : "label",
+    }, `r = ${Array.isArray(row.r) ? "a list" : row.r}`));
   }
 
   #say(row) {

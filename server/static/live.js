@@ -15,7 +15,7 @@ export class Live {
   #away = false;
   #events;
 
-  /** @param events onAway(), onBack(), onVersion(version) */
+  /** @param events onAway(), onBack(), onVersion() when the configuration may have changed */
   constructor(events) {
     this.#events = events;
   }
@@ -52,7 +52,8 @@ export class Live {
     if (this.#away) this.#events.onBack();
     this.#away = false;
     const before = this.#scrapes.at(-1);
-    if (before && scrape.version !== before.version) this.#events.onVersion(scrape.version);
+    // The first scrape knows of no change, and what was read before it may be older.
+    if (scrape.version !== before?.version) this.#events.onVersion();
     this.#scrapes.push(scrape);
     if (this.#scrapes.length > SHARE_OVER + 1) this.#scrapes.shift();
     this.#show();

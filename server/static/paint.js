@@ -71,7 +71,7 @@ export class Painter {
 
   #light(groups, group, rows, columns, cell) {
     groups.forEach((own, patch) => {
-      this.#context.fillStyle = own === group ? "#fff" : "rgb(0 0 0 / .6)";
+      this.#context.fillStyle = own === group ? "#fff" : "rgb(0 0 0 / .5)";
       if (own === group) this.#edges(patch, groups, rows, columns, cell, 2 * LINE);
       else this.#context.fillRect((patch % columns) * cell, Math.floor(patch / columns) * cell, cell, cell);
     });

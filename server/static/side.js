@@ -18,6 +18,7 @@ export class Side {
   #id;
   #painter;
   #tookMs = [];
+  #photo = null; // that the merging is of
   answer = null; // of /v1/classify
   merging = null; // of /v1/explain
 
@@ -74,11 +75,16 @@ export class Side {
   /** Asks about a photo; shows the answer, then what merged. Raises a Problem. */
   async look(photo, signal) {
     const r = this.r;
-    this.answer = await ask("classify", photo.blob, this.model.name, r, signal);
+    const answer = await ask("classify", photo.blob, this.model.name, r, signal);
+    signal.throwIfAborted();
+    this.answer = answer;
     this.#tookMs = [];
     this.#showAnswer();
     this.#showTime(this.answer);
-    this.merging = await ask("explain", photo.blob, this.model.name, r, signal);
+    const merging = await ask("explain", photo.blob, this.model.name, r, signal);
+    signal.throwIfAborted();
+    this.merging = merging;
+    this.#photo = photo;
     const through = this.merging.blocks.reduce((sum, { tokens }) => sum + tokens, 0);
     const share = through / (this.merging.tokens * this.merging.blocks.length);
     at(`${this.#id}-work`).textContent = `${Math.round(100 * share)} %`;
@@ -121,8 +127,9 @@ export class Side {
   }
 
   /** Paints the photo after a block; block 0 is the photo itself. */
-  paint(photo, block, lit) {
-    if (!this.merging || !photo) return;
+  paint(block, lit) {
+    if (!this.merging) return;
+    const photo = this.#photo;
     const { blocks, tokens, r } = this.merging;
     const { groups, tokens: left } = block ? blocks[block - 1] : { groups: null, tokens };
     this.#painter.paint(photo.bitmap, this.merging, groups, groups ? lit : null);

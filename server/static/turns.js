@@ -10,7 +10,7 @@ export class Turns {
     this.#patienceMs = patienceMs;
   }
 
-  /** Queues `job(signal)`; it must not reject. */
+  /** Queues `job(signal)`. */
   ask(asker, job) {
     this.#waiting.set(asker, job);
     const running = this.#running;
@@ -21,12 +21,22 @@ export class Turns {
     if (!running) this.#run();
   }
 
+  /** Takes back what was asked for. */
+  clear() {
+    this.#waiting.clear();
+    this.#running?.controller.abort();
+  }
+
   async #run() {
     while (this.#waiting.size) {
       const [asker, job] = this.#waiting.entries().next().value;
       this.#waiting.delete(asker);
       this.#running = { asker, controller: new AbortController(), timer: null };
-      await job(this.#running.controller.signal);
+      try {
+        await job(this.#running.controller.signal);
+      } catch (error) {
+        reportError(error); // ours to mend, and no reason to leave the others waiting
+      }
       clearTimeout(this.#running.timer);
     }
     this.#running = null;

@@ -88,7 +88,10 @@ class Watched:
         expect(self.page.locator("#b-caption")).to_contain_text("tokens")
         return self.page
 
-    def check(self) -> None:
+    def close(self) -> None:
+        """Closes the page, and checks what it has done."""
+        self.page.unroute_all(behavior="ignoreErrors")
+        self.page.context.close()
         strangers = [url for url in self.requests if not url.startswith((f"{self.url}/", "data:", "blob:"))]
         assert strangers == []
         expected = re.compile("|".join(self.expected_errors))
@@ -100,8 +103,7 @@ def watched(browser: Browser, shared_service: Service) -> Iterator[Watched]:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     watched = Watched(context, shared_service.url)
     yield watched
-    context.close()
-    watched.check()
+    watched.close()
 
 
 def png(colour: str = "red") -> bytes:
@@ -462,8 +464,7 @@ def test_no_width_scrolls_sideways(browser: Browser, shared_service: Service, wi
     watched.page.route("**/curve", lambda route: route.fulfill(json=a_curve()))
     page = watched.open()
     assert page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
-    context.close()
-    watched.check()
+    watched.close()
 
 
 def test_all_that_takes_the_focus_has_a_name(watched: Watched) -> None:
@@ -505,11 +506,10 @@ def test_a_server_that_goes_away_is_missed_and_welcomed_back(browser: Browser, s
     expect(page.locator("#photo-error")).to_contain_text("the server does not answer. Trying again.")
     start_service("--port", service.url.rsplit(":", 1)[1])
     expect(page.locator("#away")).to_be_hidden(timeout=60_000)
-    expect(page.locator("#health")).to_have_text("ready again")
+    expect(page.locator("#health")).to_have_text("ready")
     expect(page.locator("#a-caption")).to_have_text(caption(12))
     expect(page.locator("#photo-error")).to_be_hidden()
-    context.close()
-    watched.check()
+    watched.close()
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(browser: Browser, start_service: StartService) -> None:
@@ -520,10 +520,11 @@ def test_a_key_is_asked_for_where_the_server_wants_one(browser: Browser, start_s
     page = watched.page
     page.goto(service.url)
     expect(page.locator("#key")).to_be_visible()
+    expect(page.locator("#key-why")).to_have_text("This server asks for a key.")
     expect(page.get_by_label("API key")).to_be_focused()
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#key-why")).to_contain_text("send the API key")
+    expect(page.locator("#key-why")).to_have_text("The server does not take this key.")
     page.get_by_label("API key").fill("sesame")
     page.get_by_role("button", name="Use this key").click()
     expect(page.locator("#a-caption")).to_have_text(caption(8))
@@ -538,5 +539,41 @@ def test_a_key_is_asked_for_where_the_server_wants_one(browser: Browser, start_s
     expect(page.locator("#deployment-says")).to_contain_text("now gets r = 4")
     stored = json.loads(page.evaluate("JSON.stringify([{...localStorage}, document.cookie])"))
     assert stored == [{}, ""]
-    context.close()
-    watched.check()
+    watched.close()
+
+
+def test_another_model_brings_its_own_dial(browser: Browser, start_service: StartService) -> None:
+    service = start_service("--model", "bundled", "--model", "vit_tiny_patch16_224,weights=random,r=4")
+    context = browser.new_context()
+    watched = Watched(context, service.url)
+    page = watched.open()
+    page.get_by_role("combobox", name="Model").select_option("vit_tiny_patch16_224")
+    expect(page.locator("#a-caption")).to_have_text(f"{197 - 8 * 12} tokens of 197 after block 12")
+    expect(page.locator("#b-tokens")).to_have_text("197 of 197")
+    expect(page.get_by_role("textbox", name="The deployment's r")).to_have_value("4")
+    most = int(page.locator("#a-dial").get_attribute("max") or 0)
+    page.locator("#a-dial").focus()
+    page.keyboard.press("End")
+    left = httpx.get(f"{service.url}/v1/models/vit_tiny_patch16_224").json()["token_counts"]
+    expect(page.locator("#a-tokens")).to_have_text(f"{left[str(most)][-1]} of 197")
+    assert left[str(most)][-1] == min(counts[-1] for counts in left.values()) < left[str(most - 1)][-1]
+    watched.close()
+
+
+def test_a_page_opened_before_the_engine_is_ready_waits_for_it(watched: Watched) -> None:
+    unready = {"error": {"code": "unavailable", "message": "the models are still loading", "details": {}}}
+    answers = iter([unready, unready])
+
+    def loading(route: Route) -> None:
+        body = next(answers, None)
+        if body is None:
+            route.continue_()
+        else:
+            route.fulfill(status=503, json=body, headers={"retry-after": "1"})
+
+    watched.page.route("**/v1/models", loading)
+    watched.expected_errors.append("503.*/v1/models$")
+    watched.page.goto(watched.url)
+    expect(watched.page.locator("#health")).to_have_text("the models are still loading")
+    expect(watched.page.locator("#a-caption")).to_have_text(caption(8))
+    expect(watched.page.locator("#health")).to_have_text("ready")

@@ -62,3 +62,36 @@ def test_samples_are_small() -> None:
     samples = list((STATIC / "samples").glob("*.jpg"))
     assert len(samples) >= 4
     assert all(sample.stat().st_size < 40_000 for sample in samples)
+
+
+PAIRS = [  # what is written on what
+    *[(ink, ground) for ink in ("ink", "soft", "a", "b", "good", "bad") for ground in ("ground", "card")],
+    ("bad", "bad-fill"),
+    ("ink", "a-fill"),
+    ("ink", "b-fill"),
+    ("soft", "a-fill"),
+    ("soft", "b-fill"),
+    ("ground", "a"),
+    ("ground", "b"),
+]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_stands_out_from_its_ground(scheme: int) -> None:
+    css = (STATIC / "app.css").read_text()
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", re.findall(r":root \{(.*?)\}", css, re.DOTALL)[scheme]))
+    ratios = {pair: contrast(colours[pair[0]], colours[pair[1]]) for pair in PAIRS}
+    assert {pair: ratio for pair, ratio in ratios.items() if ratio < 4.5} == {}  # WCAG AA
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.2's contrast ratio of two colours."""
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2's relative luminance."""
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
