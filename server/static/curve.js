@@ -108,7 +108,8 @@ export class Curve {
   #say(row) {
     const { device, precision, backend, measured, photos } = this.#curve;
     const how = `Measured ${measured} on ${photos} photos: ${device}, ${backend}, ${precision}.`;
-    at("curve-says").textContent = row ? `${this.#words(row)} ${how}` : how;
+    at("curve-says").textContent = row
+      ? `${this.#words(row)} ${how}` : `${how} The deployment's r = ${this.#operating} is not among these.`;
   }
 
   #words(row) {

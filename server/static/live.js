@@ -100,7 +100,7 @@ export class Live {
       const filled = make("span");
       filled.style.setProperty("--share", images / all);
       return make(
-        "li", {}, make("span", {}, `r = ${r}`), make("span", { class: "track" }, filled),
+        "li", {}, make("span", {}, r === "schedule" ? "a list" : `r = ${r}`), make("span", { class: "track" }, filled),
         make("span", { class: "amount" }, `${Math.round((100 * images) / all)} %`),
       );
     });
