@@ -10,7 +10,7 @@ RUN python -m venv /opt/tome-server
 ENV PATH=/opt/tome-server/bin:$PATH
 # The dependencies are a layer of their own, which a change of our code leaves alone.
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['openvino'], sep='\n')" > requirements.txt \
     && pip install --no-cache-dir --constraint constraints.txt ${PIP_OPTIONS} --requirement requirements.txt
 COPY README.md LICENSE ./
 COPY tome_core tome_core

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from server.dial import RSetting, parse_r
+from server.dial import RSetting, setting_from_json, setting_to_json
 from server.errors import ConflictError, EngineError, InvalidError
 from server.settings import SettingsError
 from server.types import Deployment
@@ -73,7 +73,8 @@ class ConfigStore:
         try:
             content = json.loads(self._path.read_text())
             entries = {
-                name: (parse_r(entry["r"]), parse_r(entry["start"])) for name, entry in content["models"].items()
+                name: (setting_from_json(entry["r"]), setting_from_json(entry["start"]))
+                for name, entry in content["models"].items()
             }
             version = int(content["version"])
         except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError, InvalidError) as error:
@@ -81,7 +82,7 @@ class ConfigStore:
         live = {}
         for name, (r, start) in entries.items():
             if name not in self._start:
-                self._others[name] = {"r": r, "start": start}
+                self._others[name] = {"r": setting_to_json(r), "start": setting_to_json(start)}
             elif start == self._start[name]:
                 live[name] = r
                 logger.info("%s: r=%s, set live earlier, stays in force", name, r)
@@ -98,7 +99,10 @@ class ConfigStore:
     def _write(self, version: int, live: Mapping[str, RSetting]) -> None:
         if self._path is None:
             return
-        models = self._others | {name: {"r": r, "start": self._start[name]} for name, r in live.items()}
+        ours = {
+            name: {"r": setting_to_json(r), "start": setting_to_json(self._start[name])} for name, r in live.items()
+        }
+        models = self._others | ours
         # Replaced as a whole: a start after a crash sees the old file or the new one.
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_suffix(".new")

@@ -48,9 +48,8 @@ class BatchMetrics:
         for wait_s in waits_s:
             QUEUE_S.labels(*labels).observe(wait_s)
 
-    def job_dropped(self, key: Hashable, reason: str) -> None:
-        if isinstance(key, BatchKey):
-            DROPPED.labels(reason).inc()
+    def job_dropped(self, reason: str) -> None:
+        DROPPED.labels(reason).inc()
 
 
 def exposition() -> bytes:

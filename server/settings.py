@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from server.dial import RSetting, parse_r
+from server.dial import AutoR, RSetting, parse_setting
 from server.errors import InvalidError
 
 PREFIX = "TOME_"
@@ -27,7 +27,7 @@ BUNDLED_NAME = "tome-vit-tiny-64"
 
 def _r(value: object) -> RSetting:
     try:
-        return parse_r(value)
+        return value if isinstance(value, AutoR) else parse_setting(value)
     except InvalidError as error:
         raise ValueError(error.message) from None
 
@@ -89,20 +89,28 @@ class Settings(BaseModel):
         None, description="safetensors file for the one --model; 'random' for untrained weights"
     )
     r: R = Field(
-        0, description="tokens merged in each block where a request names none: a number or a list like 16,14,12"
+        0, description="tokens merged in each block where a request names none: a number, a list like 16,14,12, or auto"
+    )
+    max_r: int | None = Field(None, ge=0, description="with r auto: the most tokens that it may merge in a block")
+    min_agreement: float | None = Field(
+        None, ge=0, le=1, description="with r auto: the least expected share of answers that are those of r=0"
     )
     state_dir: Path | None = Field(
         Path("~/.local/state/tome-server"),
-        description="folder that keeps live changes over a restart; none to keep none",
+        description="folder that keeps live changes and compiled models over a restart; none to keep none",
     )
     http_workers: int = Field(
         1, ge=1, le=64, description="HTTP processes, which parse and decode; more of them keep more cores busy"
     )
     device: str = Field("auto", description="torch device; auto takes cuda where there is one, else the CPU")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on cuda, fp32 on the CPU"
+        "auto",
+        description="auto: bf16 on cuda; on the CPU fp32, or bf16 where OpenVINO runs and measures it to be faster",
     )
-    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 leaves the choice to torch")
+    backend: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="what computes; auto: OpenVINO on the CPU where it is installed and takes the model"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 takes what the container may use")
     max_batch_size: int = Field(
         32, ge=1, le=4096, description="most images in a batch; larger is faster until latency hurts"
     )
@@ -133,6 +141,9 @@ class Settings(BaseModel):
         names = [spec.name for spec in self.model]
         if len(set(names)) < len(names):
             raise ValueError(f"two models are named alike ({', '.join(names)}); give one a name=")
+        bounded = self.max_r is not None or self.min_agreement is not None
+        if bounded and not any(isinstance(r, AutoR) for r in (self.r, *(spec.r for spec in self.model))):
+            raise ValueError("--max-r and --min-agreement go with --r auto")
         if self.weights and (len(self.model) > 1 or self.model[0].weights):
             raise ValueError(
                 "--weights goes with one --model that names none itself; for several write SOURCE,weights=FILE"
@@ -143,12 +154,21 @@ class Settings(BaseModel):
         """Where live changes are kept: one file a port, so that two servers of a machine do not share it."""
         return self.state_dir.expanduser() / f"config-{self.port}.json" if self.state_dir else None
 
+    def cache_dir(self) -> Path | None:
+        """Where compiled models are kept over a restart."""
+        return self.state_dir.expanduser() / "openvino" if self.state_dir else None
+
     def specs(self) -> tuple[ModelSpec, ...]:
         """The models to load, each with its own weights and `r`."""
         return tuple(
-            spec.model_copy(update={"weights": spec.weights or self.weights, "r": self.r if spec.r is None else spec.r})
+            spec.model_copy(update={"weights": spec.weights or self.weights, "r": self._bounded(spec.r)})
             for spec in self.model
         )
+
+    def _bounded(self, r: RSetting | None) -> RSetting:
+        """A model's `r`, else that of all; `auto` with the bounds of all."""
+        r = self.r if r is None else r
+        return AutoR(self.max_r, self.min_agreement) if isinstance(r, AutoR) else r
 
 
 def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from server.dial import RSetting, Schedule, schedule_of
-from server.errors import NotFoundError, shown
+from server.dial import AutoR, RSetting, Schedule, schedule_of
+from server.errors import InvalidError, NotFoundError, shown
 from tome_core.schedule import token_counts
 
 
@@ -24,12 +24,22 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What computes a model's answers: "torch" or "openvino", in which precision, and why this one."""
+
+    name: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the HTTP side must know of a loaded model.
 
     Attributes:
         labels: Words for each class, in class order.
         max_r: The most tokens that one block can merge.
+        backend: What computes its answers; None before a device holds it.
     """
 
     name: str
@@ -41,10 +51,18 @@ class ModelInfo:
     num_tokens: int
     num_prefix_tokens: int
     max_r: int
+    backend: BackendInfo | None = None
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
+        if isinstance(r, AutoR):
+            raise InvalidError("r is 'auto', which goes by the load of a server; here it must be a number or a list")
         return schedule_of(r, self.num_blocks, self.max_r, inflect)
+
+    def check(self, r: RSetting) -> None:
+        """Raises InvalidError when this model cannot merge like that; any bounds of `auto` will do."""
+        if not isinstance(r, AutoR):
+            self.schedule(r)
 
     def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block."""
@@ -62,7 +80,9 @@ class ModelInfo:
         pre: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in wire["preprocessing"].items()
         }
-        return ModelInfo(**{**wire, "labels": tuple(wire["labels"]), "preprocessing": Preprocessing(**pre)})
+        backend = wire["backend"] and BackendInfo(**wire["backend"])
+        labels = tuple(wire["labels"])
+        return ModelInfo(**{**wire, "labels": labels, "preprocessing": Preprocessing(**pre), "backend": backend})
 
 
 def find_model(catalog: Mapping[str, ModelInfo], name: str | None) -> ModelInfo:
@@ -97,14 +117,14 @@ class Job:
 
     Attributes:
         pixels: RGB bytes, height x width x 3, as the model's preprocessing wants them, not yet normalised.
-        schedule: `r` per block as asked; None takes the deployment's.
+        r: `r` per block as asked, or the bounds of `auto`; None takes the deployment's.
         top_k: How many classes to answer with.
         timeout_s: Time left until the deadline.
     """
 
     model: str
     pixels: bytes
-    schedule: Schedule | None
+    r: Schedule | AutoR | None
     top_k: int
     timeout_s: float
 
@@ -117,9 +137,31 @@ class TopK:
     scores: list[float]
 
 
+Reason = Literal["idle", "load", "bounds", "shared"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A schedule that `auto` chose.
+
+    Attributes:
+        schedule: `r` of each block.
+        reason: `AutoDial.why` says what the words mean.
+        expected_agreement: Share of images that keep the answer of r=0, or None where nobody measured it.
+    """
+
+    schedule: Schedule
+    reason: Reason
+    expected_agreement: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One answered job: the classes, and how they were computed. Durations in seconds."""
+    """One answered job: the classes, and how they were computed. Durations in seconds.
+
+    Attributes:
+        auto: What `auto` chose, where it was to choose.
+    """
 
     top_k: TopK
     schedule: Schedule
@@ -127,6 +169,7 @@ class Prediction:
     config_version: int
     queue_s: float
     inference_s: float
+    auto: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +208,10 @@ class Engine(Protocol):
 
     async def explain(self, job: Job) -> Explanation:
         """As `classify`, and says which patches merged in every block."""
+        ...
+
+    async def choose(self, model: str, bounds: AutoR) -> Choice:
+        """What `auto` would take at this moment: for several images that are to share one `r`."""
         ...
 
     async def deployment(self, model: str) -> Deployment:

@@ -73,8 +73,8 @@ def export_program(
     # torch takes a size of 1 for a constant, whatever is said about it: the example has 2.
     images = torch.zeros(batch_size or 2, 3, *input_size, dtype=weight.dtype, device=weight.device)
     batch = {0: Dim("batch", min=1)} if batch_size is None else None
-    plain = MergedViT(merged.model, "plain")  # fused operations would need this code wherever the graph runs
-    return torch.export.export(FixedR(plain, r), (images,), dynamic_shapes={"images": batch})
+    # Fused operations would need this code wherever the graph runs.
+    return torch.export.export(FixedR(merged.plain(), r), (images,), dynamic_shapes={"images": batch})
 
 
 def export_onnx(

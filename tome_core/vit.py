@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from copy import copy
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,12 @@ class MergedViT(nn.Module):
             against = against or missing_on(images.device)
         against = against or self._not_now(images)
         return Implementation("plain", against) if against else Implementation("fused", "nothing is against it")
+
+    def plain(self) -> Self:
+        """The same model, over the same weights, that never runs fused."""
+        model = copy(self)
+        model._kernels = "plain"
+        return model
 
     def _not_now(self, images: Tensor) -> str | None:
         """What stands against the fused kernels in this call; None where nothing does."""

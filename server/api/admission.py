@@ -23,12 +23,22 @@ class Admission:
         self._per_image_s = 0.0
         self._left_at = time.monotonic()
 
+    @property
+    def in_flight(self) -> int:
+        """Images admitted and not yet answered."""
+        return self._in_flight
+
     @contextmanager
-    def permit(self, images: int) -> Iterator[None]:
+    def permit(self, images: int, timeout_s: float) -> Iterator[None]:
         """Holds places for the images of one request.
 
+        Args:
+            images: How many.
+            timeout_s: Time until their answer is worth nothing.
+
         Raises:
-            QueueFullError: There are not that many places; it says when there may be.
+            QueueFullError: There are not that many places, or those before would take all of the time; it says when to
+                come back.
             TooLargeError: There never are.
         """
         if images > self._max_images:
@@ -37,6 +47,12 @@ class Admission:
             raise QueueFullError(
                 f"{self._in_flight} images are in flight; at most {self._max_images} may be",
                 retry_after_s=self._in_flight * self._per_image_s,
+            )
+        wait_s = self._in_flight * self._per_image_s
+        if wait_s > timeout_s:  # decoding what cannot be answered would only delay the others
+            raise QueueFullError(
+                f"{self._in_flight} images are in flight, {wait_s:.3g} s of work; the deadline is {timeout_s:.3g} s",
+                retry_after_s=wait_s - timeout_s,
             )
         if self._in_flight == 0:
             self._left_at = time.monotonic()

@@ -29,7 +29,7 @@ async def explain(request: Request, settings: UsingSettings, engine: UsingEngine
         (upload,), parameters = await read_request(request, max_images=1)
     info, job = resolve(parameters, engine.catalog(), settings.deadline_s)
     seen, decoders = info.preprocessing, request.app.state.decoders
-    with admission.permit(1):
+    with admission.permit(1, job.timeout_s):
         async with at_most(job.timeout_s):
             work = _decode_and_explain(upload, job, seen, settings.max_image_pixels, decoders, engine)
             decode_s, explanation = await unless_client_leaves(request, work)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
 from server.api.body import parse, read_json
-from server.api.schemas import ModelDetail, ModelList, ModelSummary, PatchModel
-from server.dial import parse_r, r_of
+from server.api.schemas import AutoBounds, Backend, ModelDetail, ModelList, ModelSummary, PatchModel
+from server.dial import AutoR, parse_setting, r_of
 from server.errors import InvalidError, shown
 from server.types import Deployment, Engine, ModelInfo, find_model
 
@@ -47,8 +48,12 @@ async def patch_model(
     """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
     info = find_model(engine.catalog(), name)
     change = parse(PatchModel, await read_json(request))
-    schedule = info.schedule(parse_r(change.r), change.inflect)
-    deployment = await engine.set_r(name, r_of(schedule), _version(if_match))
+    r = parse_setting(change.r, change.max_r, change.min_agreement)
+    if not isinstance(r, AutoR):
+        r = r_of(info.schedule(r, change.inflect))
+    elif change.inflect is not None:
+        raise InvalidError("inflect goes with a single r, not with auto")
+    deployment = await engine.set_r(name, r, _version(if_match))
     return _detail(info, deployment, engine, response)
 
 
@@ -67,7 +72,8 @@ def _summary(info: ModelInfo, deployment: Deployment, engine: Engine) -> ModelSu
         architecture=info.architecture,
         source=info.source,
         is_default=info.name == next(iter(engine.catalog())),
-        r=deployment.r,
+        r="auto" if isinstance(deployment.r, AutoR) else deployment.r,
+        auto=AutoBounds(**asdict(deployment.r)) if isinstance(deployment.r, AutoR) else None,
         config_version=deployment.config_version,
     )
 
@@ -76,6 +82,7 @@ def _detail(info: ModelInfo, deployment: Deployment, engine: Engine, response: R
     response.headers["etag"] = f'"{deployment.config_version}"'
     return ModelDetail(
         **_summary(info, deployment, engine).model_dump(),
+        backend=Backend(**asdict(info.backend)) if info.backend else None,
         num_classes=len(info.labels),
         classes=list(info.labels),
         input_size=info.preprocessing.input_size,

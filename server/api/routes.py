@@ -16,10 +16,10 @@ from server.api.access import ERRORS, UsingAdmission, UsingEngine, UsingSettings
 from server.api.body import Upload, read_request
 from server.api.decode import decode
 from server.api.patience import at_most, unless_client_leaves
-from server.api.schemas import Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
-from server.dial import Schedule, label_of, parse_r, r_of, text_of
+from server.api.schemas import AutoChoice, Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
+from server.dial import AutoR, RSetting, Schedule, label_of, parse_setting, r_of, text_of
 from server.errors import InvalidError, ServerError
-from server.types import Engine, Job, ModelInfo, Prediction, TopK, find_model
+from server.types import Choice, Engine, Job, ModelInfo, Prediction, TopK, find_model
 
 router = APIRouter(responses=ERRORS)
 
@@ -62,13 +62,19 @@ async def classify(
         async with at_most(settings.deadline_s):
             uploads, parameters = await read_request(request, settings.max_images)
         info, job = resolve(parameters, engine.catalog(), settings.deadline_s)
-        model, schedule = info.name, job.schedule
+        model = info.name
+        schedule = None if isinstance(job.r, AutoR) else job.r
         config_version = None
-        with admission.permit(len(uploads)):
-            if job.schedule is None and len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
-                deployment = await engine.deployment(info.name)
-                config_version = deployment.config_version
-                job = replace(job, schedule=info.schedule(deployment.r))
+        with admission.permit(len(uploads), job.timeout_s):
+            choice = None
+            if len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
+                r: RSetting | None = job.r
+                if r is None:
+                    deployment = await engine.deployment(info.name)
+                    config_version, r = deployment.config_version, deployment.r
+                if isinstance(r, AutoR):
+                    choice = await engine.choose(info.name, r)
+                job = replace(job, r=choice.schedule if choice else info.schedule(r))
             decoding = functools.partial(decode, preprocessing=info.preprocessing, max_pixels=settings.max_image_pixels)
             work = _classify_all(uploads, job, decoding, request.app.state.decoders, engine)
             async with at_most(job.timeout_s):
@@ -85,7 +91,7 @@ async def classify(
     )
     r_source: RSource = "deployment" if parameters.r is None else "request"
     config_version = config_version or predictions[0].config_version
-    answer = shape(info, uploads, predictions, r_source, config_version, timings)
+    answer = shape(info, uploads, predictions, r_source, choice or predictions[0].auto, config_version, timings)
     _count(model, predictions[0].schedule, 200)
     labels = (model, label_of(predictions[0].schedule))
     metrics.IMAGES.labels(*labels).inc(len(uploads))
@@ -109,18 +115,21 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], longest_s: fl
         InvalidError: `r`, `top_k` or the deadline is out of range.
     """
     info = find_model(catalog, parameters.model)
-    schedule = None
+    r: Schedule | AutoR | None = None
     if parameters.r is not None:
-        schedule = info.schedule(parse_r(parameters.r), parameters.inflect)
-    elif parameters.inflect is not None:
-        raise InvalidError("inflect goes with an r")
+        setting = parse_setting(parameters.r, parameters.max_r, parameters.min_agreement)
+        if isinstance(setting, AutoR) and parameters.inflect is not None:
+            raise InvalidError("inflect goes with a single r, not with auto")
+        r = setting if isinstance(setting, AutoR) else info.schedule(setting, parameters.inflect)
+    elif (parameters.inflect, parameters.max_r, parameters.min_agreement) != (None, None, None):
+        raise InvalidError("inflect goes with an r, and max_r and min_agreement with r=auto")
     top_k = parameters.top_k or min(DEFAULT_TOP_K, len(info.labels))
     if top_k > len(info.labels):
         raise InvalidError(f"top_k is {top_k}; it must lie between 1 and {len(info.labels)}")
     timeout_s = longest_s if parameters.deadline_ms is None else parameters.deadline_ms / 1e3
     if timeout_s > longest_s:
         raise InvalidError(f"deadline_ms is {1e3 * timeout_s:g}; it must lie between 0 and {1e3 * longest_s:g}")
-    return info, Job(info.name, b"", schedule, top_k, timeout_s)
+    return info, Job(info.name, b"", r, top_k, timeout_s)
 
 
 async def _classify_all(
@@ -157,6 +166,7 @@ def shape(
     uploads: Sequence[Upload],
     predictions: Sequence[Prediction],
     r_source: RSource,
+    choice: Choice | None,
     config_version: int,
     timings: TimingsMs,
 ) -> Classification:
@@ -173,6 +183,7 @@ def shape(
         model=info.name,
         r=r_of(first.schedule),
         r_source=r_source,
+        auto=AutoChoice(reason=choice.reason, expected_agreement=choice.expected_agreement) if choice else None,
         tokens=info.token_counts(first.schedule)[-1],
         batch_size=max(prediction.batch_size for prediction in predictions),
         config_version=config_version,

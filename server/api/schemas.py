@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.dial import RSetting
+from server.dial import FixedR
+from server.types import Reason
 
 RSource = Literal["request", "deployment"]
 
@@ -17,7 +18,11 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(None, description="A name from /v1/models; the first one when absent.")
-    r: Any = Field(None, description="Tokens merged in each block: a number, or a list of one per block.")
+    r: Any = Field(None, description="Tokens merged in each block: a number, a list of one per block, or 'auto'.")
+    max_r: int | None = Field(None, ge=0, description="With r=auto: the most tokens that it may merge in a block.")
+    min_agreement: float | None = Field(
+        None, ge=0, le=1, description="With r=auto: the least expected share of answers that are those of r=0."
+    )
     inflect: float | None = Field(None, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r.")
     top_k: int | None = Field(None, ge=1, description="Classes to answer with, likeliest first; 5 when absent.")
     deadline_ms: float | None = Field(None, gt=0, description="Time after which the answer is worth nothing.")
@@ -34,7 +39,11 @@ class PatchModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    r: Any = Field(description="A number, or a list of one per block.")
+    r: Any = Field(description="A number, a list of one per block, or 'auto'.")
+    max_r: int | None = Field(None, ge=0, description="With r=auto: the most tokens that it may merge in a block.")
+    min_agreement: float | None = Field(
+        None, ge=0, le=1, description="With r=auto: the least expected share of answers that are those of r=0."
+    )
     inflect: float | None = Field(None, description="With a single r: a ramp.")
 
 
@@ -58,12 +67,25 @@ class TimingsMs(BaseModel):
     total: float
 
 
+class AutoChoice(BaseModel):
+    """Why `auto` took the r that it took."""
+
+    reason: Reason = Field(
+        description="idle: nothing asks for more than r=0; load: what waits and comes; bounds: the load asks for more "
+        "than is allowed; shared: it filled up a batch that merges otherwise."
+    )
+    expected_agreement: float | None = Field(
+        description="Share of images that keep the answer of r=0, as measured before; null where it was not."
+    )
+
+
 class Classification(BaseModel):
     """The answer: what is in each image, and how it was computed."""
 
     model: str
-    r: RSetting = Field(description="Tokens merged in each block; a list where the blocks differ.")
-    r_source: RSource = Field(description="Who chose that r.")
+    r: FixedR = Field(description="Tokens merged in each block; a list where the blocks differ.")
+    r_source: RSource = Field(description="Who said so, or said auto.")
+    auto: AutoChoice | None = Field(None, description="With auto, why it took that r.")
     tokens: int = Field(description="Tokens left after the last block.")
     batch_size: int = Field(description="Images in the batch; the largest, where several images took several batches.")
     config_version: int
@@ -94,7 +116,7 @@ class Merging(BaseModel):
     """The answer to one photo, and which of its patches are one token after every block."""
 
     model: str
-    r: RSetting = Field(description="Tokens merged in each block; a list where the blocks differ.")
+    r: FixedR = Field(description="Tokens merged in each block; a list where the blocks differ.")
     r_source: RSource = Field(description="Who chose that r.")
     config_version: int
     filename: str | None = None
@@ -108,16 +130,33 @@ class Merging(BaseModel):
     timings_ms: TimingsMs
 
 
+class AutoBounds(BaseModel):
+    """What `auto` must keep to; null is no bound."""
+
+    max_r: int | None
+    min_agreement: float | None
+
+
 class ModelSummary(BaseModel):
     name: str
     architecture: str
     source: str
     is_default: bool
-    r: RSetting = Field(description="The deployment's r, for requests that name none.")
+    r: FixedR | Literal["auto"] = Field(description="The deployment's r, for requests that name none.")
+    auto: AutoBounds | None = Field(None, description="With auto, what it must keep to.")
     config_version: int
 
 
+class Backend(BaseModel):
+    """What computes the answers."""
+
+    name: str
+    precision: str
+    reason: str = Field(description="Why this one, and this precision.")
+
+
 class ModelDetail(ModelSummary):
+    backend: Backend | None = Field(description="What computes the answers; null before a device holds the model.")
     num_classes: int
     classes: list[str]
     input_size: tuple[int, int]

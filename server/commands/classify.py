@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.commands.photo import read_photo
-    from server.engine.runner import Runner, set_threads
+    from server.engine.runner import Runner
+    from server.engine.torch_backend import set_threads
     from server.models import load_model
     from server.types import Job
 

@@ -40,7 +40,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
     from server.commands.photo import read_photo
     from server.engine.explainer import patches
-    from server.engine.runner import Runner, set_threads
+    from server.engine.runner import Runner
+    from server.engine.torch_backend import set_threads
     from server.models import load_model
     from server.types import Job
     from tome_core.visualize import paint, sources

@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.calibration.photos import Calibration, read_photos
-    from server.engine.runner import Runner, set_threads
+    from server.engine.runner import Runner
+    from server.engine.torch_backend import set_threads
     from server.models import load_model
 
     for name, least in (("photos", 2), ("rounds", 1), ("trials", PARTS)):

@@ -1,6 +1,7 @@
 """Dynamic batching by key. It knows neither torch nor HTTP: payloads go in, one answer each comes out.
 
-Work-conserving: while the device is idle whatever waits is taken at once, and batches grow only while it is busy.
+Work-conserving: while the device is idle whatever waits is taken at once, and batches grow only while it is busy. A job
+may leave its key open: it gets one when its batch is formed, by the load of that moment, or fills up another's batch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from server.engine.knob import Load
+from server.engine.speed import Rate, Speed
 from server.errors import DeadlineError, EngineError, QueueFullError, ServerError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +23,9 @@ logger = logging.getLogger(__name__)
 K = TypeVar("K", bound=Hashable)
 P = TypeVar("P")
 A = TypeVar("A")
+ARRIVALS_WINDOW_S = 2.0
+"""Over which arrivals are counted: long enough that chance is small, short enough to follow a wave."""
+
 K_contra = TypeVar("K_contra", contravariant=True)
 
 
@@ -30,36 +36,60 @@ class Observer(Protocol[K_contra]):
         """A batch of `len(waits_s)` jobs was answered."""
         ...
 
-    def job_dropped(self, key: K_contra, reason: str) -> None:
-        """A job was given up before it was computed: "cancelled" or "deadline"."""
+    def job_dropped(self, reason: str) -> None:
+        """A job, not urgent, was given up before it was computed: "cancelled" or "deadline"."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[A]):
+class Open(Generic[K]):
+    """Instead of a key: which keys would do.
+
+    Attributes:
+        group: Open jobs of one group wait together, and one choice is made for them.
+        allows: Whether the job may be computed under a key.
+        choose: The key for a batch that this job leads, by the load of the moment; one that it allows.
+    """
+
+    group: Hashable
+    allows: Callable[[K], bool]
+    choose: Callable[[Load], K]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[K, A]):
     """One job's result, and the batch that it was computed in; durations in seconds."""
 
     result: A
+    key: K
     batch_size: int
     wait_s: float
     run_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The queue of the open jobs of a group, beside those of keys."""
+
+    name: Hashable
+
+
 @dataclass(slots=True, eq=False)
-class _Waiting(Generic[P, A]):
+class _Waiting(Generic[K, P, A]):
     payload: P
+    open: Open[K] | None
     enqueued_at: float
     deadline: float
     urgent: bool
     is_queued: bool = True
-    future: asyncio.Future[Answer[A]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[Answer[K, A]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Batcher(Generic[K, P, A]):
     """Queues jobs by key and feeds them to one device, a batch of one key at a time.
 
-    Every accepted job gets exactly one answer: its result or a ServerError. The fullest key goes first, unless some
-    job has waited `batch_timeout_s` or nears its deadline: then that one's key does, so that no rare key starves.
+    Every accepted job gets exactly one answer: its result or a ServerError. The fullest queue goes first, unless some
+    job has waited `batch_timeout_s` or nears its deadline: then that one's does, so that no rare key starves.
 
     Args:
         run_batch: Computes one batch; must give one result for each payload, in order.
@@ -68,6 +98,9 @@ class Batcher(Generic[K, P, A]):
         batch_timeout_s: Age at which a job goes before fuller batches.
         observer: Is told of batches and drops.
         clock: Monotonic seconds.
+
+    Attributes:
+        speed: How long batches take, learned from those that ran.
     """
 
     def __init__(
@@ -86,7 +119,9 @@ class Batcher(Generic[K, P, A]):
         self._batch_timeout_s = batch_timeout_s
         self._observer = observer
         self._clock = clock
-        self._queues: dict[K, list[_Waiting[P, A]]] = {}
+        self._queues: dict[K | _Group, list[_Waiting[K, P, A]]] = {}
+        self.speed = Speed[K]()
+        self._arrivals = Rate(ARRIVALS_WINDOW_S)
         self._batch_s = 0.0
         self._per_job_s = 0.0
         self._num_waiting = 0
@@ -104,11 +139,11 @@ class Batcher(Generic[K, P, A]):
         self._loop = asyncio.create_task(self._serve(), name="batcher")
         return self._loop
 
-    async def submit(self, key: K, payload: P, timeout_s: float, *, urgent: bool = False) -> Answer[A]:
+    async def submit(self, key: K | Open[K], payload: P, timeout_s: float, *, urgent: bool = False) -> Answer[K, A]:
         """Queues one job and waits for its answer. Cancelling the call withdraws the job.
 
         Args:
-            key: Jobs are batched with others of the same key only.
+            key: Jobs are batched with others of the same key only; an open job goes with any key that it allows.
             payload: What `run_batch` gets.
             timeout_s: Time until the answer is worth nothing.
             urgent: Goes first and is never refused for want of room; for health checks.
@@ -121,14 +156,15 @@ class Batcher(Generic[K, P, A]):
         """
         if self._closed or self._loop is None or self._loop.done():
             raise UnavailableError("the engine is shutting down", retry_after_s=1)
+        now = self._clock()
+        self._arrivals.add(now)
         if self._num_waiting >= self._max_queue_size and not urgent:
             raise QueueFullError(
                 f"{self._num_waiting} images wait already; at most {self._max_queue_size} may",
                 retry_after_s=self._num_waiting * self._per_job_s,
             )
-        now = self._clock()
-        job = _Waiting[P, A](payload, now, now + timeout_s, urgent)
-        self._queues.setdefault(key, []).append(job)
+        job = _Waiting[K, P, A](payload, key if isinstance(key, Open) else None, now, now + timeout_s, urgent)
+        self._queues.setdefault(_Group(key.group) if isinstance(key, Open) else key, []).append(job)
         self._num_waiting += 1
         self._arrived.set()
         try:
@@ -137,7 +173,8 @@ class Batcher(Generic[K, P, A]):
         except TimeoutError:
             raise DeadlineError(f"no answer within {timeout_s:.3g} s", timeout_s=timeout_s) from None
         finally:
-            self._leave_queue(job)
+            if job.is_queued:
+                self._give_up(job, "deadline" if self._clock() >= job.deadline else "cancelled")
 
     async def close(self) -> None:
         """Takes no more jobs, answers all that wait, and returns when the device is idle."""
@@ -159,44 +196,77 @@ class Batcher(Generic[K, P, A]):
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    def _take(self) -> tuple[K, list[_Waiting[P, A]]] | None:
-        """Removes the next batch from the queues, and the jobs that nobody waits for any more."""
+    def _take(self) -> tuple[K, list[_Waiting[K, P, A]]] | None:
+        """Removes the next batch from the queues, and the jobs that cannot be answered in time."""
         now = self._clock()
-        for key, queue in list(self._queues.items()):
-            self._queues[key] = [job for job in queue if not self._is_gone(key, job, now)]
-            if not self._queues[key]:
-                del self._queues[key]
-        if not self._queues:
-            return None
+        while self._prune(now):
+            first = self._next_queue(now)
+            leader = min(self._queues[first], key=self._due_at)
+            key = leader.open.choose(self.load()) if leader.open else first
+            assert not isinstance(key, _Group)
+            batch = self._batch(first, key)
+            done_at = now + self.speed(key, len(batch))
+            late = [job for job in batch if job.deadline < done_at and not job.urgent]
+            for job in late:  # they would only keep the others waiting
+                self._give_up(job, "deadline")
+            if not late:
+                for job in batch:
+                    self._leave_queue(job)
+                return key, batch
+        return None
+
+    def _prune(self, now: float) -> bool:
+        """Clears the queues of what has left them or is too late; says whether anything waits."""
+        for queue_key, queue in list(self._queues.items()):
+            for job in queue:
+                if job.is_queued and job.deadline <= now:
+                    self._give_up(job, "deadline")
+            self._queues[queue_key] = [job for job in queue if job.is_queued]
+            if not self._queues[queue_key]:
+                del self._queues[queue_key]
+        return bool(self._queues)
+
+    def _next_queue(self, now: float) -> K | _Group:
+        """The one with the oldest job that is due, else the fullest."""
         due = {key: min(self._due_at(job) for job in queue) for key, queue in self._queues.items()}
         key = min(due, key=lambda key: due[key])
         if due[key] > now:
             key = max(self._queues, key=lambda key: (min(len(self._queues[key]), self._max_batch_size), -due[key]))
-        batch = heapq.nsmallest(self._max_batch_size, self._queues[key], key=self._due_at)
-        for job in batch:
-            self._leave_queue(job)
-        self._queues[key] = [job for job in self._queues[key] if job.is_queued]
-        return key, batch
+        return key
 
-    def _leave_queue(self, job: _Waiting[P, A]) -> None:
+    def _batch(self, first: K | _Group, key: K) -> list[_Waiting[K, P, A]]:
+        """The jobs of a queue that go under a key, the most urgent first, and others that fill up their batch."""
+        batch: list[_Waiting[K, P, A]] = []
+        others = [queue for queue in self._queues if queue != first and (queue == key or isinstance(queue, _Group))]
+        for queue in (first, *others):
+            fitting = (job for job in self._queues[queue] if job.open is None or job.open.allows(key))
+            batch += heapq.nsmallest(self._max_batch_size - len(batch), fitting, key=self._due_at)
+        return batch
+
+    def load(self) -> Load:
+        """What waits and what comes, at this moment."""
+        now = self._clock()
+        left_s = sorted(job.deadline - now for queue in self._queues.values() for job in queue if job.is_queued)
+        return Load(left_s, self._arrivals(now), self._max_batch_size)
+
+    def _leave_queue(self, job: _Waiting[K, P, A]) -> None:
         self._num_waiting -= job.is_queued
         job.is_queued = False
 
-    def _is_gone(self, key: K, job: _Waiting[P, A], now: float) -> bool:
-        if not job.future.done():
-            if job.deadline > now:
-                return False
-            _fail(job, DeadlineError("the deadline passed in the queue"))
-        self._tell(lambda observer: observer.job_dropped(key, "deadline" if job.deadline <= now else "cancelled"))
-        return True
+    def _give_up(self, job: _Waiting[K, P, A], reason: str) -> None:
+        """Takes a job out of the queue without a result; its caller may be gone."""
+        _fail(job, DeadlineError("the deadline passed in the queue"))
+        self._leave_queue(job)
+        if not job.urgent:
+            self._tell(lambda observer: observer.job_dropped(reason))
 
-    def _due_at(self, job: _Waiting[P, A]) -> float:
+    def _due_at(self, job: _Waiting[K, P, A]) -> float:
         """When a job must go before fuller batches: at once, of age, or early enough to be answered in time."""
         if job.urgent:
             return float("-inf")
         return min(job.enqueued_at + self._batch_timeout_s, job.deadline - 2 * self._batch_s)
 
-    async def _run(self, key: K, jobs: list[_Waiting[P, A]]) -> None:
+    async def _run(self, key: K, jobs: list[_Waiting[K, P, A]]) -> None:
         started = self._clock()
         try:
             results = await self._run_batch(key, [job.payload for job in jobs])
@@ -215,7 +285,8 @@ class Batcher(Generic[K, P, A]):
         waits_s = [started - job.enqueued_at for job in jobs]
         for job, result, wait_s in zip(jobs, results, waits_s, strict=True):
             if not job.future.done():
-                job.future.set_result(Answer(result, len(jobs), wait_s, run_s))
+                job.future.set_result(Answer(result, key, len(jobs), wait_s, run_s))
+        self.speed.observe(key, len(jobs), run_s)
         self._batch_s = _moved(self._batch_s, run_s)
         self._per_job_s = _moved(self._per_job_s, run_s / len(jobs))
         self._tell(lambda observer: observer.batch_ran(key, waits_s, run_s))
@@ -235,6 +306,6 @@ def _moved(mean: float, value: float) -> float:
     return 0.8 * mean + 0.2 * value if mean else value
 
 
-def _fail(job: _Waiting[P, A], error: ServerError) -> None:
+def _fail(job: _Waiting[K, P, A], error: ServerError) -> None:
     if not job.future.done():
         job.future.set_exception(error)

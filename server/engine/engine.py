@@ -10,11 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.config_store import ConfigStore
-from server.dial import RSetting
+from server.dial import AutoR, RSetting, Schedule
+from server.engine.auto import AutoDial, Step
 from server.engine.batcher import Answer, Batcher
 from server.errors import DeadlineError, UnavailableError
 from server.metrics import CONFIG_VERSION, BatchMetrics
-from server.types import BatchKey, Deployment, Explanation, Job, Merges, ModelInfo, Prediction, TopK, find_model
+from server.types import (
+    BatchKey,
+    Choice,
+    Deployment,
+    Explanation,
+    Job,
+    Merges,
+    ModelInfo,
+    Prediction,
+    TopK,
+    find_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +55,7 @@ class LocalEngine:
         explain_batch: The device for jobs that ask what merged.
         check_device: Raises when the device no longer works; called on the device's thread.
         store: The deployment `r` of each model.
+        steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
@@ -58,6 +71,7 @@ class LocalEngine:
         store: ConfigStore,
         *,
         explain_batch: ExplainBatch,
+        steps: Mapping[str, Sequence[Step]] | None = None,
         check_device: Callable[[], None] = lambda: None,
         max_batch_size: int = 32,
         max_queue_size: int = 256,
@@ -70,7 +84,7 @@ class LocalEngine:
         self._store = store
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         # A key, a job and an answer are of one kind: classification, explanation, or a health check's None.
-        self._batcher = Batcher[BatchKey | _Explaining | None, Job | None, Any](
+        self._batcher = Batcher[Any, Job | None, Any](
             self._run_batch,
             max_batch_size=max_batch_size,
             max_queue_size=max_queue_size,
@@ -78,7 +92,12 @@ class LocalEngine:
             observer=BatchMetrics(),
         )
         for name, info in self._models.items():
-            info.schedule(store.deployment(name).r)
+            info.check(store.deployment(name).r)
+        only = {name: [Step(info.schedule(0))] for name, info in self._models.items()}
+        self._auto = {
+            name: AutoDial(self._models[name].batch_key, ladder, self._batcher.speed)
+            for name, ladder in (only | dict(steps or {})).items()
+        }
         CONFIG_VERSION.set(store.version)
 
     def start(self) -> None:
@@ -98,28 +117,44 @@ class LocalEngine:
         return self._models
 
     async def classify(self, job: Job) -> Prediction:
-        key, config_version = self._key(job)
-        answer = await self._batcher.submit(key, job, job.timeout_s)
-        return _prediction(answer, answer.result, key, config_version)
+        info, deployment, r = self._asked(job)
+        if isinstance(r, AutoR):
+            answer = await self._batcher.submit(self._auto[info.name].open(r), job, job.timeout_s)
+        else:
+            answer = await self._batcher.submit(info.batch_key(info.schedule(r)), job, job.timeout_s)
+        assert isinstance(answer.key, BatchKey)  # only a health check is answered without one
+        auto = self._choice(info.name, answer.key.schedule, r) if isinstance(r, AutoR) else None
+        return _prediction(answer, answer.result, answer.key.schedule, deployment, auto)
 
     async def explain(self, job: Job) -> Explanation:
-        key, config_version = self._key(job)
-        answer = await self._batcher.submit(_Explaining(key), job, job.timeout_s)
+        info, deployment, r = self._asked(job)
+        auto = await self.choose(info.name, r) if isinstance(r, AutoR) else None
+        schedule = auto.schedule if auto else info.schedule(r)
+        answer = await self._batcher.submit(_Explaining(info.batch_key(schedule)), job, job.timeout_s)
         top_k, merges = answer.result
-        return Explanation(_prediction(answer, top_k, key, config_version), merges)
+        return Explanation(_prediction(answer, top_k, schedule, deployment, auto), merges)
 
-    def _key(self, job: Job) -> tuple[BatchKey, int]:
-        """What a job is batched by, under the deployment's `r` of this moment where it names none; and its version."""
+    def _asked(self, job: Job) -> tuple[ModelInfo, Deployment, RSetting]:
+        """The job's model, its deployment at this moment, and the `r` that holds for the job."""
         info = find_model(self._models, job.model)
         deployment = self._store.deployment(job.model)
-        return info.batch_key(job.schedule or info.schedule(deployment.r)), deployment.config_version
+        return info, deployment, deployment.r if job.r is None else job.r
+
+    async def choose(self, model: str, bounds: AutoR) -> Choice:
+        info = find_model(self._models, model)
+        schedule = self._auto[info.name].choose(self._batcher.load(), bounds).schedule
+        return self._choice(info.name, schedule, bounds)
+
+    def _choice(self, model: str, schedule: Schedule, bounds: AutoR) -> Choice:
+        auto = self._auto[model]
+        return Choice(schedule, auto.why(schedule, bounds), auto.expected_agreement(schedule))
 
     async def deployment(self, model: str) -> Deployment:
         find_model(self._models, model)
         return self._store.deployment(model)
 
     async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
-        find_model(self._models, model).schedule(r)
+        find_model(self._models, model).check(r)
         deployment = self._store.set_r(model, r, expected_version)
         CONFIG_VERSION.set(deployment.config_version)
         return deployment
@@ -158,12 +193,15 @@ class LocalEngine:
             raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
 
 
-def _prediction(answer: Answer[Any], top_k: TopK, key: BatchKey, config_version: int) -> Prediction:
+def _prediction(
+    answer: Answer[Any, Any], top_k: TopK, schedule: Schedule, deployment: Deployment, auto: Choice | None
+) -> Prediction:
     return Prediction(
         top_k=top_k,
-        schedule=key.schedule,
+        schedule=schedule,
         batch_size=answer.batch_size,
-        config_version=config_version,
+        config_version=deployment.config_version,
         queue_s=answer.wait_s,
         inference_s=answer.run_s,
+        auto=auto,
     )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Schedule = tuple[int, ...]
+from server.dial import Schedule
 
 SEEN_OFTEN = 3
 """Batches after which a schedule that nobody warmed is recorded too; until then it runs launch by launch."""

@@ -7,18 +7,25 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from multiprocessing.synchronize import Event
 
 from server.config_store import ConfigStore
+from server.dial import AutoR, Schedule
+from server.engine.auto import Step
+from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
 from server.engine.explainer import Explainer
-from server.engine.runner import Runner, set_threads
+from server.engine.ladder import schedules, timed_steps
+from server.engine.runner import Runner
+from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
 from server.lifetime import configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
-from server.models import load_model
+from server.models import LoadedModel, load_model
 from server.settings import Settings, SettingsError
+from server.types import Job
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +47,49 @@ def build_engine(settings: Settings) -> LocalEngine:
     """Loads and warms every model, and puts queue and device together.
 
     Raises:
-        SettingsError: A model cannot be loaded, or the state file cannot be read.
+        SettingsError: A model cannot be loaded, its backend cannot be had, or the state file cannot be read.
         InvalidError: A deployment `r` is out of its model's range.
         EngineError: A model gives no numbers in this precision.
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
     store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, settings.state_file())
     explainer = Explainer(loaded, settings.device)
-    runner = Runner(loaded, settings.device, settings.precision)
-    engine = LocalEngine(
-        {name: model.info for name, model in loaded.items()},
+    runner = Runner(
+        loaded,
+        settings.device,
+        settings.precision,
+        BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size),
+    )
+    for name, model in loaded.items():
+        r = store.deployment(name).r
+        model.info.check(r)
+        chosen = schedules(model) if isinstance(r, AutoR) else [model.info.schedule(r)]
+        for schedule in dict.fromkeys([model.info.schedule(0), *chosen]):
+            runner.warm_up(model.info.batch_key(schedule))
+    return LocalEngine(
+        {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
         runner.run_batch,
         store,
         explain_batch=explainer.explain_batch,
+        steps={name: _steps(runner, model, settings.max_batch_size) for name, model in loaded.items()},
         check_device=runner.check,
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
     )
-    for info in engine.catalog().values():
-        for schedule in dict.fromkeys(info.schedule(r) for r in (0, store.deployment(info.name).r)):
-            runner.warm_up(info.batch_key(schedule))
-    return engine
+
+
+def _steps(runner: Runner, loaded: LoadedModel, max_batch_size: int) -> list[Step]:
+    """What `auto` chooses from."""
+    info = loaded.info
+    height, width = info.preprocessing.input_size
+
+    def run(schedule: Schedule, images: int) -> None:
+        runner.run_batch(
+            info.batch_key(schedule), [Job(info.name, bytes(height * width * 3), schedule, 1, 0.0)] * images
+        )
+
+    return timed_steps(loaded, schedules(loaded), run, max_batch_size)
 
 
 async def _serve(engine: LocalEngine, socket_path: str, ready: Event) -> int:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from server.dial import r_of, text_of
+from server.engine.backend import BackendOptions, choose_backend
 from server.errors import EngineError
 from server.models import LoadedModel
 from server.settings import SettingsError
-from server.types import BatchKey, Job, TopK
+from server.types import BackendInfo, BatchKey, Job, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -25,50 +26,70 @@ class Runner:
         models: The models by name.
         device: A torch device, or "auto".
         precision: "fp32", "bf16", "fp16", or "auto".
+        backend: What computes on the device; torch where nothing is said.
 
     Raises:
-        SettingsError: There is no such device.
+        SettingsError: There is no such device, or the backend that was asked for cannot be had.
     """
 
-    def __init__(self, models: Mapping[str, LoadedModel], device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self,
+        models: Mapping[str, LoadedModel],
+        device: str = "auto",
+        precision: str = "auto",
+        backend: BackendOptions | None = None,
+    ) -> None:
         try:
             self._device = torch.device(pick_device(device))
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
             raise SettingsError(f"device {device!r}: {error}") from error
-        self._dtype = _DTYPES[pick_precision(precision, self._device.type)]
-        self._models = {name: loaded.merged.to(self._device, self._dtype).eval() for name, loaded in models.items()}
+        options = backend or BackendOptions()
+        self._backends = {
+            name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
+        }
         self._scale = {name: self._normalisation(loaded) for name, loaded in models.items()}
 
     @torch.inference_mode()
     def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
         """Classifies the jobs' images under the key's schedule."""
         images = self.images(key, [job.pixels for job in jobs])
-        probabilities = self._models[key.model](images, key.schedule).float().softmax(dim=1)
+        backend = self._backends[key.model]
+        probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
         scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
         if not scores.isfinite().all():
-            raise EngineError(f"{key.model} gives numbers that are none in {self._dtype}; try another --precision")
+            raise EngineError(
+                f"{key.model} gives numbers that are none in {backend.info.precision}; try another --precision"
+            )
         rows = zip(jobs, indices.tolist(), scores.tolist(), strict=True)
         return [TopK(indices[: job.top_k], scores[: job.top_k]) for job, indices, scores in rows]
+
+    def backend(self, model: str) -> BackendInfo:
+        """What computes a model's answers here, and why."""
+        return self._backends[model].info
 
     def check(self) -> None:
         """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
         torch.ones(1, device=self._device).sum().item()
 
     def warm_up(self, key: BatchKey) -> None:
-        """Classifies one black image, so that no request pays for what a device does once."""
+        """Compiles where that is needed, and classifies one black image: no request pays for what is done once."""
         start = time.perf_counter()
+        backend = self._backends[key.model]
+        backend.warm_up(key.schedule)
         height, width = key.input_size
         self.run_batch(key, [Job(key.model, bytes(height * width * 3), key.schedule, 1, 0.0)])
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
-        logger.info("%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, self._dtype, took_s)
+        logger.info(
+            "%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, backend.info.precision, took_s
+        )
 
     def images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
         """Bytes of RGB rows to what the model sees: the normalised batch (B, 3, H, W), on its device."""
         packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
         images = packed.view(len(pixels), *key.input_size, 3).to(self._device).permute(0, 3, 1, 2)
         scale, offset = self._scale[key.model]
-        return torch.addcmul(offset, images.float(), scale).to(self._dtype)
+        return torch.addcmul(offset, images.float(), scale).to(self._backends[key.model].dtype)
 
     def _normalisation(self, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
         """Scale and offset that take bytes to what the model was trained on: (byte / 255 - mean) / std."""
@@ -79,24 +100,8 @@ class Runner:
         return 1 / (255 * std), -mean / std
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def set_threads(threads: int) -> None:
-    """Gives torch that many CPU threads; 0 leaves the choice to it."""
-    if threads:
-        torch.set_num_threads(threads)
-
-
 def pick_device(device: str) -> str:
     """The device that "auto" stands for."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pick_precision(precision: str, device_type: str) -> str:
-    """The precision that "auto" stands for on a device."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device_type == "cuda" else "fp32"

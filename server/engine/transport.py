@@ -16,10 +16,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Any
 
-from server.dial import RSetting, parse_r
+from server.dial import AutoR, RSetting, Schedule, setting_from_json, setting_to_json
 from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
 from server.metrics import ENGINE_UP
-from server.types import Deployment, Engine, Explanation, Job, Merges, ModelInfo, Prediction, TopK
+from server.types import Choice, Deployment, Engine, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,15 @@ class RemoteEngine:
         merges = Merges(**{**answer["merges"], "grid": tuple(answer["merges"]["grid"])})
         return Explanation(_prediction(answer["prediction"]), merges)
 
+    async def choose(self, model: str, bounds: AutoR) -> Choice:
+        return _choice(await self._call("choose", {"model": model, "bounds": setting_to_json(bounds)}))
+
     async def deployment(self, model: str) -> Deployment:
         return _deployment(await self._call("deployment", {"model": model}))
 
     async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
-        return _deployment(await self._call("set_r", {"model": model, "r": r, "expected_version": expected_version}))
+        head = {"model": model, "r": setting_to_json(r), "expected_version": expected_version}
+        return _deployment(await self._call("set_r", head))
 
     async def check(self) -> None:
         try:
@@ -90,7 +94,8 @@ class RemoteEngine:
             raise UnavailableError(error.message, retry_after_s=1) from None
 
     async def _call_for(self, job: Job, operation: str) -> Any:
-        head = {"model": job.model, "schedule": job.schedule, "top_k": job.top_k, "timeout_s": job.timeout_s}
+        r = None if job.r is None else setting_to_json(job.r)
+        head = {"model": job.model, "r": r, "top_k": job.top_k, "timeout_s": job.timeout_s}
         # The engine keeps the deadline; the second more is for an engine that no longer does.
         return await self._call(operation, head, job.pixels, timeout_s=job.timeout_s + 1)
 
@@ -200,12 +205,18 @@ async def _explain(engine: Engine, head: dict[str, Any], body: bytes) -> dict[st
     return asdict(await engine.explain(_job(head, body)))
 
 
+async def _choose(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    bounds = setting_from_json(head["bounds"])
+    assert isinstance(bounds, AutoR)
+    return asdict(await engine.choose(head["model"], bounds))
+
+
 async def _get_deployment(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
-    return asdict(await engine.deployment(head["model"]))
+    return _to_wire(await engine.deployment(head["model"]))
 
 
 async def _set_r(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
-    return asdict(await engine.set_r(head["model"], parse_r(head["r"]), head["expected_version"]))
+    return _to_wire(await engine.set_r(head["model"], setting_from_json(head["r"]), head["expected_version"]))
 
 
 async def _check(engine: Engine, head: dict[str, Any], body: bytes) -> None:
@@ -215,6 +226,7 @@ async def _check(engine: Engine, head: dict[str, Any], body: bytes) -> None:
 _OPERATIONS: dict[str, Callable[[Engine, dict[str, Any], bytes], Coroutine[Any, Any, Any]]] = {
     "classify": _classify,
     "explain": _explain,
+    "choose": _choose,
     "deployment": _get_deployment,
     "set_r": _set_r,
     "check": _check,
@@ -222,13 +234,25 @@ _OPERATIONS: dict[str, Callable[[Engine, dict[str, Any], bytes], Coroutine[Any, 
 
 
 def _job(head: dict[str, Any], body: bytes) -> Job:
-    schedule = head.pop("schedule")
-    return Job(pixels=body, schedule=None if schedule is None else tuple(schedule), **head)
+    said = head.pop("r")
+    r: Any = None if said is None else setting_from_json(said)
+    return Job(pixels=body, r=r, **head)
 
 
 def _prediction(answer: dict[str, Any]) -> Prediction:
-    return Prediction(**{**answer, "schedule": tuple(answer["schedule"]), "top_k": TopK(**answer["top_k"])})
+    auto = answer["auto"] and _choice(answer["auto"])
+    schedule, top_k = tuple(answer["schedule"]), TopK(**answer["top_k"])
+    return Prediction(**{**answer, "schedule": schedule, "top_k": top_k, "auto": auto})
+
+
+def _to_wire(deployment: Deployment) -> dict[str, Any]:
+    return {"r": setting_to_json(deployment.r), "config_version": deployment.config_version}
 
 
 def _deployment(answer: dict[str, Any]) -> Deployment:
-    return Deployment(parse_r(answer["r"]), answer["config_version"])
+    return Deployment(setting_from_json(answer["r"]), answer["config_version"])
+
+
+def _choice(answer: dict[str, Any]) -> Choice:
+    schedule: Schedule = tuple(answer["schedule"])
+    return Choice(**{**answer, "schedule": schedule})

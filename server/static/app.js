@@ -133,6 +133,7 @@ function touch(patch) {
 /** Takes over what the server says of the model. */
 function adopt(told) {
   const old = model;
+  if (told.name !== old.name) return old; // asked before another model was chosen
   model = told;
   for (const side of sides) side.model = told;
   deployment.show(told);
@@ -152,7 +153,9 @@ async function reload() {
 
 /** Brings the page to a model. */
 async function open(name) {
-  model = await api.model(name);
+  const told = await api.model(name);
+  if (name !== at("model").value) return; // another has been chosen meanwhile
+  model = told;
   turns.clear();
   a.fit(model, FIRST_R);
   b.fit(model, 0);

@@ -25,5 +25,5 @@ export function fillTrack(slider) {
   slider.style.setProperty("--at", `${100 * share}%`);
 }
 
-/** A setting of r in words: a number, or a list without the zeros that it ends in. */
+/** A setting of r in words: a number, auto, or a list without the zeros that it ends in. */
 export const words = (r) => (Array.isArray(r) ? r.join(", ").replace(/(, 0)+$/, "") : String(r));

@@ -65,10 +65,10 @@ export class Side {
   showDial() {
     const follows = this.follows, r = follows ? this.model.r : Number(this.dial.value);
     this.dial.disabled = follows;
-    if (follows && !Array.isArray(r)) this.dial.value = r;
+    if (follows && typeof r === "number") this.dial.value = r;
     fillTrack(this.dial);
     at(`${this.#id}-r`).textContent = words(r);
-    const counts = Array.isArray(r) ? null : this.model.token_counts[r];
+    const counts = this.model.token_counts[r]; // none for a list or for auto
     this.dial.setAttribute("aria-valuetext", counts ? `${r}, leaves ${counts.at(-1)} of ${counts[0]} tokens` : words(r));
   }
 

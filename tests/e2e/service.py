@@ -21,10 +21,11 @@ StartService = Callable[..., "Service"]
 
 
 class Service:
-    """One running `tome-server serve`."""
+    """One running `tome-server serve`, by torch unless flags say otherwise."""
 
     def __init__(self, *flags: str, state_dir: Path) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--state-dir", str(state_dir), *flags]
+        command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--state-dir", str(state_dir)]
+        command += ["--backend", "torch", *flags]  # which starts at once
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TOME_")}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.log: list[str] = []

@@ -268,6 +268,11 @@ def test_the_deployments_r_is_set_and_b_follows_it(watched: Watched, r_is_put_ba
     page.keyboard.press("Enter")
     expect(page.locator("#b-r")).to_have_text("16, 14, 12")
     assert httpx.get(watched.url + MODEL).json()["r"][:4] == [16, 14, 12, 0]
+    page.get_by_role("textbox", name="The deployment's r").fill("auto")
+    page.keyboard.press("Enter")
+    expect(page.locator("#deployment-says")).to_contain_text("now gets r = auto")
+    expect(page.locator("#b-r")).to_have_text(re.compile(r"^\d+$"))  # what auto has taken for this photo
+    assert httpx.get(watched.url + MODEL).json()["r"] == "auto"
 
 
 def test_a_change_by_somebody_else_is_seen_and_never_overwritten(watched: Watched, r_is_put_back: None) -> None:

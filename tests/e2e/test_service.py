@@ -34,6 +34,30 @@ def test_the_bundled_model_answers_with_the_r_asked_for(shared_service: Service,
     assert len(answer["results"][0]["top_k"]) == 5
 
 
+def test_openvino_computes_where_it_is_installed(start_service: StartService, photo: bytes) -> None:
+    pytest.importorskip("openvino", reason="the backend needs the package openvino")
+    answers = []
+    for _ in range(2):  # the second start finds what the first has compiled
+        service = start_service("--backend", "openvino", "--precision", "fp32", "--r", "8", "--max-batch-size", "1")
+        backend = httpx.get(service.url + MODEL).json()["backend"]
+        assert (backend["name"], backend["precision"]) == ("openvino", "fp32")
+        answers += [classify(service, photo, r=r).json() for r in (0, 8)]
+        assert service.stop() == 0
+    service = start_service()
+    for by_openvino in answers:
+        by_torch = classify(service, photo, r=by_openvino["r"]).json()
+        first, second = (body["results"][0]["top_k"][0] for body in (by_openvino, by_torch))
+        assert first["index"] == second["index"] and abs(first["score"] - second["score"]) < 1e-3
+
+
+def test_auto_is_r_0_where_nothing_asks_for_more(start_service: StartService, photo: bytes) -> None:
+    service = start_service("--r", "auto", "--min-agreement", "0.95")
+    assert httpx.get(f"{service.url}/v1/models").json()["models"][0]["auto"]["min_agreement"] == 0.95
+    body = classify(service, photo).json()
+    assert (body["r"], body["r_source"], body["auto"]["reason"]) == (0, "deployment", "idle")
+    assert classify(service, photo, r=8).json()["r"] == 8
+
+
 def test_metrics_of_all_processes_add_up_whichever_answers(shared_service: Service, photo: bytes) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: classify(shared_service, photo, r=(3, 5)[i % 2]), range(30)))

@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import json
+import logging
 import os
 import signal
 import threading
@@ -24,6 +25,7 @@ from PIL import Image
 from server.api.app import create_app
 from server.config_store import ConfigStore
 from server.dial import RSetting
+from server.engine.auto import Step
 from server.engine.engine import LocalEngine
 from server.settings import Settings
 from server.types import BatchKey, Engine, Job, Merges, ModelInfo, Preprocessing, TopK
@@ -48,6 +50,16 @@ def _never_hang() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A command that sets up logging does so for its own test: its stream is closed after that."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
@@ -162,13 +174,16 @@ async def serving(
     r: RSetting = 0,
     state_file: Path | None = None,
     engine: Engine | None = None,
+    steps: Sequence[Step] | None = None,
     batch: int = 32,
     queue: int = 256,
     **settings: Any,
 ) -> AsyncIterator[Service]:
-    """The service around a fake device, or around the given engine; keywords are settings."""
+    """The service around a fake device, or around the given engine; keywords are settings, `steps` a ladder."""
     device = FakeDevice()
-    local = local_engine(device, models, r=r, state_file=state_file, max_batch_size=batch, max_queue_size=queue)
+    ladder = {"tiny": steps} if steps else None
+    limits = {"max_batch_size": batch, "max_queue_size": queue}
+    local = local_engine(device, models, r=r, state_file=state_file, steps=ladder, **limits)
     app = create_app(Settings.model_validate({"state_dir": None} | settings), engine or local)
     local.start()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -88,7 +88,7 @@ def wrong_types() -> Iterator[Bad]:
 
 
 R = (
-    """-1 9 1.5 1e3 abc NaN Infinity -Infinity null true 0x8 8; auto [] [8 8] [9] [-1] [1.5] [1,1,1,1] 1,1,1,1 , 1,
+    """-1 9 1.5 1e3 abc NaN Infinity -Infinity null true 0x8 8; Auto [] [8 8] [9] [-1] [1.5] [1,1,1,1] 1,1,1,1 , 1,
 [[1]] ["1"] {} 1,2,9 %20 8%208 %F0%9F%98%80 %FF %00 %ED%A0%80""".split()
     + ["", "9" * 400, "9" * 5000, "[" * 3000]
 )
@@ -97,6 +97,8 @@ DEADLINE = "0 -1 abc NaN nan Infinity inf -inf 1e400 10001 null 1,5 -0".split() 
 INFLECT = "2 -1.01 nan NaN inf -inf abc 1e400 null".split() + [""]
 MODEL = "huge TINY %F0%9F%98%80 ..%2F..%2Fetc%2Fpasswd %00 tiny%20 %FF tiny,tiny".split() + ["", "a" * 3000]
 ODD = """inflect=0.5 r=1,2&inflect=0.5 r=9&inflect=-1 R=8 topk=5 unknown=1 =8 %F0%9F%98%80=1 r=1&r=2 images=x image=x
+max_r=3 min_agreement=0.9 r=8&max_r=3 r=8&min_agreement=0.9 r=auto&inflect=1 r=auto&max_r=-1 r=auto&max_r=1.5
+r=auto&min_agreement=1.01 r=auto&min_agreement=-1 r=auto&min_agreement=nan
 model=tiny&model=tiny r=1&top_k=1&top_k=1 self=1 __class__=1 model_config=1""".split()
 
 

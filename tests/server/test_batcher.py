@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.batcher import Answer, Batcher
+from server.engine.batcher import Answer, Batcher, Open
+from server.engine.knob import Load
 from server.errors import DeadlineError, EngineError, QueueFullError, UnavailableError
 from tests.server.conftest import until
 
@@ -26,7 +27,7 @@ class Device:
         self.batches: list[tuple[str, list[int]]] = []
         self.failures: list[Exception] = []
         self.lost_answers = 0
-        self.dropped: list[tuple[str, str]] = []
+        self.dropped: list[str] = []
         self.ran: list[tuple[str, int]] = []
         self.during_batch: Callable[[], None] = lambda: None
         self.now = 1000.0
@@ -43,8 +44,8 @@ class Device:
     def batch_ran(self, key: str, waits_s: Sequence[float], run_s: float) -> None:
         self.ran.append((key, len(waits_s)))
 
-    def job_dropped(self, key: str, reason: str) -> None:
-        self.dropped.append((key, reason))
+    def job_dropped(self, reason: str) -> None:
+        self.dropped.append(reason)
 
 
 class Bench:
@@ -53,17 +54,19 @@ class Bench:
     def __init__(self, device: Device, batcher: Batcher[str, int, str]) -> None:
         self.device, self.batcher = device, batcher
 
-    def send(self, key: str, payload: int, timeout_s: float = FOREVER) -> asyncio.Task[Answer[str]]:
+    def send(self, key: str | Open[str], payload: int, timeout_s: float = FOREVER) -> asyncio.Task[Answer[str, str]]:
         return asyncio.create_task(self.batcher.submit(key, payload, timeout_s))
 
-    async def queued(self, key: str, payload: int, timeout_s: float = FOREVER) -> asyncio.Task[Answer[str]]:
+    async def queued(
+        self, key: str | Open[str], payload: int, timeout_s: float = FOREVER
+    ) -> asyncio.Task[Answer[str, str]]:
         """Sends a job to a busy device and returns once it waits in the queue."""
         waiting = self.batcher.num_waiting
         task = self.send(key, payload, timeout_s)
         await until(lambda: self.batcher.num_waiting > waiting or task.done())
         return task
 
-    async def keep_busy(self, key: str = "busy") -> asyncio.Task[Answer[str]]:
+    async def keep_busy(self, key: str = "busy") -> asyncio.Task[Answer[str, str]]:
         """Occupies the device until its gate is opened."""
         self.device.gate.clear()
         batches = len(self.device.batches)
@@ -198,7 +201,7 @@ async def test_a_client_gone_before_the_run_is_not_computed() -> None:
         it.device.gate.set()
         assert (await stays).batch_size == 1
         assert it.device.batches[1:] == [("a", [2])]
-        assert it.device.dropped == [("a", "cancelled")]
+        assert it.device.dropped == ["cancelled"]
 
 
 async def test_a_client_gone_during_the_run_leaves_the_others_their_answers() -> None:
@@ -288,7 +291,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_an_error_and_nothing_is_co
             await late
         assert (await patient).result == "a:2"
         assert it.device.batches[1:] == [("a", [2])]
-        assert it.device.dropped == [("a", "deadline")]
+        assert it.device.dropped == ["deadline"]
 
 
 async def test_a_deadline_ends_the_wait_while_the_device_is_busy() -> None:
@@ -348,7 +351,7 @@ STEPS = st.lists(st.tuples(st.sampled_from("abc"), STEP), max_size=60)
 @given(steps=STEPS, batch=st.integers(1, 5))
 async def test_keys_never_mix_and_each_answer_belongs_to_its_payload(steps: list[tuple[str, str]], batch: int) -> None:
     async with bench(batch=batch, batch_timeout_s=2.0) as it:
-        tasks: dict[str, asyncio.Task[Answer[str]]] = {}
+        tasks: dict[str, asyncio.Task[Answer[str, str]]] = {}
         key_of: dict[int, str] = {}
         cancelled = set()
         for payload, (key, step) in enumerate(steps):
@@ -378,3 +381,85 @@ async def test_keys_never_mix_and_each_answer_belongs_to_its_payload(steps: list
         computed = [payload for _, payloads in it.device.batches for payload in payloads]
         assert len(set(computed)) == len(computed)
         assert it.batcher.num_waiting == 0
+
+
+def open_to(*keys: str, choice: str = "", loads: list[Load] | None = None) -> Open[str]:
+    """Of one group; wants a key, or the first that it allows."""
+
+    def choose(load: Load) -> str:
+        if loads is not None:
+            loads.append(load)
+        return choice or keys[0]
+
+    return Open("group", lambda key: key in keys, choose)
+
+
+async def test_open_jobs_share_a_batch_under_the_key_chosen_when_it_is_formed() -> None:
+    async with bench() as it:
+        await it.keep_busy()
+        loads: list[Load] = []
+        tasks = [await it.queued(open_to("a", "b", choice="b", loads=loads), payload, 100) for payload in range(3)]
+        it.device.now += 1
+        it.device.gate.set()
+        answers = await asyncio.gather(*tasks)
+        assert it.device.batches[1:] == [("b", [0, 1, 2])]
+        assert {answer.key for answer in answers} == {"b"}
+        assert [load.left_s for load in loads] == [[99, 99, 99]] and loads[0].max_batch_size == 4
+        assert loads[0].arrivals_per_s > 0
+
+
+async def test_open_jobs_fill_up_the_batch_of_a_key_that_they_allow() -> None:
+    async with bench() as it:
+        await it.keep_busy()
+        fixed = [await it.queued("a", payload) for payload in (1, 2, 3)]
+        allowed, not_allowed = await it.queued(open_to("b", "a"), 4), await it.queued(open_to("b"), 5)
+        it.device.gate.set()
+        assert [answer.key for answer in await asyncio.gather(*fixed, allowed, not_allowed)] == ["a"] * 4 + ["b"]
+        assert it.device.batches[1:] == [("a", [1, 2, 3, 4]), ("b", [5])]
+
+
+async def test_jobs_of_a_key_come_before_open_ones_that_fill_it_up() -> None:
+    async with bench(batch=2) as it:
+        await it.keep_busy()
+        tasks = [await it.queued(open_to("b", "a"), 1)]
+        tasks += [await it.queued("a", payload) for payload in (2, 3)]
+        it.device.gate.set()
+        await asyncio.gather(*tasks)
+        assert it.device.batches[1:] == [("a", [2, 3]), ("b", [1])]
+
+
+async def test_a_batch_that_an_open_job_leads_is_filled_up_by_its_key() -> None:
+    async with bench(batch_timeout_s=5) as it:
+        await it.keep_busy()
+        tasks = [await it.queued(open_to("b", "a"), 1)]
+        it.device.now += 6  # it is due before any other
+        tasks += [await it.queued(key, payload) for key, payload in (("a", 2), ("b", 3), ("b", 4))]
+        it.device.gate.set()
+        await asyncio.gather(*tasks)
+        assert it.device.batches[1:] == [("b", [1, 3, 4]), ("a", [2])]
+
+
+async def test_an_explicit_key_is_never_changed() -> None:
+    async with bench(batch=3) as it:
+        await it.keep_busy()
+        tasks = [await it.queued(key, payload) for payload, key in enumerate("abcabcabc")]
+        tasks += [await it.queued(open_to("a", "b", "c"), 9 + number) for number in range(5)]
+        it.device.gate.set()
+        answers = await asyncio.gather(*tasks)
+        assert [answer.key for answer in answers[:9]] == list("abcabcabc")
+        assert [answer.result for answer in answers] == [
+            f"{answer.key}:{payload}" for payload, answer in enumerate(answers)
+        ]
+
+
+async def test_what_cannot_be_done_in_time_is_given_up_before_it_is_computed() -> None:
+    async with bench() as it:
+        it.batcher.speed.expect("a", 0.0, 2.0)
+        busy = await it.keep_busy()
+        late, in_time = await it.queued("a", 1, timeout_s=3), await it.queued("a", 2, timeout_s=100)
+        it.device.gate.set()
+        await busy
+        with pytest.raises(DeadlineError):
+            await late  # the two of them would take 4 s
+        assert (await in_time).batch_size == 1
+        assert it.device.batches[1:] == [("a", [2])] and it.device.dropped == ["deadline"]

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.dial import RSetting, label_of, parse_r, r_of, schedule_of
+from server.dial import (
+    AutoR,
+    FixedR,
+    label_of,
+    parse_r,
+    parse_setting,
+    r_of,
+    schedule_of,
+    setting_from_json,
+    setting_to_json,
+    text_of,
+)
 from server.errors import InvalidError
 
 BLOCKS, MAX_R = 4, 8
@@ -31,7 +42,7 @@ NUMBERS = st.integers(0, 10**6)
         ("16, 14, 0", (16, 14, 0)),
     ],
 )
-def test_every_spelling_of_r_is_read(said: object, meant: RSetting) -> None:
+def test_every_spelling_of_r_is_read(said: object, meant: FixedR) -> None:
     assert parse_r(said) == meant
 
 
@@ -44,7 +55,7 @@ def test_every_spelling_of_r_is_read(said: object, meant: RSetting) -> None:
     ],
 )
 def test_anything_else_is_refused_with_what_was_said(said: object) -> None:
-    with pytest.raises(InvalidError, match="must be an integer from 0, or a list") as refusal:
+    with pytest.raises(InvalidError, match="must be an integer from 0, a list") as refusal:
         parse_r(said)
     assert repr(said)[:10] in refusal.value.message  # what is long may be cut
 
@@ -72,12 +83,12 @@ def test_no_text_breaks_the_reader(text: str) -> None:
     ("r", "schedule"),
     [(0, (0, 0, 0, 0)), (8, (8, 8, 8, 8)), ((8, 7), (8, 7, 0, 0)), ((1, 2, 3, 4), (1, 2, 3, 4)), ((5,), (5, 0, 0, 0))],
 )
-def test_a_number_counts_for_every_block_and_a_short_list_ends_in_zeros(r: RSetting, schedule: tuple[int, ...]) -> None:
+def test_a_number_counts_for_every_block_and_a_short_list_ends_in_zeros(r: FixedR, schedule: tuple[int, ...]) -> None:
     assert schedule_of(r, BLOCKS, MAX_R) == schedule
 
 
 @pytest.mark.parametrize("r", [9, 10**30, (9,), (0, 0, 0, 9)])
-def test_an_r_above_the_range_is_refused_with_the_range(r: RSetting) -> None:
+def test_an_r_above_the_range_is_refused_with_the_range(r: FixedR) -> None:
     with pytest.raises(InvalidError, match="between 0 and 8"):
         schedule_of(r, BLOCKS, MAX_R)
 
@@ -116,7 +127,7 @@ def test_a_ramp_over_a_list_is_refused() -> None:
 
 
 @given(st.integers(0, MAX_R) | st.lists(st.integers(0, MAX_R), min_size=1, max_size=BLOCKS).map(tuple))
-def test_the_shortest_way_to_say_a_schedule_means_the_same(r: RSetting) -> None:
+def test_the_shortest_way_to_say_a_schedule_means_the_same(r: FixedR) -> None:
     schedule = schedule_of(r, BLOCKS, MAX_R)
     assert schedule_of(r_of(schedule), BLOCKS, MAX_R) == schedule
 
@@ -127,3 +138,33 @@ def test_a_metric_label_comes_from_a_closed_set(schedule: tuple[int, ...]) -> No
     assert label in {str(r) for r in range(MAX_R + 1)} | {"schedule"}
     assert (label == "schedule") == (len(set(schedule)) > 1)
     assert label == "schedule" or schedule == (int(label),) * BLOCKS
+
+
+@pytest.mark.parametrize("bounds", [AutoR(), AutoR(8), AutoR(None, 0.95), AutoR(0, 1)])
+def test_auto_reads_back(bounds: AutoR) -> None:
+    assert parse_setting("auto", bounds.max_r, bounds.min_agreement) == bounds
+    assert setting_from_json(json.loads(json.dumps(setting_to_json(bounds)))) == bounds
+    assert text_of(bounds) == "auto"
+
+
+@pytest.mark.parametrize("r", [0, 8, (8, 7, 6)])
+def test_a_fixed_setting_reads_back(r: FixedR) -> None:
+    assert setting_from_json(json.loads(json.dumps(setting_to_json(r)))) == r
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (("auto", -1), "max_r is -1"),
+        (("auto", 1.5), "max_r is 1.5"),
+        (("auto", True), "max_r is True"),
+        (("auto", None, 1.1), "min_agreement is 1.1"),
+        (("auto", None, "0.9"), "min_agreement is '0.9'"),
+        (("auto", None, float("nan")), "min_agreement is nan"),
+        ((8, 3), "go with r=auto, not with r=8"),
+        ((8, None, 0.9), "go with r=auto"),
+    ],
+)
+def test_wrong_bounds_are_refused(said: tuple[object, ...], message: str) -> None:
+    with pytest.raises(InvalidError, match=message):
+        parse_setting(*said)

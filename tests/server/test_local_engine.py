@@ -56,12 +56,14 @@ async def test_schedules_models_and_sizes_never_share_a_batch() -> None:
         jobs = [job(bytes([index]), schedule, model=model) for index, (model, schedule) in enumerate(asked)]
         predictions = await asyncio.gather(*map(engine.classify, jobs))
         for sent, prediction in zip(jobs, predictions, strict=True):
-            assert prediction.top_k.indices == [class_of(sent.pixels, sent.schedule or (5, 5, 5))]
+            assert prediction.top_k.indices == [class_of(sent.pixels, prediction.schedule)] and prediction.schedule == (
+                sent.r or (5, 5, 5)
+            )
         for key, batch in device.batches:
-            assert {(each.model, each.schedule or (5, 5, 5)) for each in batch} == {(key.model, key.schedule)}
+            assert {(each.model, each.r or (5, 5, 5)) for each in batch} == {(key.model, key.schedule)}
             assert key.input_size == (8, 8)
         # What the deployment says and what a request says alike may share a batch.
-        assert any(len({each.schedule for each in batch}) == 2 for _, batch in device.batches)
+        assert any(len({each.r for each in batch}) == 2 for _, batch in device.batches)
 
 
 async def test_the_batch_size_and_the_times_are_those_of_the_batch() -> None:

@@ -105,7 +105,7 @@ def test_drops_are_counted_by_reason_and_a_health_check_is_no_batch() -> None:
     key = BatchKey("tiny", (1, 1), (8, 8))
     dropped = {reason: Change("tome_dropped_images_total", reason=reason) for reason in ("cancelled", "deadline")}
     batches = Change("tome_batch_size_count", model="tiny", r="1")
-    observer.job_dropped(key, "cancelled")
+    observer.job_dropped("cancelled")
     observer.batch_ran(None, [0.1], 0.1)
     observer.batch_ran(key, [0.1, 0.2], 0.5)
     assert (dropped["cancelled"](), dropped["deadline"](), batches()) == (1, 0, 1)

@@ -88,7 +88,7 @@ async def test_the_openapi_document_lists_parameters_and_bodies_and_errors() -> 
         document = (await service.client.get("/openapi.json")).json()
         operation = document["paths"]["/classify"]["post"]
         listed = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
-        assert listed.keys() == {"model", "r", "inflect", "top_k", "deadline_ms"}
+        assert listed.keys() == {"model", "r", "max_r", "min_agreement", "inflect", "top_k", "deadline_ms"}
         assert all(each["description"] for each in listed.values())
         assert operation["requestBody"]["content"].keys() == {"multipart/form-data", "image/*", "application/json"}
         assert {"400", "413", "415", "422", "429", "503", "504"} <= operation["responses"].keys()

@@ -51,6 +51,7 @@ async def test_an_answer_says_what_is_in_the_image_and_how_it_was_computed() -> 
             "model": "tiny",
             "r": 4,
             "r_source": "request",
+            "auto": None,
             "tokens": 17 - 4 - 4 - 4,
             "batch_size": 1,
             "config_version": 1,

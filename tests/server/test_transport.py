@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from server.dial import RSetting
+from server.dial import AutoR, RSetting
 from server.engine import transport
 from server.engine.transport import RemoteEngine, serve_engine
 from server.errors import DeadlineError, EngineError, QueueFullError, ServerError, UnavailableError
-from server.types import Deployment, Explanation, Job, Merges, ModelInfo, Prediction, TopK
+from server.types import Choice, Deployment, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 from tests.server.conftest import FakeDevice, class_of, groups_of, local_engine, model_info, until
 
 
@@ -48,7 +48,7 @@ class FakeEngine:
             self.running.remove(job.pixels)
         if self.failure is not None:
             raise self.failure
-        schedule = job.schedule or (3, 3, 3)
+        schedule = job.r if isinstance(job.r, tuple) else (3, 3, 3)
         return Prediction(
             top_k=TopK([class_of(job.pixels, schedule)] * job.top_k, [0.5] * job.top_k),
             schedule=schedule,
@@ -61,6 +61,9 @@ class FakeEngine:
     async def explain(self, job: Job) -> Explanation:
         prediction = await self.classify(job)
         return Explanation(prediction, Merges((4, 4), 2, groups_of(prediction.schedule)))
+
+    async def choose(self, model: str, bounds: AutoR) -> Choice:
+        return Choice((bounds.max_r or 0,) * 3, "load", bounds.min_agreement)
 
     async def deployment(self, model: str) -> Deployment:
         return self.now
@@ -129,7 +132,7 @@ async def test_answers_find_their_callers_under_many_concurrent_calls(socket_pat
         ]
         predictions = await asyncio.gather(*map(remote.classify, jobs))
         for sent, got in zip(jobs, predictions, strict=True):
-            schedule = sent.schedule or (3, 3, 3)
+            schedule = sent.r if isinstance(sent.r, tuple) else (3, 3, 3)
             assert got.top_k == TopK([class_of(sent.pixels, schedule)] * sent.top_k, [0.5] * sent.top_k)
             assert (got.schedule, got.queue_s) == (schedule, sent.timeout_s)
 

@@ -1,0 +1,167 @@
+"""What the dial is for: a fixed r=0, a fixed r=max and auto under loads of 0.5 to 3 times what r=0 can serve.
+
+python -m benchmarks.dial --model vit_tiny_patch16_224 --weights FILE --data FOLDER --backend torch --precision fp32
+
+FOLDER is as for benchmarks.accuracy; its photos are sent as JPEG. A real server, one request a photo, Poisson arrivals
+that do not wait for answers, a deadline for each. "goodput" is the share of requests that were answered in time,
+"top-1" that of the answers that are right. The last line is JSON: {"rows": [{"policy", "load", "goodput", "top1",
+"mean_r", "p99_ms"}]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import io
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.load import Reply, closed_loop, open_loop, poisson
+
+MOST_CLIENTS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="bundled", help="as for tome-server serve")
+    parser.add_argument("--weights", help="safetensors file for a timm name")
+    parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
+    parser.add_argument("--loads", default="0.5,0.8,1,1.5,2,3", help="times the capacity of r=0")
+    parser.add_argument("--max-r", type=int, default=16, help="r=max, and the most that auto may take")
+    parser.add_argument("--seconds", type=float, default=20, help="of each load")
+    parser.add_argument("--deadline-ms", type=float, default=1000)
+    parser.add_argument("--limit", type=int, help="use this many photos")
+    parser.add_argument("--backend", default="auto", help="as for tome-server serve")
+    parser.add_argument("--precision", default="auto", help="as for tome-server serve")
+    args = parser.parse_args()
+
+    photos, labels = read_photos(args.data, args.limit)
+    policies = {"r=0": {"r": 0}, f"r={args.max_r}": {"r": args.max_r}, "auto": {"r": "auto", "max_r": args.max_r}}
+    path = f"/classify?top_k=1&deadline_ms={args.deadline_ms:g}"
+    rows: list[dict[str, Any]] = []
+    with serving(args) as (address, name):
+        capacity = 0.0
+        for policy, setting in reversed(list(policies.items())):  # the last is r=0
+            patch(address, name, setting)
+            capacity = asyncio.run(closed_loop(address, path, photos, MOST_CLIENTS, args.seconds / 2))
+            print(f"{policy}: {capacity:.1f} images/s from {MOST_CLIENTS} clients", file=sys.stderr)
+        print(
+            f"{name}, {len(photos)} photos, deadline {args.deadline_ms:g} ms; capacity at r=0 {capacity:.1f} images/s"
+        )
+        print(f"{'load':>4} {'policy':>6} {'goodput %':>9} {'top-1 %':>8} {'mean r':>7} {'p99 ms':>7}")
+        for load in map(float, args.loads.split(",")):
+            due = list(poisson(load * capacity, args.seconds, seed=0))
+            for policy, setting in policies.items():
+                patch(address, name, setting)
+                replies = asyncio.run(open_loop(address, path, photos, due))
+                row = judge(replies, labels, args.deadline_ms / 1000)
+                rows.append({"policy": policy.replace(f"r={args.max_r}", "r=max"), "load": load} | row)
+                print(
+                    f"{load:>4} {policy:>6} {100 * rows[-1]['goodput']:>9.1f} {100 * rows[-1]['top1']:>8.1f} "
+                    f"{rows[-1]['mean_r']:>7.1f} {rows[-1]['p99_ms']:>7.0f}",
+                    flush=True,
+                )
+                time.sleep(args.deadline_ms / 1000)  # nothing of this load is left for the next
+    print(json.dumps({"model": name, "capacity": capacity, "rows": rows}))
+
+
+def read_photos(folder: Path, limit: int | None) -> tuple[list[bytes], list[int]]:
+    """The listed photos as JPEG files, and their class indices."""
+    with (folder / "labels.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))[:limit]
+    photos = []
+    for row in listed:
+        encoded = io.BytesIO()
+        Image.open(folder / "images" / row["file"]).convert("RGB").save(encoded, "JPEG", quality=90)
+        photos.append(encoded.getvalue())
+    return photos, [int(row["label"]) for row in listed]
+
+
+def judge(replies: Sequence[Reply], labels: Sequence[int], deadline_s: float) -> dict[str, Any]:
+    """What the clients got."""
+    good = [reply for reply in replies if reply.body is not None and reply.seconds <= deadline_s]
+    bodies = [(reply.body or {}, labels[reply.photo]) for reply in good]
+    right = [body["results"][0]["top_k"][0]["index"] == label for body, label in bodies]
+    latencies = sorted(reply.seconds for reply in replies if reply.body is not None)
+    return {
+        "goodput": len(good) / len(replies),
+        "top1": sum(right) / len(right) if right else 0.0,
+        "mean_r": statistics.mean(_mean_r(body["r"]) for body, _ in bodies) if bodies else 0.0,
+        "p99_ms": 1000 * latencies[int(0.99 * (len(latencies) - 1))] if latencies else 0.0,
+        "requests": len(replies),
+        "statuses": {status: sum(r.status == status for r in replies) for status in {r.status for r in replies}},
+    }
+
+
+def _mean_r(r: int | list[int]) -> float:
+    return float(r) if isinstance(r, int) else statistics.mean(r)
+
+
+@contextmanager
+def serving(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int], str]]:
+    """A server of its own, ready; its address, and the model's name."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address: tuple[str, int] = free.getsockname()
+    with tempfile.TemporaryDirectory() as state:
+        command = [sys.executable, "-m", "server.cli", "serve", "--model", args.model, "--r", "auto"]
+        command += [
+            "--max-r",
+            str(args.max_r),
+            "--port",
+            str(address[1]),
+            "--state-dir",
+            state,
+            "--log-level",
+            "warning",
+        ]
+        command += ["--backend", args.backend, "--precision", args.precision]
+        command += ["--weights", args.weights] if args.weights else []
+        server = subprocess.Popen(command)
+        try:
+            while not _is_ready(address):
+                if server.poll() is not None:
+                    raise SystemExit("the server did not start")
+                time.sleep(0.2)
+            yield address, _get(address, "/v1/models")["models"][0]["name"]
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def patch(address: tuple[str, int], name: str, setting: dict[str, Any]) -> None:
+    """Sets the deployment's `r`."""
+    headers = {"content-type": "application/json"}
+    url, body = f"http://{address[0]}:{address[1]}/v1/models/{name}", json.dumps(setting).encode()
+    urllib.request.urlopen(urllib.request.Request(url, body, headers, method="PATCH")).close()
+
+
+def _get(address: tuple[str, int], path: str) -> Any:
+    with urllib.request.urlopen(f"http://{address[0]}:{address[1]}{path}") as response:
+        return json.load(response)
+
+
+def _is_ready(address: tuple[str, int]) -> bool:
+    try:
+        _get(address, "/readyz")
+    except (urllib.error.URLError, OSError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

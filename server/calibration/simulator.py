@@ -1,0 +1,150 @@
+"""What a setting of the dial would do under a load: the server's own batcher and policy, in time that costs nothing.
+
+Only the device is made up: a batch takes what the curve says. So what is simulated is what is served, but for the time
+of HTTP and decoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import statistics
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from server.dial import AutoR, Schedule
+from server.engine.auto import AutoDial, Step
+from server.engine.batcher import Answer, Batcher
+from server.errors import ServerError
+from server.types import BatchKey
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a load.
+
+    Attributes:
+        goodput: Share of the requests that were answered in time.
+        p99_s: Latency that 99 % of the answers keep within; 0 where there are none.
+        agreement: Mean expected agreement of the answers with r=0, or None where a step's is unknown.
+        mean_r: Mean `r` of the answers.
+        turns: How often the dial moved between batches.
+    """
+
+    goodput: float
+    p99_s: float
+    agreement: float | None
+    mean_r: float
+    turns: int
+
+
+def simulate(
+    steps: Sequence[Step],
+    arrivals: Iterable[float],
+    deadline_s: float,
+    setting: Schedule | AutoR,
+    *,
+    max_batch_size: int = 32,
+    max_queue_size: int = 256,
+) -> Outcome:
+    """Serves a load.
+
+    Args:
+        steps: The ladder, r=0 first; a batch takes what its step says.
+        arrivals: When each request comes, in seconds, ascending.
+        deadline_s: Time in which each must be answered.
+        setting: A schedule of the ladder for all requests, or the bounds of `auto`.
+        max_batch_size: Most images in a batch.
+        max_queue_size: Most images waiting.
+    """
+    return _in_virtual_time(_serve(steps, list(arrivals), deadline_s, setting, max_batch_size, max_queue_size))
+
+
+async def _serve(
+    steps: Sequence[Step],
+    arrivals: Sequence[float],
+    deadline_s: float,
+    setting: Schedule | AutoR,
+    max_batch_size: int,
+    max_queue_size: int,
+) -> Outcome:
+    loop = asyncio.get_running_loop()
+    cost = {step.schedule: step for step in steps}
+    order: list[Schedule] = []
+
+    async def run_batch(key: BatchKey | None, jobs: Sequence[None]) -> Sequence[None]:
+        assert key is not None
+        order.append(key.schedule)
+        await asyncio.sleep(cost[key.schedule].overhead_s + cost[key.schedule].image_s * len(jobs))
+        return jobs
+
+    batcher = Batcher[BatchKey | None, None, None](
+        run_batch,
+        max_batch_size=max_batch_size,
+        max_queue_size=max_queue_size,
+        batch_timeout_s=0.1,
+        clock=loop.time,
+    )
+    auto = AutoDial(lambda schedule: BatchKey("simulated", schedule, (0, 0)), steps, batcher.speed, loop.time)
+    key = auto.open(setting) if isinstance(setting, AutoR) else BatchKey("simulated", setting, (0, 0))
+    batcher.start()
+
+    async def request(at: float) -> tuple[float, Answer[BatchKey | None, None]] | None:
+        await asyncio.sleep(at - loop.time())
+        try:
+            answer = await batcher.submit(key, None, deadline_s)
+        except ServerError:
+            return None
+        return loop.time() - at, answer
+
+    answers = [answer for answer in await asyncio.gather(*map(request, arrivals)) if answer is not None]
+    await batcher.close()
+    latencies = sorted(latency for latency, _ in answers)
+    schedules = [answer.key.schedule for _, answer in answers if answer.key is not None]
+    agreements = [auto.expected_agreement(schedule) for schedule in schedules]
+    known = [agreement for agreement in agreements if agreement is not None]
+    return Outcome(
+        goodput=len(answers) / len(arrivals),
+        p99_s=latencies[int(0.99 * (len(latencies) - 1))] if latencies else 0.0,
+        agreement=statistics.mean(known) if known and len(known) == len(agreements) else None,
+        mean_r=statistics.mean(statistics.mean(schedule) for schedule in schedules) if schedules else 0.0,
+        turns=sum(before != after for before, after in zip(order, order[1:], strict=False)),
+    )
+
+
+def _in_virtual_time(work: Coroutine[Any, Any, T]) -> T:
+    """Runs work whose every wait takes no time, though the clock of its loop says that it did."""
+    loop = _VirtualLoop()
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.close()
+
+
+class _Leap(selectors.DefaultSelector):
+    """Waits for nothing: it tells how long it was to wait."""
+
+    def __init__(self, told: Callable[[float], None]) -> None:
+        super().__init__()
+        self._told = told
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._told(timeout or 0.0)
+        return super().select(0)
+
+
+class _VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock leaps to the next thing that is due."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        super().__init__(_Leap(self._leap))
+
+    def time(self) -> float:
+        return self._now
+
+    def _leap(self, seconds: float) -> None:
+        self._now += seconds

@@ -1,0 +1,98 @@
+"""What OpenVINO computes of a model at one `r`, against torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+import tome_core
+from tome_core.schedule import RLike
+
+openvino = pytest.importorskip("openvino", reason="the package openvino is not installed")
+
+from tome_core.openvino import save, to_openvino  # noqa: E402  # needs the package
+
+SCHEDULES: dict[str, RLike] = {"none": 0, "list": (5, 2, 3), "more than there are": 99}
+
+
+def tiny(name: str = "vit_tiny_patch16_224", **changes: Any) -> tome_core.MergedViT:
+    """A small model with random weights that spread its tokens, so that rounding decides no match."""
+    torch.manual_seed(0)
+    facts: dict[str, Any] = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 7, **changes}
+    model = timm.create_model(name, **facts).eval()
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.1)
+    return tome_core.wrap(model)
+
+
+def compiled(merged: tome_core.MergedViT, r: RLike, file: Path, batch_size: int, precision: str) -> Any:
+    """The model as OpenVINO runs it."""
+    save(to_openvino(merged, r, (64, 64)), file)
+    core = openvino.Core()
+    model = core.read_model(file)
+    model.reshape([batch_size, 3, 64, 64])
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+
+
+def images(batch_size: int) -> Tensor:
+    return torch.randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@torch.inference_mode()
+def test_openvino_gives_the_logits_of_torch(name: str, tmp_path: Path) -> None:
+    merged = tiny()
+    for batch_size in (1, 3):
+        run = compiled(merged, SCHEDULES[name], tmp_path / f"{batch_size}.xml", batch_size, "f32")
+        wanted = merged(images(batch_size), SCHEDULES[name])
+        torch.testing.assert_close(torch.from_numpy(run(images(batch_size).numpy())[0]), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"reg_tokens": 2}),
+        ("eva02_tiny_patch14_224", {"patch_size": 16}),
+    ],
+)
+@torch.inference_mode()
+def test_so_it_does_for_other_kinds_of_models(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    merged = tiny(name, **changes)
+    run = compiled(merged, 3, tmp_path / "model.xml", 2, "f32")
+    torch.testing.assert_close(torch.from_numpy(run(images(2).numpy())[0]), merged(images(2), 3), atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_equal_tokens_merge_as_in_torch(tmp_path: Path) -> None:
+    merged = tiny(class_token=False, global_pool="avg", pos_embed="none", num_classes=5)
+    run = compiled(merged, (3, 2, 99), tmp_path / "model.xml", 2, "f32")
+    grey = torch.full((2, 3, 64, 64), 0.5)
+    grey[:, :, :16, :32] = -0.5  # two tokens of one kind, fourteen of another: nearly every proposal is a tie
+    torch.testing.assert_close(torch.from_numpy(run(grey.numpy())[0]), merged(grey, (3, 2, 99)), atol=1e-4, rtol=1e-4)
+
+
+def test_scores_and_sizes_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bf16")
+    run = compiled(tiny(), 2, tmp_path / "model.xml", 2, "bf16")
+    layers: dict[str, set[str]] = {}
+    for node in run.get_runtime_model().get_ordered_ops():
+        facts = node.get_rt_info()
+        layers.setdefault(facts["layerType"].astype(str), set()).add(facts["outputPrecisions"].astype(str))
+    assert "bf16" in layers["FullyConnected"]
+    assert {precisions.partition(",")[0] for precisions in layers["TopK"]} == {"f32", "i32"}
+    assert layers["MatMul"] == {"f32", "bf16"}  # similarities, and the weighted means
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    merged = tiny()
+    merged.model.train()
+    with pytest.raises(tome_core.ExportError, match="training mode"):
+        to_openvino(merged, 2, (64, 64))

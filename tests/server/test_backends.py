@@ -1,0 +1,206 @@
+"""Which backend computes, that it computes what torch does, and what it keeps."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from server.engine.backend import BackendOptions, choose_backend
+from server.engine.torch_backend import RecordedBackend, TorchBackend
+from server.models import LoadedModel
+from server.settings import SettingsError
+from server.types import ModelInfo, Preprocessing
+from tests.server.test_graphs import Repeated
+from tome_core import wrap
+
+CPU = torch.device("cpu")
+HALF = (0.5, 0.5, 0.5)
+
+
+def loaded() -> LoadedModel:
+    """A small model whose weights spread its tokens, so that rounding decides no match."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=7)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.1)
+    merged = wrap(model.eval())
+    info = ModelInfo(
+        name="small",
+        architecture="vit",
+        source="test",
+        labels=tuple("abcdefg"),
+        preprocessing=Preprocessing((64, 64), (64, 64), "center", "bicubic", HALF, HALF),
+        num_blocks=merged.num_blocks,
+        num_tokens=merged.num_tokens,
+        num_prefix_tokens=merged.num_prefix_tokens,
+        max_r=merged.max_r,
+    )
+    return LoadedModel(merged, info)
+
+
+def images(batch_size: int) -> Tensor:
+    return torch.randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_without_the_package_torch_computes_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with caplog.at_level(logging.INFO):
+        backend = choose_backend(loaded(), CPU, "auto", BackendOptions("auto"))
+    assert (backend.info.name, backend.info.precision) == ("torch", "fp32")
+    assert "not installed" in backend.info.reason
+    assert "small runs on torch in fp32: the package openvino is not installed" in caplog.text
+
+
+def test_without_the_package_openvino_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(SettingsError, match=r"pip install 'tome-server\[openvino\]'"):
+        choose_backend(loaded(), CPU, "auto", BackendOptions("openvino"))
+
+
+@torch.inference_mode()
+def test_recordings_answer_as_launches_do_and_say_what_they_record() -> None:
+    model = loaded()
+    launched = TorchBackend(model.merged, CPU, "fp32", "asked for")
+    recorded = RecordedBackend(launched, (64, 64), CPU, 8, Repeated)
+    recorded.warm_up((3, 3))
+    for size in (1, 5, 8):
+        for schedule in ((3, 3), (0, 2)):
+            wanted = launched.logits(images(size), schedule)
+            torch.testing.assert_close(recorded.logits(images(size), schedule), wanted, atol=1e-5, rtol=1e-5)
+    assert recorded.info.reason == "asked for; plain operations (there are no kernels for cpu), recorded as graphs"
+
+
+def test_openvino_is_not_for_fp16() -> None:
+    assert "fp16" in choose_backend(loaded(), CPU, "fp16", BackendOptions("auto")).info.reason
+    with pytest.raises(SettingsError, match="fp16"):
+        choose_backend(loaded(), CPU, "fp16", BackendOptions("openvino"))
+
+
+def test_torch_is_taken_where_it_is_asked_for() -> None:
+    backend = choose_backend(loaded(), CPU, "bf16", BackendOptions("torch"))
+    assert (backend.info.name, backend.info.precision, backend.dtype) == ("torch", "bf16", torch.bfloat16)
+
+
+@pytest.fixture
+def openvino() -> Any:
+    return pytest.importorskip("server.engine.openvino", reason="the package openvino is not installed")
+
+
+@torch.inference_mode()
+def test_openvino_answers_as_torch_does_whatever_the_size_of_the_batch(openvino: Any, tmp_path: Path) -> None:
+    model = loaded()
+    backend = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, tmp_path, max_batch_size=4))
+    assert (backend.info.name, backend.info.precision) == ("openvino", "fp32")
+    assert "1 threads" in backend.info.reason
+    for schedule in ((0, 0), (5, 2)):
+        backend.warm_up(schedule)
+        for batch_size in (1, 3, 5, 6):
+            wanted = model.merged(images(batch_size), schedule)
+            torch.testing.assert_close(backend.logits(images(batch_size), schedule), wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
+    openvino: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded()
+    backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1))
+    may_compile, compile_now = threading.Event(), backend._compile
+
+    def wait_and_compile(schedule: Any) -> Any:
+        may_compile.wait()
+        return compile_now(schedule)
+
+    monkeypatch.setattr(backend, "_compile", wait_and_compile)
+    wanted = model.merged(images(1), (3, 0))
+    assert torch.equal(backend.logits(images(1), (3, 0)), wanted)  # torch's own: bit for bit
+    assert (3, 0) not in backend._runs
+    may_compile.set()
+    backend._thread.submit(lambda: None).result()  # comes after the compiling
+    assert (3, 0) in backend._runs
+    torch.testing.assert_close(backend.logits(images(1), (3, 0)), wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_graph_that_computes_something_else_is_not_used(openvino: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_right = openvino.Compiler.compile
+
+    def compile_wrong(*args: Any) -> Any:
+        run = compile_right(*args)
+        return lambda images: run(images) + 1
+
+    monkeypatch.setattr(openvino.Compiler, "compile", compile_wrong)
+    backend = choose_backend(loaded(), CPU, "fp32", BackendOptions("auto", 1, max_batch_size=1))
+    assert backend.info.name == "torch"
+    assert "differ from torch's" in backend.info.reason
+
+
+def test_a_translation_is_made_once_for_the_same_weights(
+    openvino: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded()
+    first = openvino.Compiler(model.merged, (64, 64), 1, tmp_path).compile((3, 0), 1, "fp32")(images(1))
+    translate = openvino.to_openvino
+    monkeypatch.setattr(openvino, "to_openvino", None)
+    assert torch.equal(
+        openvino.Compiler(model.merged, (64, 64), 1, tmp_path).compile((3, 0), 1, "fp32")(images(1)), first
+    )
+
+    monkeypatch.setattr(openvino, "to_openvino", translate)
+    torch.nn.init.constant_(model.merged.get_parameter("model.head.bias"), 2.0)
+    other = openvino.Compiler(model.merged, (64, 64), 1, tmp_path).compile((3, 0), 1, "fp32")(images(1))
+    torch.testing.assert_close(other, first + 2.0)
+
+
+@pytest.mark.parametrize("fp32_s, bf16_s, wanted", [(2.0, 1.0, "bf16"), (1.0, 1.0, "fp32"), (1.0, 2.0, "fp32")])
+def test_auto_takes_bf16_only_where_it_is_faster(
+    fp32_s: float, bf16_s: float, wanted: str, openvino: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, now = loaded(), [0.0]
+
+    class FakeCompiler:
+        threads, input_size, has_bf16 = 2, (64, 64), True
+
+        def __init__(self, *args: Any) -> None:
+            pass
+
+        def compile(self, schedule: Any, batch_size: int, precision: str) -> Any:
+            def run(images: Tensor) -> Tensor:
+                now[0] += fp32_s if precision == "fp32" else bf16_s
+                return model.merged(images, schedule)  # type: ignore[no-any-return]
+
+            return run
+
+    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
+    monkeypatch.setattr(openvino.time, "perf_counter", lambda: now[0])
+    backend = choose_backend(model, CPU, "auto", BackendOptions("openvino", max_batch_size=2))
+    assert backend.info.precision == wanted
+    assert f"bf16 measured {fp32_s / bf16_s:.2f} times as fast as fp32" in backend.info.reason
+
+
+@pytest.mark.parametrize(
+    "num_images, wanted",
+    [(1, [1]), (2, [2]), (3, [4]), (5, [4, 1]), (6, [4, 2]), (7, [8]), (13, [8, 4, 1]), (23, [8, 8, 8]), (32, [8] * 4)],
+)
+def test_batches_run_in_parts_of_sizes_that_are_compiled(num_images: int, wanted: list[int], openvino: Any) -> None:
+    assert openvino.parts_of(num_images, [1, 2, 4, 8]) == wanted
+
+
+@pytest.mark.parametrize("text, wanted", [("max 100000", 6), ("150000 100000", 2), ("10000 100000", 1), ("", 6)])
+def test_threads_follow_the_share_of_the_container(
+    text: str, wanted: int, openvino: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino.os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(openvino.Path, "read_text", lambda path: text)
+    assert openvino.available_cpus() == wanted

@@ -1,0 +1,60 @@
+"""The ladder of `r=auto` for a model without a curve."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+
+from server.dial import Schedule
+from server.engine.ladder import RUNGS, schedules, timed_steps
+from server.models import LoadedModel
+from server.types import ModelInfo, Preprocessing
+from tome_core import wrap
+from tome_core.cost import flops
+from tome_core.families.dimensions import dimensions
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    merged = wrap(timm.create_model("vit_tiny_patch16_224", depth=4, num_classes=5).eval())
+    half = (0.5, 0.5, 0.5)
+    preprocessing = Preprocessing((224, 224), (224, 224), "center", "bicubic", half, half)
+    return LoadedModel(merged, ModelInfo("m", "vit", "test", tuple("abcde"), preprocessing, 4, 197, 1, merged.max_r))
+
+
+def test_it_runs_from_r_0_to_half_of_the_arithmetic(loaded: LoadedModel) -> None:
+    ladder, sizes = schedules(loaded), dimensions(loaded.merged)
+    costs = [flops(sizes, schedule) for schedule in ladder]
+    assert len(ladder) == RUNGS and ladder[0] == (0,) * 4
+    assert costs == sorted(costs, reverse=True)
+    less = tuple(r - 1 for r in ladder[-1])
+    assert costs[-1] <= costs[0] / 2 < flops(sizes, less)
+
+
+def test_r_0_is_timed_and_the_others_follow_their_arithmetic(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, ran = [0.0], set()
+
+    def run(schedule: Schedule, images: int) -> None:
+        ran.add(schedule)
+        now[0] += 0.01 + 0.002 * images
+
+    monkeypatch.setattr("server.engine.ladder.time.perf_counter", lambda: now[0])
+    ladder = schedules(loaded)
+    steps = timed_steps(loaded, ladder, run, 32)
+    assert ran == {ladder[0]}
+    assert (steps[0].overhead_s, steps[0].image_s) == pytest.approx((0.01, 0.002))
+    assert steps[-1].image_s == pytest.approx(0.001, rel=0.05)
+    assert [step.schedule for step in steps] == ladder and {step.agreement for step in steps} == {None}
+
+
+def test_batches_of_one_are_timed_too(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def run(schedule: Schedule, images: int) -> None:
+        assert images == 1
+        now[0] += 0.05
+
+    monkeypatch.setattr("server.engine.ladder.time.perf_counter", lambda: now[0])
+    assert timed_steps(loaded, schedules(loaded), run, 1)[0].image_s == pytest.approx(0.05)

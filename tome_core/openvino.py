@@ -1,0 +1,253 @@
+"""A model at one `r` in OpenVINO, the runtime that is fastest on CPUs.
+
+The graph is torch's but for three things. Merging is one operator to torch, and is written here in OpenVINO's own, with
+tables of whole rows where torch's form would move an index for every number. A joint projection becomes one for each
+part, and queries are scaled instead of scores, so that OpenVINO's fused attention takes them as they come. Whatever
+decides which tokens merge, and the sizes, stays float32 where the layers run in bfloat16.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from tome_core.export import export_program
+from tome_core.matching import match
+from tome_core.merging import merge
+from tome_core.schedule import RLike, max_r
+from tome_core.vit import MergedViT, Tokens
+
+if TYPE_CHECKING:
+    import openvino
+
+_FLOAT32 = "float32."
+"""What the names of nodes begin with that stay in float32."""
+
+
+@torch.library.custom_op("tome_core::merged_tokens", mutates_args=())
+def _merged_tokens(x: Tensor, keys: Tensor, size: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
+    """Matching and merging as one operator: tokens (B, N, C), keys (B, num_heads, N, D) and sizes (B, N)."""
+    return merge(match(keys.mean(dim=1), r, num_prefix_tokens), x, size)[0]
+
+
+@_merged_tokens.register_fake
+def _(x: Tensor, keys: Tensor, size: Tensor, r: int, num_prefix_tokens: int) -> Tensor:
+    return x[:, r:].clone()
+
+
+@torch.library.custom_op("tome_core::merged_size", mutates_args=())
+def _merged_size(merged: Tensor, size: Tensor) -> Tensor:
+    """Sizes of what `merged_tokens` gave. OpenVINO lets an operator of ours have one result; this names its other."""
+    raise NotImplementedError("this operator is there to be translated")
+
+
+@_merged_size.register_fake
+def _(merged: Tensor, size: Tensor) -> Tensor:
+    return size[:, : merged.shape[1]].clone()
+
+
+class _OneOperator(MergedViT):
+    """The model with merging as one operator, for the families whose tokens need not be followed."""
+
+    def _merge(self, block: nn.Module, tokens: Tokens, keys: Tensor, r: int, track: bool) -> Tokens:
+        if track:
+            return super()._merge(block, tokens, keys, r, track)
+        B, N, _ = tokens.x.shape
+        size = tokens.size if tokens.size is not None else torch.ones(B, N, device=keys.device)
+        x = torch.ops.tome_core.merged_tokens(tokens.x, keys, size, r, self.num_prefix_tokens)
+        return Tokens(x, torch.ops.tome_core.merged_size(x, size))
+
+
+def to_openvino(merged: MergedViT, r: RLike, input_size: tuple[int, int]) -> openvino.Model:
+    """Translates the model at one `r` to OpenVINO.
+
+    Args:
+        merged: The merging model, in eval mode and float32.
+        r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
+        input_size: Height and width of its images, in pixels.
+
+    Returns:
+        A model of images (B, 3, H, W) that gives logits (B, K), for any B; `reshape` it to the batch size to be run,
+        which OpenVINO compiles to a faster graph. Write it with `save`, which says what stays float32.
+
+    Raises:
+        ExportError: The model is in training mode.
+        ValueError: r is negative, or lists more blocks than there are.
+    """
+    # Not openvino.convert_model, which reports to a server that it was used.
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch import ConversionExtension
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    program = export_program(_OneOperator(merged.model), r, input_size)
+    _split_projections(program)
+    _scale_queries(program)
+    shapes = iter(
+        node.args[1].meta["val"].shape[1:]
+        for node in program.graph.find_nodes(
+            op="call_function", target=torch.ops.tome_core.merged_tokens.default, sort=True
+        )
+    )
+    sizes: dict[str, Any] = {}
+
+    def tokens(node: Any) -> list[Any]:
+        merged, size = _translate(node, *next(shapes))
+        sizes[merged.get_node().get_friendly_name()] = size
+        return [merged]
+
+    def size(node: Any) -> list[Any]:
+        return [sizes[node.get_input(0).get_node().get_friendly_name()]]
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    frontend.add_extension(ConversionExtension("tome_core.merged_tokens.default", tokens))
+    frontend.add_extension(ConversionExtension("tome_core.merged_size.default", size))
+    root = logging.getLogger()
+    root.addFilter(_is_news)
+    try:
+        decoder = TorchFXPythonDecoder.from_exported_program(program)
+    finally:
+        root.removeFilter(_is_news)
+    return frontend.convert(frontend.load(decoder))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line is worth the log: OpenVINO warns of operators that newer torch has not, and no ViT needs."""
+    return "not found in decomp table" not in record.getMessage()
+
+
+def save(model: openvino.Model, file: Path) -> None:
+    """Writes the model as OpenVINO's IR, `file` (.xml) and its weights beside it (.bin).
+
+    Nodes that decide which tokens merge get the mark that OpenVINO's CPU plugin obeys; Python can set it nowhere else.
+    """
+    import openvino
+
+    openvino.serialize(model, file)
+    tree = ElementTree.parse(file)
+    for layer in tree.iter("layer"):
+        if layer.get("name", "").startswith(_FLOAT32):
+            marks = layer.find("rt_info")
+            if marks is None:
+                marks = ElementTree.Element("rt_info")
+                layer.insert(0 if layer.find("data") is None else 1, marks)
+            ElementTree.SubElement(
+                marks, "attribute", name="DisablePrecisionConversion", version="0", value="dynamic:f16"
+            )
+    tree.write(file)
+
+
+def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
+    """The operator `merged_tokens`, over keys (B, num_heads, N, D), in OpenVINO's."""
+    import numpy as np
+    from openvino import Type
+    from openvino import opset15 as ops
+
+    x, keys, size = (node.get_input(i) for i in range(3))
+    r, num_prefix_tokens = (node.get_values_from_const_input(i) for i in (3, 4))
+    r = min(r, max_r(N, num_prefix_tokens))
+
+    def exact(made: Any) -> Any:
+        made.set_friendly_name(_FLOAT32 + made.get_friendly_name())
+        return made
+
+    def integers(*values: int) -> Any:
+        return ops.constant(np.array(values, dtype=np.int32))
+
+    # Of rows only: OpenVINO 2026.4 crashes in a Gather of single numbers from a batch of one.
+    def gather(data: Any, index: Any, batch_dims: int = 1) -> Any:
+        return ops.gather(data, index, integers(1), batch_dims)
+
+    src = np.arange(num_prefix_tokens + num_prefix_tokens % 2, N, 2, dtype=np.int32)
+    dst = np.arange(num_prefix_tokens + 1 - num_prefix_tokens % 2, N, 2, dtype=np.int32)
+
+    if keys.get_node().get_type_name() == "Transpose":  # before it the heads of a token lie side by side
+        keys = keys.get_node().input_value(0)
+    else:
+        keys = ops.transpose(keys, integers(0, 2, 1, 3))
+    # Cosine similarity knows no scale: the sum over heads does for their mean, and a product sums fastest.
+    heads = ops.constant(np.tile(np.eye(D, dtype=np.float32), (num_heads, 1)))
+    metric = ops.matmul(ops.reshape(keys, integers(0, 0, -1), True), heads, False, False)
+    # Root mean square for the norm, which differs by a factor that decides nothing, and is one fused operation.
+    square = ops.reduce_mean(ops.power(metric, ops.constant(np.float32(2))), integers(2), True)
+    root = ops.sqrt(ops.add(square, ops.constant(np.float32(1e-24))))
+    metric = ops.multiply(metric, ops.divide(ops.constant(np.float32(1)), root))
+    sides = [gather(metric, ops.constant(side), 0) for side in (src, dst)]
+    similarity = exact(ops.matmul(*sides, False, True))
+    nearest = exact(ops.topk(similarity, ops.constant(1), 2, "max", "none", index_element_type="i32"))
+    flat = integers(0, -1)
+    best, partner = exact(ops.reshape(nearest.output(0), flat, True)), ops.reshape(nearest.output(1), flat, True)
+    ranked = exact(ops.topk(best, ops.constant(r), 1, "max", "value", index_element_type="i32", stable=True))
+    merged = ranked.output(1)  # (B, r)
+    away = ops.add(ops.multiply(merged, integers(2)), integers(int(src[0])))
+    # What stays but dst, in its order: the smallest positions, where those of merged tokens are past all others.
+    stays = np.concatenate([np.arange(num_prefix_tokens, dtype=np.int32), src])[None, None]
+    is_merged = ops.equal(ops.unsqueeze(away, integers(2)), ops.constant(stays))  # (B, r, prefix + N_src)
+    late = ops.reduce_max(ops.select(is_merged, ops.constant(stays + N), ops.constant(stays)), integers(1))
+    joined = ops.unsqueeze(ops.gather_elements(partner, merged, 1), integers(1))  # (B, 1, r)
+    rows = ops.constant(np.arange(len(dst), dtype=np.int32)[None, :, None])
+    joins = exact(ops.convert(ops.equal(joined, rows), Type.f32))  # (B, N_dst, r)
+    lost = exact(ops.gather_elements(size, away, 1))
+    gains = exact(ops.multiply(joins, exact(ops.reshape(lost, integers(0, 1, -1), True))))
+    before = exact(ops.slice(size, *map(integers, (int(dst[0]), N, 2, 1))))
+    after = exact(ops.add(before, exact(ops.reduce_sum(gains, integers(2)))))  # (B, N_dst)
+    column = integers(0, -1, 1)
+    weights = ops.divide(gains, ops.reshape(after, column, True))
+    share = ops.reshape(exact(ops.divide(before, after)), column, True)
+    received = ops.add(
+        ops.multiply(gather(x, ops.constant(dst), 0), share), ops.matmul(weights, gather(x, away), False, False)
+    )
+    if stays.size == r:
+        return received.output(0), after.output(0)
+    kept = ops.topk(late, ops.constant(stays.size - r), 1, "min", "value", index_element_type="i32").output(0)
+    sizes = exact(ops.concat([exact(ops.gather_elements(size, kept, 1)), after], 1))
+    return ops.concat([gather(x, kept), received], 1).output(0), sizes.output(0)
+
+
+def _split_projections(program: ExportedProgram) -> None:
+    """Makes a linear layer whose output is cut into parts one layer a part, which saves cutting at every call."""
+    graph = program.graph
+    for cut in list(graph.find_nodes(op="call_function", target=torch.ops.aten.split_with_sizes.default)):
+        linear, widths = cut.args[0], cut.args[1]
+        parts_alone = all(user.target is operator.getitem for user in cut.users)
+        if linear.target is not torch.ops.aten.linear.default or len(linear.users) > 1 or not parts_alone:
+            continue
+        if len(cut.args) < 3 or cut.args[2] not in (-1, linear.meta["val"].ndim - 1):
+            continue
+        x, weight, *bias = linear.args
+        for part in list(cut.users):
+            start = sum(widths[: part.args[1]])
+            end = start + widths[part.args[1]]
+            with graph.inserting_before(part):
+                rows = [
+                    graph.call_function(torch.ops.aten.slice.Tensor, (each, 0, start, end)) for each in (weight, *bias)
+                ]
+                alone = graph.call_function(torch.ops.aten.linear.default, (x, *rows))
+            alone.meta.update(part.meta)
+            part.replace_all_uses_with(alone)
+            graph.erase_node(part)
+        graph.erase_node(cut)
+        graph.erase_node(linear)
+    program.graph_module.recompile()
+
+
+def _scale_queries(program: ExportedProgram) -> None:
+    """Scales queries by 1 / sqrt(D), which OpenVINO does in passing, where it would scale the keys in a step."""
+    graph = program.graph
+    for attention in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        if attention.kwargs.get("scale") is not None:
+            continue
+        q = attention.args[0]
+        with graph.inserting_before(attention):
+            scaled = graph.call_function(torch.ops.aten.mul.Tensor, (q, 1 / math.sqrt(q.meta["val"].shape[-1])))
+        scaled.meta.update(q.meta)
+        attention.args = (scaled, *attention.args[1:])
+        attention.kwargs = {**attention.kwargs, "scale": 1.0}
+    program.graph_module.recompile()
