@@ -175,6 +175,29 @@ class Prediction:
     auto: Choice | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Merges:
+    """What merged in one image.
+
+    Attributes:
+        grid: Rows and columns of patches.
+        patch: Side of a patch in pixels of the model's input.
+        groups: For each block, for each patch row by row, the first patch of the group that it is in after that block.
+    """
+
+    grid: tuple[int, int]
+    patch: int
+    groups: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One explained job: the answer, and what merged on the way to it."""
+
+    prediction: Prediction
+    merges: Merges
+
+
 class Engine(Protocol):
     """The device side as the HTTP side sees it: in this process, or behind a local socket."""
 
@@ -184,6 +207,10 @@ class Engine(Protocol):
 
     async def classify(self, job: Job) -> Prediction:
         """Answers one job or raises a ServerError; cancelling the call withdraws the job."""
+        ...
+
+    async def explain(self, job: Job) -> Explanation:
+        """As `classify`, and says which patches merged in every block."""
         ...
 
     async def choose(self, model: str, bounds: AutoR) -> Choice:

@@ -39,6 +39,19 @@ def _rows(tokens: Tokens) -> Tensor:
     return torch.arange(N, device=tokens.x.device).expand(B, N) if tokens.source is None else tokens.source
 
 
+def groups(source: Tensor) -> Tensor:
+    """Names the group of each patch by its first patch: a name that a group keeps while it swallows later ones.
+
+    Args:
+        source: Row that now holds each patch, (B, N), as `sources` gives it, without the prefix.
+
+    Returns:
+        For each patch the first one in its group, (B, N) int64.
+    """
+    together = source[:, :, None] == source[:, None, :]
+    return together.byte().argmax(dim=2)
+
+
 def paint(image: Tensor, source: Tensor, grid: tuple[int, int], num_prefix_tokens: int, border: int = 1) -> Tensor:
     """Paints a picture by merged group: each in its mean colour, with a line where another group begins.
 
@@ -75,18 +88,12 @@ def paint(image: Tensor, source: Tensor, grid: tuple[int, int], num_prefix_token
         )
     if border < 0:
         raise ValueError(f"border is {border}; it must be 0 or more")
-    image, group = image.cpu(), _groups(source[num_prefix_tokens:].cpu())
+    image, group = image.cpu(), groups(source[None, num_prefix_tokens:].cpu())[0]
     merged = group.bincount(minlength=rows * columns) > 1
     fill, line = _mean_colours(image, group, grid), _line_colours(grid)
     at = group.view(grid).repeat_interleave(H // rows, 0).repeat_interleave(W // columns, 1)  # (H, W)
     painted = torch.where(_edges(at, border), line[:, at], fill[:, at])
     return torch.where(merged[at], painted, image)
-
-
-def _groups(source: Tensor) -> Tensor:
-    """Names the group of each patch by its first patch, (N,): a name that holds in every block."""
-    together = source[:, None] == source[None, :]
-    return together.byte().argmax(dim=1)
 
 
 def _mean_colours(image: Tensor, group: Tensor, grid: tuple[int, int]) -> Tensor:

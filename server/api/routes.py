@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
 
@@ -17,15 +15,16 @@ from server import metrics
 from server.api.access import ERRORS, UsingAdmission, UsingEngine, UsingSettings, check_key
 from server.api.body import Upload, read_request
 from server.api.decode import decode
+from server.api.patience import at_most, unless_client_leaves
 from server.api.schemas import AutoChoice, Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
 from server.dial import AutoR, RSetting, Schedule, label_of, parse_setting, r_of, text_of
-from server.errors import ClientGoneError, DeadlineError, InvalidError, ServerError
-from server.types import Choice, Engine, Job, ModelInfo, Prediction, find_model
+from server.errors import InvalidError, ServerError
+from server.types import Choice, Engine, Job, ModelInfo, Prediction, TopK, find_model
 
-T = TypeVar("T")
 router = APIRouter(responses=ERRORS)
 
 DEFAULT_TOP_K = 5
+
 BODY = {
     "required": True,
     "content": {
@@ -43,11 +42,11 @@ PARAMETERS = [
     {"name": name, "in": "query", "schema": schema, "description": schema.pop("description", "")}
     for name, schema in Parameters.model_json_schema()["properties"].items()
 ]
+ASKED = {"requestBody": BODY, "parameters": PARAMETERS}
+"""What `read_request` reads, for the API's description."""
 
 
-@router.post(
-    "/classify", dependencies=[Depends(check_key)], openapi_extra={"requestBody": BODY, "parameters": PARAMETERS}
-)
+@router.post("/classify", dependencies=[Depends(check_key)], openapi_extra=ASKED)
 @router.post("/v1/classify", dependencies=[Depends(check_key)], include_in_schema=False)
 async def classify(
     request: Request,
@@ -60,7 +59,7 @@ async def classify(
     start = time.perf_counter()
     model, schedule = "unknown", None
     try:
-        async with _at_most(settings.deadline_s):
+        async with at_most(settings.deadline_s):
             uploads, parameters = await read_request(request, settings.max_images)
         info, job = resolve(parameters, engine.catalog(), settings.deadline_s)
         model = info.name
@@ -78,8 +77,8 @@ async def classify(
                 job = replace(job, r=choice.schedule if choice else info.schedule(r))
             decoding = functools.partial(decode, preprocessing=info.preprocessing, max_pixels=settings.max_image_pixels)
             work = _classify_all(uploads, job, decoding, request.app.state.decoders, engine)
-            async with _at_most(job.timeout_s):
-                answers = await _unless_client_leaves(request, work)
+            async with at_most(job.timeout_s):
+                answers = await unless_client_leaves(request, work)
     except Exception as error:
         _count(model, schedule, error.status if isinstance(error, ServerError) else 500)
         raise
@@ -162,35 +161,6 @@ async def _classify_all(
             task.cancel()
 
 
-async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
-    """Waits for work that is withdrawn as soon as the client hangs up: nobody would read its result."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError("the client hung up")
-    finally:
-        leaving.cancel()
-        working.cancel()
-
-
-@asynccontextmanager
-async def _at_most(timeout_s: float) -> AsyncIterator[None]:
-    """Withdraws what takes longer, and raises DeadlineError."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except TimeoutError:
-        raise DeadlineError(f"no answer within {timeout_s:.3g} s") from None
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def shape(
     info: ModelInfo,
     uploads: Sequence[Upload],
@@ -205,10 +175,7 @@ def shape(
     results = [
         ImageResult(
             filename=upload.filename,
-            top_k=[
-                Class(label=info.labels[index], index=index, score=score)
-                for index, score in zip(prediction.top_k.indices, prediction.top_k.scores, strict=True)
-            ],
+            top_k=classes(info, prediction.top_k),
         )
         for upload, prediction in zip(uploads, predictions, strict=True)
     ]
@@ -223,6 +190,14 @@ def shape(
         results=results,
         timings_ms=timings,
     )
+
+
+def classes(info: ModelInfo, top_k: TopK) -> list[Class]:
+    """The likeliest classes by name."""
+    return [
+        Class(label=info.labels[index], index=index, score=score)
+        for index, score in zip(top_k.indices, top_k.scores, strict=True)
+    ]
 
 
 def _count(model: str, schedule: Schedule | None, status: int) -> None:

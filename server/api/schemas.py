@@ -93,6 +93,43 @@ class Classification(BaseModel):
     timings_ms: TimingsMs
 
 
+class BlockGroups(BaseModel):
+    """The patches after one block."""
+
+    block: int = Field(description="Counted from 1.")
+    tokens: int = Field(description="Tokens that leave it, prefix included.")
+    groups: list[int] = Field(
+        description="For each patch, row by row, the first patch of the group that it has merged into; "
+        "its own number while it is alone or the first."
+    )
+
+
+class Seen(BaseModel):
+    """What of a photo the model sees: it is resized, and what the input size holds of its centre is kept."""
+
+    input_size: tuple[int, int] = Field(description="Height and width.")
+    resize_size: tuple[int, int] = Field(description="For center the first is the shorter side; squash takes both.")
+    crop_mode: Literal["center", "squash"]
+
+
+class Merging(BaseModel):
+    """The answer to one photo, and which of its patches are one token after every block."""
+
+    model: str
+    r: FixedR = Field(description="Tokens merged in each block; a list where the blocks differ.")
+    r_source: RSource = Field(description="Who chose that r.")
+    config_version: int
+    filename: str | None = None
+    top_k: list[Class]
+    seen: Seen
+    grid: tuple[int, int] = Field(description="Rows and columns of patches.")
+    patch: int = Field(description="Side of a patch in pixels of the model's input.")
+    num_prefix_tokens: int = Field(description="Tokens that are no patches, and never merge.")
+    tokens: int = Field(description="Tokens that enter the first block, prefix included.")
+    blocks: list[BlockGroups]
+    timings_ms: TimingsMs
+
+
 class AutoBounds(BaseModel):
     """What `auto` must keep to; null is no bound."""
 

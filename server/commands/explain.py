@@ -6,15 +6,13 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-
-    from server.models import LoadedModel
 
 HELP = "paint which patches of a photo the model has merged, block by block"
 SETTINGS: tuple[str, ...] = ("model", "weights", "r", "device", "precision", "threads")
@@ -41,6 +39,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from PIL import Image
 
     from server.commands.photo import read_photo
+    from server.engine.explainer import patches
     from server.engine.runner import Runner
     from server.engine.torch_backend import set_threads
     from server.models import load_model
@@ -56,7 +55,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     info = loaded.info
     schedule = info.schedule(spec.r or 0)
     blocks = _blocks(args.blocks, info.num_blocks)
-    grid, patch = _patches(loaded)
+    grid, patch = patches(loaded)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     key = info.batch_key(schedule)
     pixels = read_photo(args.photo, info.preprocessing, settings.max_image_pixels)
@@ -90,19 +89,6 @@ def _blocks(text: str | None, num_blocks: int) -> list[int]:
             f"--blocks is {text!r}; it must list blocks between 1 and {num_blocks}, like 1,{num_blocks}"
         )
     return [numbers[word] for word in words]
-
-
-def _patches(loaded: LoadedModel) -> tuple[tuple[int, int], int]:
-    """The grid of patches, rows and columns, and the side of a patch in pixels."""
-    model: Any = loaded.merged.model
-    height, width = loaded.info.preprocessing.input_size
-    rows, columns = loaded.merged.family.grid(model, (height, width))
-    patch = int(model.feature_info[-1]["reduction"])  # timm's word for it, in every family
-    if (rows, columns) != (height // patch, width // patch):
-        raise SettingsError(
-            f"model {loaded.info.name}: its {rows} x {columns} patches cannot be painted as squares of {patch} px"
-        )
-    return (rows, columns), patch
 
 
 def _enlarged(seen: Image) -> Image:

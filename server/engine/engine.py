@@ -6,22 +6,45 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 from server.calibration.curve import Curve
 from server.config_store import ConfigStore
 from server.dial import AutoR, RSetting, Schedule
 from server.engine.auto import AutoDial, Step
-from server.engine.batcher import Batcher
+from server.engine.batcher import Answer, Batcher
 from server.errors import DeadlineError, NotFoundError, UnavailableError
 from server.metrics import CONFIG_VERSION, BatchMetrics
-from server.types import BatchKey, Choice, Deployment, Job, ModelInfo, Prediction, TopK, find_model
+from server.types import (
+    BatchKey,
+    Choice,
+    Deployment,
+    Explanation,
+    Job,
+    Merges,
+    ModelInfo,
+    Prediction,
+    TopK,
+    find_model,
+)
 
 logger = logging.getLogger(__name__)
 
 RunBatch = Callable[[BatchKey, Sequence[Job]], Sequence[TopK]]
 """Computes one batch on the device: every job of it under the key's model and schedule; answers in order."""
 
+ExplainBatch = Callable[[BatchKey, Sequence[Job]], Sequence[tuple[TopK, Merges]]]
+"""The same for jobs that ask what merged."""
+
 CHECK_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Explaining:
+    """What jobs to explain are batched by: never with jobs to classify, which take another way through the device."""
+
+    key: BatchKey
 
 
 class LocalEngine:
@@ -30,6 +53,7 @@ class LocalEngine:
     Args:
         models: The loaded models, the default first.
         run_batch: The device; a function of its input is enough for a test.
+        explain_batch: The device for jobs that ask what merged.
         check_device: Raises when the device no longer works; called on the device's thread.
         store: The deployment `r` of each model.
         steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
@@ -48,6 +72,7 @@ class LocalEngine:
         run_batch: RunBatch,
         store: ConfigStore,
         *,
+        explain_batch: ExplainBatch,
         steps: Mapping[str, Sequence[Step]] | None = None,
         curves: Mapping[str, Curve] | None = None,
         check_device: Callable[[], None] = lambda: None,
@@ -56,12 +81,13 @@ class LocalEngine:
         batch_timeout_s: float = 0.1,
     ) -> None:
         self._models = dict(models)
-        self._compute = run_batch
+        self._compute, self._explain = run_batch, explain_batch
         self._check_device = check_device
         self._broken = asyncio.Event()
         self._store = store
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._batcher = Batcher[BatchKey | None, Job | None, TopK | None](
+        # A key, a job and an answer are of one kind: classification, explanation, or a health check's None.
+        self._batcher = Batcher[Any, Job | None, Any](
             self._run_batch,
             max_batch_size=max_batch_size,
             max_queue_size=max_queue_size,
@@ -99,23 +125,28 @@ class LocalEngine:
         return self._models
 
     async def classify(self, job: Job) -> Prediction:
-        info = find_model(self._models, job.model)
-        deployment = self._store.deployment(job.model)
-        r = deployment.r if job.r is None else job.r
+        info, deployment, r = self._asked(job)
         if isinstance(r, AutoR):
             answer = await self._batcher.submit(self._auto[info.name].open(r), job, job.timeout_s)
         else:
             answer = await self._batcher.submit(info.batch_key(info.schedule(r)), job, job.timeout_s)
-        assert answer.result is not None and answer.key is not None  # only a health check is answered with None
-        return Prediction(
-            top_k=answer.result,
-            schedule=answer.key.schedule,
-            batch_size=answer.batch_size,
-            config_version=deployment.config_version,
-            queue_s=answer.wait_s,
-            inference_s=answer.run_s,
-            auto=self._choice(info.name, answer.key.schedule, r) if isinstance(r, AutoR) else None,
-        )
+        assert isinstance(answer.key, BatchKey)  # only a health check is answered without one
+        auto = self._choice(info.name, answer.key.schedule, r) if isinstance(r, AutoR) else None
+        return _prediction(answer, answer.result, answer.key.schedule, deployment, auto)
+
+    async def explain(self, job: Job) -> Explanation:
+        info, deployment, r = self._asked(job)
+        auto = await self.choose(info.name, r) if isinstance(r, AutoR) else None
+        schedule = auto.schedule if auto else info.schedule(r)
+        answer = await self._batcher.submit(_Explaining(info.batch_key(schedule)), job, job.timeout_s)
+        top_k, merges = answer.result
+        return Explanation(_prediction(answer, top_k, schedule, deployment, auto), merges)
+
+    def _asked(self, job: Job) -> tuple[ModelInfo, Deployment, RSetting]:
+        """The job's model, its deployment at this moment, and the `r` that holds for the job."""
+        info = find_model(self._models, job.model)
+        deployment = self._store.deployment(job.model)
+        return info, deployment, deployment.r if job.r is None else job.r
 
     async def choose(self, model: str, bounds: AutoR) -> Choice:
         info = find_model(self._models, model)
@@ -157,18 +188,23 @@ class LocalEngine:
         except DeadlineError as error:
             raise UnavailableError(f"the engine does not answer: {error.message}", retry_after_s=1) from None
 
-    async def _run_batch(self, key: BatchKey | None, jobs: Sequence[Job | None]) -> Sequence[TopK | None]:
+    async def _run_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Job | None]) -> Sequence[Any]:
         """A batch on the device thread; without a key it is a health check, which a working device answers."""
         loop = asyncio.get_running_loop()
         if key is not None:
             try:
-                return await loop.run_in_executor(self._device, self._compute, key, jobs)  # type: ignore[arg-type]
+                return await loop.run_in_executor(self._device, self._on_device, key, jobs)
             except Exception:
                 logger.exception("a batch of %d for %s failed", len(jobs), key)
                 await self._probe()
                 raise
         await self._probe()
         return [None] * len(jobs)
+
+    def _on_device(self, key: BatchKey | _Explaining, jobs: Sequence[Any]) -> Sequence[Any]:
+        if isinstance(key, _Explaining):
+            return self._explain(key.key, jobs)
+        return self._compute(key, jobs)
 
     async def _probe(self) -> None:
         """Raises UnavailableError, and gives this engine up, when the device fails at the simplest work."""
@@ -178,3 +214,17 @@ class LocalEngine:
             logger.critical("the device works no more", exc_info=error)
             self._broken.set()
             raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
+
+
+def _prediction(
+    answer: Answer[Any, Any], top_k: TopK, schedule: Schedule, deployment: Deployment, auto: Choice | None
+) -> Prediction:
+    return Prediction(
+        top_k=top_k,
+        schedule=schedule,
+        batch_size=answer.batch_size,
+        config_version=deployment.config_version,
+        queue_s=answer.wait_s,
+        inference_s=answer.run_s,
+        auto=auto,
+    )

@@ -19,6 +19,7 @@ from server.dial import AutoR, Schedule
 from server.engine.auto import Step
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
+from server.engine.explainer import Explainer
 from server.engine.ladder import schedules, steps_of, timed, timed_steps
 from server.engine.runner import Runner
 from server.engine.torch_backend import set_threads
@@ -56,6 +57,7 @@ def build_engine(settings: Settings) -> LocalEngine:
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
     store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, settings.state_file())
+    explainer = Explainer(loaded, settings.device)
     runner = Runner(
         loaded,
         settings.device,
@@ -81,6 +83,7 @@ def build_engine(settings: Settings) -> LocalEngine:
         {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
         runner.run_batch,
         store,
+        explain_batch=explainer.explain_batch,
         steps=steps,
         curves=curves,
         check_device=runner.check,

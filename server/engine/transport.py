@@ -20,7 +20,7 @@ from server.calibration.curve import Curve
 from server.dial import AutoR, RSetting, Schedule, setting_from_json, setting_to_json
 from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
 from server.metrics import ENGINE_UP
-from server.types import Choice, Deployment, Engine, Job, ModelInfo, Prediction, TopK
+from server.types import Choice, Deployment, Engine, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,12 @@ class RemoteEngine:
         return self._catalog
 
     async def classify(self, job: Job) -> Prediction:
-        r = None if job.r is None else setting_to_json(job.r)
-        head = {"model": job.model, "r": r, "top_k": job.top_k, "timeout_s": job.timeout_s}
-        # The engine keeps the deadline; the second more is for an engine that no longer does.
-        answer = await self._call("classify", head, job.pixels, timeout_s=job.timeout_s + 1)
-        auto = answer["auto"] and _choice(answer["auto"])
-        schedule, top_k = tuple(answer["schedule"]), TopK(**answer["top_k"])
-        return Prediction(**{**answer, "schedule": schedule, "top_k": top_k, "auto": auto})
+        return _prediction(await self._call_for(job, "classify"))
+
+    async def explain(self, job: Job) -> Explanation:
+        answer = await self._call_for(job, "explain")
+        merges = Merges(**{**answer["merges"], "grid": tuple(answer["merges"]["grid"])})
+        return Explanation(_prediction(answer["prediction"]), merges)
 
     async def choose(self, model: str, bounds: AutoR) -> Choice:
         return _choice(await self._call("choose", {"model": model, "bounds": setting_to_json(bounds)}))
@@ -97,6 +96,12 @@ class RemoteEngine:
             await self._call("check", {})
         except DeadlineError as error:
             raise UnavailableError(error.message, retry_after_s=1) from None
+
+    async def _call_for(self, job: Job, operation: str) -> Any:
+        r = None if job.r is None else setting_to_json(job.r)
+        head = {"model": job.model, "r": r, "top_k": job.top_k, "timeout_s": job.timeout_s}
+        # The engine keeps the deadline; the second more is for an engine that no longer does.
+        return await self._call(operation, head, job.pixels, timeout_s=job.timeout_s + 1)
 
     async def _call(
         self, operation: str, head: dict[str, Any], body: bytes = b"", timeout_s: float = CALL_TIMEOUT_S
@@ -197,9 +202,11 @@ async def _answer(
 
 
 async def _classify(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
-    said = head.pop("r")
-    r: Any = None if said is None else setting_from_json(said)
-    return asdict(await engine.classify(Job(pixels=body, r=r, **head)))
+    return asdict(await engine.classify(_job(head, body)))
+
+
+async def _explain(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    return asdict(await engine.explain(_job(head, body)))
 
 
 async def _choose(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
@@ -226,12 +233,25 @@ async def _check(engine: Engine, head: dict[str, Any], body: bytes) -> None:
 
 _OPERATIONS: dict[str, Callable[[Engine, dict[str, Any], bytes], Coroutine[Any, Any, Any]]] = {
     "classify": _classify,
+    "explain": _explain,
     "choose": _choose,
     "curve": _curve,
     "deployment": _get_deployment,
     "set_r": _set_r,
     "check": _check,
 }
+
+
+def _job(head: dict[str, Any], body: bytes) -> Job:
+    said = head.pop("r")
+    r: Any = None if said is None else setting_from_json(said)
+    return Job(pixels=body, r=r, **head)
+
+
+def _prediction(answer: dict[str, Any]) -> Prediction:
+    auto = answer["auto"] and _choice(answer["auto"])
+    schedule, top_k = tuple(answer["schedule"]), TopK(**answer["top_k"])
+    return Prediction(**{**answer, "schedule": schedule, "top_k": top_k, "auto": auto})
 
 
 def _to_wire(deployment: Deployment) -> dict[str, Any]:

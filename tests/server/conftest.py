@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from server.dial import RSetting
 from server.engine.auto import Step
 from server.engine.engine import LocalEngine
 from server.settings import Settings
-from server.types import BatchKey, Engine, Job, ModelInfo, Preprocessing, TopK
+from server.types import BatchKey, Engine, Job, Merges, ModelInfo, Preprocessing, TopK
 
 hypothesis_settings.register_profile("server", deadline=None)
 hypothesis_settings.load_profile("server")
@@ -139,6 +140,12 @@ def class_of_grey(grey: int, schedule: Sequence[int] = (0, 0, 0)) -> int:
     return class_of(bytes([grey]) * (SIDE * SIDE * 3), schedule)
 
 
+def groups_of(schedule: Sequence[int]) -> list[list[int]]:
+    """What the fake device says has merged of 16 patches: the first ones, as many as left a token in each block."""
+    merged = itertools.accumulate(schedule)
+    return [[0 if patch <= gone else patch for patch in range(16)] for gone in merged]
+
+
 @dataclass
 class FakeDevice:
     """Answers each job from its pixels and its batch's schedule, once `gate` is open; notes every batch."""
@@ -158,6 +165,10 @@ class FakeDevice:
             raise self.failure
         return [self.answer(key, job) for job in jobs]
 
+    def explain(self, key: BatchKey, jobs: Sequence[Job]) -> list[tuple[TopK, Merges]]:
+        merges = Merges((4, 4), SIDE // 4, groups_of(key.schedule))
+        return [(top_k, merges) for top_k in self(key, jobs)]
+
     def answer(self, key: BatchKey, job: Job) -> TopK:
         first = class_of(job.pixels, key.schedule)
         scores = [1 / 2 ** (rank + 1) for rank in range(job.top_k)]
@@ -174,7 +185,8 @@ def local_engine(
 ) -> LocalEngine:
     """An engine around a fake device; the caller starts it."""
     catalog = {info.name: info for info in models or [model_info()]}
-    return LocalEngine(catalog, device, ConfigStore(dict.fromkeys(catalog, r), state_file), **limits)
+    store = ConfigStore(dict.fromkeys(catalog, r), state_file)
+    return LocalEngine(catalog, device, store, explain_batch=device.explain, **limits)
 
 
 @dataclass

@@ -17,8 +17,8 @@ from server.dial import AutoR, RSetting
 from server.engine import transport
 from server.engine.transport import RemoteEngine, serve_engine
 from server.errors import DeadlineError, EngineError, NotFoundError, QueueFullError, ServerError, UnavailableError
-from server.types import Choice, Deployment, Job, ModelInfo, Prediction, TopK
-from tests.server.conftest import FakeDevice, class_of, fake_curve, local_engine, model_info, until
+from server.types import Choice, Deployment, Explanation, Job, Merges, ModelInfo, Prediction, TopK
+from tests.server.conftest import FakeDevice, class_of, fake_curve, groups_of, local_engine, model_info, until
 
 
 class FakeEngine:
@@ -58,6 +58,10 @@ class FakeEngine:
             queue_s=job.timeout_s,
             inference_s=0.25,
         )
+
+    async def explain(self, job: Job) -> Explanation:
+        prediction = await self.classify(job)
+        return Explanation(prediction, Merges((4, 4), 2, groups_of(prediction.schedule)))
 
     async def choose(self, model: str, bounds: AutoR) -> Choice:
         return Choice((bounds.max_r or 0,) * 3, "load", bounds.min_agreement)
@@ -137,6 +141,12 @@ async def test_answers_find_their_callers_under_many_concurrent_calls(socket_pat
             schedule = sent.r if isinstance(sent.r, tuple) else (3, 3, 3)
             assert got.top_k == TopK([class_of(sent.pixels, schedule)] * sent.top_k, [0.5] * sent.top_k)
             assert (got.schedule, got.queue_s) == (schedule, sent.timeout_s)
+
+
+async def test_an_explanation_crosses_whole(socket_path: str) -> None:
+    engine = FakeEngine()
+    async with connected(engine, socket_path) as remote:
+        assert await remote.explain(job()) == await engine.explain(job())
 
 
 @pytest.mark.parametrize("r", [8, (4, 2)])

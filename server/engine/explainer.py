@@ -1,0 +1,77 @@
+"""What merged in an image: the groups of patches after every block. Called from the device's thread."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from server.engine.runner import Runner
+from server.errors import InvalidError
+from server.models import LoadedModel
+from server.types import BatchKey, Job, Merges, TopK
+from tome_core import MergedViT
+from tome_core.visualize import groups, sources
+
+
+class Explainer:
+    """Explains by torch in float32 on the model's own weights, whatever computes the answers of the service.
+
+    Make it before the runner, which may bring the models to another device or precision.
+
+    Args:
+        models: The models by name.
+        device: A torch device, or "auto".
+
+    Raises:
+        SettingsError: There is no such device.
+    """
+
+    def __init__(self, models: Mapping[str, LoadedModel], device: str = "auto") -> None:
+        self._models = {name: replace(loaded, merged=_sharing(loaded.merged)) for name, loaded in models.items()}
+        self._runner = Runner(self._models, device, "fp32")
+
+    @torch.inference_mode()
+    def explain_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[tuple[TopK, Merges]]:
+        """Classifies the jobs' images under the key's schedule, and says what merged in each.
+
+        Raises:
+            InvalidError: The model's patches are no grid of squares.
+        """
+        loaded = self._models[key.model]
+        grid, patch = patches(loaded)
+        images = self._runner.images(key, [job.pixels for job in jobs])
+        found = sources(loaded.merged, images, key.schedule, range(loaded.info.num_blocks))
+        after = torch.stack([groups(source[:, loaded.info.num_prefix_tokens :]) for source in found], dim=1)
+        top_ks = self._runner.run_batch(key, jobs)
+        return [(top_k, Merges(grid, patch, each)) for top_k, each in zip(top_ks, after.tolist(), strict=True)]
+
+
+def patches(loaded: LoadedModel) -> tuple[tuple[int, int], int]:
+    """The grid of patches, rows and columns, and the side of a patch in pixels.
+
+    Raises:
+        InvalidError: They are no grid of squares, and so cannot be painted.
+    """
+    model: Any = loaded.merged.model
+    height, width = loaded.info.preprocessing.input_size
+    rows, columns = loaded.merged.family.grid(model, (height, width))
+    patch = int(model.feature_info[-1]["reduction"])  # timm's word for it, in every family
+    if (rows, columns) != (height // patch, width // patch):
+        raise InvalidError(
+            f"model {loaded.info.name}: its {rows} x {columns} patches cannot be painted as squares of {patch} px"
+        )
+    return (rows, columns), patch
+
+
+def _sharing(merged: MergedViT) -> MergedViT:
+    """A model of its own with the same weights in memory, until one of the two is moved or cast."""
+    weights: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in merged.parameters()
+    }
+    weights |= {id(buffer): buffer.detach() for buffer in merged.buffers()}
+    return copy.deepcopy(merged, weights)

@@ -1,0 +1,64 @@
+// The deployment's r: shown, and set unless somebody else has meanwhile.
+
+import { setR } from "./api.js";
+import { at, words } from "./dom.js";
+
+/** The form that sets it. */
+export class Deployment {
+  #model = null;
+  #shown = "";
+  #events;
+
+  /** @param events rOfA(), onModel(model), reload(), onDenied(problem) */
+  constructor(events) {
+    this.#events = events;
+    at("deployment").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#set();
+    });
+    at("deployment-from-a").addEventListener("click", () => {
+      at("deployment-r").value = events.rOfA();
+      this.#set();
+    });
+  }
+
+  /** Shows a model's deployment; what somebody has typed and not yet set stays. */
+  show(model) {
+    const field = at("deployment-r"), untouched = field.value === this.#shown;
+    this.#model = model;
+    this.#shown = words(model.r);
+    if (untouched) field.value = this.#shown;
+  }
+
+  /** Shows it whatever has been typed. */
+  #put(model) {
+    at("deployment-r").value = this.#shown;
+    this.show(model);
+  }
+
+  say(text, state = "") {
+    at("deployment-says").textContent = text;
+    at("deployment-says").dataset.state = state;
+  }
+
+  async #set() {
+    const r = at("deployment-r").value.replaceAll(" ", ""), model = this.#model;
+    if (!model) return;
+    try {
+      const changed = await setR(model.name, r, model.etag);
+      this.#events.onModel(changed);
+      this.#put(changed);
+      this.say(`Every request that names no r now gets r = ${words(changed.r)}, and after a restart too.`, "good");
+    } catch (problem) {
+      if ([409, 412].includes(problem.status)) {
+        const now = await this.#events.reload().catch(() => null);
+        if (now) this.#put(now);
+        const value = now ? `it is r = ${words(now.r)} now` : "its value cannot be read just now";
+        this.say(`Not set: somebody else changed it meanwhile, ${value}. Set it again if you still want to.`, "bad");
+      } else {
+        this.say(`Not set: ${problem.message}.`, "bad");
+        if ([401, 403].includes(problem.status)) this.#events.onDenied(problem);
+      }
+    }
+  }
+}
