@@ -132,7 +132,6 @@ async def test_the_ladder_of_auto_is_made_of_its_rows(folder: Path, photos: Path
     ("change", "said"),
     [
         ({"weights": "ab" * 32}, "stale: made with other weights"),
-        ({"precision": "bf16"}, "stale: made with precision bf16, not fp32"),
         ({"precision": 16}, "cannot be used: it is no curve: facts.precision"),
     ],
 )
