@@ -43,8 +43,10 @@ def _is_layer_norm(norm: nn.Module) -> bool:
 
 def _unlike(block: Any) -> str | None:
     """What sets a block apart from x + attention(norm(x)), then x + mlp(norm(x)); None if nothing does."""
-    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
-        return f"is a {type(block).__name__} of {type(block.attn).__name__} and {type(block.mlp).__name__}"
+    if type(block) is not Block:
+        return f"is a {type(block).__name__}"
+    if type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+        return f"is made of {type(block.attn).__name__} and {type(block.mlp).__name__}"
     attn, mlp = block.attn, block.mlp
     parts = [attn.q_norm, attn.k_norm, getattr(attn, "norm", nn.Identity()), mlp.norm]
     if any(type(part) is not nn.Identity for part in parts) or getattr(attn, "gate", None) is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
 import tome_core
@@ -82,6 +83,8 @@ def test_says_why_it_is_plain(build: Any) -> None:
     [
         ("eva02_tiny_patch14_224", {}, "no plain ViT"),
         ("vit_srelpos_small_patch16_224", {}, "no plain ViT"),
+        ("vit_small_patch16_36x1_224", {"block_fn": ParallelThingsBlock}, "is a ParallelThingsBlock"),
+        ("vit_tiny_patch16_224", {"attn_layer": "diff"}, "is made of DiffAttention and Mlp"),
         ("vit_tiny_patch16_224", {"qk_norm": True}, "norms or gates inside"),
         ("vit_tiny_patch16_224", {"num_heads": 4}, "heads of 12"),
         ("vit_tiny_patch16_224", {"act_layer": nn.ReLU}, "ReLU"),

@@ -439,7 +439,15 @@ def test_the_curve_marks_where_the_deployment_stands_and_sets_the_dial(watched: 
     expect(dots).to_have_count(2)
 
 
+def test_the_bundled_model_brings_its_curve(watched: Watched) -> None:
+    page = watched.open()
+    expect(page.locator("#curve .dot")).to_have_count(8)
+    expect(page.locator("#curve .dot").first).to_have_attribute("aria-label", re.compile("images/s"))
+
+
 def test_without_a_curve_the_page_says_how_to_make_one(watched: Watched) -> None:
+    error = {"code": "not_found", "message": "there is no curve", "details": {}}
+    watched.page.route("**/curve", lambda route: route.fulfill(status=404, json={"error": error}))
     page = watched.open()
     expect(page.locator("#curve")).to_contain_text("tome-server calibrate --model bundled --images FOLDER")
     expect(page.locator("#curve-what")).to_be_hidden()
