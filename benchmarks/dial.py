@@ -34,7 +34,7 @@ from PIL import Image
 from benchmarks.load import Reply, closed_loop, open_loop, poisson
 from server.calibration.simulator import simulate
 from server.dial import AutoR
-from server.engine.auto import Step
+from server.engine.knob import Rung
 
 MOST_CLIENTS = 32
 
@@ -121,7 +121,7 @@ def simulated(
         rows = _get(address, f"/v1/models/{name}/curve")["rows"]
     except urllib.error.HTTPError:
         return None
-    steps = [Step(tuple(r["schedule"]), r["batch_s"]["a"], r["batch_s"]["b"], r["agreement"]) for r in rows]
+    steps = [Rung(tuple(r["schedule"]), r["batch_s"]["a"], r["batch_s"]["b"], r["agreement"]) for r in rows]
     if setting["r"] == "auto":
         return simulate(steps, due, deadline_s, AutoR(setting["max_r"])).goodput
     schedule = next((step.schedule for step in steps if set(step.schedule) == {setting["r"]}), None)

@@ -65,7 +65,7 @@ async def closed_loop(
     address: tuple[str, int], path: str, photos: Sequence[bytes], clients: int, seconds: float
 ) -> float:
     """Images a second of so many clients, each with one request at a time."""
-    end, done = time.perf_counter() + seconds, 0
+    end = time.perf_counter() + seconds
 
     async def client(number: int) -> int:
         reader, writer = await asyncio.open_connection(*address)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from server.dial import AutoR, Schedule
-from server.engine.auto import AutoDial, Step
+from server.engine.auto import AutoDial
 from server.engine.batcher import Answer, Batcher
+from server.engine.knob import Rung
 from server.errors import ServerError
 from server.types import BatchKey
 
@@ -42,7 +43,7 @@ class Outcome:
 
 
 def simulate(
-    steps: Sequence[Step],
+    steps: Sequence[Rung],
     arrivals: Iterable[float],
     deadline_s: float,
     setting: Schedule | AutoR,
@@ -64,7 +65,7 @@ def simulate(
 
 
 async def _serve(
-    steps: Sequence[Step],
+    steps: Sequence[Rung],
     arrivals: Sequence[float],
     deadline_s: float,
     setting: Schedule | AutoR,
@@ -78,7 +79,7 @@ async def _serve(
     async def run_batch(key: BatchKey | None, jobs: Sequence[None]) -> Sequence[None]:
         assert key is not None
         order.append(key.schedule)
-        await asyncio.sleep(cost[key.schedule].overhead_s + cost[key.schedule].image_s * len(jobs))
+        await asyncio.sleep(cost[key.schedule].batch_s(len(jobs)))
         return jobs
 
     batcher = Batcher[BatchKey | None, None, None](

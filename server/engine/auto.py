@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from server.dial import AutoR, Schedule
 from server.engine.batcher import Open
 from server.engine.knob import Load, Rung, Stance, allows, highest, turn
 from server.engine.speed import Speed
 from server.types import BatchKey, Reason
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A choice of the ladder as a curve knows it.
-
-    Attributes:
-        schedule: `r` of each block.
-        overhead_s: Seconds of a batch, whatever its size.
-        image_s: Seconds for each image of it; 0 where nobody timed it.
-        agreement: Share of images that keep the answer of r=0, or None where nobody measured it.
-    """
-
-    schedule: Schedule
-    overhead_s: float = 0.0
-    image_s: float = 0.0
-    agreement: float | None = None
 
 
 class AutoDial:
@@ -43,7 +25,7 @@ class AutoDial:
     def __init__(
         self,
         key_of: Callable[[Schedule], BatchKey],
-        steps: Sequence[Step],
+        steps: Sequence[Rung],
         speed: Speed[BatchKey | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -55,11 +37,6 @@ class AutoDial:
         for step in steps:
             if step.image_s:  # else nobody timed it
                 speed.expect(self._keys[step.schedule], step.overhead_s, step.image_s)
-
-    @property
-    def schedule(self) -> Schedule:
-        """Where the dial stands."""
-        return list(self._keys)[self._stance.rung]
 
     def expected_agreement(self, schedule: Schedule) -> float | None:
         """The share of images that keep the answer of r=0 under a schedule; None where it is unknown."""

@@ -12,8 +12,9 @@ from typing import Any
 from server.calibration.curve import Curve
 from server.config_store import ConfigStore
 from server.dial import AutoR, RSetting, Schedule
-from server.engine.auto import AutoDial, Step
+from server.engine.auto import AutoDial
 from server.engine.batcher import Answer, Batcher
+from server.engine.knob import Rung
 from server.errors import DeadlineError, NotFoundError, UnavailableError
 from server.metrics import CONFIG_VERSION, BatchMetrics
 from server.types import (
@@ -73,7 +74,7 @@ class LocalEngine:
         store: ConfigStore,
         *,
         explain_batch: ExplainBatch,
-        steps: Mapping[str, Sequence[Step]] | None = None,
+        steps: Mapping[str, Sequence[Rung]] | None = None,
         curves: Mapping[str, Curve] | None = None,
         check_device: Callable[[], None] = lambda: None,
         max_batch_size: int = 32,
@@ -101,7 +102,7 @@ class LocalEngine:
             for row in curve.rows:
                 assert row.line is not None, "the speeds of a curve that is served are known"
                 self._batcher.speed.expect(self._models[name].batch_key(row.r), *row.line)
-        only = {name: [Step(info.schedule(0))] for name, info in self._models.items()}
+        only = {name: [Rung(info.schedule(0))] for name, info in self._models.items()}
         self._auto = {
             name: AutoDial(self._models[name].batch_key, ladder, self._batcher.speed)
             for name, ladder in (only | dict(steps or {})).items()
@@ -161,7 +162,7 @@ class LocalEngine:
         info = find_model(self._models, model)
         if info.name not in self._curves:
             raise NotFoundError(
-                f"{info.name} has no curve that holds for its weights and precision; "
+                f"{info.name} has no curve that holds for its weights; "
                 f"measure it: tome-server calibrate --model {info.source} --images FOLDER"
             )
 

@@ -31,13 +31,13 @@ class Rung:
     Attributes:
         schedule: `r` of each block.
         overhead_s: Seconds of a batch, whatever its size.
-        image_s: Seconds for each image of it.
+        image_s: Seconds for each image of it; 0 where nobody timed it.
         agreement: Share of images that keep the answer of r=0, or None where nobody measured it.
     """
 
     schedule: Schedule
-    overhead_s: float
-    image_s: float
+    overhead_s: float = 0.0
+    image_s: float = 0.0
     agreement: float | None = None
 
     def batch_s(self, images: int) -> float:

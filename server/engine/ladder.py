@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from server.calibration.curve import Curve, CurveRow
 from server.dial import Schedule
-from server.engine.auto import Step
+from server.engine.knob import Rung
 from server.models import LoadedModel
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
@@ -41,20 +41,18 @@ def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
     return lambda schedule: flops(sizes, schedule)
 
 
-def steps_of(curve: Curve) -> list[Step]:
+def steps_of(curve: Curve) -> list[Rung]:
     """Steps of a curve that knows its speeds: r=0, then each row faster than all that agree as well or better."""
 
-    def batch_s(step: Step) -> float:
-        return step.overhead_s + step.image_s * curve.max_batch_size
-
-    def of(row: CurveRow) -> Step:
+    def of(row: CurveRow) -> Rung:
         assert row.line is not None, "the caller times what was not measured"
-        return Step(row.r, *row.line, row.agreement)
+        return Rung(row.r, *row.line, row.agreement)
 
     unmerged, *others = map(of, curve.rows)
     ladder = [unmerged]
-    for step in sorted(others, key=lambda step: (-(step.agreement or 0.0), batch_s(step))):
-        if batch_s(step) < batch_s(ladder[-1]):
+    full = curve.max_batch_size
+    for step in sorted(others, key=lambda step: (-(step.agreement or 0.0), step.batch_s(full))):
+        if step.batch_s(full) < ladder[-1].batch_s(full):
             ladder.append(step)
     return ladder
 
@@ -68,7 +66,7 @@ def timed(curve: Curve, loaded: LoadedModel, run: Callable[[Schedule, int], None
 
 def timed_steps(
     loaded: LoadedModel, ladder: Sequence[Schedule], run: Callable[[Schedule, int], None], max_batch_size: int
-) -> list[Step]:
+) -> list[Rung]:
     """Steps of a ladder: r=0 is timed on this device, the others follow their arithmetic until they have run.
 
     Timing them too would mean to warm them all, and nobody may ever ask for them.
@@ -82,7 +80,7 @@ def timed_steps(
     cost = arithmetic(loaded)
     a, b = _line(run, ladder[0], max_batch_size)
     shares = (cost(schedule) / cost(ladder[0]) for schedule in ladder)
-    return [Step(schedule, a, b * share) for schedule, share in zip(ladder, shares, strict=True)]
+    return [Rung(schedule, a, b * share) for schedule, share in zip(ladder, shares, strict=True)]
 
 
 def _line(run: Callable[[Schedule, int], None], schedule: Schedule, max_batch_size: int) -> tuple[float, float]:

@@ -16,10 +16,10 @@ from server.calibration.facts import facts_of
 from server.calibration.places import find
 from server.config_store import ConfigStore
 from server.dial import AutoR, Schedule
-from server.engine.auto import Step
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
 from server.engine.explainer import Explainer
+from server.engine.knob import Rung
 from server.engine.ladder import schedules, steps_of, timed, timed_steps
 from server.engine.runner import Runner
 from server.engine.torch_backend import set_threads
@@ -65,7 +65,7 @@ def build_engine(settings: Settings) -> LocalEngine:
         BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size),
     )
     curves: dict[str, Curve] = {}
-    steps: dict[str, list[Step]] = {}
+    steps: dict[str, list[Rung]] = {}
     for spec in settings.specs():
         name, model = spec.name, loaded[spec.name]
         r = store.deployment(name).r

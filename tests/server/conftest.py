@@ -26,8 +26,8 @@ from server.api.app import create_app
 from server.calibration.curve import Curve, CurveRow, Facts
 from server.config_store import ConfigStore
 from server.dial import RSetting
-from server.engine.auto import Step
 from server.engine.engine import LocalEngine
+from server.engine.knob import Rung
 from server.settings import Settings
 from server.types import BatchKey, Engine, Job, Merges, ModelInfo, Preprocessing, TopK
 
@@ -212,7 +212,7 @@ async def serving(
     r: RSetting = 0,
     state_file: Path | None = None,
     engine: Engine | None = None,
-    steps: Sequence[Step] | None = None,
+    steps: Sequence[Rung] | None = None,
     curve: Curve | None = None,
     batch: int = 32,
     queue: int = 256,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from server.dial import AutoR
-from server.engine.auto import Step
+from server.engine.knob import Rung
 from tests.server.conftest import (
     FakeDevice,
     Service,
@@ -20,7 +20,7 @@ from tests.server.conftest import (
     until,
 )
 
-STEPS = [Step((0, 0, 0), 0.0, 1.0, 1.0), Step((4, 4, 4), 0.0, 0.5, 0.96), Step((8, 8, 8), 0.0, 0.1, 0.9)]
+STEPS = [Rung((0, 0, 0), 0.0, 1.0, 1.0), Rung((4, 4, 4), 0.0, 0.5, 0.96), Rung((8, 8, 8), 0.0, 0.1, 0.9)]
 """Seconds an image: with a deadline of some seconds a few images are a load."""
 
 

@@ -10,14 +10,14 @@ import pytest
 
 from server.calibration.simulator import Outcome, simulate
 from server.dial import AutoR, Schedule
-from server.engine.auto import Step
+from server.engine.knob import Rung
 
 STEPS = [
-    Step((0,) * 12, 0.004, 1 / 66, 1.0),
-    Step((4,) * 12, 0.005, 1 / 80, 0.973),
-    Step((8,) * 12, 0.005, 1 / 92, 0.948),
-    Step((13,) * 12, 0.005, 1 / 112, 0.909),
-    Step((16,) * 12, 0.005, 1 / 128, 0.868),
+    Rung((0,) * 12, 0.004, 1 / 66, 1.0),
+    Rung((4,) * 12, 0.005, 1 / 80, 0.973),
+    Rung((8,) * 12, 0.005, 1 / 92, 0.948),
+    Rung((13,) * 12, 0.005, 1 / 112, 0.909),
+    Rung((16,) * 12, 0.005, 1 / 128, 0.868),
 ]
 SLOWEST, FASTEST = STEPS[0].schedule, STEPS[-1].schedule
 CAPACITY = 32 / (STEPS[0].overhead_s + 32 * STEPS[0].image_s)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tome_core.kernels.launch import next_power_of_2, widen_products
+from tome_core.kernels.launch import widen_products
 
 LOG2_E = 1.4426950408889634
 
@@ -64,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, num_heads: int)
         q, k, v, size, out,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         M, N, D**-0.5 * LOG2_E,
-        D, max(next_power_of_2(D), 16), SIZED=size is not None, WIDEN=widen_products(q), **blocks,
+        D, max(triton.next_power_of_2(D), 16), SIZED=size is not None, WIDEN=widen_products(q), **blocks,
     )  # fmt: skip
     return out
 

@@ -10,11 +10,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether the package is there; it comes with torch on Linux with CUDA."""
 
 
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def widen_products(x: torch.Tensor) -> bool:
     """Whether operands must be float32 before a product: Triton's interpreter cannot multiply bfloat16."""
     from triton import knobs

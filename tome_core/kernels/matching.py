@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from tome_core.kernels.groups import Groups
-from tome_core.kernels.launch import next_power_of_2
 
 
 @triton.jit
@@ -40,7 +39,7 @@ def metric(k: Tensor, num_heads: int) -> Tensor:
     D, block = C // num_heads, 16
     out = torch.empty(B, N, D, dtype=torch.float32, device=k.device)
     _metric[(triton.cdiv(N, block), B)](
-        k, out, k.stride(0), k.stride(1), N, num_heads, D, next_power_of_2(D), block, num_warps=2
+        k, out, k.stride(0), k.stride(1), N, num_heads, D, triton.next_power_of_2(D), block, num_warps=2
     )
     return out
 
@@ -138,11 +137,11 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
     _match[(B,)](
         metric, best, partner, rank, keep, src, first,
         N, r, P, first_src, first_dst, S, T,
-        D, max(next_power_of_2(D), 16), **blocks_of(S),
+        D, max(triton.next_power_of_2(D), 16), **blocks_of(S),
     )  # fmt: skip
     return Groups(keep, src, first)
 
 
 def blocks_of(S: int) -> dict[str, int]:
     """How an image's work is cut for S src."""
-    return {"BLOCK_S": min(max(next_power_of_2(S), 16), 128), "BLOCK": 32, "num_warps": 4}
+    return {"BLOCK_S": min(max(triton.next_power_of_2(S), 16), 128), "BLOCK": 32, "num_warps": 4}

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from tome_core.kernels.groups import Groups
-from tome_core.kernels.launch import next_power_of_2
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def _launch(
     _add_norm[(triton.cdiv(M, blocks["ROWS"]), B)](
         x, y, scale, weight, bias, keep, src, first, size, x_out, n_out, size_out,
         N, M, N - M, eps,
-        C, next_power_of_2(C),
+        C, triton.next_power_of_2(C),
         MERGED=groups is not None, SIZED=size is not None, SCALED=scale is not None, **blocks,
     )  # fmt: skip
     return x_out, n_out, size_out
@@ -116,5 +115,5 @@ def _launch(
 
 def blocks_of(C: int) -> dict[str, int]:
     """How the work is cut for C channels."""
-    C_pad = next_power_of_2(C)
+    C_pad = triton.next_power_of_2(C)
     return {"ROWS": max(1024 // C_pad, 1), "num_warps": 2 if C_pad <= 1024 else 4}
