@@ -51,6 +51,14 @@ def test_equals_the_plain_model_by_its_kernels(build: Any, monkeypatch: pytest.M
     close(tome_core.wrap(model, "fused")(images, 7), tome_core.wrap(model, "plain")(images, 7))
 
 
+def test_a_gpu_without_a_compiler_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
+    monkeypatch.setattr(kernels, "HAS_COMPILER", False)
+    assert "C compiler" in str(kernels.missing_on(torch.device("cuda")))
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    assert "triton is not installed" in str(kernels.missing_on(torch.device("cuda")))
+
+
 def test_says_why_it_is_plain(build: Any) -> None:
     images = torch.randn(1, 3, 96, 96)
     merged = tome_core.wrap(build(), "fused")

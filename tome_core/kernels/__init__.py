@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tome_core.kernels import reference
 from tome_core.kernels.groups import Groups
-from tome_core.kernels.launch import HAS_TRITON
+from tome_core.kernels.launch import HAS_COMPILER, HAS_TRITON
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 128
@@ -28,6 +28,8 @@ def missing_on(device: torch.device) -> str | None:
         return f"there are no kernels for {device.type}"
     if not HAS_TRITON:
         return "the package triton is not installed"
+    if not HAS_COMPILER:
+        return "Triton needs a C compiler, and there is neither gcc nor clang, nor does CC name one"
     capability = torch.cuda.get_device_capability(device)
     return None if capability >= (8, 0) else f"the GPU has compute capability {capability[0]}.{capability[1]}, not 8.0"
 
