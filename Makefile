@@ -2,8 +2,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
+DOCKER_BUILD_OPTIONS ?=
 
-.PHONY: install serve test lint type bench docker clean
+.PHONY: install serve test test-docker lint type bench docker clean
 
 install: $(VENV)/installed
 
@@ -18,6 +19,9 @@ serve: install
 test: install
 	$(BIN)/python -m pytest $(ARGS)
 
+test-docker: install
+	DOCKER_BUILD_OPTIONS='$(DOCKER_BUILD_OPTIONS)' $(BIN)/python -m pytest tests/docker $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,7 +33,7 @@ bench: install
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 docker:
-	docker build --tag tome-server .
+	docker build $(DOCKER_BUILD_OPTIONS) --tag tome-server .
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

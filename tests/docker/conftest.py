@@ -1,0 +1,57 @@
+"""The image, built once, and what runs of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+
+import pytest
+
+from tests.docker.cli import ROOT, docker, need_docker
+from tests.docker.container import Container, Run
+from tests.docker.stack import Stack
+
+TAG = "tome-server:test"
+BUILD_OPTIONS = "DOCKER_BUILD_OPTIONS"
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The image of this working tree. `DOCKER_BUILD_OPTIONS` goes to docker build, as in the Makefile."""
+    need_docker()
+    before = docker("images", "--quiet", TAG)
+    docker("build", *shlex.split(os.environ.get(BUILD_OPTIONS, "")), "--tag", TAG, ".")
+    if before and before != docker("images", "--quiet", TAG):
+        docker("rmi", before)  # images are large: none without a name stays
+    return TAG
+
+
+@pytest.fixture(scope="session")
+def photo() -> bytes:
+    return (ROOT / "server/static/samples/lighthouse.jpg").read_bytes()
+
+
+@pytest.fixture
+def run(image: str) -> Iterator[Run]:
+    """Runs containers of the image, which end with the test."""
+    running: list[Container] = []
+
+    def start(*flags: str) -> Container:
+        running.append(Container(image, *flags))
+        return running[-1]
+
+    yield start
+    for container in running:
+        container.remove()
+
+
+@pytest.fixture(scope="module")
+def stack(image: str) -> Iterator[Stack]:
+    """Three servers behind HAProxy, for all tests of a module; each leaves three that are ready."""
+    stack = Stack(f"tome-test-{os.getpid()}", image)
+    try:
+        stack.scale(3)
+        yield stack
+    finally:
+        stack.down()

@@ -1,0 +1,119 @@
+"""The files for Kubernetes: valid to the letter, and right about the server that they start."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from server import metrics
+from server.api import health
+from server.commands import serve
+from server.settings import PREFIX, Settings, load_settings
+
+FOLDER = Path(__file__).parents[1] / "docker/kubernetes"
+VERSIONS = ("1.30", "1.37")  # the first that knows `sleep` without a feature gate, and the latest
+OWN_KINDS = ("Kustomization", "RayService")  # not Kubernetes' own: there is no schema of theirs here
+
+
+def read(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text())
+    return document
+
+
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+DEPLOYMENT = read("deployment.yaml")
+POD = DEPLOYMENT["spec"]["template"]
+CONTAINER = POD["spec"]["containers"][0]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", [name for name in FILES if read(name)["kind"] not in OWN_KINDS])
+def test_fits_kubernetes_schema(name: str, version: str) -> None:
+    kubernetes_validate.validate(read(name), version, strict=True)
+
+
+def test_the_schema_refuses_what_is_unknown() -> None:
+    wrong = read("deployment.yaml")
+    wrong["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, VERSIONS[-1], strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("group", ["head", "workers"])
+def test_pods_of_the_ray_cluster_fit_the_schema(group: str, version: str) -> None:
+    cluster = read("rayservice.yaml")["spec"]["rayClusterConfig"]
+    spec = cluster["headGroupSpec"] if group == "head" else cluster["workerGroupSpecs"][0]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": group}, **spec["template"]}
+    kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_the_kustomization_names_every_file() -> None:
+    assert {*read("kustomization.yaml")["resources"], "kustomization.yaml", "rayservice.yaml"} == set(FILES)
+
+
+def test_selectors_find_the_pods() -> None:
+    labels = POD["metadata"]["labels"]
+    assert DEPLOYMENT["spec"]["selector"]["matchLabels"] == labels
+    assert read("service.yaml")["spec"]["selector"] == labels
+    assert read("disruption.yaml")["spec"]["selector"]["matchLabels"] == labels
+    assert POD["spec"]["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"] == labels
+
+
+def test_ports_and_volumes_are_there() -> None:
+    assert [port["containerPort"] for port in CONTAINER["ports"]] == [Settings.model_fields["port"].default]
+    assert POD["metadata"]["annotations"]["prometheus.io/port"] == str(CONTAINER["ports"][0]["containerPort"])
+    assert read("service.yaml")["spec"]["ports"][0]["targetPort"] == CONTAINER["ports"][0]["name"]
+    assert {mount["name"] for mount in CONTAINER["volumeMounts"]} == {
+        volume["name"] for volume in POD["spec"]["volumes"]
+    }
+
+
+@pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
+def test_probes_ask_what_the_server_answers(probe: str) -> None:
+    paths = {getattr(route, "path", None) for route in health.router.routes}
+    assert CONTAINER[probe]["httpGet"]["path"] in paths
+
+
+def test_the_server_understands_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command, *flags = CONTAINER["args"]
+    assert command == "serve"
+    config = Path(flags[flags.index("--config") + 1])
+    mounted = next(mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "config")
+    assert config.parent == Path(mounted["mountPath"]) and "subPath" not in mounted
+    own = tmp_path / "config.yaml"
+    own.write_text(read("configmap.yaml")["data"][config.name])
+    for variable in CONTAINER["env"]:
+        monkeypatch.setenv(variable["name"], "2")
+        assert variable["name"].removeprefix(PREFIX).lower() in serve.SETTINGS
+    assert load_settings({}, str(own)).threads == 2
+
+
+def test_the_autoscaler_reads_a_metric_of_ours() -> None:
+    autoscaler = read("autoscaler.yaml")["spec"]
+    assert autoscaler["scaleTargetRef"] == {key: DEPLOYMENT[key] for key in ("apiVersion", "kind")} | {
+        "name": DEPLOYMENT["metadata"]["name"]
+    }
+    assert autoscaler["metrics"][0]["pods"]["metric"]["name"] == next(iter(metrics.IN_FLIGHT.collect())).name
+
+
+def test_there_is_time_to_end() -> None:
+    """The pause, then what the supervisor grants the HTTP processes, then the engine."""
+    from server import supervisor
+
+    pause_s = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pause_s + 2 * supervisor._DRAIN_S <= POD["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_ray_can_import_the_application() -> None:
+    application = yaml.safe_load(read("rayservice.yaml")["spec"]["serveConfigV2"])["applications"][0]
+    module, _, builder = application["import_path"].partition(":")
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not part of this version")
+    assert f"def {builder}(" in Path(str(importlib.util.find_spec(module).origin)).read_text()  # type: ignore[union-attr]
+    assert set(application["args"]) <= set(Settings.model_fields)
