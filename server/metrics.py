@@ -34,6 +34,9 @@ ENGINE_UP = Gauge(
 )
 ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
 CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")
+CONFIG_SOURCE_UP = Gauge(
+    "tome_config_source_up", "Whether the shared configuration can be read", multiprocess_mode="livemin"
+)
 
 
 class BatchMetrics:

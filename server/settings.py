@@ -99,6 +99,11 @@ class Settings(BaseModel):
         Path("~/.local/state/tome-server"),
         description="folder that keeps live changes and compiled models over a restart; none to keep none",
     )
+    shared_config: str | None = Field(
+        None,
+        min_length=1,
+        description="where servers share the live r: redis://HOST[:PORT][/DATABASE], or a YAML file to follow",
+    )
     http_workers: int = Field(
         1, ge=1, le=64, description="HTTP processes, which parse and decode; more of them keep more cores busy"
     )

@@ -325,9 +325,12 @@ def test_word_from_before_a_change_does_not_undo_it(watched: Watched, r_is_put_b
 
 def test_a_change_waits_for_the_one_before(watched: Watched, r_is_put_back: None) -> None:
     page, statuses = watched.open(), list[int]()
-    page.on(
-        "response", lambda response: statuses.append(response.status) if response.request.method == "PATCH" else None
-    )
+
+    def answered(response: Response) -> None:
+        if response.request.method == "PATCH":
+            statuses.append(response.status)
+
+    page.on("response", answered)
     page.get_by_role("textbox", name="The deployment's r").fill("13")
     page.get_by_role("button", name="Set").dblclick()
     while len(statuses) < 2:
