@@ -14,6 +14,7 @@ from server.config.store import ConfigStore
 from server.dial import AutoR, RSetting, Schedule
 from server.engine.auto import AutoDial
 from server.engine.batcher import Answer, Batcher
+from server.engine.drift import DriftWatch
 from server.engine.knob import Rung
 from server.errors import DeadlineError, NotFoundError, UnavailableError
 from server.metrics import BatchMetrics
@@ -62,6 +63,7 @@ class LocalEngine:
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
+        drift_sample: Share of the images answered with r > 0 that are checked at r=0 while the device is idle.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -80,6 +82,7 @@ class LocalEngine:
         max_batch_size: int = 32,
         max_queue_size: int = 256,
         batch_timeout_s: float = 0.1,
+        drift_sample: float = 0.0,
     ) -> None:
         self._models = dict(models)
         self._compute, self._explain = run_batch, explain_batch
@@ -88,6 +91,7 @@ class LocalEngine:
         self._store = store
         self._following: asyncio.Task[None] | None = None
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._drift = DriftWatch(self._run_batch, curves or {}, drift_sample)
         # A key, a job and an answer are of one kind: classification, explanation, or a health check's None.
         self._batcher = Batcher[Any, Job | None, Any](
             self._run_batch,
@@ -95,6 +99,7 @@ class LocalEngine:
             max_queue_size=max_queue_size,
             batch_timeout_s=batch_timeout_s,
             observer=BatchMetrics(),
+            idle=self._drift.idle,
         )
         for name, info in self._models.items():
             info.check(store.configuration.models[name])
@@ -196,16 +201,19 @@ class LocalEngine:
         except DeadlineError as error:
             raise UnavailableError(f"the engine does not answer: {error.message}", retry_after_s=1) from None
 
-    async def _run_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Job | None]) -> Sequence[Any]:
+    async def _run_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Any]) -> Sequence[Any]:
         """A batch on the device thread; without a key it is a health check, which a working device answers."""
         loop = asyncio.get_running_loop()
         if key is not None:
             try:
-                return await loop.run_in_executor(self._device, self._on_device, key, jobs)
+                answers = await loop.run_in_executor(self._device, self._on_device, key, jobs)
             except Exception:
                 logger.exception("a batch of %d for %s failed", len(jobs), key)
                 await self._probe()
                 raise
+            if isinstance(key, BatchKey):
+                self._drift.offer(key, jobs, answers)
+            return answers
         await self._probe()
         return [None] * len(jobs)
 

@@ -96,6 +96,7 @@ def build_engine(settings: Settings) -> LocalEngine:
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
+        drift_sample=settings.drift_sample,
     )
 
 
