@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import multiprocessing
 import os
+import pickle
 import shutil
 import tempfile
 import time
@@ -28,6 +30,7 @@ from torch import Tensor
 import tome_core
 from server.dial import Schedule, r_of, text_of
 from server.engine.torch_backend import TorchBackend
+from server.lifetime import end_with_parent
 from server.models import LoadedModel
 from server.types import BackendInfo
 from tome_core.openvino import save, to_openvino
@@ -148,6 +151,7 @@ class OpenVINOBackend:
 
     def _compile_now(self, schedule: Schedule) -> None:
         try:
+            self._compiler.translate_aside(schedule)
             runs = self._compile(schedule)
             unwarmed = [each for each in self._runs if each not in self._warmed]
             if len(unwarmed) >= MOST_SCHEDULES:
@@ -241,18 +245,49 @@ class Compiler:
 
         return run
 
-    @torch.no_grad()
+    def translate_aside(self, schedule: Schedule) -> None:
+        """Makes the schedule's graph by a process of its own, so that answers go on.
+
+        While torch traces a model, a forward pass in any other thread fails, and so does the tracing.
+
+        Raises:
+            RuntimeError: It cannot be translated; the process has said why.
+        """
+        file = self._file(schedule)
+        if file.exists():
+            return
+        # Pickled here: multiprocessing would put the weights in shared memory, of which a container has 64 MB.
+        args = (pickle.dumps(self._merged), schedule, self.input_size, file)
+        process = multiprocessing.get_context("spawn").Process(target=_translate_pickled, args=args, name="translation")
+        process.start()
+        process.join()
+        if not file.exists():
+            raise RuntimeError(f"its translation ended with status {process.exitcode}")
+
     def _translated(self, schedule: Schedule) -> Path:
         """The schedule's graph as a file: the one that is there, or a new one."""
-        file = self._folder / f"r{text_of(r_of(schedule)).replace(',', '-')}.xml"
+        file = self._file(schedule)
         if not file.exists():
-            model = to_openvino(self._merged, schedule, self.input_size)
-            with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-                written = Path(folder) / file.name
-                save(model, written)
-                written.with_suffix(".bin").replace(file.with_suffix(".bin"))
-                written.replace(file)  # last: where it is, all is
+            _translate(self._merged, schedule, self.input_size, file)
         return file
+
+    def _file(self, schedule: Schedule) -> Path:
+        return self._folder / f"r{text_of(r_of(schedule)).replace(',', '-')}.xml"
+
+
+def _translate_pickled(merged: bytes, schedule: Schedule, input_size: tuple[int, int], file: Path) -> None:
+    end_with_parent()
+    _translate(pickle.loads(merged), schedule, input_size, file)
+
+
+@torch.no_grad()
+def _translate(merged: tome_core.MergedViT, schedule: Schedule, input_size: tuple[int, int], file: Path) -> None:
+    model = to_openvino(merged, schedule, input_size)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        written = Path(folder) / file.name
+        save(model, written)
+        written.with_suffix(".bin").replace(file.with_suffix(".bin"))
+        written.replace(file)  # last: where it is, all is
 
 
 def parts_of(num_images: int, batch_sizes: list[int]) -> list[int]:

@@ -133,6 +133,24 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
 
 
 @torch.inference_mode()
+def test_torch_answers_while_a_schedule_is_translated(openvino: Any) -> None:
+    model = loaded()
+    backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1))
+    wanted = model.merged(images(1), (4, 0))
+    backend.logits(images(1), (4, 0))
+    while backend._compiling is not None:
+        torch.testing.assert_close(backend.logits(images(1), (4, 0)), wanted, atol=1e-4, rtol=1e-4)
+    assert (4, 0) in backend._runs
+
+
+def test_a_translation_that_dies_is_told(openvino: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = openvino.Compiler(loaded().merged, (64, 64), 1)
+    monkeypatch.setattr(openvino.pickle, "dumps", lambda merged: b"no model")
+    with pytest.raises(RuntimeError, match="status 1"):
+        compiler.translate_aside((4, 0))
+
+
+@torch.inference_mode()
 def test_a_graph_that_computes_something_else_is_not_used(openvino: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_right = openvino.Compiler.compile
 
