@@ -8,7 +8,7 @@
 #   RUNTIME_PACKAGES  Debian packages: "gcc libc6-dev" lets Triton build its launcher, without which a GPU runs unfused
 FROM python:3.11-slim AS build
 ARG PIP_OPTIONS=""
-ARG EXTRAS="openvino"
+ARG EXTRAS="openvino redis"
 WORKDIR /src
 # The dependencies are a layer of their own, which a change of our code neither builds nor pulls again.
 COPY pyproject.toml constraints.txt ./

@@ -13,7 +13,9 @@ import yaml
 from server import metrics
 from server.api import health
 from server.commands import serve
-from server.settings import PREFIX, Settings, load_settings
+from server.config.watched import WatchedFile
+from server.dial import AutoR, RSetting
+from server.settings import BUNDLED_NAME, PREFIX, Settings, load_settings
 
 FOLDER = Path(__file__).parents[1] / "docker/kubernetes"
 VERSIONS = ("1.30", "1.37")  # the first that knows `sleep` without a feature gate, and the latest
@@ -80,18 +82,27 @@ def test_probes_ask_what_the_server_answers(probe: str) -> None:
     assert CONTAINER[probe]["httpGet"]["path"] in paths
 
 
-def test_the_server_understands_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_understands_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     command, *flags = CONTAINER["args"]
     assert command == "serve"
-    config = Path(flags[flags.index("--config") + 1])
-    mounted = next(mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "config")
-    assert config.parent == Path(mounted["mountPath"]) and "subPath" not in mounted
-    own = tmp_path / "config.yaml"
-    own.write_text(read("configmap.yaml")["data"][config.name])
+    said = {
+        flag.removeprefix("--").replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)
+    }
     for variable in CONTAINER["env"]:
         monkeypatch.setenv(variable["name"], "2")
         assert variable["name"].removeprefix(PREFIX).lower() in serve.SETTINGS
-    assert load_settings({}, str(own)).threads == 2
+    settings = load_settings(said)
+    assert settings.threads == 2
+    folder = next(mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "config")
+    assert Path(str(settings.shared_config)).parent == Path(folder["mountPath"]) and "subPath" not in folder
+
+
+def test_the_live_configuration_is_one(tmp_path: Path) -> None:
+    [(name, content)] = read("configmap.yaml")["data"].items()
+    (tmp_path / name).write_text(content)
+    start: dict[str, RSetting] = {spec.name: 0 for spec in load_settings({}).specs()}
+    config = WatchedFile(start, str(tmp_path / name), None, lambda models: None)
+    assert config.configuration.models[BUNDLED_NAME] == AutoR(min_agreement=0.95)
 
 
 def test_the_autoscaler_reads_a_metric_of_ours() -> None:

@@ -20,6 +20,7 @@ class Answer:
 
     status: int
     replica: str
+    r: str
     text: str
 
 
@@ -29,12 +30,14 @@ class Load:
     Args:
         url: The service.
         photo: What is sent.
+        r: What is asked for; None takes the deployment's.
         threads: Requests at a time at most.
         pause_s: From an answer to the thread's next request.
     """
 
-    def __init__(self, url: str, photo: bytes, threads: int = 2, pause_s: float = 0.3) -> None:
-        self._url, self._photo, self._pause_s = f"{url}/classify?r=8", photo, pause_s
+    def __init__(self, url: str, photo: bytes, r: int | None = 8, threads: int = 2, pause_s: float = 0.3) -> None:
+        self._url, self._photo, self._pause_s = f"{url}/classify", photo, pause_s
+        self._asked = {} if r is None else {"r": r}
         self._ends = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
         self.answers: list[Answer] = []
@@ -43,10 +46,13 @@ class Load:
         with httpx.Client(timeout=WAIT_S) as client:
             while not self._ends.wait(self._pause_s):
                 try:
-                    answer = client.post(self._url, content=self._photo, headers={"content-type": "image/jpeg"})
-                    self.answers.append(Answer(answer.status_code, answer.headers.get("x-replica", ""), answer.text))
+                    answer = client.post(
+                        self._url, params=self._asked, content=self._photo, headers={"content-type": "image/jpeg"}
+                    )
+                    replica, r = (answer.headers.get(name, "") for name in ("x-replica", "x-r"))
+                    self.answers.append(Answer(answer.status_code, replica, r, answer.text))
                 except httpx.TransportError as error:
-                    self.answers.append(Answer(0, "", repr(error)))
+                    self.answers.append(Answer(0, "", "", repr(error)))
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -77,6 +83,12 @@ class Load:
     def until_answered_by(self, replicas: int) -> None:
         """Waits until just so many replicas have given the latest answers, ten for each."""
         self.until(lambda: len({a.replica for a in self.answers[-10 * replicas :]}) == replicas)
+
+    def until_answered_with(self, r: int, replicas: int) -> None:
+        """Waits until so many replicas have given the latest answers, all of them with an r."""
+        self.until_answered_by(replicas)
+        self.until(lambda: {a.r for a in self.answers[-10 * replicas :]} == {str(r)})
+        assert len({a.replica for a in self.answers[-10 * replicas :]}) == replicas
 
     def failures(self) -> list[Answer]:
         return [answer for answer in self.answers if answer.status != 200]

@@ -89,6 +89,32 @@ def test_scaling_up_and_down_costs_no_request(stack: Stack, photo: bytes) -> Non
     stack.scale(3)
 
 
+def test_a_new_r_reaches_every_replica_under_load(stack: Stack, photo: bytes) -> None:
+    with Load(stack.url(), photo, r=None) as load:
+        for r in (13, 4):
+            assert set_r(stack, r) == 200
+            load.until_answered_with(r, replicas=3)
+    assert load.failures() == []
+
+
+def test_without_redis_answers_go_on_and_changes_are_refused(stack: Stack, photo: bytes) -> None:
+    with Load(stack.url(), photo, r=None) as load:
+        assert set_r(stack, 7) == 200
+        load.until_answered_with(7, replicas=3)
+        stack.compose("stop", "redis")
+        assert set_r(stack, 2) == 503
+        assert {answer.r for answer in load.go_on(30)} == {"7"}
+        stack.compose("start", "redis")
+        load.until(lambda: set_r(stack, 11) == 200)
+        load.until_answered_with(11, replicas=3)
+    assert load.failures() == []
+
+
+def set_r(stack: Stack, r: int) -> int:
+    """Asks whichever replica comes next; gives the status."""
+    return httpx.patch(f"{stack.url()}/v1/models/tome-vit-tiny-64", json={"r": r}, timeout=60).status_code
+
+
 def test_prometheus_sees_every_replica_and_knows_the_dashboard(stack: Stack, photo: bytes) -> None:
     prometheus = stack.url("prometheus", 9090)
 
