@@ -20,6 +20,7 @@ class Stack:
             "PORT": "0",
             "PROMETHEUS_PORT": "0",
         }
+        self._volumes: set[str] = set()
 
     def compose(self, *arguments: str) -> str:
         return docker("compose", *arguments, environment=self.environment)
@@ -27,6 +28,7 @@ class Stack:
     def scale(self, servers: int) -> None:
         """So many servers, all of them healthy."""
         self.compose("up", "--detach", "--no-build", "--no-recreate", "--wait", "--scale", f"server={servers}")
+        self._note_volumes()
 
     def servers(self) -> list[str]:
         """The ids of the running servers."""
@@ -39,6 +41,14 @@ class Stack:
         """docker/rolling-update.sh to another image."""
         self.environment["TOME_IMAGE"] = image
         command("docker/rolling-update.sh", environment=self.environment)
+        self._note_volumes()
 
     def down(self) -> None:
+        """Removes it all, and the volumes of replicas that went before."""
         self.compose("down", "--volumes", "--timeout", "20")
+        if self._volumes:
+            docker("volume", "rm", "--force", *self._volumes)
+
+    def _note_volumes(self) -> None:
+        mounts = '{{range .Mounts}}{{if eq .Destination "/var/lib/tome-server"}}{{.Name}}{{end}}{{end}}'
+        self._volumes |= {docker("inspect", "--format", mounts, server) for server in self.servers()}

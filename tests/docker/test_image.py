@@ -92,6 +92,14 @@ def test_an_engine_that_dies_is_started_again(run: Run, photo: bytes) -> None:
     assert container.state["Running"]
 
 
+def test_a_new_r_is_compiled_while_requests_for_it_are_answered(run: Run, photo: bytes) -> None:
+    container = run("--env", "TOME_BACKEND=openvino")
+    container.wait_until_healthy()
+    with Load(container.url, photo, r=13, pause_s=0.05) as load:
+        load.until(lambda: "at r=13 is compiled by OpenVINO" in log(container.id))
+    assert load.failures() == []
+
+
 def test_stays_within_a_memory_limit_under_load(run: Run, photo: bytes) -> None:
     container = run("--memory", "1g", "--memory-swap", "1g")
     container.wait_until_healthy()

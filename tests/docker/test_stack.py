@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -21,11 +21,15 @@ OVERRIDES = ("gpu", "limits")
 
 
 @pytest.fixture
-def next_image(image: str) -> Iterator[str]:
-    """The image with a label more: a new version, at no cost."""
+def build(image: str) -> Iterator[Callable[[str], str]]:
+    """Builds a new version, at no cost: the image and a line more of a Dockerfile."""
     tag = "tome-server:test-next"
-    docker("build", "--tag", tag, "-", text=f"FROM {image}\nLABEL version=next\n")
-    yield tag
+
+    def derive(line: str) -> str:
+        docker("build", "--tag", tag, "-", text=f"FROM {image}\n{line}\n")
+        return tag
+
+    yield derive
     docker("rmi", "--force", tag)
 
 
@@ -65,7 +69,8 @@ def test_a_killed_engine_costs_no_request_and_comes_back(stack: Stack, photo: by
     assert load.failures() == []
 
 
-def test_a_rolling_update_costs_no_request(stack: Stack, photo: bytes, image: str, next_image: str) -> None:
+def test_a_rolling_update_costs_no_request(stack: Stack, photo: bytes, image: str, build: Callable[[str], str]) -> None:
+    next_image = build("LABEL version=next")
     try:
         with Load(stack.url(), photo) as load:
             load.go_on(10)
@@ -78,6 +83,19 @@ def test_a_rolling_update_costs_no_request(stack: Stack, photo: bytes, image: st
         assert images == {next_image}
     finally:
         stack.roll(image)
+
+
+def test_an_update_to_an_image_that_does_not_start_changes_nothing(
+    stack: Stack, photo: bytes, image: str, build: Callable[[str], str]
+) -> None:
+    broken, before = build("ENV TOME_PORT=none"), stack.servers()
+    with Load(stack.url(), photo) as load:
+        load.go_on(5)
+        with pytest.raises(AssertionError, match="did not get ready"):
+            stack.roll(broken)
+    stack.environment["TOME_IMAGE"] = image
+    assert load.failures() == []
+    assert stack.compose("ps", "--all", "--quiet", "server").split() == before
 
 
 def test_scaling_up_and_down_costs_no_request(stack: Stack, photo: bytes) -> None:
