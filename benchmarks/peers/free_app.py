@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -21,14 +22,17 @@ def main() -> None:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # as the supervisor has it
         listener = socket.create_server(("127.0.0.1", int(os.environ.get("PEER_PORT", "8000"))), backlog=2048)
         socket_path = os.path.join(folder, "engine.sock")
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        told_to_end: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: told_to_end.append(number))
         processes = [
             spawn.Process(target=_engine, args=(socket_path,)),
             spawn.Process(target=_http, args=(listener, socket_path)),
         ]
         for process in processes:
             process.start()
-        signal.sigwait({signal.SIGTERM})
+        while not told_to_end:
+            if multiprocessing.connection.wait([process.sentinel for process in processes], timeout=0.2):
+                break  # one died, and the other is worth nothing without it
         for process in reversed(processes):
             process.terminate()
             process.join()
@@ -38,17 +42,15 @@ def _http(listener: socket.socket, socket_path: str) -> None:
     from server.api import process
     from server.settings import Settings
 
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     process.main(Settings.model_validate({"log_level": "warning"}), listener, socket_path)
 
 
 def _engine(socket_path: str) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     asyncio.run(_serve(socket_path))
 
 
 async def _serve(socket_path: str) -> None:
-    from server.config_store import ConfigStore
+    from server.config.local import LocalConfig
     from server.engine.engine import LocalEngine
     from server.engine.transport import serve_engine
 
@@ -66,7 +68,7 @@ async def _serve(socket_path: str) -> None:
         num_prefix_tokens=1,
         max_r=16,
     )
-    engine = LocalEngine({"free": info}, _classify, ConfigStore({"free": 0}, None), explain_batch=_explain)
+    engine = LocalEngine({"free": info}, _classify, LocalConfig({"free": 0}), explain_batch=_explain)
     engine.start()
     server = await serve_engine(engine, socket_path)
     await told_to_end.wait()
