@@ -31,7 +31,9 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.load import Reply, closed_loop, open_loop, poisson
+from server.bench.client import Answer, Client, Target
+from server.bench.load import Reply, Request, closed_loop, open_loop, poisson
+from server.bench.rows import is_good, percentile
 from server.calibration.simulator import simulate
 from server.dial import AutoR
 from server.engine.knob import Rung
@@ -61,7 +63,7 @@ def main() -> None:
         capacity = 0.0
         for policy, setting in reversed(list(policies.items())):  # the last is r=0
             patch(address, name, setting)
-            capacity = asyncio.run(closed_loop(address, path, photos, MOST_CLIENTS, args.seconds / 2))
+            capacity = asyncio.run(measure_capacity(address, path, photos, args.seconds / 2))
             print(f"{policy}: {capacity:.1f} images/s from {MOST_CLIENTS} clients", file=sys.stderr)
         print(
             f"{name}, {len(photos)} photos, deadline {args.deadline_ms:g} ms; capacity at r=0 {capacity:.1f} images/s"
@@ -71,7 +73,7 @@ def main() -> None:
             due = list(poisson(load * capacity, args.seconds, seed=0))
             for policy, setting in policies.items():
                 patch(address, name, setting)
-                replies = asyncio.run(open_loop(address, path, photos, due))
+                replies = asyncio.run(send(address, path, photos, due))
                 row = judge(replies, labels, args.deadline_ms / 1000)
                 row["simulated_goodput"] = simulated(address, name, due, args.deadline_ms / 1000, setting)
                 rows.append({"policy": policy.replace(f"r={args.max_r}", "r=max"), "load": load} | row)
@@ -97,17 +99,34 @@ def read_photos(folder: Path, limit: int | None) -> tuple[list[bytes], list[int]
     return photos, [int(row["label"]) for row in listed]
 
 
+async def measure_capacity(address: tuple[str, int], path: str, photos: Sequence[bytes], seconds: float) -> float:
+    """Images a second of clients that wait for their answers."""
+    async with Client(Target(*address)) as client:
+        run = await closed_loop(client, [Request(path, photo) for photo in photos], MOST_CLIENTS, seconds)
+    return sum(reply.status == 200 for reply in run.replies) / run.seconds
+
+
+async def send(address: tuple[str, int], path: str, photos: Sequence[bytes], due: Sequence[float]) -> list[Reply]:
+    """The replies to requests that come when they are due, each with the JSON that it says."""
+
+    def read(answer: Answer) -> Any:
+        return json.loads(answer.body)
+
+    async with Client(Target(*address)) as client:
+        return (await open_loop(client, [Request(path, photo) for photo in photos], due, read=read)).replies
+
+
 def judge(replies: Sequence[Reply], labels: Sequence[int], deadline_s: float) -> dict[str, Any]:
     """What the clients got."""
-    good = [reply for reply in replies if reply.body is not None and reply.seconds <= deadline_s]
-    bodies = [(reply.body or {}, labels[reply.photo]) for reply in good]
+    good = [reply for reply in replies if is_good(reply, deadline_s)]
+    bodies = [(reply.said, labels[reply.number]) for reply in good]
     right = [body["results"][0]["top_k"][0]["index"] == label for body, label in bodies]
-    latencies = sorted(reply.seconds for reply in replies if reply.body is not None)
+    p99_s = percentile(sorted(reply.seconds for reply in replies if reply.status == 200), 0.99)
     return {
         "goodput": len(good) / len(replies),
         "top1": sum(right) / len(right) if right else 0.0,
         "mean_r": statistics.mean(_mean_r(body["r"]) for body, _ in bodies) if bodies else 0.0,
-        "p99_ms": 1000 * latencies[int(0.99 * (len(latencies) - 1))] if latencies else 0.0,
+        "p99_ms": 1000 * (p99_s or 0.0),
         "requests": len(replies),
         "statuses": {status: sum(r.status == status for r in replies) for status in {r.status for r in replies}},
     }
