@@ -34,6 +34,9 @@ ENGINE_UP = Gauge(
 )
 ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
 CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")
+CONFIG_REFUSED = Gauge(
+    "tome_config_refused", "Whether the configuration asked for last was refused", multiprocess_mode="livemax"
+)
 
 
 class BatchMetrics:

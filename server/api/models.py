@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
@@ -23,7 +23,7 @@ from server.api.schemas import (
     PatchModel,
 )
 from server.calibration import curve as curves
-from server.dial import AutoR, parse_setting, r_of
+from server.dial import AutoR, RSetting, parse_setting, r_of
 from server.errors import InvalidError, shown
 from server.types import Deployment, Engine, ModelInfo, find_model
 
@@ -74,14 +74,20 @@ async def patch_model(
 ) -> ModelDetail:
     """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
     info = find_model(engine.catalog(), name)
-    change = parse(PatchModel, await read_json(request))
-    r = parse_setting(change.r, change.max_r, change.min_agreement)
-    if not isinstance(r, AutoR):
-        r = r_of(info.schedule(r, change.inflect))
-    elif change.inflect is not None:
-        raise InvalidError("inflect goes with a single r, not with auto")
+    r = read_change(await read_json(request), info)
     deployment = await engine.set_r(name, r, _version(if_match))
     return _detail(info, deployment, engine, response)
+
+
+def read_change(said: dict[str, Any], info: ModelInfo) -> RSetting:
+    """The deployment's `r` that a PATCH body says; raises InvalidError where the model cannot merge like that."""
+    change = parse(PatchModel, said)
+    r = parse_setting(change.r, change.max_r, change.min_agreement)
+    if not isinstance(r, AutoR):
+        return r_of(info.schedule(r, change.inflect))
+    if change.inflect is not None:
+        raise InvalidError("inflect goes with a single r, not with auto")
+    return r
 
 
 def _curve_row(row: curves.CurveRow) -> CurveRow:

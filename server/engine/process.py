@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.synchronize import Event
+from pathlib import Path
 
 from server.calibration.curve import Curve, speed_staleness
 from server.calibration.facts import facts_of
@@ -40,15 +41,19 @@ def main(settings: Settings, socket_path: str, ready: Event) -> None:
     end_with_parent()
     set_threads(settings.threads)
     try:
-        engine = build_engine(settings)
+        engine = build_engine(settings, settings.state_file())
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
     sys.exit(asyncio.run(_serve(engine, socket_path, ready)))
 
 
-def build_engine(settings: Settings) -> LocalEngine:
+def build_engine(settings: Settings, state_file: Path | None) -> LocalEngine:
     """Loads and warms every model, and puts queue and device together.
+
+    Args:
+        settings: What to load, and how it runs.
+        state_file: Keeps live changes of `r` over a restart; None keeps them in memory.
 
     Raises:
         SettingsError: A model cannot be loaded, its backend cannot be had, or the state file cannot be read.
@@ -56,7 +61,7 @@ def build_engine(settings: Settings) -> LocalEngine:
         EngineError: A model gives no numbers in this precision.
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
-    store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, settings.state_file())
+    store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, state_file)
     explainer = Explainer(loaded, settings.device)
     runner = Runner(
         loaded,
