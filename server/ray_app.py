@@ -12,17 +12,21 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.access import check_admin_key
 from server.api.app import create_app
-from server.api.models import read_change
+from server.api.body import parse
+from server.api.config import setting_of
+from server.api.schemas import PatchConfig, PatchModel
+from server.config.pushed import PushedConfig
+from server.config.shared import Check
+from server.config.store import ConfigStore, open_store
 from server.dial import RSetting
 from server.errors import InvalidError, ServerError, shown
-from server.metrics import CONFIG_REFUSED, ENGINE_STARTS, ENGINE_UP
+from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.settings import Settings, SettingsError, load_settings
 from server.types import ModelInfo, find_model
 
@@ -79,10 +83,17 @@ class Replica:
         _log_as_serve_does(settings.log_level)
         self._settings = settings.model_copy(update={"threads": settings.threads or _assigned_cpus()})
         set_threads(self._settings.threads)
-        # No state file: what user_config says holds, also for replicas that start later and on other machines.
-        self._engine = build_engine(self._settings, state_file=None)
-        self._start = {spec.name: spec.r or 0 for spec in settings.specs()}
+        self._config: PushedConfig | None = None
+        self._engine = build_engine(self._settings, self._open_config)
         self._has_served = False
+
+    def _open_config(self, settings: Settings, check: Check) -> ConfigStore:
+        """What all replicas have in common: `user_config`, or else what the settings name as shared."""
+        if settings.shared_config is not None:
+            return open_store(settings, check)
+        start = {spec.name: spec.r or 0 for spec in settings.specs()}
+        self._config = PushedConfig(start, "user_config in the configuration of Ray Serve", check)
+        return self._config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self._settings, self._engine, self._lifespan, instead=[_instead])
@@ -116,29 +127,26 @@ class Replica:
             InvalidError, NotFoundError: It cannot be what it says, and this replica has not served yet.
         """
         try:
-            wanted = read_user_config(user_config, self._engine.catalog(), self._start)
+            models = read_user_config(user_config, self._engine.catalog())
+            if self._config is not None:
+                self._config.take_over(models)
+            elif models:
+                raise InvalidError(f"r is kept in {self._settings.shared_config}; user_config must say nothing of it")
         except ServerError as error:
             if not self._has_served:
                 raise
-            CONFIG_REFUSED.set(1)
-            logger.error("user_config is refused, and r stays what it was: %s", error)
-            return
-        CONFIG_REFUSED.set(0)
-        for name, r in wanted.items():
-            if (await self._engine.deployment(name)).r != r:
-                version = (await self._engine.set_r(name, r, None)).config_version
-                logger.info("%s: r=%s by user_config, configuration %d", name, r, version)
+            if self._config is not None:
+                self._config.refuse(error)
+            else:
+                logger.error("user_config is refused: %s", error)
 
 
-def read_user_config(
-    user_config: Any, catalog: Mapping[str, ModelInfo], start: Mapping[str, RSetting]
-) -> dict[str, RSetting]:
-    """The `r` of every model: what `user_config` says, or else the start setting, whatever was in force meanwhile.
+def read_user_config(user_config: Any, catalog: Mapping[str, ModelInfo]) -> dict[str, RSetting]:
+    """The `r` of the models that `user_config` names.
 
     Args:
-        user_config: What `PATCH /v1/models/{name}` takes, for the default model, and under `models` by name for others.
+        user_config: What `PATCH /v1/models/{name}` takes, for the default model; and `models` of `PATCH /v1/config`.
         catalog: The loaded models, the default first.
-        start: Each model's `r` from the settings.
 
     Raises:
         InvalidError: It is not that, or a model cannot merge like that.
@@ -147,23 +155,14 @@ def read_user_config(
     if not isinstance(user_config, dict):
         raise InvalidError(f"user_config is {shown(user_config)}; it must be a mapping like {{r: 8}}")
     said = {str(key): value for key, value in user_config.items()}
-    changes = said.pop("models", {})
-    if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
-        raise InvalidError(f"models is {shown(changes)}; it must be a mapping like {{NAME: {{r: 8}}}}")
+    changes = parse(PatchConfig, {"models": said.pop("models", {})}).models
     if said:
-        changes = {find_model(catalog, None).name: said, **changes}
-    models = {name: find_model(catalog, str(name)) for name in changes}
-    return {**start, **{model.name: read_change(changes[name], model) for name, model in models.items()}}
+        changes = {find_model(catalog, None).name: parse(PatchModel, said), **changes}
+    return {name: setting_of(find_model(catalog, name), change) for name, change in changes.items()}
 
 
 _instead = APIRouter(include_in_schema=False)
-"""What would touch one replica, whichever, and look like all of them."""
-
-
-@_instead.patch("/v1/models/{name}", dependencies=[Depends(check_admin_key)])
-async def patch_model(name: str) -> None:
-    message = "this server is one of several replicas of Ray Serve: change r in user_config and deploy that"
-    raise HTTPException(405, message, {"allow": "GET"})
+"""What would tell of one replica, whichever, and look like all of them."""
 
 
 @_instead.get("/metrics")

@@ -7,16 +7,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.synchronize import Event
-from pathlib import Path
 
 from server.calibration.curve import Curve, speed_staleness
 from server.calibration.facts import facts_of
 from server.calibration.places import find
-from server.config_store import ConfigStore
-from server.dial import AutoR, Schedule
+from server.config.shared import Check
+from server.config.store import ConfigStore, open_store
+from server.dial import AutoR, RSetting, Schedule
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
 from server.engine.explainer import Explainer
@@ -30,9 +30,11 @@ from server.lifetime import configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.models import LoadedModel, load_model
 from server.settings import ModelSpec, Settings, SettingsError
-from server.types import Job
+from server.types import Job, find_model
 
 logger = logging.getLogger(__name__)
+
+OpenConfig = Callable[[Settings, Check], ConfigStore]
 
 
 def main(settings: Settings, socket_path: str, ready: Event) -> None:
@@ -41,19 +43,19 @@ def main(settings: Settings, socket_path: str, ready: Event) -> None:
     end_with_parent()
     set_threads(settings.threads)
     try:
-        engine = build_engine(settings, settings.state_file())
+        engine = build_engine(settings)
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
     sys.exit(asyncio.run(_serve(engine, socket_path, ready)))
 
 
-def build_engine(settings: Settings, state_file: Path | None) -> LocalEngine:
+def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> LocalEngine:
     """Loads and warms every model, and puts queue and device together.
 
     Args:
         settings: What to load, and how it runs.
-        state_file: Keeps live changes of `r` over a restart; None keeps them in memory.
+        open_config: Gives the keeper of the live configuration.
 
     Raises:
         SettingsError: A model cannot be loaded, its backend cannot be had, or the state file cannot be read.
@@ -61,7 +63,13 @@ def build_engine(settings: Settings, state_file: Path | None) -> LocalEngine:
         EngineError: A model gives no numbers in this precision.
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
-    store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, state_file)
+    infos = {name: model.info for name, model in loaded.items()}
+
+    def check(models: Mapping[str, RSetting]) -> None:
+        for name, r in models.items():
+            find_model(infos, name).check(r)
+
+    store = open_config(settings, check)
     explainer = Explainer(loaded, settings.device)
     runner = Runner(
         loaded,
@@ -73,7 +81,7 @@ def build_engine(settings: Settings, state_file: Path | None) -> LocalEngine:
     steps: dict[str, list[Rung]] = {}
     for spec in settings.specs():
         name, model = spec.name, loaded[spec.name]
-        r = store.deployment(name).r
+        r = store.configuration.models[name]
         model.info.check(r)
         runner.warm_up(model.info.batch_key(model.info.schedule(0)))
         if curve := _curve(spec, model, runner, settings):
@@ -95,6 +103,7 @@ def build_engine(settings: Settings, state_file: Path | None) -> LocalEngine:
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
+        drift_sample=settings.drift_sample,
     )
 
 

@@ -110,7 +110,7 @@ def test_user_config_reaches_every_replica_without_a_restart_or_a_failure(
     assert {answer is not None and answer.status_code for answer in answers} == {200}
     assert ray_service.replicas() == before
     patched = client.patch(MODEL, json={"r": 3})
-    assert patched.status_code == 405 and "user_config" in patched.json()["error"]["message"]
+    assert patched.status_code == 409 and "user_config" in patched.json()["error"]["message"]
     assert client.get(MODEL).json()["r"] == 13
 
 

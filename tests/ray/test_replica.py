@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -40,25 +41,26 @@ async def replica(own_logger: None) -> AsyncIterator[Replica]:
         yield replica
 
 
-async def deployed_r(replica: Replica) -> Any:
+async def shown(replica: Replica) -> Any:
+    """The default model as clients see it."""
     app = replica.__serve_build_asgi_app__()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        return (await client.get("/v1/models")).json()["models"][0]["r"]
+        return (await client.get("/v1/models")).json()["models"][0]
 
 
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
-        ({}, {"tiny": 2, "other": 3}),
-        ({"r": 8}, {"tiny": 8, "other": 3}),
-        ({"r": "4,2"}, {"tiny": (4, 2, 0), "other": 3}),
-        ({"r": 4, "inflect": -1}, {"tiny": (8, 4, 0), "other": 3}),
-        ({"models": {"other": {"r": "auto", "max_r": 6}}}, {"tiny": 2, "other": AutoR(6)}),
+        ({}, {}),
+        ({"r": 8}, {"tiny": 8}),
+        ({"r": "4,2"}, {"tiny": (4, 2, 0)}),
+        ({"r": 4, "inflect": -1}, {"tiny": (8, 4, 0)}),
+        ({"models": {"other": {"r": "auto", "max_r": 6}}}, {"other": AutoR(6)}),
         ({"r": 1, "models": {"other": {"r": 5}}}, {"tiny": 1, "other": 5}),
     ],
 )
-def test_user_config_says_what_patch_would_and_the_settings_say_the_rest(said: Any, wanted: dict[str, Any]) -> None:
-    assert read_user_config(said, CATALOG, {"tiny": 2, "other": 3}) == wanted
+def test_user_config_says_what_patch_would(said: Any, wanted: dict[str, Any]) -> None:
+    assert read_user_config(said, CATALOG) == wanted
 
 
 @pytest.mark.parametrize(
@@ -68,12 +70,12 @@ def test_user_config_says_what_patch_would_and_the_settings_say_the_rest(said: A
         ({"r": 9}, InvalidError, "each r must lie between 0 and 8"),
         ({"rr": 8}, InvalidError, "no parameter 'rr'"),
         ({"models": {"another": {"r": 1}}}, NotFoundError, "there is no model 'another'"),
-        ({"models": {"other": 1}}, InvalidError, "it must be a mapping like"),
+        ({"models": {"other": 1}}, InvalidError, "models.other is 1"),
     ],
 )
 def test_what_user_config_cannot_mean_is_named(said: Any, error: type[ServerError], message: str) -> None:
     with pytest.raises(error, match=message):
-        read_user_config(said, CATALOG, {"tiny": 2, "other": 3})
+        read_user_config(said, CATALOG)
 
 
 @needs_ray
@@ -84,9 +86,9 @@ async def test_a_replica_that_starts_fails_by_what_one_that_serves_refuses(repli
     await replica.reconfigure({"r": 8})
     await replica.check_health()
     await replica.reconfigure({"r": 1000})
-    assert await deployed_r(replica) == 8
+    assert (await shown(replica))["r"] == 8
     await replica.reconfigure({})
-    assert await deployed_r(replica) == 4
+    assert (await shown(replica))["r"] == 4
 
 
 @needs_ray
@@ -95,8 +97,20 @@ async def test_the_version_grows_with_changes_alone(replica: Replica) -> None:
     versions = []
     for r in (4, 8, 8, 4):  # Ray says the same again when it renumbers replicas
         await replica.reconfigure({"r": r})
-        versions.append((await replica._engine.deployment("tome-vit-tiny-64")).config_version)
-    assert versions == [1, 2, 2, 3]
+        versions.append((await shown(replica))["config_version"])
+    assert versions == [2, 3, 3, 4]
+
+
+@needs_ray
+@of_ray
+async def test_a_shared_configuration_holds_instead_of_user_config(own_logger: None, tmp_path: Path) -> None:
+    (tmp_path / "shared.yaml").write_text("models: {tome-vit-tiny-64: {r: 6}}")
+    said = {"backend": "torch", "threads": 1, "state_dir": None, "shared_config": str(tmp_path / "shared.yaml")}
+    replica = Replica(Settings.model_validate(said))
+    await replica.reconfigure({})
+    with pytest.raises(InvalidError, match="user_config must say nothing of it"):
+        await replica.reconfigure({"r": 8})
+    assert (await shown(replica))["r"] == 6
 
 
 @pytest.mark.parametrize(

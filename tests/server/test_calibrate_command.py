@@ -52,7 +52,7 @@ def command(folder: Path, photos: Path, *more: str) -> list[str]:
 
 def engine(folder: Path) -> LocalEngine:
     said = {"model": f"local-dir:{folder}", "device": "cpu", "backend": "torch", "max_batch_size": 4, "state_dir": None}
-    return build_engine(Settings.model_validate(said), state_file=None)
+    return build_engine(Settings.model_validate(said))
 
 
 def test_it_measures_a_ladder_and_keeps_it_beside_the_model(

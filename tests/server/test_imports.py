@@ -26,6 +26,12 @@ def test_the_http_side_and_the_command_load_neither_torch_nor_timm(module: str) 
     assert not loaded & {"torch", "timm", "torchvision", "safetensors", "numpy"}
 
 
+def test_the_client_loads_neither_the_server_nor_what_makes_pixels() -> None:
+    loaded = loaded_by("server.client")
+    assert "httpx" in loaded
+    assert not loaded & {"torch", "timm", "numpy", "PIL", "fastapi", "starlette", "prometheus_client", "server.api"}
+
+
 @pytest.mark.parametrize("module", ["server.engine.batcher"])
 def test_the_batcher_loads_neither_http_nor_torch(module: str) -> None:
     assert not loaded_by(module) & {"torch", "fastapi", "starlette", "pydantic", "prometheus_client", "server.api"}
