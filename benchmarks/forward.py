@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--impl", default="timm,timm-compiled,unfused,ours", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each")
     parser.add_argument("--replay", action="store_true", help="as recorded CUDA graphs")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into this file")
     parser.add_argument("--profile", action="store_true", help="time of each kernel, for ours")
     args = parser.parse_args()
 
@@ -85,6 +87,10 @@ def main() -> None:
             for contender in entered:
                 if contender.impl == "ours":
                     profile(contender)
+    if args.plot:
+        from benchmarks.plot import draw_forward
+
+        draw_forward(rows, args.plot)
     print(
         json.dumps({"model": args.model, "dtype": args.dtype, "device": machine, "replay": args.replay, "rows": rows})
     )
