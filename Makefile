@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 DOCKER_BUILD_OPTIONS ?=
 
-.PHONY: install serve test test-docker lint type bench docker clean
+.PHONY: install serve test test-docker test-ray lint type bench docker clean
 
 install: $(VENV)/installed
 
@@ -21,6 +21,9 @@ test: install
 
 test-docker: install
 	DOCKER_BUILD_OPTIONS='$(DOCKER_BUILD_OPTIONS)' $(BIN)/python -m pytest tests/docker $(ARGS)
+
+test-ray: install
+	$(BIN)/python -m pytest tests/ray $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
