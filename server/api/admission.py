@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from server.errors import QueueFullError, TooLargeError
 from server.metrics import IN_FLIGHT
 
+LONGEST_TURN_S = 30.0
+"""The refused are put off by no more than this, for many never come back."""
+
 
 class Admission:
     """Counts images in flight, and how fast they leave, so that a refusal can say when to come back.
@@ -20,7 +23,8 @@ class Admission:
     def __init__(self, max_images: int) -> None:
         self._max_images = max_images
         self._in_flight = 0
-        self._per_image_s = 0.0
+        self._num_left, self._per_image_s = 0, 0.0
+        self._free_at = 0.0
         self._left_at = time.monotonic()
 
     @property
@@ -46,7 +50,7 @@ class Admission:
         if self._in_flight + images > self._max_images:
             raise QueueFullError(
                 f"{self._in_flight} images are in flight; at most {self._max_images} may be",
-                retry_after_s=self._in_flight * self._per_image_s,
+                retry_after_s=self._turn_of(images),
             )
         wait_s = self._in_flight * self._per_image_s
         if wait_s > timeout_s:  # decoding what cannot be answered would only delay the others
@@ -66,5 +70,14 @@ class Admission:
             now = time.monotonic()
             # A moving mean over about 30 departures of the time between them.
             for _ in range(min(images, 30)):
-                self._per_image_s += ((now - self._left_at) / images - self._per_image_s) / 30
+                self._num_left = min(self._num_left + 1, 30)
+                self._per_image_s += ((now - self._left_at) / images - self._per_image_s) / self._num_left
             self._left_at = now
+
+    def _turn_of(self, images: int) -> float:
+        """Seconds until the refused may come: after what is in flight, and after those who were told so before."""
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now + self._in_flight * self._per_image_s)
+        turn_s = min(self._free_at - now, LONGEST_TURN_S)
+        self._free_at = now + turn_s + images * self._per_image_s
+        return turn_s

@@ -19,13 +19,14 @@ from server.dial import AutoR, Schedule
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
 from server.engine.explainer import Explainer
+from server.engine.fitting import Fitting
 from server.engine.knob import Rung
 from server.engine.ladder import schedules, steps_of, timed, timed_steps
 from server.engine.runner import Runner
 from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
-from server.lifetime import configure_logging, end_with_parent
+from server.lifetime import Pulse, configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.models import LoadedModel, load_model
 from server.settings import ModelSpec, Settings, SettingsError
@@ -34,7 +35,7 @@ from server.types import Job
 logger = logging.getLogger(__name__)
 
 
-def main(settings: Settings, socket_path: str, ready: Event) -> None:
+def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
     """Runs the engine process; sets `ready` once it serves."""
     configure_logging(settings.log_level)
     end_with_parent()
@@ -44,7 +45,7 @@ def main(settings: Settings, socket_path: str, ready: Event) -> None:
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(asyncio.run(_serve(engine, socket_path, ready)))
+    sys.exit(asyncio.run(_serve(engine, socket_path, ready, pulse)))
 
 
 def build_engine(settings: Settings) -> LocalEngine:
@@ -81,9 +82,9 @@ def build_engine(settings: Settings) -> LocalEngine:
                 runner.warm_up(model.info.batch_key(schedule))
     return LocalEngine(
         {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
-        runner.run_batch,
+        Fitting(runner.run_batch),
         store,
-        explain_batch=explainer.explain_batch,
+        explain_batch=Fitting(explainer.explain_batch),
         steps=steps,
         curves=curves,
         check_device=runner.check,
@@ -127,9 +128,10 @@ def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]
     return run
 
 
-async def _serve(engine: LocalEngine, socket_path: str, ready: Event) -> int:
+async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pulse) -> int:
     """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better)."""
     told_to_end = asyncio.Event()
+    beating = asyncio.create_task(pulse.beat())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
     if os.path.exists(socket_path):  # left by an engine that was killed
         os.unlink(socket_path)
@@ -142,7 +144,7 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Event) -> int:
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()
-    if not told_to_end.is_set():
-        return 1
-    await engine.close()
-    return 0
+    if told_to_end.is_set():
+        await engine.close()
+    beating.cancel()
+    return 0 if told_to_end.is_set() else 1

@@ -219,11 +219,31 @@ async def test_a_client_gone_during_the_run_leaves_the_others_their_answers() ->
 
 async def test_an_engine_that_raises_fails_its_batch_and_the_next_one_works() -> None:
     async with bench() as it:
-        it.device.failures = [RuntimeError("the device burns")]
+        it.device.failures = [RuntimeError("the device burns")] * 3  # for both jobs, then for each alone
         failed = await asyncio.gather(it.send("a", 1), it.send("a", 2), return_exceptions=True)
         assert [type(error) for error in failed] == [EngineError, EngineError]
         assert "the device burns" in str(failed[0])
         assert (await it.batcher.submit("a", 3, FOREVER)).result == "a:3"
+
+
+async def test_a_job_that_fails_alone_is_parted_from_its_batch_mates(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(batch=8) as it:
+        run_batch = it.device.run_batch
+
+        async def poisoned(key: str, payloads: Sequence[int]) -> list[str]:
+            answers = await run_batch(key, payloads)
+            if 3 in payloads:
+                raise ValueError("three")
+            return answers
+
+        monkeypatch.setattr(it.batcher, "_run_batch", poisoned)
+        outcomes = await asyncio.gather(*(it.send("a", payload) for payload in range(8)), return_exceptions=True)
+        assert isinstance(outcomes[3], EngineError) and "three" in str(outcomes[3])
+        assert [(answer.result, answer.batch_size) for answer in outcomes if isinstance(answer, Answer)] == [
+            (f"a:{payload}", 8) for payload in range(8) if payload != 3
+        ]
+        assert it.device.ran == [("a", 7)]  # one batch of which so many were answered
+        assert it.batcher.speed.line("a") is None  # and whose time says nothing
 
 
 async def test_an_engine_that_raises_a_server_error_is_quoted() -> None:
@@ -238,7 +258,7 @@ async def test_a_wrong_number_of_answers_fails_the_batch_and_the_next_one_works(
         it.device.lost_answers = 1
         failed = await asyncio.gather(it.send("a", 1), it.send("a", 2), return_exceptions=True)
         assert [type(error) for error in failed] == [EngineError, EngineError]
-        assert "1 answers to 2 images" in str(failed[0])
+        assert "0 answers to 1 images" in str(failed[0])
         it.device.lost_answers = 0
         assert (await it.batcher.submit("a", 3, FOREVER)).result == "a:3"
 
