@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from server.errors import QueueFullError, TooLargeError
 from server.metrics import IN_FLIGHT
 
+_KNOWN = 30
+"""After so many departures their pace is known, and the mean goes over the last ones; the first is of a cold device."""
+
 LONGEST_TURN_S = 30.0
 """The refused are put off by no more than this, for many never come back."""
 
@@ -53,7 +56,7 @@ class Admission:
                 retry_after_s=self._turn_of(images),
             )
         wait_s = self._in_flight * self._per_image_s
-        if wait_s > timeout_s:  # decoding what cannot be answered would only delay the others
+        if wait_s > timeout_s and self._num_left == _KNOWN:  # decoding it would only delay the others
             raise QueueFullError(
                 f"{self._in_flight} images are in flight, {wait_s:.3g} s of work; the deadline is {timeout_s:.3g} s",
                 retry_after_s=wait_s - timeout_s,
@@ -68,9 +71,9 @@ class Admission:
             self._in_flight -= images
             IN_FLIGHT.dec(images)
             now = time.monotonic()
-            # A moving mean over about 30 departures of the time between them.
-            for _ in range(min(images, 30)):
-                self._num_left = min(self._num_left + 1, 30)
+            # A moving mean of the time between departures.
+            for _ in range(min(images, _KNOWN)):
+                self._num_left = min(self._num_left + 1, _KNOWN)
                 self._per_image_s += ((now - self._left_at) / images - self._per_image_s) / self._num_left
             self._left_at = now
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from server.api.admission import Admission
+from server.api.admission import LONGEST_TURN_S, Admission
 from server.errors import QueueFullError, TooLargeError
 
 FOREVER = 1e6
@@ -46,3 +46,27 @@ def test_places_are_counted_and_given_back(admission: Admission) -> None:
         with admission.permit(101, FOREVER):
             pass
     assert admission.in_flight == 0
+
+
+def test_the_refused_are_told_to_come_one_after_the_other(admission: Admission) -> None:
+    told = []
+    with admission.permit(100, FOREVER):
+        for _ in range(250):
+            with pytest.raises(QueueFullError) as refusal:
+                with admission.permit(1, FOREVER):
+                    pass
+            told.append(refusal.value.retry_after_s or 0.0)
+    # After the hundred in flight, a tenth of a second each; and none later than it makes sense to say.
+    assert told[:3] == [pytest.approx(10.0 + 0.1 * index, rel=0.05) for index in range(3)]
+    assert told == sorted(told) and told[100] == pytest.approx(20.0, rel=0.05) and told[-1] == LONGEST_TURN_S
+
+
+def test_before_the_pace_is_known_nobody_is_refused_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("server.api.admission.time.monotonic", lambda: now)
+    admission = Admission(100)
+    with admission.permit(31, 1.0):
+        with admission.permit(1, 1.0):
+            now += 1.0  # the first batch warms the device up
+        with admission.permit(1, 1.0):
+            assert admission.in_flight == 32
