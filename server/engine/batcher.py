@@ -27,6 +27,9 @@ A = TypeVar("A")
 ARRIVALS_WINDOW_S = 2.0
 """Over which arrivals are counted: long enough that chance is small, short enough to follow a wave."""
 
+BATCH_SHARE = 0.4
+"""A batch takes no more than this share of the time that its first job was given: it also waits for the one before."""
+
 K_contra = TypeVar("K_contra", contravariant=True)
 
 
@@ -205,7 +208,7 @@ class Batcher(Generic[K, P, A]):
             leader = min(self._queues[first], key=self._due_at)
             key = leader.open.choose(self.load()) if leader.open else first
             assert not isinstance(key, _Group)
-            batch = self._batch(first, key)
+            batch = self._batch(first, key, self._most(key, BATCH_SHARE * (leader.deadline - leader.enqueued_at)))
             done_at = now + self.speed(key, len(batch))
             late = [job for job in batch if job.deadline < done_at and not job.urgent]
             for job in late:  # they would only keep the others waiting
@@ -235,13 +238,19 @@ class Batcher(Generic[K, P, A]):
             key = max(self._queues, key=lambda key: (min(len(self._queues[key]), self._max_batch_size), -due[key]))
         return key
 
-    def _batch(self, first: K | _Group, key: K) -> list[_Waiting[K, P, A]]:
+    def _most(self, key: K, within_s: float) -> int:
+        """How many jobs a batch can have that is to be done within a time; at least one."""
+        a, b = self.speed.line(key) or (0.0, 0.0)
+        fitting = (within_s - a) / b if b else self._max_batch_size
+        return max(1, min(int(fitting), self._max_batch_size))
+
+    def _batch(self, first: K | _Group, key: K, most: int) -> list[_Waiting[K, P, A]]:
         """The jobs of a queue that go under a key, the most urgent first, and others that fill up their batch."""
         batch: list[_Waiting[K, P, A]] = []
         others = [queue for queue in self._queues if queue != first and (queue == key or isinstance(queue, _Group))]
         for queue in (first, *others):
             fitting = (job for job in self._queues[queue] if job.open is None or job.open.allows(key))
-            batch += heapq.nsmallest(self._max_batch_size - len(batch), fitting, key=self._due_at)
+            batch += heapq.nsmallest(most - len(batch), fitting, key=self._due_at)
         return batch
 
     def load(self) -> Load:

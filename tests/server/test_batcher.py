@@ -476,10 +476,20 @@ async def test_what_cannot_be_done_in_time_is_given_up_before_it_is_computed() -
     async with bench() as it:
         it.batcher.speed.expect("a", 0.0, 2.0)
         busy = await it.keep_busy()
-        late, in_time = await it.queued("a", 1, timeout_s=3), await it.queued("a", 2, timeout_s=100)
+        late, in_time = await it.queued("a", 1, timeout_s=1), await it.queued("a", 2, timeout_s=100)
         it.device.gate.set()
         await busy
         with pytest.raises(DeadlineError):
-            await late  # the two of them would take 4 s
+            await late  # it would take 2 s
         assert (await in_time).batch_size == 1
         assert it.device.batches[1:] == [("a", [2])] and it.device.dropped == ["deadline"]
+
+
+async def test_a_batch_is_no_larger_than_its_deadline_allows() -> None:
+    async with bench() as it:
+        it.batcher.speed.expect("a", 0.0, 2.0)
+        await it.keep_busy()
+        tasks = [await it.queued("a", payload, timeout_s=10) for payload in range(4)]
+        it.device.gate.set()
+        await asyncio.gather(*tasks)
+        assert [payloads for _, payloads in it.device.batches[1:]] == [[0, 1], [2, 3]]  # 4 of 10 s each
