@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -34,6 +35,8 @@ from server.types import Job
 
 logger = logging.getLogger(__name__)
 
+_DRAIN_S = 30.0
+
 
 def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
     """Runs the engine process; sets `ready` once it serves."""
@@ -45,7 +48,7 @@ def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> No
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(asyncio.run(_serve(engine, socket_path, ready, pulse)))
+    sys.exit(asyncio.run(_serve(engine, socket_path, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
 
 
 def build_engine(settings: Settings) -> LocalEngine:
@@ -128,8 +131,12 @@ def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]
     return run
 
 
-async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pulse) -> int:
-    """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better)."""
+async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pulse, drain_s: float) -> int:
+    """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better).
+
+    Told to end, it serves on until the HTTP processes have left, for so long at most: whoever signals a whole group of
+    processes tells them at the same time.
+    """
     told_to_end = asyncio.Event()
     beating = asyncio.create_task(pulse.beat())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
@@ -145,6 +152,8 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pul
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()
     if told_to_end.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(server.wait_closed(), drain_s)  # waits for connections from Python 3.12 on
         await engine.close()
     beating.cancel()
     return 0 if told_to_end.is_set() else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -44,11 +45,18 @@ def test_under_load_readyz_fails_first_and_no_request_is_lost(start_service: Sta
         httpx.get(f"{service.url}/livez")
 
 
-def test_what_was_accepted_is_answered_without_a_delay_too(start_service: StartService) -> None:
-    service = start_service()
+@pytest.mark.parametrize("told", [("supervisor",), ("engine", "http-0", "supervisor")], ids=["supervisor", "group"])
+def test_what_was_accepted_is_answered_whoever_is_told_to_end(
+    start_service: StartService, told: tuple[str, ...]
+) -> None:
+    service = start_service("--drain-delay-s", "5")
+    pids = {"supervisor": service.process.pid} | {name: service.pid_of(name) for name in ("engine", "http-0")}
     with ThreadPoolExecutor(32) as pool:
         answers = [pool.submit(classify, service, png(index)) for index in range(32)]
         service.until(lambda: service.metrics()["tome_in_flight_images"] == 32 or all(a.done() for a in answers))
-        service.process.send_signal(signal.SIGTERM)
+        for name in told:
+            os.kill(pids[name], signal.SIGTERM)
+        service.until(lambda: httpx.get(f"{service.url}/readyz").status_code == 503)
+        assert classify(service, png(100)).status_code == 200  # a group's engine was told too
         assert {answer.result().status_code for answer in answers} == {200}
     assert service.process.wait(timeout=60) == 0
