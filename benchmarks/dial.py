@@ -4,9 +4,9 @@ python -m benchmarks.dial --model vit_tiny_patch16_224 --weights FILE --data FOL
 
 FOLDER is as for benchmarks.accuracy; its photos are sent as JPEG. A real server, one request a photo, Poisson arrivals
 that do not wait for answers, a deadline for each. "goodput" is the share of requests that were answered in time,
-"top-1" that of the answers that are right. "simulated" is what the simulator says of the same arrivals, by the speeds
+"top-1" that of the answers that are right. Beside them is what the simulator says of the same arrivals, by the speeds
 that the server knows of; it leaves out HTTP and decoding. The last line is JSON: {"rows": [{"policy", "load",
-"goodput", "top1", "mean_r", "p99_ms", "simulated_goodput"}]}.
+"goodput", "top1", "mean_r", "p99_ms", "simulated": {"goodput", "mean_r", "p99_ms"}}]}.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import asyncio
 import csv
 import io
 import json
+import math
 import socket
 import statistics
 import subprocess
@@ -31,7 +32,9 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.load import Reply, closed_loop, open_loop, poisson
+from server.bench.client import Answer, Client, Target
+from server.bench.load import Reply, Request, closed_loop, open_loop, poisson
+from server.bench.rows import is_good, percentile
 from server.calibration.simulator import simulate
 from server.dial import AutoR
 from server.engine.knob import Rung
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="use this many photos")
     parser.add_argument("--backend", default="auto", help="as for tome-server serve")
     parser.add_argument("--precision", default="auto", help="as for tome-server serve")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into this file")
     args = parser.parse_args()
 
     photos, labels = read_photos(args.data, args.limit)
@@ -61,27 +65,28 @@ def main() -> None:
         capacity = 0.0
         for policy, setting in reversed(list(policies.items())):  # the last is r=0
             patch(address, name, setting)
-            capacity = asyncio.run(closed_loop(address, path, photos, MOST_CLIENTS, args.seconds / 2))
+            capacity = asyncio.run(measure_capacity(address, path, photos, args.seconds / 2))
             print(f"{policy}: {capacity:.1f} images/s from {MOST_CLIENTS} clients", file=sys.stderr)
         print(
             f"{name}, {len(photos)} photos, deadline {args.deadline_ms:g} ms; capacity at r=0 {capacity:.1f} images/s"
         )
-        print(f"{'load':>4} {'policy':>6} {'goodput %':>9} {'simulated':>9} {'top-1 %':>8} {'mean r':>7} {'p99 ms':>7}")
+        print(f"{'':>11} {'goodput %':>15} {'':>7} {'mean r':>13} {'p99 ms':>15}")
+        simulated_or_not = f"{'real':>7} {'simul.':>7}"
+        print(f"{'load':>4} {'policy':>6} {simulated_or_not} {'top-1 %':>7} {simulated_or_not[2:]} {simulated_or_not}")
         for load in map(float, args.loads.split(",")):
             due = list(poisson(load * capacity, args.seconds, seed=0))
             for policy, setting in policies.items():
                 patch(address, name, setting)
-                replies = asyncio.run(open_loop(address, path, photos, due))
+                replies = asyncio.run(send(address, path, photos, due))
                 row = judge(replies, labels, args.deadline_ms / 1000)
-                row["simulated_goodput"] = simulated(address, name, due, args.deadline_ms / 1000, setting)
+                row["simulated"] = simulated(address, name, due, args.deadline_ms / 1000, setting)
                 rows.append({"policy": policy.replace(f"r={args.max_r}", "r=max"), "load": load} | row)
-                print(
-                    f"{load:>4} {policy:>6} {100 * rows[-1]['goodput']:>9.1f} "
-                    f"{100 * (rows[-1]['simulated_goodput'] or 0):>9.1f} {100 * rows[-1]['top1']:>8.1f} "
-                    f"{rows[-1]['mean_r']:>7.1f} {rows[-1]['p99_ms']:>7.0f}",
-                    flush=True,
-                )
+                print(line(rows[-1]), flush=True)
                 time.sleep(args.deadline_ms / 1000)  # nothing of this load is left for the next
+    if args.plot:
+        from benchmarks.plot import draw_dial
+
+        draw_dial(rows, args.plot)
     print(json.dumps({"model": name, "capacity": capacity, "rows": rows}))
 
 
@@ -97,17 +102,34 @@ def read_photos(folder: Path, limit: int | None) -> tuple[list[bytes], list[int]
     return photos, [int(row["label"]) for row in listed]
 
 
+async def measure_capacity(address: tuple[str, int], path: str, photos: Sequence[bytes], seconds: float) -> float:
+    """Images a second of clients that wait for their answers."""
+    async with Client(Target(*address)) as client:
+        run = await closed_loop(client, [Request(path, photo) for photo in photos], MOST_CLIENTS, seconds)
+    return sum(reply.status == 200 for reply in run.replies) / run.seconds
+
+
+async def send(address: tuple[str, int], path: str, photos: Sequence[bytes], due: Sequence[float]) -> list[Reply]:
+    """The replies to requests that come when they are due, each with the JSON that it says."""
+
+    def read(answer: Answer) -> Any:
+        return json.loads(answer.body)
+
+    async with Client(Target(*address)) as client:
+        return (await open_loop(client, [Request(path, photo) for photo in photos], due, read=read)).replies
+
+
 def judge(replies: Sequence[Reply], labels: Sequence[int], deadline_s: float) -> dict[str, Any]:
     """What the clients got."""
-    good = [reply for reply in replies if reply.body is not None and reply.seconds <= deadline_s]
-    bodies = [(reply.body or {}, labels[reply.photo]) for reply in good]
+    good = [reply for reply in replies if is_good(reply, deadline_s)]
+    bodies = [(reply.said, labels[reply.number]) for reply in good]
     right = [body["results"][0]["top_k"][0]["index"] == label for body, label in bodies]
-    latencies = sorted(reply.seconds for reply in replies if reply.body is not None)
+    p99_s = percentile(sorted(reply.seconds for reply in replies if reply.status == 200), 0.99)
     return {
         "goodput": len(good) / len(replies),
         "top1": sum(right) / len(right) if right else 0.0,
         "mean_r": statistics.mean(_mean_r(body["r"]) for body, _ in bodies) if bodies else 0.0,
-        "p99_ms": 1000 * latencies[int(0.99 * (len(latencies) - 1))] if latencies else 0.0,
+        "p99_ms": 1000 * (p99_s or 0.0),
         "requests": len(replies),
         "statuses": {status: sum(r.status == status for r in replies) for status in {r.status for r in replies}},
     }
@@ -115,17 +137,29 @@ def judge(replies: Sequence[Reply], labels: Sequence[int], deadline_s: float) ->
 
 def simulated(
     address: tuple[str, int], name: str, due: Sequence[float], deadline_s: float, setting: dict[str, Any]
-) -> float | None:
-    """Goodput of the same arrivals as the simulator has it; None without a curve that holds this `r`."""
+) -> dict[str, float] | None:
+    """What the simulator says of the same arrivals; None without a curve that holds this `r`."""
     try:
         rows = _get(address, f"/v1/models/{name}/curve")["rows"]
     except urllib.error.HTTPError:
         return None
     steps = [Rung(tuple(r["schedule"]), r["batch_s"]["a"], r["batch_s"]["b"], r["agreement"]) for r in rows]
-    if setting["r"] == "auto":
-        return simulate(steps, due, deadline_s, AutoR(setting["max_r"])).goodput
-    schedule = next((step.schedule for step in steps if set(step.schedule) == {setting["r"]}), None)
-    return None if schedule is None else simulate(steps, due, deadline_s, schedule).goodput
+    fixed = next((step.schedule for step in steps if set(step.schedule) == {setting["r"]}), None)
+    asked = AutoR(setting["max_r"]) if setting["r"] == "auto" else fixed
+    if asked is None:
+        return None
+    outcome = simulate(steps, due, deadline_s, asked)
+    return {"goodput": outcome.goodput, "mean_r": outcome.mean_r, "p99_ms": 1000 * outcome.p99_s}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table, what was simulated beside what was measured."""
+    said = row["simulated"] or dict.fromkeys(("goodput", "mean_r", "p99_ms"), math.nan)
+    return (
+        f"{row['load']:>4} {row['policy']:>6} {100 * row['goodput']:>7.1f} {100 * said['goodput']:>7.1f} "
+        f"{100 * row['top1']:>7.1f} {row['mean_r']:>5.1f} {said['mean_r']:>7.1f} "
+        f"{row['p99_ms']:>7.0f} {said['p99_ms']:>7.0f}"
+    )
 
 
 def _mean_r(r: int | list[int]) -> float:
@@ -140,16 +174,8 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int], str]]:
         address: tuple[str, int] = free.getsockname()
     with tempfile.TemporaryDirectory() as state:
         command = [sys.executable, "-m", "server.cli", "serve", "--model", args.model, "--r", "auto"]
-        command += [
-            "--max-r",
-            str(args.max_r),
-            "--port",
-            str(address[1]),
-            "--state-dir",
-            state,
-            "--log-level",
-            "warning",
-        ]
+        command += ["--max-r", str(args.max_r), "--port", str(address[1]), "--state-dir", state]
+        command += ["--log-level", "warning"]
         command += ["--backend", args.backend, "--precision", args.precision]
         command += ["--weights", args.weights] if args.weights else []
         server = subprocess.Popen(command)

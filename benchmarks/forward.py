@@ -3,10 +3,15 @@
 python -m benchmarks.forward --model vit_base_patch16_224 --batch 256 --r 0,4,8,11,13,16 --device cuda --dtype bf16
 python -m benchmarks.forward --model vit_base_patch16_224 --batch 1,8,32 --r 0,13 --device cuda --dtype bf16 --replay
 
-All of them run in turn on the same random images, weights are random too. "speed-up" is over the same one's r=0 (of
-timm's for what has none), "ideal" is what the arithmetic saved would give. `--replay` runs each as a recorded CUDA
-graph, without its launches; `--profile` shows where the time goes. The last line is JSON: {"rows": [{"impl", "r",
-"batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
+python -m benchmarks.forward --model vit_tiny_patch16_224 --batch 1,8,32 --r 0,13,16 --device cpu --dtype bf16 \\
+    --impl timm,ours,timm-openvino,openvino
+
+All of them run in turn on the same random images, weights are random too. What begins with "timm" is timm's model as
+it is; "unfused" merges by the paper's maths in plain PyTorch, "plain" and "ours" by tome_core without and with its
+kernels, "openvino" and "onnxruntime" are our model in those runtimes. "speed-up" is over the same one's r=0, "ideal"
+is what the arithmetic saved would give. `--replay` runs each as a recorded CUDA graph, without its launches;
+`--profile` shows where the time goes. The last line is JSON: {"rows": [{"impl", "r", "batch", "images_per_s", "ms",
+"speedup", "flop_ideal", "tflops"}], ...}.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -34,15 +40,16 @@ from tome_core.schedule import resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 3
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Any]
 
 
 class Contender(NamedTuple):
-    """What is timed: a name, an `r`, and images to logits."""
+    """What is timed: a name, an `r`, a forward pass, and the images for it."""
 
     impl: str
     r: int
     forward: Forward
+    images: Tensor
 
 
 def main() -> None:
@@ -52,9 +59,10 @@ def main() -> None:
     parser.add_argument("--r", default="0,4,8,11,13,16", help="values of r")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--impl", default="timm,timm-compiled,unfused,ours", help=f"of {', '.join(IMPLEMENTATIONS)}")
+    parser.add_argument("--impl", default="timm,timm-compiled,unfused,ours", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each")
     parser.add_argument("--replay", action="store_true", help="as recorded CUDA graphs")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into this file")
     parser.add_argument("--profile", action="store_true", help="time of each kernel, for ours")
     args = parser.parse_args()
 
@@ -67,8 +75,8 @@ def main() -> None:
     print(f"{'batch':>5} {'':>13} {'r':>3} {'ms':>9} {'images/s':>9} {'speed-up':>9} {'ideal':>7} {'TFLOP/s':>8}")
     for batch in map(int, args.batch.split(",")):
         images = torch.randn(batch, *resolve_model_data_config(model)["input_size"], device=device, dtype=dtype)
-        entered = list(contenders(model, args.impl.split(","), ladder, batch, args))
-        for row in measure(model, entered, images, args.runs, args.replay):
+        entered = list(contenders(model, args.impl.split(","), ladder, images))
+        for row in measure(model, entered, args.runs, args.replay):
             rows.append(row)
             print(
                 f"{batch:>5} {row['impl']:>13} {row['r']:>3} {row['ms']:>9.3f} {row['images_per_s']:>9.1f} "
@@ -78,22 +86,28 @@ def main() -> None:
         if args.profile:
             for contender in entered:
                 if contender.impl == "ours":
-                    profile(contender, images)
+                    profile(contender)
+    if args.plot:
+        from benchmarks.plot import draw_forward
+
+        draw_forward(rows, args.plot)
     print(
         json.dumps({"model": args.model, "dtype": args.dtype, "device": machine, "replay": args.replay, "rows": rows})
     )
 
 
-def contenders(
-    model: Any, names: Sequence[str], ladder: Sequence[int], batch: int, args: argparse.Namespace
-) -> Iterator[Contender]:
+def contenders(model: Any, names: Sequence[str], ladder: Sequence[int], images: Tensor) -> Iterator[Contender]:
     """One a name and `r`; those without merging under r=0 alone."""
     for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise SystemExit(f"--impl names {name!r}; it must be of {', '.join(IMPLEMENTATIONS)}")
-        build, merges = IMPLEMENTATIONS[name]
-        for r in dict.fromkeys([0, *ladder]) if merges else [0]:
-            yield Contender(name, r, build(model, r))
+        if name not in NAMES:
+            raise SystemExit(f"--impl names {name!r}; it must be of {', '.join(NAMES)}")
+        for r in [0] if name.startswith("timm") else dict.fromkeys([0, *ladder]):
+            if name in IMPLEMENTATIONS:
+                yield Contender(name, r, IMPLEMENTATIONS[name](model, r), images)
+            else:
+                from benchmarks.runtimes import RUNNERS  # their packages are not on every machine
+
+                yield Contender(name, r, RUNNERS[name](model, r, images), images.float())
 
 
 def _timm(model: Any, r: int) -> Forward:
@@ -117,29 +131,27 @@ def _plain(model: Any, r: int) -> Forward:
     return tome_core.FixedR(tome_core.wrap(model, "plain"), r)
 
 
-IMPLEMENTATIONS: dict[str, tuple[Callable[[Any, int], Forward], bool]] = {
-    "timm": (_timm, False),
-    "timm-compiled": (_timm_compiled, False),
-    "unfused": (_unfused, True),
-    "plain": (_plain, True),
-    "ours": (_ours, True),
+IMPLEMENTATIONS: dict[str, Callable[[Any, int], Forward]] = {
+    "timm": _timm,
+    "timm-compiled": _timm_compiled,
+    "unfused": _unfused,
+    "plain": _plain,
+    "ours": _ours,
 }
-"""What can be timed, and whether it merges."""
+NAMES = (*IMPLEMENTATIONS, "timm-openvino", "openvino", "timm-onnxruntime", "onnxruntime")
 
 
 @torch.inference_mode()
-def measure(
-    model: nn.Module, entered: Sequence[Contender], images: Tensor, runs: int, replay: bool
-) -> Iterator[dict[str, Any]]:
+def measure(model: nn.Module, entered: Sequence[Contender], runs: int, replay: bool) -> Iterator[dict[str, Any]]:
     """One row each. They take turns, so that a disturbance, or a warm chip, falls on all alike."""
-    calls: list[Callable[[], object]] = [partial(contender.forward, images) for contender in entered]
+    calls: list[Callable[[], object]] = [partial(contender.forward, contender.images) for contender in entered]
     if replay:
         record = CudaRecorder()
-        calls = [record(partial(contender.forward, images)).replay for contender in entered]
+        calls = [record(partial(contender.forward, contender.images)).replay for contender in entered]
     took_s: list[list[float]] = [[] for _ in calls]
     for run in range(-WARM_UP, runs):
         for call, times in zip(calls, took_s, strict=True):
-            seconds = timed(call, images.device)
+            seconds = timed(call, entered[0].images.device)
             if run >= 0:
                 times.append(seconds)
     medians = {(c.impl, c.r): statistics.median(times) for c, times in zip(entered, took_s, strict=True)}
@@ -149,12 +161,12 @@ def measure(
         yield {
             "impl": contender.impl,
             "r": contender.r,
-            "batch": len(images),
-            "images_per_s": len(images) / seconds,
+            "batch": len(contender.images),
+            "images_per_s": len(contender.images) / seconds,
             "ms": 1000 * seconds,
             "speedup": medians[contender.impl, 0] / seconds,
             "flop_ideal": work(model, contender._replace(r=0)) / cost,
-            "tflops": len(images) * cost / seconds / 1e12,
+            "tflops": len(contender.images) * cost / seconds / 1e12,
         }
 
 
@@ -162,7 +174,7 @@ def work(model: nn.Module, contender: Contender) -> int:
     """Floating-point operations for an image; ours alone leaves out what the head does not read."""
     merged = tome_core.wrap(model)
     sizes = dimensions(merged)
-    if contender.impl not in ("ours", "plain"):
+    if contender.impl == "unfused" or contender.impl.startswith("timm"):
         sizes = replace(sizes, prefix_only_last=False)
     return flops(sizes, resolve(contender.r, merged.num_blocks))
 
@@ -183,15 +195,15 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def profile(contender: Contender, images: Tensor, runs: int = 5) -> None:
+def profile(contender: Contender, runs: int = 5) -> None:
     """Prints the share of each kernel, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if images.device.type == "cuda":
+    if contender.images.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(runs):
-            contender.forward(images)
-    on_gpu = images.device.type == "cuda"
+            contender.forward(contender.images)
+    on_gpu = contender.images.device.type == "cuda"
     events = [e for e in profiler.key_averages() if not on_gpu or e.device_type.name == "CUDA"]
     took = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count) for e in events}
     total = sum(us for us, _ in took.values())

@@ -16,14 +16,17 @@ import asyncio
 import json
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dial import MOST_CLIENTS, patch, read_photos, serving
-from benchmarks.load import Reply, closed_loop, open_loop, poisson
+from benchmarks.dial import MOST_CLIENTS, measure_capacity, patch, read_photos, serving
+from server.bench.client import Client, Target
+from server.bench.load import Reply, Request, open_loop, poisson
+from server.bench.rows import is_good
 
 PARTS = 10
 
@@ -47,13 +50,13 @@ def main() -> None:
     path = f"/classify?top_k=1&deadline_ms={args.deadline_ms:g}"
     with serving(args) as (address, name):
         patch(address, name, {"r": args.r})
-        capacities = [asyncio.run(closed_loop(address, path, photos, MOST_CLIENTS, 10)) for _ in range(2)]
+        capacities = [asyncio.run(measure_capacity(address, path, photos, 10)) for _ in range(2)]
         capacity = capacities[1]  # the first warms up
         due = list(poisson(args.load * capacity, args.seconds, seed=0))
         with _watched(args.seconds) as resident_mb:
-            replies = asyncio.run(open_loop(address, path, photos, due))
-        again = asyncio.run(closed_loop(address, path, photos, MOST_CLIENTS, 10))
-    rows = judge(due, replies, resident_mb, args.seconds, args.deadline_ms / 1000)
+            replies = asyncio.run(send(Target(*address), path, photos, due))
+        again = asyncio.run(measure_capacity(address, path, photos, 10))
+    rows = judge(replies, resident_mb, args.seconds, args.deadline_ms / 1000)
     print(
         f"{name}, r={args.r}, {len(photos)} photos, deadline {args.deadline_ms:g} ms; {args.load:g} times the capacity"
     )
@@ -65,7 +68,7 @@ def main() -> None:
             f"{row['p99_ms']:>7.0f} {row['resident_mb']:>9.0f}"
         )
     goodput = sum(row["goodput_per_s"] for row in rows) / len(rows)
-    statuses = Counter(reply.status for reply in replies)
+    statuses = Counter(reply.status for _, reply in replies)
     print(
         f"goodput {goodput:.1f} images/s, {100 * goodput / capacity:.0f} % of the capacity; statuses {dict(statuses)}"
     )
@@ -85,21 +88,34 @@ def main() -> None:
     )
 
 
+async def send(target: Target, path: str, photos: Sequence[bytes], due: Sequence[float]) -> list[tuple[float, Reply]]:
+    """Sends photos when they are due; gives each reply with the second in which it was due."""
+    start = time.perf_counter()
+    replies: list[tuple[float, Reply]] = []
+
+    def note(reply: Reply) -> None:
+        replies.append((time.perf_counter() - start - reply.seconds, reply))
+
+    async with Client(target) as client:
+        await open_loop(client, [Request(path, photo) for photo in photos], due, watch=note)
+    return replies
+
+
 def judge(
-    due: Sequence[float], replies: Sequence[Reply], resident_mb: Sequence[float], seconds: float, deadline_s: float
+    replies: Sequence[tuple[float, Reply]], resident_mb: Sequence[float], seconds: float, deadline_s: float
 ) -> list[dict[str, Any]]:
     """A row for each tenth of the run, by when requests were due."""
     rows = []
     for part in range(PARTS):
         start, end = part * seconds / PARTS, (part + 1) * seconds / PARTS
-        ours = [reply for at, reply in zip(due, replies, strict=True) if start <= at < end]
+        ours = [reply for at, reply in replies if start <= at < end]
         answered = sorted(reply.seconds for reply in ours if reply.status == 200)
         memory = resident_mb[part * len(resident_mb) // PARTS :]
         rows.append(
             {
                 "second": end,
                 "offered_per_s": len(ours) / (end - start),
-                "goodput_per_s": sum(each <= deadline_s for each in answered) / (end - start),
+                "goodput_per_s": sum(is_good(reply, deadline_s) for reply in ours) / (end - start),
                 "p50_ms": 1000 * answered[len(answered) // 2] if answered else 0.0,
                 "p99_ms": 1000 * answered[int(0.99 * (len(answered) - 1))] if answered else 0.0,
                 "resident_mb": memory[0] if memory else 0.0,

@@ -1,4 +1,4 @@
-"""The accuracy benchmark's rows as pictures: methods against each other over `r`, and what each choice is worth."""
+"""Rows of benchmarks as pictures: methods over `r`, what each choice is worth, the dial under load, speed over `r`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,52 @@ def draw_differences(rows: Rows, file: Path) -> None:
         ax.set_xlabel("difference to token merging in top-1, points, with 95 % intervals")
         ax.grid(axis="x", color="#e5e5e5")
         figure.legend(frameon=False, loc="outside upper right", ncols=len(ladder))
+        save(figure, file)
+
+
+def draw_dial(rows: Rows, file: Path) -> None:
+    """Goodput and delivered top-1 over the load, one line a policy; what was simulated is dotted."""
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
+        goodput, top1 = figure.subplots(1, 2)
+        for i, policy in enumerate(policies):
+            line = [row for row in rows if row["policy"] == policy]
+            x, look = [row["load"] for row in line], {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 5}
+            goodput.plot(x, [100 * row["goodput"] for row in line], label=policy, **look)
+            top1.plot(x, [100 * row["top1"] for row in line], **look)
+            known = [row for row in line if row["simulated"]]
+            shares = [100 * row["simulated"]["goodput"] for row in known]
+            goodput.plot([row["load"] for row in known], shares, ":", color=COLOURS[i], linewidth=1)
+        for ax, title in ((goodput, "answered in time, %"), (top1, "top-1 of those, %")):
+            ax.set(xlabel="load, times what r=0 can serve", title=title)
+            ax.grid(axis="y", color="#e5e5e5")
+        goodput.set_ylim(0, 102)
+        goodput.legend(frameon=False, loc="lower left")
+        save(figure, file)
+
+
+def draw_forward(rows: Rows, file: Path) -> None:
+    """Images/s over `r`, one line an implementation, one panel a batch size; those that do not merge are dashed."""
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    names = list(dict.fromkeys(row["impl"] for row in rows))
+    ladder = sorted({row["r"] for row in rows})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4 * len(batches), 3.4), layout="constrained", facecolor="white")
+        panels: Sequence[Axes] = figure.subplots(1, len(batches), squeeze=False)[0]
+        for ax, batch in zip(panels, batches, strict=True):
+            for i, name in enumerate(names):
+                line = sorted((row for row in rows if (row["impl"], row["batch"]) == (name, batch)), key=by_r)
+                speeds, colour = [row["images_per_s"] for row in line], COLOURS[i % 6]
+                if len(line) == 1:
+                    ax.axhline(speeds[0], color=colour, linestyle="--", linewidth=1, label=name)
+                else:
+                    ax.plot([row["r"] for row in line], speeds, color=colour, marker=MARKERS[i % 6], label=name)
+            ax.set_xticks(ladder)
+            ax.set_ylim(bottom=0)
+            ax.set(xlabel="r", title=f"images/s, batch {batch}")
+            ax.grid(axis="y", color="#e5e5e5")
+        panels[0].legend(frameon=False, fontsize=8)
         save(figure, file)
 
 

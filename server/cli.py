@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from server import __version__
-from server.commands import Command, calibrate, classify, explain, export, models, schedule, serve
+from server.commands import Command, bench, calibrate, classify, explain, export, models, schedule, serve
 from server.errors import ServerError
 from server.settings import Settings, SettingsError, load_settings
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Command] = {
     "export": export,
     "schedule": schedule,
     "calibrate": calibrate,
+    "bench": bench,
 }
 
 

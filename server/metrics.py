@@ -35,6 +35,20 @@ ENGINE_UP = Gauge(
 )
 ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
 CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")
+CONFIG_SOURCE_UP = Gauge(
+    "tome_config_source_up", "Whether the shared configuration can be read", multiprocess_mode="livemin"
+)
+DRIFT_CHECKED = Counter("tome_drift_checked", "Answered images computed again at r=0", ["model", "r"])
+DRIFT_AGREED = Counter("tome_drift_agreed", "Those of them that keep the answer of r=0", ["model", "r"])
+LIVE_AGREEMENT = Gauge(
+    "tome_live_agreement",
+    "Share of the last images checked that keep the answer of r=0",
+    ["model", "r"],
+    multiprocess_mode="livemax",
+)
+DRIFT = Gauge(
+    "tome_drift", "Whether live agreement has left the curve's interval", ["model", "r"], multiprocess_mode="livemax"
+)
 
 
 class BatchMetrics:

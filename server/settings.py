@@ -99,6 +99,11 @@ class Settings(BaseModel):
         Path("~/.local/state/tome-server"),
         description="folder that keeps live changes and compiled models over a restart; none to keep none",
     )
+    shared_config: str | None = Field(
+        None,
+        min_length=1,
+        description="where servers share the live r: redis://HOST[:PORT][/DATABASE], or a YAML file to follow",
+    )
     http_workers: int = Field(
         1, ge=1, le=64, description="HTTP processes, which parse and decode; more of them keep more cores busy"
     )
@@ -133,6 +138,13 @@ class Settings(BaseModel):
     )
     max_image_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="largest image, width x height")
     max_images: int = Field(32, ge=1, description="most images in one request")
+    drift_sample: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of the images answered with r above 0 that an idle device computes again at r=0, to see "
+        "whether they keep its answer as the curve says; 0 for none",
+    )
     api_key: str | None = Field(None, min_length=1, description="key that requests must bear; default: none needed")
     admin_key: str | None = Field(None, min_length=1, description="key that changes must bear; default: none needed")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from server.dial import AutoR, RSetting, Schedule, schedule_of
+from server.dial import AutoR, RSetting, Schedule, schedule_of, setting_from_json, setting_to_json
 from server.errors import InvalidError, NotFoundError, shown
 from tome_core.schedule import token_counts
 
@@ -98,11 +98,25 @@ def find_model(catalog: Mapping[str, ModelInfo], name: str | None) -> ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Deployment:
-    """The `r` that requests get which name none, and the version of the configuration that says so."""
+class Configuration:
+    """What can be changed while the service runs.
 
-    r: RSetting
-    config_version: int
+    Attributes:
+        version: Grows with every change, and never goes back.
+        models: Each model's deployment `r`: what requests get which name none.
+    """
+
+    version: int
+    models: Mapping[str, RSetting]
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"version": self.version, "models": {name: setting_to_json(r) for name, r in self.models.items()}}
+
+    @staticmethod
+    def from_wire(wire: dict[str, Any]) -> Configuration:
+        return Configuration(
+            int(wire["version"]), {name: setting_from_json(r) for name, r in dict(wire["models"]).items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +235,19 @@ class Engine(Protocol):
         """What was measured of the model, at the speeds of this moment; raises NotFoundError where nothing was."""
         ...
 
-    async def deployment(self, model: str) -> Deployment:
-        """The model's deployment `r` at this moment."""
+    async def configuration(self) -> Configuration:
+        """The deployment `r` of every model at this moment."""
         ...
 
-    async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
-        """Changes the deployment `r`; raises ConflictError when the version is no longer the expected one."""
+    async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        """Changes the deployment `r` of some models, all or none, from the next job on.
+
+        Raises:
+            NotFoundError: There is no such model.
+            InvalidError: A model cannot merge like that.
+            ConflictError: The version is no longer the expected one.
+            UnavailableError: The configuration is shared, and whoever keeps it does not answer.
+        """
         ...
 
     async def check(self) -> None:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Lifespan
 
 from server import __version__
-from server.api import explain, health, models, page, routes
+from server.api import config, explain, health, models, page, routes
 from server.api.admission import Admission
 from server.api.body import invalid
 from server.api.middleware import BodyLimit, RequestId
@@ -46,7 +46,7 @@ def create_app(settings: Settings, engine: Engine, lifespan: Lifespan[FastAPI] |
     app.state.admission = Admission(settings.max_queue_size)
     # An executor, since its threads stay as few when callers leave; more of them would only hold more memory.
     app.state.decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
-    for router in (routes.router, explain.router, models.router, health.router, page.router):
+    for router in (routes.router, explain.router, models.router, config.router, health.router, page.router):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
     app.add_middleware(RequestId)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 
 from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
 from server.api.body import parse, read_json
+from server.api.config import expected_version, setting_of, tag
 from server.api.schemas import (
     AutoBounds,
     Backend,
@@ -23,29 +23,26 @@ from server.api.schemas import (
     PatchModel,
 )
 from server.calibration import curve as curves
-from server.dial import AutoR, parse_setting, r_of
-from server.errors import InvalidError, shown
-from server.types import Deployment, Engine, ModelInfo, find_model
+from server.dial import AutoR, r_of
+from server.types import Configuration, Engine, ModelInfo, find_model
 
 router = APIRouter(prefix="/v1/models", responses=ERRORS)
 
-_ETAG = re.compile(r'"?([0-9]{1,18})"?')
 _PATCH_BODY = {"required": True, "content": {"application/json": {"schema": PatchModel.model_json_schema()}}}
 
 
 @router.get("", dependencies=[Depends(check_key)])
 async def list_models(engine: UsingEngine) -> ModelList:
     """The models that are served, the default first."""
-    return ModelList(
-        models=[_summary(info, await engine.deployment(info.name), engine) for info in engine.catalog().values()]
-    )
+    configuration = await engine.configuration()
+    return ModelList(models=[_summary(info, configuration, engine) for info in engine.catalog().values()])
 
 
 @router.get("/{name}", dependencies=[Depends(check_key)])
 async def get_model(name: str, response: Response, engine: UsingEngine) -> ModelDetail:
     """One model: classes, input size, blocks, range of r, and token counts for each r."""
     info = find_model(engine.catalog(), name)
-    return _detail(info, await engine.deployment(name), engine, response)
+    return _detail(info, await engine.configuration(), engine, response)
 
 
 @router.get("/{name}/curve", dependencies=[Depends(check_key)])
@@ -74,14 +71,8 @@ async def patch_model(
 ) -> ModelDetail:
     """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
     info = find_model(engine.catalog(), name)
-    change = parse(PatchModel, await read_json(request))
-    r = parse_setting(change.r, change.max_r, change.min_agreement)
-    if not isinstance(r, AutoR):
-        r = r_of(info.schedule(r, change.inflect))
-    elif change.inflect is not None:
-        raise InvalidError("inflect goes with a single r, not with auto")
-    deployment = await engine.set_r(name, r, _version(if_match))
-    return _detail(info, deployment, engine, response)
+    r = setting_of(info, parse(PatchModel, await read_json(request)))
+    return _detail(info, await engine.configure({name: r}, expected_version(if_match)), engine, response)
 
 
 def _curve_row(row: curves.CurveRow) -> CurveRow:
@@ -95,31 +86,23 @@ def _curve_row(row: curves.CurveRow) -> CurveRow:
     )
 
 
-def _version(if_match: str | None) -> int | None:
-    if if_match is None or if_match == "*":
-        return None
-    etag = _ETAG.fullmatch(if_match)
-    if etag is None:
-        raise InvalidError(f'If-Match is {shown(if_match)}; send the ETag of a model, like "3"')
-    return int(etag[1])
-
-
-def _summary(info: ModelInfo, deployment: Deployment, engine: Engine) -> ModelSummary:
+def _summary(info: ModelInfo, configuration: Configuration, engine: Engine) -> ModelSummary:
+    r = configuration.models[info.name]
     return ModelSummary(
         name=info.name,
         architecture=info.architecture,
         source=info.source,
         is_default=info.name == next(iter(engine.catalog())),
-        r="auto" if isinstance(deployment.r, AutoR) else deployment.r,
-        auto=AutoBounds(**asdict(deployment.r)) if isinstance(deployment.r, AutoR) else None,
-        config_version=deployment.config_version,
+        r="auto" if isinstance(r, AutoR) else r,
+        auto=AutoBounds(**asdict(r)) if isinstance(r, AutoR) else None,
+        config_version=configuration.version,
     )
 
 
-def _detail(info: ModelInfo, deployment: Deployment, engine: Engine, response: Response) -> ModelDetail:
-    response.headers["etag"] = f'"{deployment.config_version}"'
+def _detail(info: ModelInfo, configuration: Configuration, engine: Engine, response: Response) -> ModelDetail:
+    tag(response, configuration)
     return ModelDetail(
-        **_summary(info, deployment, engine).model_dump(),
+        **_summary(info, configuration, engine).model_dump(),
         backend=Backend(**asdict(info.backend)) if info.backend else None,
         num_classes=len(info.labels),
         classes=list(info.labels),

@@ -70,8 +70,8 @@ async def classify(
             if len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
                 r: RSetting | None = job.r
                 if r is None:
-                    deployment = await engine.deployment(info.name)
-                    config_version, r = deployment.config_version, deployment.r
+                    configuration = await engine.configuration()
+                    config_version, r = configuration.version, configuration.models[info.name]
                 if isinstance(r, AutoR):
                     choice = await engine.choose(info.name, r)
                 job = replace(job, r=choice.schedule if choice else info.schedule(r))

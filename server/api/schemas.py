@@ -47,6 +47,29 @@ class PatchModel(BaseModel):
     inflect: float | None = Field(None, description="With a single r: a ramp.")
 
 
+class PatchConfig(BaseModel):
+    """A live change of several models."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    models: dict[str, PatchModel] = Field(description="The models to change, by name.")
+
+
+class DeployedR(BaseModel):
+    """What requests get that name no r."""
+
+    r: FixedR | Literal["auto"]
+    max_r: int | None = Field(None, description="With auto: the most tokens that it may merge in a block.")
+    min_agreement: float | None = Field(None, description="With auto: the least expected agreement with r=0.")
+
+
+class Config(BaseModel):
+    """The live configuration."""
+
+    config_version: int = Field(description="Grows with every change; also the ETag.")
+    models: dict[str, DeployedR]
+
+
 class Class(BaseModel):
     label: str
     index: int

@@ -1,4 +1,4 @@
-"""How sure a share of photos is: 95 % intervals."""
+"""How sure a share of photos is: 95 % intervals, unless said otherwise."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 Z = 1.959964
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The interval of a share, hits out of count.
+def wilson(hits: int, count: int, z: float = Z) -> tuple[float, float]:
+    """The interval of a share, hits out of count, `z` standard deviations to each side.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
     """
-    share, z2 = hits / count, Z * Z
+    share, z2 = hits / count, z * z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    half = z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,27 +14,7 @@ from server.commands.photo import read_photo
 from server.dial import Schedule
 from server.engine.runner import Runner
 from server.models import LoadedModel
-from server.settings import SettingsError
 from server.types import ModelInfo
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-
-
-def choose_photos(folder: Path, count: int, seed: int) -> list[Path]:
-    """Image files of a folder and the folders below it, in random order.
-
-    Args:
-        folder: Where to look.
-        count: The most to take.
-        seed: Of the order, which decides too which are taken where there are more.
-
-    Raises:
-        SettingsError: There are not even two.
-    """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if len(files) < 2:
-        raise SettingsError(f"{folder} holds {len(files)} images; at least 2 are needed")
-    return random.Random(seed).sample(files, min(count, len(files)))
 
 
 def read_photos(files: Sequence[Path], info: ModelInfo, max_pixels: int) -> list[bytes]:

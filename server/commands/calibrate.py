@@ -61,7 +61,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.calibration.facts import facts_of
     from server.calibration.labels import read_labels
     from server.calibration.measure import measure
-    from server.calibration.photos import choose_photos, read_photos
+    from server.calibration.photos import read_photos
+    from server.commands.photo import choose_photos
     from server.engine.backend import BackendOptions
     from server.engine.runner import Runner
     from server.engine.torch_backend import set_threads

@@ -1,13 +1,34 @@
-"""A photo from the command line, as the model of a command wants it."""
+"""Photos from the command line: which of a folder, and as the model of a command wants them."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 from server.api.decode import decode
 from server.errors import ServerError
 from server.settings import SettingsError
 from server.types import Preprocessing
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+
+
+def choose_photos(folder: Path, count: int, seed: int, least: int = 2) -> list[Path]:
+    """Image files of a folder and the folders below it, in random order.
+
+    Args:
+        folder: Where to look.
+        count: The most to take.
+        seed: Of the order, which decides too which are taken where there are more.
+        least: So many there must be.
+
+    Raises:
+        SettingsError: There are fewer.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < least:
+        raise SettingsError(f"{folder} holds {len(files)} images; at least {least} are needed")
+    return random.Random(seed).sample(files, min(count, len(files)))
 
 
 def read_photo(file: str, preprocessing: Preprocessing, max_pixels: int) -> bytes:

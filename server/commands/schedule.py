@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.calibration.photos import Calibration, choose_photos, read_photos
+    from server.calibration.photos import Calibration, read_photos
+    from server.commands.photo import choose_photos
     from server.engine.runner import Runner
     from server.engine.torch_backend import set_threads
     from server.models import load_model

@@ -101,6 +101,7 @@ class Batcher(Generic[K, P, A]):
         max_queue_size: Most jobs waiting; more are refused.
         batch_timeout_s: Age at which a job goes before fuller batches.
         observer: Is told of batches and drops.
+        idle: Spends the time while nothing waits, until its event is set; what it does then delays the next batch.
         clock: Monotonic seconds.
 
     Attributes:
@@ -115,6 +116,7 @@ class Batcher(Generic[K, P, A]):
         max_queue_size: int,
         batch_timeout_s: float,
         observer: Observer[K] | None = None,
+        idle: Callable[[asyncio.Event], Awaitable[object]] = asyncio.Event.wait,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run_batch = run_batch
@@ -122,6 +124,7 @@ class Batcher(Generic[K, P, A]):
         self._max_queue_size = max_queue_size
         self._batch_timeout_s = batch_timeout_s
         self._observer = observer
+        self._idle = idle
         self._clock = clock
         self._queues: dict[K | _Group, list[_Waiting[K, P, A]]] = {}
         self.speed = Speed[K]()
@@ -198,7 +201,7 @@ class Batcher(Generic[K, P, A]):
                 return
             else:
                 self._arrived.clear()
-                await self._arrived.wait()
+                await self._idle(self._arrived)
 
     def _take(self) -> tuple[K, list[_Waiting[K, P, A]]] | None:
         """Removes the next batch from the queues, and the jobs that cannot be answered in time."""

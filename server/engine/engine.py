@@ -7,20 +7,21 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from server.calibration.curve import Curve
-from server.config_store import ConfigStore
+from server.config.store import ConfigStore
 from server.dial import AutoR, RSetting, Schedule
 from server.engine.auto import AutoDial
 from server.engine.batcher import Answer, Batcher
+from server.engine.drift import DriftWatch
 from server.engine.knob import Rung
 from server.errors import DeadlineError, NotFoundError, UnavailableError
-from server.metrics import CONFIG_VERSION, BatchMetrics
+from server.metrics import BatchMetrics
 from server.types import (
     BatchKey,
     Choice,
-    Deployment,
+    Configuration,
     Explanation,
     Job,
     Merges,
@@ -66,6 +67,7 @@ class LocalEngine:
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
+        drift_sample: Share of the images answered with r > 0 that are checked at r=0 while the device is idle.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -84,13 +86,16 @@ class LocalEngine:
         max_batch_size: int = 32,
         max_queue_size: int = 256,
         batch_timeout_s: float = 0.1,
+        drift_sample: float = 0.0,
     ) -> None:
         self._models = dict(models)
         self._compute, self._explain = run_batch, explain_batch
         self._check_device = check_device
         self._broken = asyncio.Event()
         self._store = store
+        self._following: asyncio.Task[None] | None = None
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._drift = DriftWatch(self._run_batch, curves or {}, drift_sample)
         # A key, a job and an answer are of one kind: classification, explanation, or a health check's None.
         self._batcher = Batcher[Any, Job | None, Any](
             self._run_batch,
@@ -98,9 +103,10 @@ class LocalEngine:
             max_queue_size=max_queue_size,
             batch_timeout_s=batch_timeout_s,
             observer=BatchMetrics(),
+            idle=self._drift.idle,
         )
         for name, info in self._models.items():
-            info.check(store.deployment(name).r)
+            info.check(store.configuration.models[name])
         self._curves, self._max_batch_size = dict(curves or {}), max_batch_size
         for name, curve in self._curves.items():  # all rows, also those that `auto` has no use for
             for row in curve.rows:
@@ -111,10 +117,10 @@ class LocalEngine:
             name: AutoDial(self._models[name].batch_key, ladder, self._batcher.speed)
             for name, ladder in (only | dict(steps or {})).items()
         }
-        CONFIG_VERSION.set(store.version)
 
     def start(self) -> None:
-        """Begins to serve; call it inside a running event loop."""
+        """Begins to serve, and to follow the configuration; call it inside a running event loop."""
+        self._following = asyncio.create_task(self._follow(), name="configuration")
         self._batcher.start().add_done_callback(lambda _: self._broken.set())
 
     async def broken(self) -> None:
@@ -123,6 +129,9 @@ class LocalEngine:
 
     async def close(self) -> None:
         """Answers what waits, then stops."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
         await self._batcher.close()
         self._device.shutdown()
 
@@ -130,28 +139,27 @@ class LocalEngine:
         return self._models
 
     async def classify(self, job: Job) -> Prediction:
-        info, deployment, r = self._asked(job)
+        info, version, r = self._asked(job)
         if isinstance(r, AutoR):
             answer = await self._batcher.submit(self._auto[info.name].open(r), job, job.timeout_s)
         else:
             answer = await self._batcher.submit(info.batch_key(info.schedule(r)), job, job.timeout_s)
         assert isinstance(answer.key, BatchKey)  # only a health check is answered without one
         auto = self._choice(info.name, answer.key.schedule, r) if isinstance(r, AutoR) else None
-        return _prediction(answer, answer.result, answer.key.schedule, deployment, auto)
+        return _prediction(answer, answer.result, answer.key.schedule, version, auto)
 
     async def explain(self, job: Job) -> Explanation:
-        info, deployment, r = self._asked(job)
+        info, version, r = self._asked(job)
         auto = await self.choose(info.name, r) if isinstance(r, AutoR) else None
         schedule = auto.schedule if auto else info.schedule(r)
         answer = await self._batcher.submit(_Explaining(info.batch_key(schedule)), job, job.timeout_s)
         top_k, merges = answer.result
-        return Explanation(_prediction(answer, top_k, schedule, deployment, auto), merges)
+        return Explanation(_prediction(answer, top_k, schedule, version, auto), merges)
 
-    def _asked(self, job: Job) -> tuple[ModelInfo, Deployment, RSetting]:
-        """The job's model, its deployment at this moment, and the `r` that holds for the job."""
-        info = find_model(self._models, job.model)
-        deployment = self._store.deployment(job.model)
-        return info, deployment, deployment.r if job.r is None else job.r
+    def _asked(self, job: Job) -> tuple[ModelInfo, int, RSetting]:
+        """The job's model, the version of the configuration at this moment, and the `r` that holds for the job."""
+        info, configuration = find_model(self._models, job.model), self._store.configuration
+        return info, configuration.version, configuration.models[job.model] if job.r is None else job.r
 
     async def choose(self, model: str, bounds: AutoR) -> Choice:
         info = find_model(self._models, model)
@@ -177,15 +185,19 @@ class LocalEngine:
 
         return self._curves[info.name].at(line, self._max_batch_size)
 
-    async def deployment(self, model: str) -> Deployment:
-        find_model(self._models, model)
-        return self._store.deployment(model)
+    async def configuration(self) -> Configuration:
+        return self._store.configuration
 
-    async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
-        find_model(self._models, model).check(r)
-        deployment = self._store.set_r(model, r, expected_version)
-        CONFIG_VERSION.set(deployment.config_version)
-        return deployment
+    async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        for name, r in changes.items():
+            find_model(self._models, name).check(r)
+        return await self._store.change(changes, expected_version)
+
+    async def _follow(self) -> None:
+        try:
+            await self._store.follow()
+        except Exception:  # not worth the service: it goes on with what it has
+            logger.exception("the configuration is no longer followed; a change is seen at the next start")
 
     async def check(self) -> None:
         try:
@@ -193,21 +205,23 @@ class LocalEngine:
         except DeadlineError as error:
             raise UnavailableError(f"the engine does not answer: {error.message}", retry_after_s=1) from None
 
-    async def _run_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Job | None]) -> Sequence[Any]:
+    async def _run_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Any]) -> Sequence[Any]:
         """A batch on the device thread; without a key it is a health check, which a working device answers."""
         if key is None:
             await self._probe()
             return [None] * len(jobs)
         try:
             if isinstance(key, _Explaining):
-                return await self._on_device(lambda: self._explain(key.key, cast(Sequence[Job], jobs)))
-            return await self._on_device(lambda: self._compute(key, cast(Sequence[Job], jobs)))
+                return await self._on_device(lambda: self._explain(key.key, jobs))
+            answers = await self._on_device(lambda: self._compute(key, jobs))
         except UnavailableError:
             raise
         except Exception as error:  # the batch will be split: one job alone is the culprit, and has the traceback
             logger.error("a batch of %d for %s failed: %r", len(jobs), key, error, exc_info=len(jobs) == 1)
             await self._probe()
             raise
+        self._drift.offer(key, jobs, answers)
+        return answers
 
     async def _on_device(self, work: Callable[[], A]) -> A:
         """The result of work on the device's thread; gives this engine up when that takes longer than any batch can."""
@@ -232,13 +246,13 @@ class LocalEngine:
 
 
 def _prediction(
-    answer: Answer[Any, Any], top_k: TopK, schedule: Schedule, deployment: Deployment, auto: Choice | None
+    answer: Answer[Any, Any], top_k: TopK, schedule: Schedule, version: int, auto: Choice | None
 ) -> Prediction:
     return Prediction(
         top_k=top_k,
         schedule=schedule,
         batch_size=answer.batch_size,
-        config_version=deployment.config_version,
+        config_version=version,
         queue_s=answer.wait_s,
         inference_s=answer.run_s,
         auto=auto,

@@ -226,10 +226,7 @@ class Compiler:
         """
         model = self._core.read_model(self._translated(schedule))
         model.reshape([batch_size, 3, *self.input_size])
-        config: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}[precision],
-            "INFERENCE_NUM_THREADS": self.threads,
-            "NUM_STREAMS": "1",
+        config = config_of(precision, self.threads) | {
             "CACHE_DIR": str(self._folder / "compiled"),
             "CACHE_MODE": "OPTIMIZE_SIZE",  # weights come from the translation
         }
@@ -253,6 +250,15 @@ class Compiler:
                 written.with_suffix(".bin").replace(file.with_suffix(".bin"))
                 written.replace(file)  # last: where it is, all is
         return file
+
+
+def config_of(precision: str, threads: int) -> dict[str, Any]:
+    """How OpenVINO is to compute: "fp32" or "bf16", one batch at a time on so many threads."""
+    return {
+        "INFERENCE_PRECISION_HINT": {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}[precision],
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": "1",
+    }
 
 
 def parts_of(num_images: int, batch_sizes: list[int]) -> list[int]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 
 from server.calibration.curve import Curve, speed_staleness
 from server.calibration.facts import facts_of
 from server.calibration.places import find
-from server.config_store import ConfigStore
-from server.dial import AutoR, Schedule
+from server.config.store import open_store
+from server.dial import AutoR, RSetting, Schedule
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
 from server.engine.explainer import Explainer
@@ -31,7 +30,7 @@ from server.lifetime import Pulse, configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.models import LoadedModel, load_model
 from server.settings import ModelSpec, Settings, SettingsError
-from server.types import Job
+from server.types import Job, find_model
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,13 @@ def build_engine(settings: Settings) -> LocalEngine:
         EngineError: A model gives no numbers in this precision.
     """
     loaded = {spec.name: load_model(spec) for spec in settings.specs()}
-    store = ConfigStore({spec.name: spec.r or 0 for spec in settings.specs()}, settings.state_file())
+    infos = {name: model.info for name, model in loaded.items()}
+
+    def check(models: Mapping[str, RSetting]) -> None:
+        for name, r in models.items():
+            find_model(infos, name).check(r)
+
+    store = open_store(settings, check)
     explainer = Explainer(loaded, settings.device)
     runner = Runner(
         loaded,
@@ -72,7 +77,7 @@ def build_engine(settings: Settings) -> LocalEngine:
     steps: dict[str, list[Rung]] = {}
     for spec in settings.specs():
         name, model = spec.name, loaded[spec.name]
-        r = store.deployment(name).r
+        r = store.configuration.models[name]
         model.info.check(r)
         runner.warm_up(model.info.batch_key(model.info.schedule(0)))
         if curve := _curve(spec, model, runner, settings):
@@ -94,6 +99,7 @@ def build_engine(settings: Settings) -> LocalEngine:
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
+        drift_sample=settings.drift_sample,
     )
 
 
@@ -152,8 +158,7 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pul
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()
     if told_to_end.is_set():
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(server.wait_closed(), drain_s)  # waits for connections from Python 3.12 on
+        await server.left(drain_s)
         await engine.close()
     beating.cancel()
     return 0 if told_to_end.is_set() else 1

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +20,7 @@ from server.calibration.curve import Curve
 from server.dial import AutoR, RSetting, Schedule, setting_from_json, setting_to_json
 from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
 from server.metrics import ENGINE_UP
-from server.types import Choice, Deployment, Engine, Explanation, Job, Merges, ModelInfo, Prediction, TopK
+from server.types import Choice, Configuration, Engine, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +84,13 @@ class RemoteEngine:
     async def curve(self, model: str) -> Curve:
         return Curve.model_validate(await self._call("curve", {"model": model}))
 
-    async def deployment(self, model: str) -> Deployment:
-        return _deployment(await self._call("deployment", {"model": model}))
+    async def configuration(self) -> Configuration:
+        return Configuration.from_wire(await self._call("configuration", {}))
 
-    async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
-        head = {"model": model, "r": setting_to_json(r), "expected_version": expected_version}
-        return _deployment(await self._call("set_r", head))
+    async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        wire = {name: setting_to_json(r) for name, r in changes.items()}
+        head = {"changes": wire, "expected_version": expected_version}
+        return Configuration.from_wire(await self._call("configure", head))
 
     async def check(self) -> None:
         try:
@@ -160,9 +161,32 @@ class RemoteEngine:
                 future.set_result(head["answer"])
 
 
-async def serve_engine(engine: Engine, path: str) -> asyncio.Server:
-    """Offers an engine on a Unix socket, to any number of HTTP processes."""
-    return await asyncio.start_unix_server(lambda reader, writer: _serve_connection(engine, reader, writer), path)
+class EngineServer:
+    """An engine on a Unix socket, for any number of HTTP processes."""
+
+    def __init__(self, server: asyncio.Server, connections: set[asyncio.Task[None]]) -> None:
+        self._server, self._connections = server, connections
+
+    def close(self) -> None:
+        """Takes no new connection."""
+        self._server.close()
+
+    async def left(self, within_s: float) -> None:
+        """Returns when every HTTP process has left, or when the time is over."""
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=within_s)
+
+
+async def serve_engine(engine: Engine, path: str) -> EngineServer:
+    """Offers an engine on a Unix socket."""
+    connections: set[asyncio.Task[None]] = set()
+
+    def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.create_task(_serve_connection(engine, reader, writer))
+        connections.add(connection)
+        connection.add_done_callback(connections.discard)
+
+    return EngineServer(await asyncio.start_unix_server(connect, path), connections)
 
 
 async def _serve_connection(engine: Engine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -219,12 +243,13 @@ async def _curve(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str,
     return (await engine.curve(head["model"])).model_dump()
 
 
-async def _get_deployment(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
-    return _to_wire(await engine.deployment(head["model"]))
+async def _configuration(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    return (await engine.configuration()).to_wire()
 
 
-async def _set_r(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
-    return _to_wire(await engine.set_r(head["model"], setting_from_json(head["r"]), head["expected_version"]))
+async def _configure(engine: Engine, head: dict[str, Any], body: bytes) -> dict[str, Any]:
+    changes = {name: setting_from_json(r) for name, r in head["changes"].items()}
+    return (await engine.configure(changes, head["expected_version"])).to_wire()
 
 
 async def _check(engine: Engine, head: dict[str, Any], body: bytes) -> None:
@@ -236,8 +261,8 @@ _OPERATIONS: dict[str, Callable[[Engine, dict[str, Any], bytes], Coroutine[Any, 
     "explain": _explain,
     "choose": _choose,
     "curve": _curve,
-    "deployment": _get_deployment,
-    "set_r": _set_r,
+    "configuration": _configuration,
+    "configure": _configure,
     "check": _check,
 }
 
@@ -252,14 +277,6 @@ def _prediction(answer: dict[str, Any]) -> Prediction:
     auto = answer["auto"] and _choice(answer["auto"])
     schedule, top_k = tuple(answer["schedule"]), TopK(**answer["top_k"])
     return Prediction(**{**answer, "schedule": schedule, "top_k": top_k, "auto": auto})
-
-
-def _to_wire(deployment: Deployment) -> dict[str, Any]:
-    return {"r": setting_to_json(deployment.r), "config_version": deployment.config_version}
-
-
-def _deployment(answer: dict[str, Any]) -> Deployment:
-    return Deployment(setting_from_json(answer["r"]), answer["config_version"])
 
 
 def _choice(answer: dict[str, Any]) -> Choice:

@@ -145,8 +145,14 @@ function adopt(told) {
   return told;
 }
 
+/** Asks for the model again, until no newer word of it has come while we waited: an answer may be overtaken. */
 async function reload() {
-  const told = adopt(await api.model(model.name));
+  let asked, told;
+  do {
+    asked = model;
+    told = await api.model(asked.name);
+  } while (model !== asked);
+  adopt(told);
   say("ready", "ready");
   return told;
 }

@@ -8,17 +8,18 @@ export class Deployment {
   #model = null;
   #shown = "";
   #events;
+  #last = Promise.resolve(); // changes go one after the other: each names the ETag of the one before
 
   /** @param events rOfA(), onModel(model), reload(), onDenied(problem) */
   constructor(events) {
     this.#events = events;
     at("deployment").addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#set();
+      this.#ask();
     });
     at("deployment-from-a").addEventListener("click", () => {
       at("deployment-r").value = events.rOfA();
-      this.#set();
+      this.#ask();
     });
   }
 
@@ -41,9 +42,13 @@ export class Deployment {
     at("deployment-says").dataset.state = state;
   }
 
-  async #set() {
-    const r = at("deployment-r").value.replaceAll(" ", ""), model = this.#model;
-    if (!model) return;
+  #ask() {
+    const r = at("deployment-r").value.replaceAll(" ", "");
+    this.#last = this.#last.then(() => this.#model && this.#set(r));
+  }
+
+  async #set(r) {
+    const model = this.#model;
     try {
       const changed = await setR(model.name, r, model.etag);
       this.#events.onModel(changed);

@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.load import closed_loop, open_loop, poisson
+from server.bench.client import Client, Target
+from server.bench.load import Request, closed_loop, open_loop, poisson
 from tests.e2e.clients import classify, png
 from tests.e2e.service import Service
 
@@ -68,16 +69,17 @@ def resident_bytes(service: Service) -> int:
 
 async def test_an_open_loop_of_three_times_the_capacity_gets_one_honest_answer_each(small: Service) -> None:
     host, port = small.url.removeprefix("http://").split(":")
-    address, path = (host, int(port)), "/classify?deadline_ms=1000"
-    photos = [png(number) for number in range(32)]
-    capacity = await closed_loop(address, path, photos, clients=16, seconds=1)
-    loads = [list(poisson(3 * capacity, 3, seed)) for seed in range(2)]
-    first = await open_loop(address, path, photos, loads[0], "image/png")
-    before = resident_bytes(small)
-    second = await open_loop(address, path, photos, loads[1], "image/png")
-    statuses = Counter(reply.status for reply in first + second)
+    photos = [Request("/classify?deadline_ms=1000", png(number)) for number in range(32)]
+    async with Client(Target(host, int(port))) as client:
+        closed = await closed_loop(client, photos, clients=16, seconds=1)
+        capacity = sum(reply.status == 200 for reply in closed.replies) / closed.seconds
+        loads = [list(poisson(3 * capacity, 3, seed)) for seed in range(2)]
+        first = await open_loop(client, photos, loads[0])
+        before = resident_bytes(small)
+        second = await open_loop(client, photos, loads[1])
+    statuses = Counter(reply.status for reply in first.replies + second.replies)
     assert statuses.keys() <= {200, 429, 504} and statuses[200] > 0, statuses
     assert sum(statuses.values()) == sum(map(len, loads))
     assert resident_bytes(small) - before < GROWTH_BYTES
     small.until(lambda: small.metrics()["tome_in_flight_images"] == 0)
-    assert classify(small, photos[0]).status_code == 200
+    assert classify(small, png(0)).status_code == 200

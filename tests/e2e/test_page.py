@@ -21,11 +21,13 @@ playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page is driven by playwright: pip install playwright"
 )
 from playwright.sync_api import (  # noqa: E402
+    APIResponse,
     Browser,
     BrowserContext,
     ConsoleMessage,
     Page,
     Request,
+    Response,
     Route,
     expect,
     sync_playwright,
@@ -292,6 +294,48 @@ def test_a_change_by_somebody_else_is_seen_and_never_overwritten(watched: Watche
     expect(page.locator("#deployment-says")).to_contain_text("somebody else changed it meanwhile, it is r = 7 now")
     expect(page.get_by_role("textbox", name="The deployment's r")).to_have_value("7")
     assert httpx.get(watched.url + MODEL).json()["r"] == 7
+
+
+def test_word_from_before_a_change_does_not_undo_it(watched: Watched, r_is_put_back: None) -> None:
+    page, reads = watched.page, list[tuple[Route, APIResponse]]()
+
+    def hold_the_second_read(route: Route) -> None:
+        if route.request.method == "GET" and len(reads) < 2:
+            reads.append((route, route.fetch()))
+            if len(reads) == 2:
+                return
+        route.continue_()
+
+    page.route(f"**{MODEL}", hold_the_second_read)
+    watched.open()  # reads the model once, and again at the first scrape
+    while len(reads) < 2:
+        page.wait_for_timeout(20)
+    field, says = page.get_by_role("textbox", name="The deployment's r"), page.locator("#deployment-says")
+    field.fill("13")
+    field.press("Enter")
+    expect(says).to_contain_text("now gets r = 13")
+    route, old_word = reads[1]
+    with page.expect_response(lambda response: response.url.endswith(MODEL) and response.request.method == "GET"):
+        route.fulfill(response=old_word)
+    field.fill("5")
+    field.press("Enter")
+    expect(says).to_contain_text("now gets r = 5")
+    assert httpx.get(watched.url + MODEL).json()["r"] == 5
+
+
+def test_a_change_waits_for_the_one_before(watched: Watched, r_is_put_back: None) -> None:
+    page, statuses = watched.open(), list[int]()
+
+    def answered(response: Response) -> None:
+        if response.request.method == "PATCH":
+            statuses.append(response.status)
+
+    page.on("response", answered)
+    page.get_by_role("textbox", name="The deployment's r").fill("13")
+    page.get_by_role("button", name="Set").dblclick()
+    while len(statuses) < 2:
+        page.wait_for_timeout(20)
+    assert statuses == [200, 200]
 
 
 def test_an_r_out_of_range_is_refused_in_the_servers_words(watched: Watched) -> None:

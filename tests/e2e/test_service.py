@@ -70,6 +70,21 @@ def test_metrics_of_all_processes_add_up_whichever_answers(shared_service: Servi
         assert samples["tome_engine_up"] == 1
 
 
+def test_answers_above_r_0_are_checked_against_r_0_and_no_metric_of_production_shows_it(
+    start_service: StartService, photo: bytes
+) -> None:
+    service = start_service("--drift-sample", "1")
+    for _ in range(3):
+        classify(service, photo, r=8)
+    labels = f'{{model="{BUNDLED_NAME}",r="8"}}'
+    service.until(lambda: service.metrics().get(f"tome_drift_checked_total{labels}") == 3)
+    samples = service.metrics()
+    assert samples[f"tome_live_agreement{labels}"] == samples[f"tome_drift_agreed_total{labels}"] / 3
+    assert samples[f"tome_drift{labels}"] == 0  # three are too few to tell
+    assert f"tome_inference_duration_seconds_count{labels}" in samples
+    assert f"tome_inference_duration_seconds_count{labels.replace('8', '0')}" not in samples
+
+
 def test_a_port_in_use_is_said(shared_service: Service) -> None:
     port = shared_service.url.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "server.cli", "serve", "--port", port]

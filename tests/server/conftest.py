@@ -24,7 +24,7 @@ from PIL import Image
 
 from server.api.app import create_app
 from server.calibration.curve import Curve, CurveRow, Facts
-from server.config_store import ConfigStore
+from server.config.local import LocalConfig
 from server.dial import RSetting
 from server.engine.engine import LocalEngine
 from server.engine.knob import Rung
@@ -185,7 +185,7 @@ def local_engine(
 ) -> LocalEngine:
     """An engine around a fake device; the caller starts it."""
     catalog = {info.name: info for info in models or [model_info()]}
-    store = ConfigStore(dict.fromkeys(catalog, r), state_file)
+    store = LocalConfig(dict.fromkeys(catalog, r), state_file)
     return LocalEngine(catalog, device, store, explain_batch=device.explain, **limits)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.load import poisson
 from server.api.admission import LONGEST_TURN_S, Admission
+from server.bench.load import poisson
 from server.calibration.simulator import _in_virtual_time
 from server.engine.batcher import Batcher
 from server.errors import QueueFullError, ServerError, TooLargeError

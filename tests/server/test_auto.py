@@ -112,6 +112,6 @@ async def test_an_engine_that_starts_with_auto_serves() -> None:
     engine = local_engine(FakeDevice(), [model_info()], r=AutoR(max_r=4), steps={"tiny": STEPS})
     engine.start()
     try:
-        assert (await engine.deployment("tiny")).r == AutoR(max_r=4)
+        assert (await engine.configuration()).models["tiny"] == AutoR(max_r=4)
     finally:
         await engine.close()

@@ -13,7 +13,8 @@ from PIL import Image
 
 from server.calibration.intervals import paired_difference, wilson
 from server.calibration.latency import Latency, measure
-from server.calibration.photos import Calibration, choose_photos, read_photos
+from server.calibration.photos import Calibration, read_photos
+from server.commands.photo import choose_photos
 from server.dial import Schedule
 from server.engine.runner import Runner
 from server.models import LoadedModel, load_model

@@ -31,10 +31,10 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("serve", "classify", "explain", "models", "calibrate"))
+    assert all(command in shown for command in ("serve", "classify", "explain", "models", "calibrate", "bench"))
 
 
-@pytest.mark.parametrize("command", ["serve", "classify", "explain", "models", "calibrate"])
+@pytest.mark.parametrize("command", ["serve", "classify", "explain", "models", "calibrate", "bench"])
 def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -46,6 +46,7 @@ def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytes
         "explain": ["model", "weights", "r", "device", "precision", "threads"],
         "models": ["model", "weights"],
         "calibrate": ["model", "weights", "device", "precision", "backend", "threads", "max_batch_size", "state_dir"],
+        "bench": ["api_key"],
     }
     for name in [*flags[command], "config"]:
         assert re.search(rf"{flag(name)} (VALUE|FILE)\s+\w+", shown), name

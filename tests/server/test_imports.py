@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = ["server.api.app", "server.api.process", "server.cli", "server.supervisor", "server.engine.transport"]
+LIGHT += ["server.bench.session", "server.bench.rate", "server.commands.photo"]
 LIST = "import sys, importlib; importlib.import_module(sys.argv[1]); print(*sorted(sys.modules))"
 
 
@@ -23,7 +24,13 @@ def loaded_by(module: str) -> set[str]:
 def test_the_http_side_and_the_command_load_neither_torch_nor_timm(module: str) -> None:
     loaded = loaded_by(module)
     assert module in loaded
-    assert not loaded & {"torch", "timm", "torchvision", "safetensors", "numpy"}
+    assert not loaded & {"torch", "timm", "torchvision", "safetensors", "numpy", "httpx"}
+
+
+def test_the_client_loads_neither_the_server_nor_what_makes_pixels() -> None:
+    loaded = loaded_by("server.client")
+    assert "httpx" in loaded
+    assert not loaded & {"torch", "timm", "numpy", "PIL", "fastapi", "starlette", "prometheus_client", "server.api"}
 
 
 @pytest.mark.parametrize("module", ["server.engine.batcher"])

@@ -15,7 +15,7 @@ from server.dial import Schedule
 from server.engine import engine as engine_module
 from server.engine.engine import LocalEngine
 from server.errors import ConflictError, EngineError, InvalidError, NotFoundError, QueueFullError, UnavailableError
-from server.types import Deployment, Job
+from server.types import Configuration, Job
 from tests.server.conftest import FakeDevice, class_of, local_engine, model_info, until
 
 
@@ -80,37 +80,37 @@ async def test_a_changed_r_counts_from_the_next_job_on_and_waiting_jobs_keep_the
         device.gate.clear()
         before = asyncio.create_task(engine.classify(job()))
         await until(lambda: len(device.batches) == 1)
-        changed = await engine.set_r("tiny", 8, None)
+        changed = await engine.configure({"tiny": 8}, None)
         after = asyncio.create_task(engine.classify(job()))
         device.gate.set()
         assert ((await before).schedule, (await after).schedule) == ((0, 0, 0), (8, 8, 8))
-        assert (await after).config_version == changed.config_version == (await before).config_version + 1
-        assert await engine.deployment("tiny") == changed
-        assert REGISTRY.get_sample_value("tome_config_version") == changed.config_version
+        assert (await after).config_version == changed.version == (await before).config_version + 1
+        assert await engine.configuration() == changed
+        assert REGISTRY.get_sample_value("tome_config_version") == changed.version
 
 
 async def test_a_changed_r_survives_a_restart(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     async with started(FakeDevice(), state_file=file) as engine:
-        changed = await engine.set_r("tiny", (8, 1), None)
+        changed = await engine.configure({"tiny": (8, 1)}, None)
     async with started(FakeDevice(), state_file=file) as engine:
-        assert await engine.deployment("tiny") == changed
+        assert await engine.configuration() == changed
         assert (await engine.classify(job())).schedule == (8, 1, 0)
 
 
 async def test_an_r_out_of_range_changes_nothing() -> None:
     async with started(FakeDevice()) as engine:
         with pytest.raises(InvalidError, match="between 0 and 8"):
-            await engine.set_r("tiny", 9, None)
-        assert (await engine.deployment("tiny")).r == 0
+            await engine.configure({"tiny": 9}, None)
+        assert (await engine.configuration()).models["tiny"] == 0
 
 
 async def test_a_stale_version_is_a_conflict() -> None:
     async with started(FakeDevice()) as engine:
-        version = (await engine.deployment("tiny")).config_version
-        assert await engine.set_r("tiny", 1, version) == Deployment(1, version + 1)
+        version = (await engine.configuration()).version
+        assert await engine.configure({"tiny": 1}, version) == Configuration(version + 1, {"tiny": 1})
         with pytest.raises(ConflictError):
-            await engine.set_r("tiny", 2, version)
+            await engine.configure({"tiny": 2}, version)
 
 
 async def test_an_unknown_model_is_not_found_and_the_known_ones_are_named() -> None:
@@ -118,9 +118,7 @@ async def test_an_unknown_model_is_not_found_and_the_known_ones_are_named() -> N
         with pytest.raises(NotFoundError, match="tiny"):
             await engine.classify(job(model="huge"))
         with pytest.raises(NotFoundError, match="tiny"):
-            await engine.deployment("huge")
-        with pytest.raises(NotFoundError, match="tiny"):
-            await engine.set_r("huge", 1, None)
+            await engine.configure({"huge": 1}, None)
 
 
 def test_a_deployment_r_out_of_range_stops_the_start() -> None:

@@ -145,7 +145,7 @@ async def test_the_images_of_a_request_share_one_r_even_if_it_changes_between_th
         classify = engine.classify
 
         async def classify_after_a_change(job: Job) -> Prediction:
-            await engine.set_r("tiny", len(service.device.batches) + 6, None)
+            await engine.configure({"tiny": len(service.device.batches) + 6}, None)
             return await classify(job)
 
         monkeypatch.setattr(engine, "classify", classify_after_a_change)

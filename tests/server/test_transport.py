@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from server.dial import AutoR, RSetting
 from server.engine import transport
 from server.engine.transport import RemoteEngine, serve_engine
 from server.errors import DeadlineError, EngineError, NotFoundError, QueueFullError, ServerError, UnavailableError
-from server.types import Choice, Deployment, Explanation, Job, Merges, ModelInfo, Prediction, TopK
+from server.types import Choice, Configuration, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 from tests.server.conftest import FakeDevice, class_of, fake_curve, groups_of, local_engine, model_info, until
 
 
@@ -31,7 +31,7 @@ class FakeEngine:
         self.running: set[bytes] = set()
         self.withdrawn: set[bytes] = set()
         self.random = random.Random(0)
-        self.now = Deployment(3, 7)
+        self.now = Configuration(7, {"tiny": 3})
 
     def catalog(self) -> dict[str, ModelInfo]:
         return {"tiny": model_info(), "large": model_info("large", labels=("é", "\u2603"), max_r=4)}
@@ -71,11 +71,11 @@ class FakeEngine:
             raise NotFoundError(f"{model} has no curve")
         return fake_curve()
 
-    async def deployment(self, model: str) -> Deployment:
+    async def configuration(self) -> Configuration:
         return self.now
 
-    async def set_r(self, model: str, r: RSetting, expected_version: int | None) -> Deployment:
-        self.now = Deployment(r, 0 if expected_version is None else expected_version + 1)
+    async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        self.now = Configuration(0 if expected_version is None else expected_version + 1, dict(changes))
         return self.now
 
     async def check(self) -> None:
@@ -149,12 +149,13 @@ async def test_an_explanation_crosses_whole(socket_path: str) -> None:
         assert await remote.explain(job()) == await engine.explain(job())
 
 
-@pytest.mark.parametrize("r", [8, (4, 2)])
-async def test_the_deployment_crosses_both_ways(r: RSetting, socket_path: str) -> None:
+@pytest.mark.parametrize("r", [8, (4, 2), AutoR(max_r=16)])
+async def test_the_configuration_crosses_both_ways(r: RSetting, socket_path: str) -> None:
     async with connected(FakeEngine(), socket_path) as remote:
-        assert await remote.deployment("tiny") == Deployment(3, 7)
-        assert await remote.set_r("tiny", r, 41) == Deployment(r, 42) == await remote.deployment("tiny")
-        assert await remote.set_r("tiny", r, None) == Deployment(r, 0)
+        assert await remote.configuration() == Configuration(7, {"tiny": 3})
+        changed = await remote.configure({"tiny": r, "large": 1}, 41)
+        assert changed == Configuration(42, {"tiny": r, "large": 1}) == await remote.configuration()
+        assert await remote.configure({"tiny": r}, None) == Configuration(0, {"tiny": r})
 
 
 async def test_the_curve_crosses_whole(socket_path: str) -> None:

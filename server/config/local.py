@@ -1,4 +1,4 @@
-"""Live configuration: each model's deployment `r`, versioned, and kept over a restart when it has a file."""
+"""The live configuration of one server: changed through its own API, and kept over a restart when it has a file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 from server.dial import RSetting, setting_from_json, setting_to_json
 from server.errors import ConflictError, EngineError, InvalidError
+from server.metrics import CONFIG_VERSION
 from server.settings import SettingsError
-from server.types import Deployment
+from server.types import Configuration
 
 logger = logging.getLogger(__name__)
 
 
-class ConfigStore:
+class LocalConfig:
     """The deployment `r` of every model.
 
     A live change is kept together with the start setting that it replaced. It outlives a restart while that start
@@ -36,28 +37,16 @@ class ConfigStore:
         self._path = path
         self._others: dict[str, dict[str, Any]] = {}  # changes of models that are not served this time
         self._version, self._live = self._read()
+        CONFIG_VERSION.set(self._version)
 
     @property
-    def version(self) -> int:
-        """Grows by one with each change."""
-        return self._version
+    def configuration(self) -> Configuration:
+        return Configuration(self._version, self._start | self._live)
 
-    def deployment(self, model: str) -> Deployment:
-        """The `r` in force for a model."""
-        return Deployment(self._live.get(model, self._start[model]), self._version)
-
-    def set_r(self, model: str, r: RSetting, expected_version: int | None = None) -> Deployment:
-        """Changes a model's `r`, on disk before in memory.
-
-        Raises:
-            ConflictError: `expected_version` is given and another change came first.
-        """
-        if expected_version is not None and expected_version != self._version:
-            raise ConflictError(
-                f"the configuration is at version {self._version}, not {expected_version}; read it again",
-                config_version=self._version,
-            )
-        live = {**self._live, model: r}
+    async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
+        """On disk before in memory."""
+        refuse_stale(expected_version, self._version)
+        live = self._live | dict(changes)
         try:
             self._write(self._version + 1, live)
         except OSError as error:
@@ -65,7 +54,11 @@ class ConfigStore:
                 f"the change cannot be kept in {self._path}: {error.strerror}; nothing changed"
             ) from error
         self._version, self._live = self._version + 1, live
-        return self.deployment(model)
+        CONFIG_VERSION.set(self._version)
+        return self.configuration
+
+    async def follow(self) -> None:
+        """Nobody else changes it."""
 
     def _read(self) -> tuple[int, dict[str, RSetting]]:
         if self._path is None or not self._path.exists():
@@ -103,11 +96,23 @@ class ConfigStore:
             name: {"r": setting_to_json(r), "start": setting_to_json(self._start[name])} for name, r in live.items()
         }
         models = self._others | ours
-        # Replaced as a whole: a start after a crash sees the old file or the new one.
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(".new")
-        with unfinished.open("w") as file:
-            json.dump({"version": version, "models": models}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self._path)
+        replace_file(self._path, json.dumps({"version": version, "models": models}))
+
+
+def refuse_stale(expected_version: int | None, version: int) -> None:
+    """Raises ConflictError when a change was meant for another version."""
+    if expected_version not in (None, version):
+        raise ConflictError(
+            f"the configuration is at version {version}, not {expected_version}; read it again", config_version=version
+        )
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file as a whole: a start after a crash sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".new")
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)

@@ -1,0 +1,89 @@
+"""timm's model and ours in the runtimes that people use on a CPU, with as many threads as torch has."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import openvino
+import torch
+from torch import Tensor
+
+import tome_core
+from server.engine.openvino import BATCH_SIZES, Compiler, config_of
+
+Run = Callable[[Tensor], object]
+
+
+def openvino_ours(model: Any, r: int, images: Tensor) -> Run:
+    """The merging model as the server runs it."""
+    merged = tome_core.wrap(_float32(model))
+    compiler = Compiler(merged, _size(images), torch.get_num_threads())
+    return _in_parts(compiler.compile((r,) * merged.num_blocks, _part(images), _precision(images)))
+
+
+def openvino_timm(model: Any, r: int, images: Tensor) -> Run:
+    """timm's own model, converted by OpenVINO as it is."""
+    example = torch.randn(_part(images), *images.shape[1:])
+    converted = openvino.convert_model(_float32(model), example_input=example, input=list(example.shape))
+    config = config_of(_precision(images), torch.get_num_threads())
+    request = openvino.Core().compile_model(converted, "CPU", config).create_infer_request()
+    return _in_parts(lambda part: request.infer({0: part.numpy()}, share_inputs=True))
+
+
+def onnxruntime_ours(model: Any, r: int, images: Tensor) -> Run:
+    """The merging model, exported by `tome_core.export_onnx`."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = tome_core.export_onnx(tome_core.wrap(_float32(model)), r, _size(images), Path(folder) / "model.onnx")
+        return _session(written.path, images)
+
+
+def onnxruntime_timm(model: Any, r: int, images: Tensor) -> Run:
+    """timm's own model, exported by torch as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(_float32(model), (images.float(),), path, dynamo=True, input_names=["images"])
+        return _session(path, images)
+
+
+RUNNERS = {
+    "timm-openvino": openvino_timm,
+    "openvino": openvino_ours,
+    "timm-onnxruntime": onnxruntime_timm,
+    "onnxruntime": onnxruntime_ours,
+}
+
+
+def _session(path: Path, images: Tensor) -> Run:
+    if images.dtype != torch.float32:
+        raise SystemExit("onnxruntime computes in fp32 on the CPU; use --dtype fp32 with it")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda batch: session.run(None, {"images": batch.numpy()})
+
+
+def _in_parts(run: Run) -> Run:
+    """OpenVINO runs large batches in parts, as the server does: past 8 images they are no faster."""
+    return lambda images: [run(part) for part in images.split(_part(images))]
+
+
+def _part(images: Tensor) -> int:
+    return min(len(images), BATCH_SIZES[-1])
+
+
+def _precision(images: Tensor) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[images.dtype]
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[2], images.shape[3]
+
+
+def _float32(model: Any) -> Any:
+    """Runtimes take float32, and compute in the precision that they are told."""
+    return copy.deepcopy(model).float()

@@ -1,0 +1,81 @@
+"""The live configuration over HTTP: all of it at once, and what a change of one model has in common with that."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+
+from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
+from server.api.body import parse, read_json
+from server.api.schemas import Config, DeployedR, PatchConfig, PatchModel
+from server.dial import AutoR, RSetting, parse_setting, r_of
+from server.errors import InvalidError, shown
+from server.types import Configuration, ModelInfo, find_model
+
+router = APIRouter(prefix="/v1/config", responses=ERRORS)
+
+_ETAG = re.compile(r'"?([0-9]{1,18})"?')
+_PATCH_BODY = {"required": True, "content": {"application/json": {"schema": PatchConfig.model_json_schema()}}}
+
+
+@router.get("", dependencies=[Depends(check_key)], response_model_exclude_none=True)
+async def get_config(response: Response, engine: UsingEngine) -> Config:
+    """Each model's deployment r, as PATCH takes it."""
+    return _config(await engine.configuration(), response)
+
+
+@router.patch(
+    "",
+    dependencies=[Depends(check_admin_key)],
+    response_model_exclude_none=True,
+    openapi_extra={"requestBody": _PATCH_BODY},
+)
+async def patch_config(
+    request: Request, response: Response, engine: UsingEngine, if_match: Annotated[str | None, Header()] = None
+) -> Config:
+    """Changes the r of several models at once, all or none; If-Match guards against a race."""
+    said = parse(PatchConfig, await read_json(request))
+    catalog = engine.catalog()
+    changes = {name: setting_of(find_model(catalog, name), change) for name, change in said.models.items()}
+    return _config(await engine.configure(changes, expected_version(if_match)), response)
+
+
+def setting_of(info: ModelInfo, change: PatchModel) -> RSetting:
+    """The checked setting that a change asks for; raises InvalidError when the model cannot merge like that."""
+    r = parse_setting(change.r, change.max_r, change.min_agreement)
+    if not isinstance(r, AutoR):
+        return r_of(info.schedule(r, change.inflect))
+    if change.inflect is not None:
+        raise InvalidError("inflect goes with a single r, not with auto")
+    return r
+
+
+def expected_version(if_match: str | None) -> int | None:
+    """The version that an If-Match header asks for; None for any."""
+    if if_match is None or if_match == "*":
+        return None
+    etag = _ETAG.fullmatch(if_match)
+    if etag is None:
+        raise InvalidError(f'If-Match is {shown(if_match)}; send the ETag of an answer, like "3"')
+    return int(etag[1])
+
+
+def tag(response: Response, configuration: Configuration) -> None:
+    """Names the version as the ETag that a change may ask for."""
+    response.headers["etag"] = f'"{configuration.version}"'
+
+
+def _config(configuration: Configuration, response: Response) -> Config:
+    tag(response, configuration)
+    return Config(
+        config_version=configuration.version,
+        models={name: _deployed(r) for name, r in configuration.models.items()},
+    )
+
+
+def _deployed(r: RSetting) -> DeployedR:
+    if isinstance(r, AutoR):
+        return DeployedR(r="auto", max_r=r.max_r, min_agreement=r.min_agreement)
+    return DeployedR(r=r, max_r=None, min_agreement=None)

@@ -1,0 +1,177 @@
+"""Loads: requests that come when they come, whether or not the server keeps up, and clients that wait for answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.bench.client import Answer, BrokenError, Client
+
+PAUSE_S = 0.1  # a client that waits for answers would otherwise send as fast as it can where nobody answers
+TICK_S = 0.01
+
+Watch = Callable[["Reply"], None]
+Read = Callable[[Answer], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is sent: a body to an endpoint with its query."""
+
+    path: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What became of one request.
+
+    Attributes:
+        number: Which of the requests it was.
+        status: Of HTTP; 0 where there was no answer.
+        seconds: To its answer, from the time at which it was due, or was sent where none was due.
+        late_s: From the time at which it was due until we came to send it: our own fault, and part of `seconds`.
+        said: What was read of an answer with status 200; of any other, the message.
+    """
+
+    number: int
+    status: int
+    seconds: float
+    late_s: float
+    said: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A load that is over.
+
+    Attributes:
+        seconds: From the start until the last answer.
+        lateness_s: Of the sender, sampled: in an open loop that of each request.
+    """
+
+    replies: list[Reply]
+    seconds: float
+    lateness_s: list[float]
+
+
+def poisson(per_s: float, seconds: float, seed: int) -> Iterator[float]:
+    """Times at which requests are due that know nothing of each other."""
+    numbers, now = random.Random(seed), 0.0
+    while (now := now + numbers.expovariate(per_s)) < seconds:
+        yield now
+
+
+def mean_r(answer: Answer) -> float | None:
+    """The `r` that an answer was computed with, over its blocks; None where a server names none."""
+    numbers = answer.headers.get("x-r", "").split(",")
+    return sum(map(int, numbers)) / len(numbers) if numbers[0] else None
+
+
+def ignore(reply: Reply) -> None:
+    """Nobody watches."""
+
+
+async def open_loop(
+    client: Client,
+    requests: Sequence[Request],
+    due: Iterable[float],
+    *,
+    read: Read = mean_r,
+    watch: Watch = ignore,
+) -> Run:
+    """Sends a request at each due time, in seconds from now, on as many connections as that takes.
+
+    Args:
+        client: The server.
+        requests: They take turns.
+        due: Rising times.
+        read: What to keep of an answer.
+        watch: Told of each reply.
+    """
+    start = time.perf_counter()
+    replies: list[Reply] = []
+
+    async def send(number: int, at: float) -> None:
+        late_s = time.perf_counter() - start - at
+        status, said = await _ask(client, requests[number], read)
+        replies.append(Reply(number, status, time.perf_counter() - start - at, late_s, said))
+        watch(replies[-1])
+
+    async with asyncio.TaskGroup() as group:
+        for number, at in enumerate(due):
+            # Also where it is late already: answers must come in meanwhile.
+            await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+            group.create_task(send(number % len(requests), at))
+    return Run(replies, time.perf_counter() - start, [reply.late_s for reply in replies])
+
+
+async def closed_loop(
+    client: Client,
+    requests: Sequence[Request],
+    clients: int,
+    seconds: float,
+    *,
+    read: Read = mean_r,
+    watch: Watch = ignore,
+) -> Run:
+    """So many clients, each with one request at a time; one that is refused pauses for a moment.
+
+    Args:
+        client: The server.
+        requests: They take turns.
+        clients: How many.
+        seconds: Time after which no more is sent.
+        read: What to keep of an answer.
+        watch: Told of each reply.
+    """
+    start = time.perf_counter()
+    replies: list[Reply] = []
+    turns = itertools.cycle(range(len(requests)))
+
+    async def ask_again_and_again() -> None:
+        while (sent := time.perf_counter()) < start + seconds:
+            number = next(turns)
+            status, said = await _ask(client, requests[number], read)
+            replies.append(Reply(number, status, time.perf_counter() - sent, 0.0, said))
+            watch(replies[-1])
+            if status != 200:
+                await asyncio.sleep(PAUSE_S)
+
+    lateness: list[float] = []
+    ticking = asyncio.create_task(_tick(lateness))
+    try:
+        await asyncio.gather(*(ask_again_and_again() for _ in range(clients)))
+    finally:
+        ticking.cancel()
+    return Run(replies, time.perf_counter() - start, lateness)
+
+
+async def _ask(client: Client, request: Request, read: Read) -> tuple[int, Any]:
+    try:
+        answer = await client.post(request.path, request.body)
+    except BrokenError as error:
+        return 0, str(error)
+    return answer.status, read(answer) if answer.status == 200 else message_of(answer)
+
+
+def message_of(answer: Answer) -> str:
+    """What an answer that is an error says: the message of our one error shape, else the start of its body."""
+    try:
+        return str(json.loads(answer.body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.body[:200].decode("utf-8", "replace")
+
+
+async def _tick(lateness: list[float]) -> None:
+    """Notes how late this event loop is, again and again."""
+    while True:
+        due = time.perf_counter() + TICK_S
+        await asyncio.sleep(TICK_S)
+        lateness.append(time.perf_counter() - due)

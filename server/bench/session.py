@@ -1,0 +1,100 @@
+"""Loads on one server: each has an event loop and connections of its own, so that none is left for the next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from urllib.parse import urlencode
+
+from server.bench.client import BrokenError, Client, Target
+from server.bench.load import Request, Run, closed_loop, message_of, open_loop, poisson
+from server.bench.progress import Progress
+
+R = int | str | None
+"""`r` as asked: a number, "auto", or None for the deployment's."""
+
+TIMEOUT_S = 60.0
+
+
+class Session:
+    """A server, and what is sent to it.
+
+    Args:
+        target: The server.
+        photos: Image files; they take turns.
+        model: Its name; None takes the server's first.
+        deadline_ms: Told to the server with each request.
+        headers: Sent with every request.
+        seed: Of the times of open loops, of which no two are alike.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        photos: Sequence[bytes],
+        *,
+        model: str | None = None,
+        deadline_ms: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._target, self._photos, self._headers, self._seed = target, photos, headers, seed
+        self._said = {"model": model, "deadline_ms": None if deadline_ms is None else f"{deadline_ms:g}"}
+
+    def check(self, r: R) -> str | None:
+        """Asks once; what is wrong, or None where the answer is one."""
+
+        async def ask() -> str | None:
+            async with self._client() as client:
+                answer = await client.post(self._path(r), self._photos[0])
+            return None if answer.status == 200 else f"{answer.status} {message_of(answer)}"
+
+        try:
+            return asyncio.run(ask())
+        except BrokenError as error:
+            return str(error)
+
+    def at_rate(self, r: R, per_s: float, seconds: float) -> Run:
+        """Poisson arrivals, whether or not the server keeps up."""
+        due = poisson(per_s, seconds, self._seed)
+        self._seed += 1
+        progress = Progress(f"{_name(r)} at {per_s:.4g}/s", seconds)
+
+        async def send() -> Run:
+            async with self._client() as client:
+                return await open_loop(client, self._requests(r), due, watch=progress)
+
+        try:
+            run = asyncio.run(send())
+        finally:
+            progress.end()
+        return replace(run, seconds=max(run.seconds, seconds))  # the last request may be due long before the end
+
+    def with_clients(self, r: R, clients: int, seconds: float) -> Run:
+        """Clients that wait for their answers."""
+        progress = Progress(f"{_name(r)}, {clients} clients", seconds)
+
+        async def send() -> Run:
+            async with self._client() as client:
+                return await closed_loop(client, self._requests(r), clients, seconds, watch=progress)
+
+        try:
+            return asyncio.run(send())
+        finally:
+            progress.end()
+
+    def _client(self) -> Client:
+        return Client(self._target, TIMEOUT_S, self._headers)
+
+    def _requests(self, r: R) -> list[Request]:
+        path = self._path(r)
+        return [Request(path, photo) for photo in self._photos]
+
+    def _path(self, r: R) -> str:
+        said = {name: value for name, value in {"r": r, **self._said}.items() if value is not None}
+        return "/classify" + (f"?{urlencode(said)}" if said else "")
+
+
+def _name(r: R) -> str:
+    return "the deployment's r" if r is None else f"r={r}"

@@ -1,0 +1,47 @@
+"""ToMe Server from Python: `Client` and `AsyncClient`, over httpx.
+
+    from server.client import Client
+
+    with Client("http://localhost:8000") as client:
+        answer = client.classify("photo.jpg", r=8)
+        print(answer.label, answer.top.score, answer.r, answer.timings_ms.total)
+
+It loads neither torch nor FastAPI, and Pillow only when it is given pixels. An error of the server is raised as the
+server has it (`server.errors`); where no answer came, `NoAnswerError` and its kinds say why.
+"""
+
+from __future__ import annotations
+
+try:
+    import httpx  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "httpx":
+        raise
+    raise ModuleNotFoundError("server.client needs httpx: pip install 'tome-server[client]'", name="httpx") from None
+
+from server.client.answers import Answer, Class, Curve, CurveRow, Model, ModelSummary, TimingsMs
+from server.client.calls import Asked
+from server.client.clients import AsyncClient, Client
+from server.client.errors import CutOffError, ForeignError, LateError, NoAnswerError, UnreachableError
+from server.client.images import ImageLike
+from server.client.retries import Retries
+
+__all__ = [
+    "Answer",
+    "Asked",
+    "AsyncClient",
+    "Class",
+    "Client",
+    "Curve",
+    "CurveRow",
+    "CutOffError",
+    "ForeignError",
+    "ImageLike",
+    "LateError",
+    "Model",
+    "ModelSummary",
+    "NoAnswerError",
+    "Retries",
+    "TimingsMs",
+    "UnreachableError",
+]

@@ -1,0 +1,189 @@
+"""What the server answers, as frozen objects. The fields are those of `server/api/schemas.py`, which says more of each.
+
+Words from closed sets (`r_source`, `reason`) are plain strings here, and unknown fields are passed over: a newer server
+may have more of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from server.dial import FixedR
+
+
+@dataclass(frozen=True, slots=True)
+class Class:
+    """A class, and how likely it is, 0 to 1."""
+
+    label: str
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class TimingsMs:
+    """Where the time of a request went at the server, in milliseconds: the slowest image of each stage."""
+
+    decode: float
+    queue: float
+    inference: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class AutoChoice:
+    """Why `auto` took the r that it took; None is an agreement that nobody measured."""
+
+    reason: str
+    expected_agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is in one image, and how it was computed.
+
+    Attributes:
+        filename: The name of the file, where the image was one.
+        top_k: The likeliest classes, best first.
+        r: Tokens merged in each block; a tuple where the blocks differ.
+        r_source: "request" or "deployment": who said so, or said auto.
+        auto: With auto, why it took that r.
+        tokens: Tokens left after the last block.
+        batch_size: Images that were computed together.
+        timings_ms: Of the request, which may have held several images.
+    """
+
+    filename: str | None
+    top_k: tuple[Class, ...]
+    model: str
+    r: FixedR
+    r_source: str
+    auto: AutoChoice | None
+    tokens: int
+    batch_size: int
+    config_version: int
+    timings_ms: TimingsMs
+
+    @property
+    def top(self) -> Class:
+        """The likeliest class."""
+        return self.top_k[0]
+
+    @property
+    def label(self) -> str:
+        """The words for the likeliest class."""
+        return self.top.label
+
+
+@dataclass(frozen=True, slots=True)
+class AutoBounds:
+    """What `auto` must keep to; None is no bound."""
+
+    max_r: int | None
+    min_agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """A model that is served: its deployment's `r`, and with auto the bounds of it."""
+
+    name: str
+    architecture: str
+    source: str
+    is_default: bool
+    r: FixedR | Literal["auto"]
+    auto: AutoBounds | None
+    config_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What computes the answers, in which precision, and why this one."""
+
+    name: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model(ModelSummary):
+    """All about a model that is served.
+
+    Attributes:
+        backend: None before a device holds the model.
+        classes: Words for each class, in class order.
+        input_size: Height and width in pixels.
+        token_counts: For each r: tokens entering the first block, then leaving each block.
+    """
+
+    backend: Backend | None
+    num_classes: int
+    classes: tuple[str, ...]
+    input_size: tuple[int, int]
+    num_blocks: int
+    num_tokens: int
+    num_prefix_tokens: int
+    min_r: int
+    max_r: int
+    token_counts: dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSeconds:
+    """Seconds of a batch of n images: a + b n."""
+
+    a: float
+    b: float
+
+
+@dataclass(frozen=True, slots=True)
+class CurveRow:
+    """What one r costs, and what it keeps: shares are 0 to 1, the interval is one of 95 %."""
+
+    r: FixedR
+    schedule: tuple[int, ...]
+    tokens: int
+    gflops: float | None
+    images_per_s: float
+    batch_s: BatchSeconds
+    agreement: float
+    agreement_interval: tuple[float, float]
+    top1: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What each r of a model costs and keeps, r=0 first."""
+
+    model: str
+    device: str
+    precision: str
+    backend: str
+    measured: str
+    photos: int
+    rows: tuple[CurveRow, ...]
+
+
+_ANSWER, _MODEL, _CURVE = TypeAdapter(Answer), TypeAdapter(Model), TypeAdapter(Curve)
+_SUMMARIES = TypeAdapter(list[ModelSummary])
+
+
+def read_answers(body: Any, filenames: list[str | None]) -> list[Answer]:
+    """The answer for each image of one request, which share all but their classes."""
+    pairs = zip(body["results"], filenames, strict=True)
+    return [_ANSWER.validate_python({**body, **result, "filename": name}) for result, name in pairs]
+
+
+def read_models(body: Any) -> list[ModelSummary]:
+    return _SUMMARIES.validate_python(body["models"])
+
+
+def read_model(body: Any) -> Model:
+    return _MODEL.validate_python(body)
+
+
+def read_curve(body: Any) -> Curve:
+    return _CURVE.validate_python(body)

@@ -1,0 +1,74 @@
+"""What goes wrong on the way. An error that the server answers with is one of `server.errors`, as the server has it.
+
+NoAnswerError             no answer of a ToMe Server came
+├── UnreachableError      nothing was sent: refused, no such host
+├── CutOffError           the connection broke: nobody knows whether the server has done it
+├── LateError             no answer within `timeout_s`: nobody knows either
+└── ForeignError          something answered that is no ToMe Server
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from server.client.retries import retry_after_s
+from server.errors import ServerError, UnavailableError, shown
+
+_BY_STATUS = {kind.status: kind for kind in ServerError.__subclasses__()} | {500: ServerError, 502: UnavailableError}
+"""What a proxy before the server means by a status: its 500 says nothing of the engine, its 502 that none is there."""
+
+
+class NoAnswerError(ConnectionError):
+    """No answer of a ToMe Server came."""
+
+
+class UnreachableError(NoAnswerError):
+    pass
+
+
+class CutOffError(NoAnswerError):
+    pass
+
+
+class LateError(NoAnswerError):
+    pass
+
+
+class ForeignError(NoAnswerError):
+    pass
+
+
+@contextmanager
+def no_answer(url: str) -> Iterator[None]:
+    """Says what httpx raises in our words."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
+        raise UnreachableError(f"no connection to {url}: {_why(error)}") from error
+    except httpx.TimeoutException as error:
+        raise LateError(f"no answer from {url} within the timeout: {_why(error)}") from error
+    except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+        raise CutOffError(f"the connection to {url} broke before the answer was there: {_why(error)}") from error
+
+
+def error_of(response: httpx.Response) -> ServerError:
+    """The error that an answer without success holds."""
+    asked_s = retry_after_s(response.headers.get("retry-after"), time.time())
+    try:
+        told = response.json()["error"]
+        error = ServerError.from_wire({**told, "retry_after_s": asked_s})
+    except (ValueError, KeyError, TypeError):
+        kind = _BY_STATUS.get(response.status_code, ServerError)
+        answered = f"{response.url} answered {response.status_code} {response.reason_phrase}"
+        error = kind(f"{answered}, in no words of a ToMe Server: {shown(response.text)}", retry_after_s=asked_s)
+    if request_id := response.headers.get("x-request-id"):
+        error.add_note(f"x-request-id: {request_id}")  # the server's log has it
+    return error
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__

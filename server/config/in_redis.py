@@ -1,0 +1,129 @@
+"""A live configuration in Redis, for many servers: a change through any of them reaches all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import redis
+from redis.asyncio import Redis
+
+from server.config.local import refuse_stale
+from server.config.shared import Check, SharedConfig
+from server.dial import RSetting
+from server.errors import InvalidError, ServerError, UnavailableError
+from server.settings import SettingsError
+from server.types import Configuration
+
+KEY = "tome:configuration"
+"""Of the document, and of the channel that says that it has changed."""
+POLL_S = 2.0
+"""A message may be lost; the document is read this often in any case."""
+RETRY_S = 0.5
+TIMEOUT_S = 2.0
+
+
+class RedisConfig(SharedConfig):
+    """Follows one document in Redis and changes it, by comparison with its version, so that no change is lost.
+
+    While Redis is away the last good configuration goes on and changes are refused. A Redis that comes back without its
+    data gets the newest document from whoever holds it: versions never go back.
+
+    Args:
+        url: `redis://[:PASSWORD@]HOST[:PORT][/DATABASE]`, or `rediss://` for TLS; deployments that share a Redis take a
+            database each.
+
+    Raises:
+        SettingsError: The URL is none of Redis.
+    """
+
+    def __init__(self, start: Mapping[str, RSetting], url: str, cache: Path | None, check: Check) -> None:
+        try:
+            # Without timeouts of its own, which lose a cancellation that comes at the wrong moment (asyncio.wait_for).
+            self._redis: Redis = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=None)
+        except ValueError as error:
+            raise SettingsError(f"shared configuration {url}: {error}") from error
+        where = self._redis.connection_pool.connection_kwargs  # the URL may hold a password
+        source = f"Redis at {where.get('host', 'localhost')}:{where.get('port', 6379)}"
+        super().__init__(start, source, cache, lambda models: check({n: r for n, r in models.items() if n in start}))
+        with redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S) as client:
+            try:
+                self._take_over(client.get(KEY))
+            except (redis.RedisError, OSError) as error:
+                self._say_reached(str(error))
+
+    async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                document = await self._write(changes, expected_version)
+        except (redis.RedisError, OSError, TimeoutError) as error:
+            raise UnavailableError(
+                f"{self._source} keeps the configuration and does not answer ({str(error) or 'timeout'})",
+                retry_after_s=1,
+            ) from error
+        if document.version > self._shared.version:  # else its message was faster
+            self._adopt(document)
+        return self.configuration
+
+    async def follow(self) -> None:
+        async with self._redis:
+            while True:
+                try:
+                    async with self._redis.pubsub() as messages:
+                        async with asyncio.timeout(TIMEOUT_S):
+                            await messages.subscribe(KEY)
+                        while True:
+                            async with asyncio.timeout(TIMEOUT_S):
+                                await self._catch_up()
+                            self._say_reached()
+                            await messages.get_message(ignore_subscribe_messages=True, timeout=POLL_S)
+                except (redis.RedisError, OSError, TimeoutError) as error:
+                    self._say_reached(str(error) or "no answer")
+                    await asyncio.sleep(RETRY_S)
+
+    async def _catch_up(self) -> None:
+        """Reads the document; one that is older than what it said once, or gone, is written again."""
+        version = self._take_over(await self._redis.get(KEY))
+        if version is not None and version < self._shared.version and self._shared.models:
+            await self._write({}, None)
+
+    def _take_over(self, raw: bytes | str | None) -> int | None:
+        """Adopts a document that is newer; gives its version, 0 for none at all, None for one that is refused."""
+        try:
+            document = _document(raw)
+            if document.version > self._shared.version:
+                self._adopt(document)
+        except ServerError as error:
+            self._say_refused(error)
+            return None
+        return document.version
+
+    async def _write(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        """Puts changes upon the newest document that is known, here or there."""
+        async with self._redis.pipeline() as transaction:
+            while True:
+                await transaction.watch(KEY)
+                newest = max(_document(await transaction.get(KEY)), self._shared, key=lambda each: each.version)
+                refuse_stale(expected_version, newest.version)
+                document = Configuration(newest.version + bool(changes), {**newest.models, **changes})
+                self._check(document.models)
+                transaction.multi()  # type: ignore[no-untyped-call]
+                transaction.set(KEY, json.dumps(document.to_wire()))
+                transaction.publish(KEY, document.version)
+                try:
+                    await transaction.execute()
+                except redis.WatchError:
+                    continue  # another server was faster; upon what it wrote
+                return document
+
+
+def _document(raw: bytes | str | None) -> Configuration:
+    """Raises InvalidError for what no server has written."""
+    if raw is None:
+        return Configuration(0, {})
+    try:
+        return Configuration.from_wire(json.loads(raw))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InvalidError(f"{KEY} holds no configuration ({error!r}); remove it") from error

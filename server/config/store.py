@@ -1,0 +1,56 @@
+"""What every keeper of the live configuration can do, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from server.config.local import LocalConfig
+from server.config.shared import Check
+from server.config.watched import WatchedFile
+from server.dial import RSetting
+from server.settings import Settings, SettingsError
+from server.types import Configuration
+
+
+class ConfigStore(Protocol):
+    """Keeps the deployment `r` of every model."""
+
+    @property
+    def configuration(self) -> Configuration:
+        """What holds at this moment."""
+        ...
+
+    async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
+        """Changes some models, all or none; the caller has checked what they can merge.
+
+        Raises:
+            ConflictError: `expected_version` is given and another change came first, or it is not changed here.
+            EngineError: The change cannot be kept.
+            UnavailableError: Whoever keeps it does not answer.
+        """
+        ...
+
+    async def follow(self) -> None:
+        """Takes over what others change, until it is cancelled; returns at once where nobody else can."""
+        ...
+
+
+def open_store(settings: Settings, check: Check) -> ConfigStore:
+    """The keeper that the settings ask for: this machine's, a file that somebody else writes, or Redis.
+
+    Raises:
+        SettingsError: It cannot be read, or holds an `r` that a model cannot merge.
+    """
+    start = {spec.name: spec.r or 0 for spec in settings.specs()}
+    shared, file = settings.shared_config, settings.state_file()
+    if shared is None:
+        return LocalConfig(start, file)
+    cache = file.with_name(f"shared-{settings.port}.json") if file else None
+    if "://" not in shared:
+        return WatchedFile(start, shared, cache, check)
+    try:
+        from server.config.in_redis import RedisConfig
+    except ImportError as error:
+        raise SettingsError(f"shared configuration {shared}: pip install 'tome-server[redis]'") from error
+    return RedisConfig(start, shared, cache, check)

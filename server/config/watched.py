@@ -1,0 +1,81 @@
+"""A live configuration in a file that somebody else writes: a person, a Kubernetes ConfigMap, a deployment tool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from server.config.shared import Check, SharedConfig
+from server.dial import RSetting, parse_setting
+from server.errors import ConflictError, InvalidError, ServerError
+from server.settings import SettingsError
+from server.types import Configuration
+
+POLL_S = 0.3
+"""A look costs microseconds, and works where notifications do not: on network mounts, over the swap of a symlink."""
+
+
+class WatchedFile(SharedConfig):
+    """Follows a YAML or JSON file: `models: {NAME: {r: 8}}`, with `max_r` and `min_agreement` beside `r: auto`.
+
+    The file is read as a whole whenever what it holds has changed, through whatever symbolic links lead to it. One that
+    cannot be read or is wrong changes nothing; at the start it ends the start. The version is this server's own count.
+
+    Raises:
+        SettingsError: It cannot be read, or names an `r` that a model cannot merge, or a model that is not served.
+    """
+
+    def __init__(self, start: Mapping[str, RSetting], path: str, cache: Path | None, check: Check) -> None:
+        super().__init__(start, path, cache, check)
+        self._path = Path(path)
+        try:
+            self._seen = self._path.read_bytes()
+            self._take_over(self._seen)
+        except (OSError, ServerError) as error:
+            raise SettingsError(f"shared configuration {path}: {error}") from error
+
+    async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
+        raise ConflictError(f"the configuration is that of the file {self._path}; change it there")
+
+    async def follow(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                content = await asyncio.to_thread(self._path.read_bytes)
+            except OSError as error:
+                self._say_reached(error.strerror)
+                continue
+            if content != self._seen:
+                self._seen = content
+                try:
+                    self._take_over(content)
+                except ServerError as error:
+                    self._say_refused(error)
+            self._say_reached()
+
+    def _take_over(self, content: bytes) -> None:
+        models = _models(content)
+        if models != self._shared.models:
+            self._adopt(Configuration(self._shared.version + 1, models))
+
+
+def _models(content: bytes) -> dict[str, RSetting]:
+    """Raises InvalidError for anything but a mapping of models to what may be set of them."""
+    try:
+        document = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidError(f"it is no YAML: {error}") from error
+    models = document.get("models") if isinstance(document, dict) and document.keys() == {"models"} else None
+    if not isinstance(models, dict):
+        raise InvalidError("it must hold 'models:' and nothing else, and below that each model's name with its r")
+    return {str(name): _setting(name, entry) for name, entry in models.items()}
+
+
+def _setting(name: Any, entry: Any) -> RSetting:
+    if not isinstance(entry, dict) or "r" not in entry or not entry.keys() <= {"r", "max_r", "min_agreement"}:
+        raise InvalidError(f"of {name} it may say r, and with r: auto max_r and min_agreement, not {entry!r}")
+    return parse_setting(entry["r"], entry.get("max_r"), entry.get("min_agreement"))

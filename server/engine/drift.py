@@ -1,0 +1,178 @@
+"""Drift: whether live images keep the answer of r=0 as often as the curve of their model says.
+
+A small share of the images answered with r > 0 is computed again at r=0, while the device has nothing else to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from server.calibration.curve import Curve, CurveRow
+from server.calibration.intervals import wilson
+from server.dial import label_of
+from server.metrics import DRIFT, DRIFT_AGREED, DRIFT_CHECKED, LIVE_AGREEMENT
+from server.types import BatchKey, Job, TopK
+
+logger = logging.getLogger(__name__)
+
+KEPT = 8
+"""Most images that wait for their check, as pixels: 150,528 bytes each at 224 x 224, 1.2 MB in all."""
+
+WINDOW = 500
+FEWEST = 50
+"""Checks that live agreement is the share of, and the fewest that may be called drift."""
+
+Z = 3.290527
+"""Of a 99.9 % interval, since it is looked at after every check. Simulated traffic just like the photos of a curve was
+called drift about once in 5,000 checks at 95 %, and about once in 200,000 at 99.9 %, which still notices a fall of ten
+points within 170 to 400."""
+
+LONGEST_QUIET_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """An answered image: the job, the key that it was computed under, and its likeliest class."""
+
+    key: BatchKey
+    job: Job
+    index: int
+
+
+class LiveAgreement:
+    """The last checks of a model at one `r`, beside the row of its curve.
+
+    It drifts when its interval and the row's no longer meet, and is back when its interval holds the row's agreement
+    again: more than to meet, so that it does not flicker at the edge.
+
+    Args:
+        row: What the curve says, or None where there is no such row: then nothing is drift.
+
+    Attributes:
+        drifts: Whether it has left what the curve says.
+    """
+
+    def __init__(self, row: CurveRow | None = None) -> None:
+        self.row = row
+        self.drifts = False
+        self._checks: deque[bool] = deque(maxlen=WINDOW)
+
+    def add(self, agreed: bool) -> bool:
+        """Counts a check; says whether `drifts` has changed by it."""
+        self._checks.append(agreed)
+        before, self.drifts = self.drifts, self._judge()
+        return self.drifts != before
+
+    @property
+    def share(self) -> float:
+        """Of the checked images, those that keep the answer of r=0."""
+        return sum(self._checks) / len(self._checks)
+
+    def _judge(self) -> bool:
+        if self.row is None or len(self._checks) < FEWEST:
+            return False
+        low, high = wilson(sum(self._checks), len(self._checks), Z)
+        if self.drifts:
+            return not low <= self.row.agreement <= high
+        curve_low, curve_high = self.row.agreement_interval
+        return high < curve_low or low > curve_high
+
+    def __str__(self) -> str:
+        return f"{sum(self._checks)} of the last {len(self._checks)} images checked keep the answer of r=0"
+
+
+class DriftWatch:
+    """Samples answered jobs, and computes them again at r=0, one at a time, while the device is idle.
+
+    A list of `r` is counted under the label that all lists share, and so is never compared with a curve.
+
+    Args:
+        run_batch: Computes jobs on the device, as for the batcher; nothing else may run there meanwhile.
+        curves: What was measured of the models, those that have a curve.
+        share: Of the jobs answered with r > 0, those that are checked: from 0, none, to 1, all.
+        random: Uniform numbers from 0 up to 1.
+        clock: Seconds, as those of the event loop.
+    """
+
+    def __init__(
+        self,
+        run_batch: Callable[[BatchKey, Sequence[Job]], Awaitable[Sequence[TopK]]],
+        curves: Mapping[str, Curve],
+        share: float,
+        *,
+        random: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run_batch, self._share, self._random, self._clock = run_batch, share, random, clock
+        # The newest are kept: it is the traffic of today that may have drifted.
+        self._samples: deque[_Sample] = deque(maxlen=KEPT)
+        self._rows = {
+            (name, label_of(row.r)): row for name, curve in curves.items() for row in curve.rows if len(set(row.r)) == 1
+        }
+        self._live: dict[tuple[str, str], LiveAgreement] = {}
+        self._quiet_s = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that wait for an idle device."""
+        return len(self._samples)
+
+    def offer(self, key: BatchKey, jobs: Sequence[Job], answers: Sequence[TopK]) -> None:
+        """Tells of a batch that was computed; some of its jobs may be kept for a check."""
+        if max(key.schedule) > 0:
+            for job, answer in zip(jobs, answers, strict=False):
+                if self._random() < self._share:
+                    self._samples.append(_Sample(key, job, answer.indices[0]))
+
+    async def idle(self, arrived: asyncio.Event) -> None:
+        """Spends the time until something arrives: what the batcher does while nothing waits.
+
+        What arrives waits for one image at r=0 at most. To make even that rare, a check begins only once nothing has
+        come for as long as it is going to take, by the one before: who asks again as soon as it is answered, as one
+        client in a loop does, is not delayed.
+        """
+        while not await _set_within(arrived, self._quiet_s if self._samples else None):
+            await self._check(self._samples.popleft())
+
+    async def _check(self, sample: _Sample) -> None:
+        started = self._clock()
+        try:
+            unmerged = replace(sample.key, schedule=(0,) * len(sample.key.schedule))
+            (answer,) = await self._run_batch(unmerged, [replace(sample.job, top_k=1)])
+            self._count(sample.key, answer.indices[0] == sample.index)
+        except Exception:  # nobody waits for it, and the batch loop must go on
+            logger.exception("an image of %s could not be checked at r=0", sample.key.model)
+        self._quiet_s = min(self._clock() - started, LONGEST_QUIET_S)
+
+    def _count(self, key: BatchKey, agreed: bool) -> None:
+        labels = model, r = key.model, label_of(key.schedule)
+        if labels not in self._live:
+            self._live[labels] = LiveAgreement(self._rows.get(labels))
+        live = self._live[labels]
+        changed = live.add(agreed)
+        DRIFT_CHECKED.labels(*labels).inc()
+        DRIFT_AGREED.labels(*labels).inc(agreed)
+        LIVE_AGREEMENT.labels(*labels).set(live.share)
+        if live.row is None:
+            return
+        DRIFT.labels(*labels).set(live.drifts)
+        if changed:
+            said = "has left its curve; calibrate anew, on such images" if live.drifts else "is back on its curve"
+            low, high = live.row.agreement_interval
+            logger.warning("%s at r=%s %s: %s; the curve says %.3f to %.3f", model, r, said, live, low, high)
+
+
+async def _set_within(event: asyncio.Event, timeout_s: float | None) -> bool:
+    """Waits for an event, for so long at most; says whether it is set."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass
+    return event.is_set()
