@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install serve test lint type bench docker clean
+.PHONY: install serve test test-ray lint type bench docker clean
 
 install: $(VENV)/installed
 
@@ -17,6 +17,9 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+test-ray: install
+	$(BIN)/python -m pytest tests/ray $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

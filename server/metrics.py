@@ -38,6 +38,11 @@ CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration
 CONFIG_SOURCE_UP = Gauge(
     "tome_config_source_up", "Whether the shared configuration can be read", multiprocess_mode="livemin"
 )
+CONFIG_REFUSED = Gauge(
+    "tome_config_refused",
+    "Whether what the source of a shared configuration said last is refused",
+    multiprocess_mode="livemax",
+)
 DRIFT_CHECKED = Counter("tome_drift_checked", "Answered images computed again at r=0", ["model", "r"])
 DRIFT_AGREED = Counter("tome_drift_agreed", "Those of them that keep the answer of r=0", ["model", "r"])
 LIVE_AGREEMENT = Gauge(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -27,13 +28,19 @@ logger = logging.getLogger(__name__)
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def create_app(settings: Settings, engine: Engine, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    engine: Engine,
+    lifespan: Lifespan[FastAPI] | None = None,
+    instead: Sequence[APIRouter] = (),
+) -> FastAPI:
     """Builds the application around an engine, real or fake.
 
     Args:
         settings: Limits and keys.
         engine: Where images are classified.
         lifespan: Starts and stops the engine with the application.
+        instead: Endpoints that answer in place of ours of the same method and path.
     """
     app = FastAPI(
         title="ToMe Server",
@@ -46,7 +53,8 @@ def create_app(settings: Settings, engine: Engine, lifespan: Lifespan[FastAPI] |
     app.state.admission = Admission(settings.max_queue_size)
     # An executor, since its threads stay as few when callers leave; more of them would only hold more memory.
     app.state.decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
-    for router in (routes.router, explain.router, models.router, config.router, health.router, page.router):
+    ours = (routes.router, explain.router, models.router, config.router, health.router, page.router)
+    for router in (*instead, *ours):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
     app.add_middleware(RequestId)

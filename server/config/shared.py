@@ -10,7 +10,7 @@ from pathlib import Path
 from server.config.local import replace_file
 from server.dial import RSetting
 from server.errors import ServerError
-from server.metrics import CONFIG_SOURCE_UP, CONFIG_VERSION
+from server.metrics import CONFIG_REFUSED, CONFIG_SOURCE_UP, CONFIG_VERSION
 from server.types import Configuration
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class SharedConfig:
             ServerError: A model of this server cannot merge like that; nothing changes.
         """
         self._check(shared.models)
-        self._shared, self._refusal = shared, None
+        self._shared = shared
+        self._say_taken()
         CONFIG_VERSION.set(shared.version)
         logger.info("configuration %d of %s is in force", shared.version, self._source)
         if self._cache is not None:
@@ -58,11 +59,17 @@ class SharedConfig:
             except OSError as error:
                 logger.warning("it cannot be kept in %s for the next start: %s", self._cache, error.strerror)
 
+    def _say_taken(self) -> None:
+        """Notes that what the source says is what holds."""
+        self._refusal = None
+        CONFIG_REFUSED.set(0)
+
     def _say_refused(self, error: ServerError) -> None:
         """Says it once for each cause."""
         if error.message != self._refusal:
             logger.error("what %s says is refused: %s", self._source, error.message)
         self._refusal = error.message
+        CONFIG_REFUSED.set(1)
 
     def _say_reached(self, problem: str | None = None) -> None:
         """Notes whether the source can be read, and says so when that changes."""

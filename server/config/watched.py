@@ -61,6 +61,8 @@ class WatchedFile(SharedConfig):
         models = _models(content)
         if models != self._shared.models:
             self._adopt(Configuration(self._shared.version + 1, models))
+        else:
+            self._say_taken()
 
 
 def _models(content: bytes) -> dict[str, RSetting]:

@@ -14,7 +14,8 @@ from multiprocessing.synchronize import Event
 from server.calibration.curve import Curve, speed_staleness
 from server.calibration.facts import facts_of
 from server.calibration.places import find
-from server.config.store import open_store
+from server.config.shared import Check
+from server.config.store import ConfigStore, open_store
 from server.dial import AutoR, RSetting, Schedule
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _DRAIN_S = 30.0
 
+OpenConfig = Callable[[Settings, Check], ConfigStore]
+
 
 def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
     """Runs the engine process; sets `ready` once it serves."""
@@ -50,8 +53,12 @@ def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> No
     sys.exit(asyncio.run(_serve(engine, socket_path, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
 
 
-def build_engine(settings: Settings) -> LocalEngine:
+def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> LocalEngine:
     """Loads and warms every model, and puts queue and device together.
+
+    Args:
+        settings: What to load, and how it runs.
+        open_config: Gives the keeper of the live configuration.
 
     Raises:
         SettingsError: A model cannot be loaded, its backend cannot be had, or the state file cannot be read.
@@ -65,7 +72,7 @@ def build_engine(settings: Settings) -> LocalEngine:
         for name, r in models.items():
             find_model(infos, name).check(r)
 
-    store = open_store(settings, check)
+    store = open_config(settings, check)
     explainer = Explainer(loaded, settings.device)
     runner = Runner(
         loaded,

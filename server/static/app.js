@@ -211,9 +211,12 @@ function say(state, text) {
   at("health").textContent = text;
 }
 
-function sayAway() {
-  say("away", "no answer");
-  at("away").textContent = "The server does not answer. Trying again every second; what you see is from before.";
+function sayAway(error) {
+  const answers = error.status === 404; // and keeps its metrics elsewhere
+  if (!answers) say("away", "no answer");
+  at("away").textContent = answers
+    ? `${error.message}.`
+    : "The server does not answer. Trying again every second; what you see is from before.";
   at("away").hidden = false;
   document.querySelector(".live").toggleAttribute("data-away", true);
 }

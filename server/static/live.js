@@ -15,7 +15,7 @@ export class Live {
   #away = false;
   #events;
 
-  /** @param events onAway(), onBack(), onVersion() when the configuration may have changed */
+  /** @param events onAway(error), onBack(), onVersion() when the configuration may have changed */
   constructor(events) {
     this.#events = events;
   }
@@ -42,9 +42,9 @@ export class Live {
     let scrape;
     try {
       scrape = { at: performance.now(), ...read(await metrics(AbortSignal.timeout(TIMEOUT_MS)), model) };
-    } catch {
+    } catch (error) {
       this.#scrapes = [];
-      if (!this.#away) this.#events.onAway();
+      if (!this.#away) this.#events.onAway(error);
       this.#away = true;
       return;
     }

@@ -1,0 +1,38 @@
+"""A live configuration that somebody else pushes into this process: `user_config` of Ray Serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from server.config.shared import Check, SharedConfig
+from server.dial import RSetting
+from server.errors import ConflictError, ServerError
+from server.types import Configuration
+
+
+class PushedConfig(SharedConfig):
+    """Holds what it was told last. The version is this process's own count, which starts with it."""
+
+    def __init__(self, start: Mapping[str, RSetting], source: str, check: Check) -> None:
+        super().__init__(start, source, None, check)
+
+    async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
+        raise ConflictError(f"the configuration is that of {self._source}; change it there")
+
+    async def follow(self) -> None:
+        """It is told."""
+
+    def take_over(self, models: Mapping[str, RSetting]) -> None:
+        """Has the models that are named so, and the others as they were started.
+
+        Raises:
+            ServerError: A model cannot merge like that; nothing changes.
+        """
+        if models != self._shared.models:
+            self._adopt(Configuration(self._shared.version + 1, dict(models)))
+        else:
+            self._say_taken()
+
+    def refuse(self, error: ServerError) -> None:
+        """Says that what came is not taken over."""
+        self._say_refused(error)

@@ -1,0 +1,200 @@
+"""The service on Ray Serve: every replica holds the application and the engine, in one process that Ray watches.
+
+`build` makes Ray's application from settings, for `serve run`, `serve deploy` and their config files. The deployment's
+`r` comes by `user_config`, which Ray brings to all replicas while they serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.app import create_app
+from server.api.body import parse
+from server.api.config import setting_of
+from server.api.schemas import PatchConfig, PatchModel
+from server.config.pushed import PushedConfig
+from server.config.shared import Check
+from server.config.store import ConfigStore, open_store
+from server.dial import RSetting
+from server.errors import InvalidError, ServerError, shown
+from server.metrics import ENGINE_STARTS, ENGINE_UP
+from server.settings import Settings, SettingsError, load_settings
+from server.types import ModelInfo, find_model
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+logger = logging.getLogger(__name__)
+
+NAME = "tome"
+"""The deployment, as config files name it."""
+
+_OF_RAY = {"host", "port", "http_workers"}
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application for Ray Serve.
+
+    Args:
+        args: Settings by name, as in the YAML file of `tome-server serve`; they win over TOME_* variables.
+
+    Raises:
+        SettingsError: One is unknown, out of range, or Ray's to decide.
+    """
+    if theirs := sorted(_OF_RAY & args.keys()):
+        raise SettingsError(f"Ray Serve decides about {', '.join(theirs)}: see its http_options and num_replicas")
+    settings = load_settings(args)
+    from ray import serve  # heavy, and of no use to settings that are wrong
+
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name=NAME,
+        # Admission refuses what is too much, at once and saying when to come back. With fewer places here requests
+        # would wait in Ray's proxy, where no deadline is kept.
+        max_ongoing_requests=2 * settings.max_queue_size,
+        graceful_shutdown_timeout_s=settings.deadline_s + 5,
+    )
+    return deployment.bind(settings)
+
+
+class Replica:
+    """One replica, as Ray Serve calls it.
+
+    Args:
+        settings: As `build` read them.
+
+    Raises:
+        SettingsError, InvalidError, EngineError: As `build_engine`; Ray shows it as the deployment's status.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        from server.engine.process import build_engine  # imports torch: here, and not where `build` runs
+        from server.engine.torch_backend import set_threads
+
+        _log_as_serve_does(settings.log_level)
+        self._settings = settings.model_copy(update={"threads": settings.threads or _assigned_cpus()})
+        set_threads(self._settings.threads)
+        self._config: PushedConfig | None = None
+        self._engine = build_engine(self._settings, self._open_config)
+        self._has_served = False
+
+    def _open_config(self, settings: Settings, check: Check) -> ConfigStore:
+        """What all replicas have in common: `user_config`, or else what the settings name as shared."""
+        if settings.shared_config is not None:
+            return open_store(settings, check)
+        start = {spec.name: spec.r or 0 for spec in settings.specs()}
+        self._config = PushedConfig(start, "Ray's user_config", check)
+        return self._config
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = create_app(self._settings, self._engine, self._lifespan, instead=[_instead])
+        app.add_middleware(_NamedByRay)
+        return app
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        from server.ray_metrics import export_forever
+
+        self._engine.start()
+        ENGINE_STARTS.inc()
+        ENGINE_UP.set(1)
+        exporting = asyncio.create_task(export_forever(), name="metrics to Ray")
+        yield  # until Ray has seen the last answer leave
+        exporting.cancel()
+        await self._engine.close()
+
+    async def check_health(self) -> None:
+        """Raises where the batch loop does not answer; after some failures Ray replaces the replica."""
+        await self._engine.check()
+        self._has_served = True
+
+    async def reconfigure(self, user_config: Any) -> None:
+        """Takes the deployment's `r` from `user_config`; the next request has it.
+
+        Ray stops a replica whose `reconfigure` raises, and starts others, which fail alike. So one that serves goes on
+        with the `r` that it has, and says so in its log and by `tome_config_refused`; one that starts does fail.
+
+        Raises:
+            InvalidError, NotFoundError: It cannot be what it says, and this replica has not served yet.
+        """
+        try:
+            models = read_user_config(user_config, self._engine.catalog())
+            if self._config is not None:
+                self._config.take_over(models)
+            elif models:
+                raise InvalidError(f"r is kept in {self._settings.shared_config}; user_config must say nothing of it")
+        except ServerError as error:
+            if not self._has_served:
+                raise
+            if self._config is not None:
+                self._config.refuse(error)
+            else:
+                logger.error("user_config is refused: %s", error)
+
+
+def read_user_config(user_config: Any, catalog: Mapping[str, ModelInfo]) -> dict[str, RSetting]:
+    """The `r` of the models that `user_config` names.
+
+    Args:
+        user_config: What `PATCH /v1/models/{name}` takes, for the default model; and `models` of `PATCH /v1/config`.
+        catalog: The loaded models, the default first.
+
+    Raises:
+        InvalidError: It is not that, or a model cannot merge like that.
+        NotFoundError: It names a model that is not served.
+    """
+    if not isinstance(user_config, dict):
+        raise InvalidError(f"user_config is {shown(user_config)}; it must be a mapping like {{r: 8}}")
+    said = {str(key): value for key, value in user_config.items()}
+    changes = parse(PatchConfig, {"models": said.pop("models", {})}).models
+    if said:
+        changes = {find_model(catalog, None).name: parse(PatchModel, said), **changes}
+    return {name: setting_of(find_model(catalog, name), change) for name, change in changes.items()}
+
+
+_instead = APIRouter(include_in_schema=False)
+"""What would tell of one replica, whichever, and look like all of them."""
+
+
+@_instead.get("/metrics")
+async def get_metrics() -> None:
+    raise HTTPException(404, "the metrics of all replicas are among Ray's own, as ray_tome_*")
+
+
+class _NamedByRay:
+    """Leaves x-request-id to Ray's proxy, which sets the same one that ours would be."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def nameless(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, nameless)
+
+
+def _assigned_cpus() -> int:
+    """CPU threads that this replica may use: what its `num_cpus` says, and one at least."""
+    import ray
+
+    return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+
+
+def _log_as_serve_does(level: str) -> None:
+    """Our lines go where Serve's own of this replica go: its log file, and standard error."""
+    ours = logging.getLogger("server")
+    ours.setLevel(level.upper())
+    ours.handlers[:] = logging.getLogger("ray.serve").handlers
+    ours.propagate = False
