@@ -5,6 +5,7 @@ ServerError
 ├── UnauthorizedError     401  no valid key
 ├── ForbiddenError        403  the admin key is needed
 ├── NotFoundError         404  no such model
+├── TooSlowError          408  the body stopped arriving, or comes too slowly
 ├── ConflictError         409  the configuration changed meanwhile
 ├── TooLargeError         413  too many bytes, pixels or images
 ├── UnsupportedError      415  not an allowed format
@@ -79,6 +80,10 @@ class ForbiddenError(ServerError):
 
 class NotFoundError(ServerError):
     code, status = "not_found", 404
+
+
+class TooSlowError(ServerError):
+    code, status = "too_slow", 408
 
 
 class ConflictError(ServerError):

@@ -1,13 +1,38 @@
-"""What every process of the service does first: logs alike, leaves Ctrl-C to the supervisor, and ends with it."""
+"""What every process of the service does: logs alike, leaves Ctrl-C to the supervisor, has a pulse, ends with it."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
+
+_BEAT_S = 0.5
+
+
+class Pulse:
+    """Shows the supervisor that a process's event loop turns: a count in shared memory that the loop moves on."""
+
+    def __init__(self) -> None:
+        self._count = multiprocessing.get_context("spawn").RawValue("Q", 0)
+
+    @property
+    def count(self) -> int:
+        """Beats since the process started; 0 while it is still loading."""
+        return int(self._count.value)
+
+    def reset(self) -> None:
+        """Forgets the beats of a process that is gone."""
+        self._count.value = 0
+
+    async def beat(self) -> None:
+        """Beats for as long as it is awaited."""
+        while True:
+            self._count.value += 1
+            await asyncio.sleep(_BEAT_S)
 
 
 def configure_logging(level: str) -> None:

@@ -28,6 +28,7 @@ BATCH_SIZE = Histogram(
     "tome_batch_size", "Images in a batch; all of them share model and r", ["model", "r"], buckets=_SIZES
 )
 DROPPED = Counter("tome_dropped_images", "Images given up in the queue: caller gone or deadline passed", ["reason"])
+OUT_OF_MEMORY = Counter("tome_out_of_memory", "Batches that did not fit into the device's memory and were halved")
 IN_FLIGHT = Gauge("tome_in_flight_images", "Images admitted and not yet answered", multiprocess_mode="livesum")
 ENGINE_UP = Gauge(
     "tome_engine_up", "Whether the engine runs and every HTTP process reaches it", multiprocess_mode="livemin"

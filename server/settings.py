@@ -124,7 +124,18 @@ class Settings(BaseModel):
     deadline_s: float = Field(
         30.0, gt=0, le=3600, description="longest that any request may take; deadline_ms may be shorter"
     )
-    max_body_bytes: int = Field(32 << 20, ge=1, description="largest request body")
+    client_timeout_s: int = Field(
+        10, ge=1, le=3600, description="longest silence of a client, before a request or in the middle of one"
+    )
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        le=3600,
+        description="after SIGTERM: how long /readyz says no, and all else is served, before the port is closed",
+    )
+    max_body_bytes: int = Field(
+        32 << 20, ge=1, description="largest request body; an HTTP process holds at most eight such at once"
+    )
     max_image_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="largest image, width x height")
     max_images: int = Field(32, ge=1, description="most images in one request")
     drift_sample: float = Field(

@@ -1,4 +1,4 @@
-"""`tome-server serve`: one engine process and N HTTP processes on one port, each started again when it dies."""
+"""`tome-server serve`: one engine and N HTTP processes on one port, each started again when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from prometheus_client import multiprocess as shared_metrics
 
-from server.lifetime import configure_logging
+from server.lifetime import Pulse, configure_logging
 from server.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -28,23 +28,52 @@ _RESTART_AFTER_S = 0.2
 _SHORT_LIFE_S = 5.0
 _LONGEST_PAUSE_S = 10.0
 _DRAIN_S = 30.0
+_SILENCE_S = 15.0
+"""Without a beat for so long a process hangs: long enough for a compiler that holds Python's lock."""
 
 
 class Child:
-    """One supervised process: `start()` starts it, again when it has died, later each time it dies young."""
+    """One supervised process: `start()` starts it, again when it has died, later each time it dies young.
+
+    Args:
+        name: What the log calls it.
+        target: What it runs: gets the arguments, then a `Pulse`.
+        args: Its arguments.
+    """
 
     def __init__(self, name: str, target: Callable[..., None], *args: Any) -> None:
-        self._name, self._target, self._args = name, target, args
+        self._pulse = Pulse()
+        self._seen, self._silent_s = 0, 0.0
+        self._name, self._target, self._args = name, target, (*args, self._pulse)
         self._started_at, self._pause_s = 0.0, 0.0
         self.process: SpawnProcess | None = None
         self.restart_at = 0.0
 
     def start(self) -> None:
         """Starts the process."""
+        self._pulse.reset()
+        self._silent_s = 0.0
         self.process = _spawn.Process(target=self._target, args=self._args, name=self._name)
         self.process.start()
         self._started_at = time.monotonic()
         logger.info("%s is process %d", self._name, self.process.pid)
+
+    def watch(self, passed_s: float) -> None:
+        """Kills a process that is stopped or hangs. Before its first beat it may take its time: models load.
+
+        Args:
+            passed_s: Seconds since the last call. After a pause of the whole service they are many, of which at most
+                one counts against the process.
+        """
+        count = self._pulse.count
+        self._silent_s = self._silent_s + min(passed_s, 1.0) if count and count == self._seen else 0.0
+        self._seen = count
+        if self.process is not None and self._silent_s > _SILENCE_S:
+            logger.error(
+                "process %s (%d) has not moved for %g s and is killed", self._name, self.process.pid, _SILENCE_S
+            )
+            self._silent_s = 0.0
+            self.process.kill()
 
     def bury(self) -> int:
         """Takes note of the process's death, plans the next start, and gives its exit status."""
@@ -103,10 +132,14 @@ def _supervise(settings: Settings, listener: socket.socket, socket_path: str) ->
     try:
         for child in (engine, *workers):
             child.start()
+        watched_at = time.monotonic()
         while not told_to_end:
             alive = [child.process.sentinel for child in (engine, *workers) if child.process]
             multiprocessing.connection.wait(alive, timeout=0.2)
+            passed_s = time.monotonic() - watched_at
+            watched_at += passed_s
             for child in (engine, *workers):
+                child.watch(passed_s)
                 if child.process and not child.process.is_alive():
                     child.bury()
                     if child is engine and not has_served.is_set():  # starting it again would not help
@@ -116,31 +149,31 @@ def _supervise(settings: Settings, listener: socket.socket, socket_path: str) ->
                     child.start()
     finally:
         logger.info("shutting down")
-        listener.close()  # no connection is accepted that nobody would answer
-        _end(workers)
-        _end([engine])  # after the HTTP processes: it answers what they still hold
+        listener.close()  # the HTTP processes have it too, and close it when they accept no more
+        _end(workers, settings.drain_delay_s + _DRAIN_S)
+        _end([engine], _DRAIN_S)  # after the HTTP processes: it answers what they still hold
     return status
 
 
-def _end(children: Sequence[Child]) -> None:
+def _end(children: Sequence[Child], within_s: float) -> None:
     """Ends processes side by side."""
-    ends_at = time.monotonic() + _DRAIN_S
+    ends_at = time.monotonic() + within_s
     for child in children:
         child.tell_to_end()
     for child in children:
         child.end(ends_at)
 
 
-def _run_engine(settings: Settings, socket_path: str, ready: Event) -> None:
+def _run_engine(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
     from server.engine import process  # imports torch: in the engine process alone
 
-    process.main(settings, socket_path, ready)
+    process.main(settings, socket_path, ready, pulse)
 
 
-def _run_http(settings: Settings, listener: socket.socket, socket_path: str) -> None:
+def _run_http(settings: Settings, listener: socket.socket, socket_path: str, pulse: Pulse) -> None:
     from server.api import process
 
-    process.main(settings, listener, socket_path)
+    process.main(settings, listener, socket_path, pulse)
 
 
 def _listen(settings: Settings) -> socket.socket:

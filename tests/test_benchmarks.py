@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tome_core
-from benchmarks import accuracy, export
+from benchmarks import accuracy, export, overload
 from benchmarks.accuracy import share
 from benchmarks.variants import CHOICES
+from server.bench.load import Reply
 
 SIDE, NUM_CLASSES, PHOTOS = 32, 10, 11
 SIZE: dict[str, Any] = {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -228,3 +229,12 @@ def test_the_export_benchmark_counts_the_same_answers_in_both_runtimes(
         assert (row["same_top1"], row["top1_torch"], row["top1_onnx"]) == (PHOTOS, top1, top1)
         assert row["largest_difference"] < 1e-3
         assert min(row["images_per_s_torch"], row["images_per_s_onnx"]) > 0
+
+
+def test_overload_is_judged_stretch_by_stretch() -> None:
+    replies = [(at / 10, Reply(0, 200 if at % 2 else 429, 0.3 if at < 50 else 3.0, 0.0, None)) for at in range(100)]
+    rows = overload.judge(replies, resident_mb=[float(n) for n in range(100)], seconds=10, deadline_s=1)
+    assert [row["offered_per_s"] for row in rows] == [10] * 10
+    assert [row["goodput_per_s"] for row in rows] == [5] * 5 + [0] * 5  # late is not good
+    assert [row["p99_ms"] for row in rows] == [300] * 5 + [3000] * 5
+    assert [row["resident_mb"] for row in rows] == [10 * part for part in range(10)]

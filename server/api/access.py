@@ -14,7 +14,7 @@ from server.settings import Settings
 from server.types import Engine
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
 }
 """Every status but 200, for the API's description: all errors have one shape."""
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from server.errors import QueueFullError, TooLargeError
+from server.errors import QueueFullError, TooLargeError, UnavailableError
 from server.metrics import IN_FLIGHT
+
+_WINDOW_S = 5.0
+"""Over which the pace of answers is taken, of the time in which there was work."""
+
+_KNOWN = 30
+"""After so many answers it is known; the first are those of a cold device."""
+
+_SLACK = 0.6
+"""The share of its time that a request may wait for those before it; the batcher gives the rest to its batch."""
+
+LONGEST_TURN_S = 30.0
+"""The refused are put off by no more than this, for many never come back."""
 
 
 class Admission:
@@ -15,13 +28,15 @@ class Admission:
 
     Args:
         max_images: Most images admitted at once.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, max_images: int) -> None:
-        self._max_images = max_images
+    def __init__(self, max_images: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_images, self._clock = max_images, clock
         self._in_flight = 0
-        self._per_image_s = 0.0
-        self._left_at = time.monotonic()
+        self._num_answered, self._recent, self._busy_s = 0, 0.0, 0.0
+        self._free_at = 0.0
+        self._answered_at = self._clock()
 
     @property
     def in_flight(self) -> int:
@@ -46,25 +61,52 @@ class Admission:
         if self._in_flight + images > self._max_images:
             raise QueueFullError(
                 f"{self._in_flight} images are in flight; at most {self._max_images} may be",
-                retry_after_s=self._in_flight * self._per_image_s,
+                retry_after_s=self._turn_of(images),
             )
-        wait_s = self._in_flight * self._per_image_s
-        if wait_s > timeout_s:  # decoding what cannot be answered would only delay the others
+        wait_s, may_wait_s = self._in_flight * self._per_image_s, _SLACK * timeout_s
+        if wait_s > may_wait_s and self._num_answered >= _KNOWN:  # decoding it would only delay the others
             raise QueueFullError(
-                f"{self._in_flight} images are in flight, {wait_s:.3g} s of work; the deadline is {timeout_s:.3g} s",
-                retry_after_s=wait_s - timeout_s,
+                f"{self._in_flight} images are in flight, {wait_s:.3g} s of work; to be done within {timeout_s:.3g} s, "
+                f"there may be {may_wait_s:.3g} s before",
+                retry_after_s=self._turn_of(images, may_wait_s),
             )
         if self._in_flight == 0:
-            self._left_at = time.monotonic()
+            self._answered_at = self._clock()
         self._in_flight += images
         IN_FLIGHT.inc(images)
         try:
             yield
+            self._answered(images)
+        except UnavailableError:  # the time without an engine is not that of its work
+            self._answered_at = self._clock()
+            raise
         finally:
             self._in_flight -= images
             IN_FLIGHT.dec(images)
-            now = time.monotonic()
-            # A moving mean over about 30 departures of the time between them.
-            for _ in range(min(images, 30)):
-                self._per_image_s += ((now - self._left_at) / images - self._per_image_s) / 30
-            self._left_at = now
+
+    def _answered(self, images: int) -> None:
+        """Learns how fast work is done. What leaves without an answer says nothing of it."""
+        now = self._clock()
+        passed_s = now - self._answered_at
+        weight = math.exp(-passed_s / _WINDOW_S)  # by time and not by image: a batch is answered all at once
+        self._busy_s = weight * self._busy_s + passed_s
+        self._recent = weight * self._recent + images
+        self._num_answered += images
+        self._answered_at = now
+
+    @property
+    def _per_image_s(self) -> float:
+        return self._busy_s / self._recent if self._recent else 0.0
+
+    def _turn_of(self, images: int, may_wait_s: float = 0.0) -> float:
+        """Seconds until the refused may come: after what is in flight, and after those who were told so before.
+
+        Args:
+            images: How many they want.
+            may_wait_s: What they may wait here, when they are back.
+        """
+        now = self._clock()
+        self._free_at = max(self._free_at, now + self._in_flight * self._per_image_s)
+        turn_s = min(self._free_at - now, LONGEST_TURN_S)
+        self._free_at = now + turn_s + images * self._per_image_s
+        return max(turn_s - may_wait_s, 0.0)

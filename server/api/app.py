@@ -49,13 +49,14 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.settings, app.state.engine = settings, engine
+    app.state.is_draining = False
     app.state.admission = Admission(settings.max_queue_size)
     # An executor, since its threads stay as few when callers leave; more of them would only hold more memory.
     app.state.decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
     ours = (routes.router, explain.router, models.router, config.router, health.router, page.router)
     for router in (*instead, *ours):
         app.include_router(router)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
     app.add_middleware(RequestId)
     app.add_exception_handler(ServerError, _answer_server_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _answer_http_error)  # type: ignore[arg-type]
@@ -72,6 +73,8 @@ async def _answer_server_error(request: Request, error: ServerError) -> JSONResp
     response = _answer(error.status, error.code, error.message, error.details)
     if error.status in (429, 503):
         response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s or 0)))
+    if error.status == 408:
+        response.headers["connection"] = "close"
     if error.status == 401:
         response.headers["www-authenticate"] = "Bearer"
     return response

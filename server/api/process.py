@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from server.api.app import create_app
+from server.api.connection import Connection
 from server.engine.transport import RemoteEngine
-from server.lifetime import configure_logging, end_with_parent
+from server.lifetime import Pulse, configure_logging, end_with_parent
 from server.settings import Settings
 
 _DRAIN_S = 25
+_CLOSE = (b"connection", b"close")
 
 
-def main(settings: Settings, listener: socket.socket, socket_path: str) -> None:
+def main(settings: Settings, listener: socket.socket, socket_path: str, pulse: Pulse) -> None:
     """Runs one HTTP process until it is told to end, and answers what it has accepted before it does."""
     configure_logging(settings.log_level)
     end_with_parent()
@@ -26,13 +32,48 @@ def main(settings: Settings, listener: socket.socket, socket_path: str) -> None:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        beating = asyncio.create_task(pulse.beat())
         yield
+        beating.cancel()
         await engine.close()
 
+    app = create_app(settings, engine, lifespan)
     config = uvicorn.Config(
-        create_app(settings, engine, lifespan),
+        app,
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
+        timeout_keep_alive=settings.client_timeout_s,
         timeout_graceful_shutdown=_DRAIN_S,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config, app, settings.drain_delay_s).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Ends in two steps: first only /readyz says so and every answer closes its connection, later the port is closed.
+
+    Args:
+        config: uvicorn's.
+        app: The application, which has /readyz.
+        drain_delay_s: Time between the two, in which a load balancer turns to other servers.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_delay_s: float) -> None:
+        super().__init__(config)
+        self._app, self._drain_delay_s = app, drain_delay_s
+        self._closes_at = float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Is told to end; called as a signal handler."""
+        if not self._app.state.is_draining:
+            self._app.state.is_draining = True
+            self._closes_at = time.monotonic() + self._drain_delay_s
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._app.state.is_draining and time.monotonic() >= self._closes_at:
+            super().handle_exit(signal.SIGTERM, None)
+        should_exit = await super().on_tick(counter)
+        if self._app.state.is_draining and _CLOSE not in self.server_state.default_headers:
+            self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        return should_exit

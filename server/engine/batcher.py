@@ -16,7 +16,8 @@ from typing import Generic, Protocol, TypeVar
 
 from server.engine.knob import Load
 from server.engine.speed import Rate, Speed
-from server.errors import DeadlineError, EngineError, QueueFullError, ServerError, UnavailableError
+from server.engine.splitting import run_split
+from server.errors import DeadlineError, QueueFullError, ServerError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ A = TypeVar("A")
 ARRIVALS_WINDOW_S = 2.0
 """Over which arrivals are counted: long enough that chance is small, short enough to follow a wave."""
 
+BATCH_SHARE = 0.4
+"""A batch takes no more than this share of the time that its first job was given: it also waits for the one before."""
+
 K_contra = TypeVar("K_contra", contravariant=True)
 
 
@@ -33,7 +37,7 @@ class Observer(Protocol[K_contra]):
     """Is told what the batcher does; metrics are made of it."""
 
     def batch_ran(self, key: K_contra, waits_s: Sequence[float], run_s: float) -> None:
-        """A batch of `len(waits_s)` jobs was answered."""
+        """`len(waits_s)` jobs of a batch were answered."""
         ...
 
     def job_dropped(self, reason: str) -> None:
@@ -155,7 +159,7 @@ class Batcher(Generic[K, P, A]):
             QueueFullError: Too many jobs wait; it says when to come back.
             DeadlineError: The time is over.
             UnavailableError: The batcher is closed.
-            EngineError: The batch failed.
+            EngineError: The batch failed, and so did the job alone.
         """
         if self._closed or self._loop is None or self._loop.done():
             raise UnavailableError("the engine is shutting down", retry_after_s=1)
@@ -207,7 +211,7 @@ class Batcher(Generic[K, P, A]):
             leader = min(self._queues[first], key=self._due_at)
             key = leader.open.choose(self.load()) if leader.open else first
             assert not isinstance(key, _Group)
-            batch = self._batch(first, key)
+            batch = self._batch(first, key, self._most(key, BATCH_SHARE * (leader.deadline - leader.enqueued_at)))
             done_at = now + self.speed(key, len(batch))
             late = [job for job in batch if job.deadline < done_at and not job.urgent]
             for job in late:  # they would only keep the others waiting
@@ -237,13 +241,19 @@ class Batcher(Generic[K, P, A]):
             key = max(self._queues, key=lambda key: (min(len(self._queues[key]), self._max_batch_size), -due[key]))
         return key
 
-    def _batch(self, first: K | _Group, key: K) -> list[_Waiting[K, P, A]]:
+    def _most(self, key: K, within_s: float) -> int:
+        """How many jobs a batch can have that is to be done within a time; at least one."""
+        a, b = self.speed.line(key) or (0.0, 0.0)
+        fitting = (within_s - a) / b if b else self._max_batch_size
+        return max(1, min(int(fitting), self._max_batch_size))
+
+    def _batch(self, first: K | _Group, key: K, most: int) -> list[_Waiting[K, P, A]]:
         """The jobs of a queue that go under a key, the most urgent first, and others that fill up their batch."""
         batch: list[_Waiting[K, P, A]] = []
         others = [queue for queue in self._queues if queue != first and (queue == key or isinstance(queue, _Group))]
         for queue in (first, *others):
             fitting = (job for job in self._queues[queue] if job.open is None or job.open.allows(key))
-            batch += heapq.nsmallest(self._max_batch_size - len(batch), fitting, key=self._due_at)
+            batch += heapq.nsmallest(most - len(batch), fitting, key=self._due_at)
         return batch
 
     def load(self) -> Load:
@@ -272,27 +282,27 @@ class Batcher(Generic[K, P, A]):
     async def _run(self, key: K, jobs: list[_Waiting[K, P, A]]) -> None:
         started = self._clock()
         try:
-            results = await self._run_batch(key, [job.payload for job in jobs])
-            if len(results) != len(jobs):
-                raise EngineError(f"the engine gave {len(results)} answers to {len(jobs)} images")
+            outcomes = await run_split(lambda payloads: self._run_batch(key, payloads), [job.payload for job in jobs])
         except asyncio.CancelledError:
             for job in jobs:
                 _fail(job, UnavailableError("the engine was stopped", retry_after_s=1))
             raise
-        except Exception as error:  # whatever one batch raises is the answer to that batch; the loop goes on
-            answer = error if isinstance(error, ServerError) else EngineError(f"the model failed: {error!r}")
-            for job in jobs:
-                _fail(job, answer)
-            return
         run_s = self._clock() - started
         waits_s = [started - job.enqueued_at for job in jobs]
-        for job, result, wait_s in zip(jobs, results, waits_s, strict=True):
-            if not job.future.done():
-                job.future.set_result(Answer(result, key, len(jobs), wait_s, run_s))
-        self.speed.observe(key, len(jobs), run_s)
-        self._batch_s = _moved(self._batch_s, run_s)
-        self._per_job_s = _moved(self._per_job_s, run_s / len(jobs))
-        self._tell(lambda observer: observer.batch_ran(key, waits_s, run_s))
+        for job, outcome, wait_s in zip(jobs, outcomes, waits_s, strict=True):
+            if isinstance(outcome, ServerError):
+                _fail(job, outcome)
+            elif not job.future.done():
+                job.future.set_result(Answer(outcome, key, len(jobs), wait_s, run_s))
+        answered = [
+            each for each, outcome in zip(waits_s, outcomes, strict=True) if not isinstance(outcome, ServerError)
+        ]
+        if len(answered) == len(jobs):  # else it was split, and its time says nothing of a batch
+            self.speed.observe(key, len(jobs), run_s)
+            self._batch_s = _moved(self._batch_s, run_s)
+            self._per_job_s = _moved(self._per_job_s, run_s / len(jobs))
+        if answered:
+            self._tell(lambda observer: observer.batch_ran(key, answered, run_s))
 
     def _tell(self, event: Callable[[Observer[K]], None]) -> None:
         """Tells the observer; its failure is not the jobs'."""

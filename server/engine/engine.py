@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from server.calibration.curve import Curve
 from server.config.store import ConfigStore
@@ -33,6 +33,7 @@ from server.types import (
 
 logger = logging.getLogger(__name__)
 
+A = TypeVar("A")
 RunBatch = Callable[[BatchKey, Sequence[Job]], Sequence[TopK]]
 """Computes one batch on the device: every job of it under the key's model and schedule; answers in order."""
 
@@ -40,6 +41,9 @@ ExplainBatch = Callable[[BatchKey, Sequence[Job]], Sequence[tuple[TopK, Merges]]
 """The same for jobs that ask what merged."""
 
 CHECK_TIMEOUT_S = 10.0
+
+HANGS_AFTER_S = 300.0
+"""A device that works on one batch for so long hangs; compiling a schedule for the first time takes less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,29 +207,38 @@ class LocalEngine:
 
     async def _run_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Any]) -> Sequence[Any]:
         """A batch on the device thread; without a key it is a health check, which a working device answers."""
-        loop = asyncio.get_running_loop()
-        if key is not None:
-            try:
-                answers = await loop.run_in_executor(self._device, self._on_device, key, jobs)
-            except Exception:
-                logger.exception("a batch of %d for %s failed", len(jobs), key)
-                await self._probe()
-                raise
-            if isinstance(key, BatchKey):
-                self._drift.offer(key, jobs, answers)
-            return answers
-        await self._probe()
-        return [None] * len(jobs)
+        if key is None:
+            await self._probe()
+            return [None] * len(jobs)
+        try:
+            if isinstance(key, _Explaining):
+                return await self._on_device(lambda: self._explain(key.key, jobs))
+            answers = await self._on_device(lambda: self._compute(key, jobs))
+        except UnavailableError:
+            raise
+        except Exception as error:  # the batch will be split: one job alone is the culprit, and has the traceback
+            logger.error("a batch of %d for %s failed: %r", len(jobs), key, error, exc_info=len(jobs) == 1)
+            await self._probe()
+            raise
+        self._drift.offer(key, jobs, answers)
+        return answers
 
-    def _on_device(self, key: BatchKey | _Explaining, jobs: Sequence[Any]) -> Sequence[Any]:
-        if isinstance(key, _Explaining):
-            return self._explain(key.key, jobs)
-        return self._compute(key, jobs)
+    async def _on_device(self, work: Callable[[], A]) -> A:
+        """The result of work on the device's thread; gives this engine up when that takes longer than any batch can."""
+        working = asyncio.get_running_loop().run_in_executor(self._device, work)
+        await asyncio.wait([working], timeout=HANGS_AFTER_S)
+        if not working.done():
+            logger.critical("the device hangs: it has worked for %g s on one batch", HANGS_AFTER_S)
+            self._broken.set()
+            raise UnavailableError("the device hangs", retry_after_s=1)
+        return working.result()
 
     async def _probe(self) -> None:
         """Raises UnavailableError, and gives this engine up, when the device fails at the simplest work."""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._device, self._check_device)
+            await self._on_device(self._check_device)
+        except UnavailableError:
+            raise
         except Exception as error:
             logger.critical("the device works no more", exc_info=error)
             self._broken.set()

@@ -5,6 +5,7 @@ Token counts depend on the schedule alone, so every batch of one bucket under on
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from server.dial import Schedule
+
+logger = logging.getLogger(__name__)
 
 SEEN_OFTEN = 3
 """Batches after which a schedule that nobody warmed is recorded too; until then it runs launch by launch."""
@@ -86,9 +89,12 @@ class Graphs:
         return len(self._recordings)
 
     def warm_up(self, schedule: Schedule) -> None:
-        """Records a schedule at every batch size."""
+        """Records a schedule at every batch size that fits into memory."""
         for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
-            self._recorded(schedule, bucket)
+            try:
+                self._recorded(schedule, bucket)
+            except torch.OutOfMemoryError:
+                logger.warning("a batch of %d does not fit into the device's memory", bucket)
 
     def __call__(self, images: Tensor, schedule: Schedule) -> Tensor:
         """Logits, (B, K), of images (B, 3, H, W), B at most `max_batch_size`."""

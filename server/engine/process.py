@@ -20,13 +20,14 @@ from server.dial import AutoR, RSetting, Schedule
 from server.engine.backend import BackendOptions
 from server.engine.engine import LocalEngine
 from server.engine.explainer import Explainer
+from server.engine.fitting import Fitting
 from server.engine.knob import Rung
 from server.engine.ladder import schedules, steps_of, timed, timed_steps
 from server.engine.runner import Runner
 from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
-from server.lifetime import configure_logging, end_with_parent
+from server.lifetime import Pulse, configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.models import LoadedModel, load_model
 from server.settings import ModelSpec, Settings, SettingsError
@@ -34,10 +35,12 @@ from server.types import Job, find_model
 
 logger = logging.getLogger(__name__)
 
+_DRAIN_S = 30.0
+
 OpenConfig = Callable[[Settings, Check], ConfigStore]
 
 
-def main(settings: Settings, socket_path: str, ready: Event) -> None:
+def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
     """Runs the engine process; sets `ready` once it serves."""
     configure_logging(settings.log_level)
     end_with_parent()
@@ -47,7 +50,7 @@ def main(settings: Settings, socket_path: str, ready: Event) -> None:
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(asyncio.run(_serve(engine, socket_path, ready)))
+    sys.exit(asyncio.run(_serve(engine, socket_path, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
 
 
 def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> LocalEngine:
@@ -94,9 +97,9 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
                 runner.warm_up(model.info.batch_key(schedule))
     return LocalEngine(
         {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
-        runner.run_batch,
+        Fitting(runner.run_batch),
         store,
-        explain_batch=explainer.explain_batch,
+        explain_batch=Fitting(explainer.explain_batch),
         steps=steps,
         curves=curves,
         check_device=runner.check,
@@ -141,9 +144,14 @@ def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]
     return run
 
 
-async def _serve(engine: LocalEngine, socket_path: str, ready: Event) -> int:
-    """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better)."""
+async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pulse, drain_s: float) -> int:
+    """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better).
+
+    Told to end, it serves on until the HTTP processes have left, for so long at most: whoever signals a whole group of
+    processes tells them at the same time.
+    """
     told_to_end = asyncio.Event()
+    beating = asyncio.create_task(pulse.beat())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
     if os.path.exists(socket_path):  # left by an engine that was killed
         os.unlink(socket_path)
@@ -156,7 +164,8 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Event) -> int:
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()
-    if not told_to_end.is_set():
-        return 1
-    await engine.close()
-    return 0
+    if told_to_end.is_set():
+        await server.left(drain_s)
+        await engine.close()
+    beating.cancel()
+    return 0 if told_to_end.is_set() else 1

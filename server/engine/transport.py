@@ -161,9 +161,32 @@ class RemoteEngine:
                 future.set_result(head["answer"])
 
 
-async def serve_engine(engine: Engine, path: str) -> asyncio.Server:
-    """Offers an engine on a Unix socket, to any number of HTTP processes."""
-    return await asyncio.start_unix_server(lambda reader, writer: _serve_connection(engine, reader, writer), path)
+class EngineServer:
+    """An engine on a Unix socket, for any number of HTTP processes."""
+
+    def __init__(self, server: asyncio.Server, connections: set[asyncio.Task[None]]) -> None:
+        self._server, self._connections = server, connections
+
+    def close(self) -> None:
+        """Takes no new connection."""
+        self._server.close()
+
+    async def left(self, within_s: float) -> None:
+        """Returns when every HTTP process has left, or when the time is over."""
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=within_s)
+
+
+async def serve_engine(engine: Engine, path: str) -> EngineServer:
+    """Offers an engine on a Unix socket."""
+    connections: set[asyncio.Task[None]] = set()
+
+    def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.create_task(_serve_connection(engine, reader, writer))
+        connections.add(connection)
+        connection.add_done_callback(connections.discard)
+
+    return EngineServer(await asyncio.start_unix_server(connect, path), connections)
 
 
 async def _serve_connection(engine: Engine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

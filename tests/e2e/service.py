@@ -21,10 +21,17 @@ StartService = Callable[..., "Service"]
 
 
 class Service:
-    """One running `tome-server serve`, by torch unless flags say otherwise."""
+    """One running `tome-server serve`, by torch unless flags say otherwise.
 
-    def __init__(self, *flags: str, state_dir: Path) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--state-dir", str(state_dir)]
+    Args:
+        flags: Its settings.
+        state_dir: Where it keeps its state.
+        faults: A folder by which its engine can be broken; see `faulty.py`.
+    """
+
+    def __init__(self, *flags: str, state_dir: Path, faults: Path | None = None) -> None:
+        program = ["server.cli"] if faults is None else ["tests.e2e.faulty", str(faults)]
+        command = [sys.executable, "-m", *program, "serve", "--port", "0", "--state-dir", str(state_dir)]
         command += ["--backend", "torch", *flags]  # which starts at once
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TOME_")}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

@@ -85,31 +85,6 @@ def test_answers_above_r_0_are_checked_against_r_0_and_no_metric_of_production_s
     assert f"tome_inference_duration_seconds_count{labels.replace('8', '0')}" not in samples
 
 
-def test_a_killed_engine_is_503_at_once_and_comes_back(shared_service: Service, photo: bytes) -> None:
-    engine = shared_service.pid_of("engine")
-    os.kill(engine, signal.SIGSTOP)  # requests pile up in flight
-    with ThreadPoolExecutor(8) as pool:
-        in_flight = [pool.submit(classify, shared_service, photo) for _ in range(8)]
-        shared_service.until(lambda: shared_service.metrics()["tome_in_flight_images"] == 8)
-        os.kill(engine, signal.SIGKILL)
-        answers = [future.result() for future in in_flight]
-    assert {a.status_code for a in answers} == {503}
-    assert {a.json()["error"]["code"] for a in answers} == {"unavailable"}
-    assert int(answers[0].headers["retry-after"]) >= 1
-    assert httpx.get(f"{shared_service.url}/livez").status_code == 200
-    shared_service.wait_until_ready()
-    assert shared_service.pid_of("engine") != engine
-    assert classify(shared_service, photo).status_code == 200
-
-
-def test_a_dead_http_process_is_replaced(shared_service: Service, photo: bytes) -> None:
-    worker = shared_service.pid_of("http-0")
-    os.kill(worker, signal.SIGKILL)
-    shared_service.until(lambda: shared_service.pid_of("http-0") != worker)
-    shared_service.wait_until_ready()
-    assert classify(shared_service, photo).status_code == 200
-
-
 def test_a_port_in_use_is_said(shared_service: Service) -> None:
     port = shared_service.url.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "server.cli", "serve", "--port", port]

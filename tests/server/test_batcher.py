@@ -219,11 +219,31 @@ async def test_a_client_gone_during_the_run_leaves_the_others_their_answers() ->
 
 async def test_an_engine_that_raises_fails_its_batch_and_the_next_one_works() -> None:
     async with bench() as it:
-        it.device.failures = [RuntimeError("the device burns")]
+        it.device.failures = [RuntimeError("the device burns")] * 3  # for both jobs, then for each alone
         failed = await asyncio.gather(it.send("a", 1), it.send("a", 2), return_exceptions=True)
         assert [type(error) for error in failed] == [EngineError, EngineError]
         assert "the device burns" in str(failed[0])
         assert (await it.batcher.submit("a", 3, FOREVER)).result == "a:3"
+
+
+async def test_a_job_that_fails_alone_is_parted_from_its_batch_mates(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(batch=8) as it:
+        run_batch = it.device.run_batch
+
+        async def poisoned(key: str, payloads: Sequence[int]) -> list[str]:
+            answers = await run_batch(key, payloads)
+            if 3 in payloads:
+                raise ValueError("three")
+            return answers
+
+        monkeypatch.setattr(it.batcher, "_run_batch", poisoned)
+        outcomes = await asyncio.gather(*(it.send("a", payload) for payload in range(8)), return_exceptions=True)
+        assert isinstance(outcomes[3], EngineError) and "three" in str(outcomes[3])
+        assert [(answer.result, answer.batch_size) for answer in outcomes if isinstance(answer, Answer)] == [
+            (f"a:{payload}", 8) for payload in range(8) if payload != 3
+        ]
+        assert it.device.ran == [("a", 7)]  # one batch of which so many were answered
+        assert it.batcher.speed.line("a") is None  # and whose time says nothing
 
 
 async def test_an_engine_that_raises_a_server_error_is_quoted() -> None:
@@ -238,7 +258,7 @@ async def test_a_wrong_number_of_answers_fails_the_batch_and_the_next_one_works(
         it.device.lost_answers = 1
         failed = await asyncio.gather(it.send("a", 1), it.send("a", 2), return_exceptions=True)
         assert [type(error) for error in failed] == [EngineError, EngineError]
-        assert "1 answers to 2 images" in str(failed[0])
+        assert "0 answers to 1 images" in str(failed[0])
         it.device.lost_answers = 0
         assert (await it.batcher.submit("a", 3, FOREVER)).result == "a:3"
 
@@ -456,10 +476,20 @@ async def test_what_cannot_be_done_in_time_is_given_up_before_it_is_computed() -
     async with bench() as it:
         it.batcher.speed.expect("a", 0.0, 2.0)
         busy = await it.keep_busy()
-        late, in_time = await it.queued("a", 1, timeout_s=3), await it.queued("a", 2, timeout_s=100)
+        late, in_time = await it.queued("a", 1, timeout_s=1), await it.queued("a", 2, timeout_s=100)
         it.device.gate.set()
         await busy
         with pytest.raises(DeadlineError):
-            await late  # the two of them would take 4 s
+            await late  # it would take 2 s
         assert (await in_time).batch_size == 1
         assert it.device.batches[1:] == [("a", [2])] and it.device.dropped == ["deadline"]
+
+
+async def test_a_batch_is_no_larger_than_its_deadline_allows() -> None:
+    async with bench() as it:
+        it.batcher.speed.expect("a", 0.0, 2.0)
+        await it.keep_busy()
+        tasks = [await it.queued("a", payload, timeout_s=10) for payload in range(4)]
+        it.device.gate.set()
+        await asyncio.gather(*tasks)
+        assert [payloads for _, payloads in it.device.batches[1:]] == [[0, 1], [2, 3]]  # 4 of 10 s each

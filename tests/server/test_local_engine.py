@@ -194,3 +194,21 @@ async def test_an_engine_whose_device_works_no_more_is_not_ready_and_says_that_i
         await engine.broken()
         with pytest.raises(UnavailableError, match="works no more"):
             await engine.check()
+
+
+async def test_an_engine_whose_device_hangs_says_that_it_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "HANGS_AFTER_S", 0.05)
+    device = FakeDevice()
+    async with started(device) as engine:
+        device.gate.clear()
+        with pytest.raises(UnavailableError, match="hangs"):
+            await engine.classify(job())
+        await engine.broken()
+
+
+async def test_a_batch_that_failed_is_logged_in_full_for_the_culprit_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async with started(FakeDevice(failure=ValueError("this image"))) as engine:
+        await asyncio.gather(*(engine.classify(job()) for _ in range(4)), return_exceptions=True)
+    logged = [record for record in caplog.records if "this image" in record.getMessage()]
+    assert [bool(record.exc_info) for record in logged] == ["batch of 1 " in record.getMessage() for record in logged]
+    assert any(record.exc_info for record in logged)

@@ -135,6 +135,7 @@ def test_the_error_table_is_that_of_the_architecture_page() -> None:
         "unauthorized": 401,
         "forbidden": 403,
         "not_found": 404,
+        "too_slow": 408,
         "conflict": 409,
         "too_large": 413,
         "unsupported_format": 415,

@@ -313,3 +313,17 @@ async def test_a_withdrawn_job_is_not_computed_by_a_real_engine(
     server.close()
     await local.close()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_server_that_takes_nobody_new_knows_when_the_last_http_process_has_left(socket_path: str) -> None:
+    server = await serve_engine(FakeEngine(), socket_path)
+    remote = RemoteEngine(socket_path)
+    remote.start()
+    await until(lambda: bool(remote._catalog))
+    server.close()
+    leaving = asyncio.create_task(server.left(within_s=1000))
+    assert (await remote.classify(job(b"late"))).top_k.indices == [class_of(b"late", (3, 3, 3))]
+    assert not leaving.done()
+    await remote.close()
+    await leaving
+    await server.left(within_s=1000)

@@ -1,0 +1,69 @@
+"""Batches that do not fit into the device's memory are computed in smaller parts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+from server.metrics import OUT_OF_MEMORY
+from server.types import BatchKey, Job
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+
+REMEMBERED_S = 60.0
+"""How long a size that was found to fit holds; then a whole batch is tried, for others may have left the device."""
+
+
+class Fitting(Generic[A]):
+    """A device's function of a batch, in parts of the size that last fitted under the batch's key.
+
+    Args:
+        run_batch: Computes one batch.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self, run_batch: Callable[[BatchKey, Sequence[Job]], Sequence[A]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._run_batch, self._clock = run_batch, clock
+        self._fits: dict[BatchKey, tuple[int, float]] = {}
+
+    def __call__(self, key: BatchKey, jobs: Sequence[Job]) -> list[A]:
+        """Computes a batch; raises what the device raises, and that it is out of memory for one image alone."""
+        size = self._size(key, len(jobs))
+        answers: list[A] = []
+        while len(answers) < len(jobs):
+            part = jobs[len(answers) : len(answers) + size]
+            try:
+                answers += self._run_batch(key, part)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+            # Here and not above: while the exception lives, so do the tensors of the frames that it went through.
+            size = len(part) // 2
+            self._fits[key] = size, self._clock() + REMEMBERED_S
+            OUT_OF_MEMORY.inc()
+            logger.warning("%d images of %s do not fit into memory; %d are tried", len(part), key.model, size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return answers
+
+    def _size(self, key: BatchKey, wanted: int) -> int:
+        size, until = self._fits.get(key, (wanted, self._clock()))
+        if until <= self._clock():
+            self._fits.pop(key, None)
+            return wanted
+        return min(size, wanted)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was the memory: torch has a class for it on a GPU, and only words on the CPU."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(each in str(error) for each in words)
