@@ -13,7 +13,7 @@ from server.types import BackendInfo
 from tome_core import MergedViT
 
 CPU_PART = 16
-"""Images that a CPU computes at a time: activations of more do not fit its caches, and 32 at once take a fifth longer."""
+"""Images that a CPU computes at a time: more do not fit its caches, and 32 at once take a fifth longer."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
