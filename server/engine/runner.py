@@ -92,9 +92,12 @@ class Runner:
     def images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
         """Bytes of RGB rows to what the model sees: the normalised batch (B, 3, H, W), on its device."""
         packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
-        images = packed.view(len(pixels), *key.input_size, 3).to(self._device).permute(0, 3, 1, 2)
+        rows = packed.view(len(pixels), *key.input_size, 3).to(self._device)
+        images = torch.empty(len(pixels), 3, *key.input_size, device=self._device)
+        images.copy_(rows.permute(0, 3, 1, 2))  # widens and reorders in one pass
         scale, offset = self._scale[key.model]
-        return torch.addcmul(offset, images.float(), scale).to(self._backends[key.model].dtype)
+        torch.addcmul(offset, images, scale, out=images)
+        return images.to(self._backends[key.model].dtype)
 
     def _normalisation(self, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
         """Scale and offset that take bytes to what the model was trained on: (byte / 255 - mean) / std."""
