@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import tome_core
-from server.engine.openvino import BATCH_SIZES, Compiler, config_of
+from server.engine.openvino import Compiler
+from server.engine.openvino_graphs import any_batch, config_of, run_of
 
 Run = Callable[[Tensor], object]
 
@@ -23,16 +24,20 @@ def openvino_ours(model: Any, r: int, images: Tensor) -> Run:
     """The merging model as the server runs it."""
     merged = tome_core.wrap(_float32(model))
     compiler = Compiler(merged, _size(images), torch.get_num_threads())
-    return _in_parts(compiler.compile((r,) * merged.num_blocks, _part(images), _precision(images)))
+    return compiler.any_batch((r,) * merged.num_blocks, len(images), _precision(images))
 
 
 def openvino_timm(model: Any, r: int, images: Tensor) -> Run:
-    """timm's own model, converted by OpenVINO as it is."""
-    example = torch.randn(_part(images), *images.shape[1:])
-    converted = openvino.convert_model(_float32(model), example_input=example, input=list(example.shape))
-    config = config_of(_precision(images), torch.get_num_threads())
-    request = openvino.Core().compile_model(converted, "CPU", config).create_infer_request()
-    return _in_parts(lambda part: request.infer({0: part.numpy()}, share_inputs=True))
+    """timm's own model, converted by OpenVINO as it is; large batches run in parts, side by side, as ours do."""
+    core, threads = openvino.Core(), torch.get_num_threads()
+    converted = openvino.convert_model(_float32(model), example_input=images[:1].float())
+
+    def graph(size: int, side_by_side: int) -> Callable[[Tensor], Tensor]:
+        converted.reshape([size, *images.shape[1:]])
+        config = config_of(_precision(images), threads, side_by_side)
+        return run_of(core.compile_model(converted, "CPU", config), size, side_by_side)
+
+    return any_batch(graph, threads, len(images))
 
 
 def onnxruntime_ours(model: Any, r: int, images: Tensor) -> Run:
@@ -65,15 +70,6 @@ def _session(path: Path, images: Tensor) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda batch: session.run(None, {"images": batch.numpy()})
-
-
-def _in_parts(run: Run) -> Run:
-    """OpenVINO runs large batches in parts, as the server does: past 8 images they are no faster."""
-    return lambda images: [run(part) for part in images.split(_part(images))]
-
-
-def _part(images: Tensor) -> int:
-    return min(len(images), BATCH_SIZES[-1])
 
 
 def _precision(images: Tensor) -> str:

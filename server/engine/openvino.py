@@ -1,8 +1,7 @@
 """OpenVINO as the backend: the fastest on CPUs, and the only one here that must compile before it runs.
 
-A graph is compiled for each schedule and each of a few batch sizes. Larger batches run in parts, which on a CPU costs
-nothing: past 8 images a larger batch is no faster. A schedule that is not compiled yet is answered by torch, at once,
-while a thread compiles it for the next time.
+Graphs are compiled for each schedule. A schedule that is not compiled yet is answered by torch, at once, while a thread
+compiles it for the next time.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import openvino
 import timm
@@ -29,6 +27,7 @@ from torch import Tensor
 
 import tome_core
 from server.dial import Schedule, r_of, text_of
+from server.engine.openvino_graphs import BATCH_SIZES, AnyBatch, Run, any_batch, config_of, run_of
 from server.engine.torch_backend import TorchBackend
 from server.lifetime import end_with_parent
 from server.models import LoadedModel
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZES = (1, 2, 4, 8)
-"""What graphs are compiled for."""
-
 MOST_SCHEDULES = 16
 """Schedules kept compiled besides the warmed ones; the one that was used longest ago makes room."""
 
@@ -51,8 +47,6 @@ _FASTER = 1.05
 
 _TOLERANCES = {"fp32": 1e-3, "bf16": 0.5}
 """By how much a logit may differ from torch's in float32, as a part of the largest."""
-
-Run = Callable[[Tensor], Tensor]
 
 
 class OpenVINOBackend:
@@ -79,13 +73,13 @@ class OpenVINOBackend:
         self._compiler = Compiler(
             loaded.merged, loaded.info.preprocessing.input_size, options.threads, options.cache_dir
         )
-        self._batch_sizes = [size for size in BATCH_SIZES if size <= options.max_batch_size]
+        self._max_batch_size = options.max_batch_size
         self._unmerged = loaded.info.schedule(0)
         reason = "asked for"
         if precision == "auto":
             precision, reason = self._faster_precision()
         self.info = BackendInfo("openvino", precision, f"{reason}; {self._compiler.threads} threads")
-        self._runs: dict[Schedule, Mapping[int, Run]] = {}
+        self._runs: dict[Schedule, AnyBatch] = {}
         self._warmed: set[Schedule] = set()
         self._failed: set[Schedule] = set()
         self._compiling: Schedule | None = None
@@ -94,20 +88,13 @@ class OpenVINOBackend:
 
     def logits(self, images: Tensor, schedule: Schedule) -> Tensor:
         """Normalised images (B, 3, H, W) to logits (B, K)."""
-        runs = self._runs.get(schedule)
-        if runs is None:
+        run = self._runs.get(schedule)
+        if run is None:
             self._compile_later(schedule)
             return self._torch.logits(images, schedule)
         if schedule not in self._warmed:
             self._runs[schedule] = self._runs.pop(schedule)  # the latest is the last
-        parts, start = [], 0
-        for size in parts_of(len(images), self._batch_sizes):
-            part = images[start : start + size]
-            start += len(part)
-            if len(part) < size:
-                part = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
-            parts.append(runs[size](part))
-        return torch.cat(parts)[: len(images)]
+        return run(images)
 
     def warm_up(self, schedule: Schedule) -> None:
         """Compiles the schedule for every batch size, and keeps it for good."""
@@ -115,18 +102,14 @@ class OpenVINOBackend:
         if schedule not in self._runs:
             self._runs[schedule] = self._compile(schedule)
 
-    def forward(self, schedule: Schedule, batch_size: int) -> Run:
-        """The graph for one schedule and batch size, compiled now: images (batch_size, 3, H, W) to logits."""
-        return self._compiler.compile(schedule, batch_size, self.info.precision)
-
-    def _compile(self, schedule: Schedule) -> Mapping[int, Run]:
-        start = time.perf_counter()
-        runs = {size: self.forward(schedule, size) for size in self._batch_sizes}
-        for size, run in runs.items():
-            self._check(run, schedule, size)
+    def _compile(self, schedule: Schedule) -> AnyBatch:
+        start, precision = time.perf_counter(), self.info.precision
+        run = self._compiler.any_batch(schedule, self._max_batch_size, precision)
+        for size, graph in run.graphs:
+            self._check(graph, schedule, size)
         r, took_s = text_of(r_of(schedule)), time.perf_counter() - start
-        logger.info("%s at r=%s is compiled by OpenVINO in %s (%.1f s)", self._name, r, self.info.precision, took_s)
-        return runs
+        logger.info("%s at r=%s is compiled by OpenVINO in %s (%.1f s)", self._name, r, precision, took_s)
+        return run
 
     @torch.inference_mode()
     def _check(self, run: Run, schedule: Schedule, size: int) -> None:
@@ -152,11 +135,11 @@ class OpenVINOBackend:
     def _compile_now(self, schedule: Schedule) -> None:
         try:
             self._compiler.translate_aside(schedule)
-            runs = self._compile(schedule)
+            run = self._compile(schedule)
             unwarmed = [each for each in self._runs if each not in self._warmed]
             if len(unwarmed) >= MOST_SCHEDULES:
                 self._runs.pop(unwarmed[0], None)
-            self._runs[schedule] = runs
+            self._runs[schedule] = run
         except Exception:  # the thread has nobody to raise to; torch goes on answering
             logger.exception("OpenVINO cannot compile %s at r=%s", self._name, text_of(r_of(schedule)))
             self._failed.add(schedule)
@@ -165,11 +148,14 @@ class OpenVINOBackend:
 
     def _faster_precision(self) -> tuple[str, str]:
         """Measures fp32 and bf16 in turn, unmerged, and says which to take and why."""
-        size = self._batch_sizes[-1]
         if not self._compiler.has_bf16:
             return "fp32", "this CPU has no bf16"
-        runs = {precision: self._compiler.compile(self._unmerged, size, precision) for precision in ("fp32", "bf16")}
-        images = torch.zeros(size, 3, *self._compiler.input_size)
+        threads = self._compiler.threads
+        size = max(size for size in BATCH_SIZES if size <= self._max_batch_size)
+        runs = {
+            precision: self._compiler.graph(self._unmerged, size, precision, threads) for precision in ("fp32", "bf16")
+        }
+        images = torch.zeros(size * threads, 3, *self._compiler.input_size)
         seconds: dict[str, list[float]] = {precision: [] for precision in runs}
         for _ in range(6):
             for precision, run in runs.items():
@@ -217,30 +203,31 @@ class Compiler:
         """Whether the CPU computes in bf16 itself."""
         return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
-    def compile(self, schedule: Schedule, batch_size: int, precision: str) -> Run:
-        """Compiles, or takes from the cache.
+    def any_batch(self, schedule: Schedule, max_batch_size: int, precision: str) -> AnyBatch:
+        """Compiles a schedule for any number of images up to `max_batch_size`, or takes it from the cache."""
+        return any_batch(
+            lambda size, side_by_side: self.graph(schedule, size, precision, side_by_side), self.threads, max_batch_size
+        )
+
+    def graph(self, schedule: Schedule, batch_size: int, precision: str, side_by_side: int = 1) -> Run:
+        """Compiles one graph, or takes it from the cache.
 
         Args:
             schedule: `r` of each block.
-            batch_size: Images that the callable takes.
+            batch_size: Images that it takes.
             precision: "fp32" or "bf16".
+            side_by_side: How many of it run at a time, with a share of the threads each.
 
         Returns:
-            Images (batch_size, 3, H, W), float32, to logits (batch_size, K).
+            A function of any multiple of `batch_size` images.
         """
         model = self._core.read_model(self._translated(schedule))
         model.reshape([batch_size, 3, *self.input_size])
-        config = config_of(precision, self.threads) | {
+        config = config_of(precision, self.threads, side_by_side) | {
             "CACHE_DIR": str(self._folder / "compiled"),
             "CACHE_MODE": "OPTIMIZE_SIZE",  # weights come from the translation
         }
-        request = self._core.compile_model(model, "CPU", config).create_infer_request()
-
-        def run(images: Tensor) -> Tensor:
-            answer = request.infer({0: images.contiguous().numpy()}, share_inputs=True)
-            return torch.from_numpy(answer[0])
-
-        return run
+        return run_of(self._core.compile_model(model, "CPU", config), batch_size, side_by_side)
 
     def translate_aside(self, schedule: Schedule) -> None:
         """Makes the schedule's graph by a process of its own, so that answers go on.
@@ -285,28 +272,6 @@ def _translate(merged: tome_core.MergedViT, schedule: Schedule, input_size: tupl
         save(model, written)
         written.with_suffix(".bin").replace(file.with_suffix(".bin"))
         written.replace(file)  # last: where it is, all is
-
-
-def config_of(precision: str, threads: int) -> dict[str, Any]:
-    """How OpenVINO is to compute: "fp32" or "bf16", one batch at a time on so many threads."""
-    return {
-        "INFERENCE_PRECISION_HINT": {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}[precision],
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": "1",
-    }
-
-
-def parts_of(num_images: int, batch_sizes: list[int]) -> list[int]:
-    """Cuts a batch into parts of sizes that are compiled; the last may have room for one image more."""
-    parts = []
-    while num_images > 0:
-        fitting = [size for size in batch_sizes if size <= num_images]
-        size = max(fitting)
-        if num_images > 2 and num_images + 1 in batch_sizes:
-            size = num_images + 1
-        parts.append(size)
-        num_images -= size
-    return parts
 
 
 def available_cpus() -> int:

@@ -152,13 +152,13 @@ def test_a_translation_that_dies_is_told(openvino: Any, monkeypatch: pytest.Monk
 
 @torch.inference_mode()
 def test_a_graph_that_computes_something_else_is_not_used(openvino: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_right = openvino.Compiler.compile
+    compile_right = openvino.Compiler.graph
 
     def compile_wrong(*args: Any) -> Any:
         run = compile_right(*args)
         return lambda images: run(images) + 1
 
-    monkeypatch.setattr(openvino.Compiler, "compile", compile_wrong)
+    monkeypatch.setattr(openvino.Compiler, "graph", compile_wrong)
     backend = choose_backend(loaded(), CPU, "fp32", BackendOptions("auto", 1, max_batch_size=1))
     assert backend.info.name == "torch"
     assert "differ from torch's" in backend.info.reason
@@ -168,16 +168,16 @@ def test_a_translation_is_made_once_for_the_same_weights(
     openvino: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded()
-    first = openvino.Compiler(model.merged, (64, 64), 1, tmp_path).compile((3, 0), 1, "fp32")(images(1))
+    first = openvino.Compiler(model.merged, (64, 64), 1, tmp_path).graph((3, 0), 1, "fp32")(images(1))
     translate = openvino.to_openvino
     monkeypatch.setattr(openvino, "to_openvino", None)
     assert torch.equal(
-        openvino.Compiler(model.merged, (64, 64), 1, tmp_path).compile((3, 0), 1, "fp32")(images(1)), first
+        openvino.Compiler(model.merged, (64, 64), 1, tmp_path).graph((3, 0), 1, "fp32")(images(1)), first
     )
 
     monkeypatch.setattr(openvino, "to_openvino", translate)
     torch.nn.init.constant_(model.merged.get_parameter("model.head.bias"), 2.0)
-    other = openvino.Compiler(model.merged, (64, 64), 1, tmp_path).compile((3, 0), 1, "fp32")(images(1))
+    other = openvino.Compiler(model.merged, (64, 64), 1, tmp_path).graph((3, 0), 1, "fp32")(images(1))
     torch.testing.assert_close(other, first + 2.0)
 
 
@@ -193,7 +193,11 @@ def test_auto_takes_bf16_only_where_it_is_faster(
         def __init__(self, *args: Any) -> None:
             pass
 
-        def compile(self, schedule: Any, batch_size: int, precision: str) -> Any:
+        def any_batch(self, schedule: Any, max_batch_size: int, precision: str) -> Any:
+            graph = self.graph(schedule, 1, precision)
+            return openvino.AnyBatch(graph, {1: graph}, 2)
+
+        def graph(self, schedule: Any, batch_size: int, precision: str, side_by_side: int = 1) -> Any:
             def run(images: Tensor) -> Tensor:
                 now[0] += fp32_s if precision == "fp32" else bf16_s
                 return model.merged(images, schedule)  # type: ignore[no-any-return]
@@ -208,11 +212,35 @@ def test_auto_takes_bf16_only_where_it_is_faster(
 
 
 @pytest.mark.parametrize(
-    "num_images, wanted",
-    [(1, [1]), (2, [2]), (3, [4]), (5, [4, 1]), (6, [4, 2]), (7, [8]), (13, [8, 4, 1]), (23, [8, 8, 8]), (32, [8] * 4)],
+    "num_images, threads, wanted",
+    [
+        (2, 2, [(1, 2)]),
+        (3, 2, [(2, 1), (1, 1)]),
+        (5, 2, [(2, 2), (1, 1)]),
+        (7, 2, [(4, 1), (2, 1), (1, 1)]),
+        (8, 2, [(4, 2)]),
+        (32, 2, [(4, 8)]),
+        (32, 16, [(2, 16)]),
+        (3, 16, [(1, 3)]),
+        (6, 1, [(4, 1), (2, 1)]),
+    ],
 )
-def test_batches_run_in_parts_of_sizes_that_are_compiled(num_images: int, wanted: list[int], openvino: Any) -> None:
-    assert openvino.parts_of(num_images, [1, 2, 4, 8]) == wanted
+def test_a_batch_is_cut_so_that_every_thread_has_a_part(
+    num_images: int, threads: int, wanted: list[tuple[int, int]], openvino: Any
+) -> None:
+    from server.engine.openvino_graphs import groups_of
+
+    assert groups_of(num_images, [1, 2, 4], threads) == wanted
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_parts_side_by_side_come_back_in_their_order(threads: int, openvino: Any) -> None:
+    model = loaded()
+    run = openvino.Compiler(model.merged, (64, 64), threads).any_batch((5, 2), 11, "fp32")
+    for batch_size in (1, 2, 3, 7, 11):
+        wanted = model.merged(images(batch_size), (5, 2))
+        torch.testing.assert_close(run(images(batch_size)), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("text, wanted", [("max 100000", 6), ("150000 100000", 2), ("10000 100000", 1), ("", 6)])
