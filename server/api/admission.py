@@ -16,7 +16,7 @@ _WINDOW_S = 5.0
 _KNOWN = 30
 """After so many answers it is known; the first are those of a cold device."""
 
-_SLACK = 0.6
+_SLACK = 0.7
 """The share of its time that a request may wait for those before it; the batcher gives the rest to its batch."""
 
 LONGEST_TURN_S = 30.0

@@ -27,7 +27,7 @@ A = TypeVar("A")
 ARRIVALS_WINDOW_S = 2.0
 """Over which arrivals are counted: long enough that chance is small, short enough to follow a wave."""
 
-BATCH_SHARE = 0.4
+BATCH_SHARE = 0.3
 """A batch takes no more than this share of the time that its first job was given: it also waits for the one before."""
 
 K_contra = TypeVar("K_contra", contravariant=True)

@@ -489,7 +489,7 @@ async def test_a_batch_is_no_larger_than_its_deadline_allows() -> None:
     async with bench() as it:
         it.batcher.speed.expect("a", 0.0, 2.0)
         await it.keep_busy()
-        tasks = [await it.queued("a", payload, timeout_s=10) for payload in range(4)]
+        tasks = [await it.queued("a", payload, timeout_s=14) for payload in range(4)]
         it.device.gate.set()
         await asyncio.gather(*tasks)
-        assert [payloads for _, payloads in it.device.batches[1:]] == [[0, 1], [2, 3]]  # 4 of 10 s each
+        assert [payloads for _, payloads in it.device.batches[1:]] == [[0, 1], [2, 3]]  # 4 of 14 s each
