@@ -15,12 +15,27 @@ from typing import Any, TypeVar
 
 from server.dial import AutoR, Schedule
 from server.engine.auto import AutoDial
-from server.engine.batcher import Answer, Batcher
+from server.engine.batcher import Batcher
 from server.engine.knob import Rung
 from server.errors import ServerError
 from server.types import BatchKey
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What became of one request that was answered in time.
+
+    Attributes:
+        latency_s: From its arrival to its answer.
+        schedule: What it was computed with.
+        agreement: Expected agreement with r=0, or None where it is unknown.
+    """
+
+    latency_s: float
+    schedule: Schedule
+    agreement: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +66,32 @@ def simulate(
     max_batch_size: int = 32,
     max_queue_size: int = 256,
 ) -> Outcome:
-    """Serves a load.
+    """Serves a load, and sums up what became of it; `replay` has the arguments."""
+    served, order = replay(
+        steps, arrivals, deadline_s, setting, max_batch_size=max_batch_size, max_queue_size=max_queue_size
+    )
+    answers = [answer for answer in served if answer is not None]
+    latencies = sorted(answer.latency_s for answer in answers)
+    known = [answer.agreement for answer in answers if answer.agreement is not None]
+    return Outcome(
+        goodput=len(answers) / len(served),
+        p99_s=latencies[int(0.99 * (len(latencies) - 1))] if latencies else 0.0,
+        agreement=statistics.mean(known) if known and len(known) == len(answers) else None,
+        mean_r=statistics.mean(statistics.mean(answer.schedule) for answer in answers) if answers else 0.0,
+        turns=sum(before != after for before, after in zip(order, order[1:], strict=False)),
+    )
+
+
+def replay(
+    steps: Sequence[Rung],
+    arrivals: Iterable[float],
+    deadline_s: float,
+    setting: Schedule | AutoR,
+    *,
+    max_batch_size: int = 32,
+    max_queue_size: int = 256,
+) -> tuple[list[Served | None], list[Schedule]]:
+    """Serves a load, request by request.
 
     Args:
         steps: The ladder, r=0 first; a batch takes what its step says.
@@ -60,6 +100,9 @@ def simulate(
         setting: A schedule of the ladder for all requests, or the bounds of `auto`.
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
+
+    Returns:
+        What became of each request, None for one that was not answered; and the schedule of each batch.
     """
     return _in_virtual_time(_serve(steps, list(arrivals), deadline_s, setting, max_batch_size, max_queue_size))
 
@@ -71,7 +114,7 @@ async def _serve(
     setting: Schedule | AutoR,
     max_batch_size: int,
     max_queue_size: int,
-) -> Outcome:
+) -> tuple[list[Served | None], list[Schedule]]:
     loop = asyncio.get_running_loop()
     cost = {step.schedule: step for step in steps}
     order: list[Schedule] = []
@@ -93,27 +136,19 @@ async def _serve(
     key = auto.open(setting) if isinstance(setting, AutoR) else BatchKey("simulated", setting, (0, 0))
     batcher.start()
 
-    async def request(at: float) -> tuple[float, Answer[BatchKey | None, None]] | None:
+    async def request(at: float) -> Served | None:
         await asyncio.sleep(at - loop.time())
         try:
             answer = await batcher.submit(key, None, deadline_s)
         except ServerError:
             return None
-        return loop.time() - at, answer
+        assert answer.key is not None
+        schedule = answer.key.schedule
+        return Served(loop.time() - at, schedule, auto.expected_agreement(schedule))
 
-    answers = [answer for answer in await asyncio.gather(*map(request, arrivals)) if answer is not None]
+    served = await asyncio.gather(*map(request, arrivals))
     await batcher.close()
-    latencies = sorted(latency for latency, _ in answers)
-    schedules = [answer.key.schedule for _, answer in answers if answer.key is not None]
-    agreements = [auto.expected_agreement(schedule) for schedule in schedules]
-    known = [agreement for agreement in agreements if agreement is not None]
-    return Outcome(
-        goodput=len(answers) / len(arrivals),
-        p99_s=latencies[int(0.99 * (len(latencies) - 1))] if latencies else 0.0,
-        agreement=statistics.mean(known) if known and len(known) == len(agreements) else None,
-        mean_r=statistics.mean(statistics.mean(schedule) for schedule in schedules) if schedules else 0.0,
-        turns=sum(before != after for before, after in zip(order, order[1:], strict=False)),
-    )
+    return served, order
 
 
 def _in_virtual_time(work: Coroutine[Any, Any, T]) -> T:
