@@ -14,10 +14,10 @@ from server.dial import AutoR, Schedule
 BUSY = 0.95
 """The share of a rung's capacity that arrivals may take."""
 
-SLACK = 0.5
+SLACK = 0.4
 """The share of its remaining time by which every waiting job must be done."""
 
-CALM_BUSY, CALM_SLACK = 0.9, 0.35
+CALM_BUSY, CALM_SLACK = 0.9, 0.3
 """A lower rung must do with these shares before the dial comes down."""
 
 HOLD_S = 1.0
