@@ -2,10 +2,10 @@
 
 python -m benchmarks.fleet --curve CURVE.json --photos-per-s 100000 --price 0.10
 
-CURVE.json is what `tome-server calibrate` keeps for a model on a machine; --price is what an hour of that machine costs,
-in whatever currency. The first table is arithmetic: machines at `--busy` of their capacity, and the cost of a million
-photos. The second replays the load in virtual time by the server's own batcher and policy: three zones that are sized
-for r=0, of which one is lost for half a minute, so that every machine left gets half as much again. Arrivals at a
+CURVE.json is what `tome-server calibrate` keeps for a model on a machine; --price is what an hour of that machine
+costs, in whatever currency. The first table is arithmetic: machines at `--busy` of their capacity, and the cost of a
+million photos. The second replays the load in virtual time by the server's own batcher and policy: three zones that are
+sized for r=0, of which one is lost for half a minute, so that every machine left gets half as much again. Arrivals at a
 machine are Poisson, as behind a balancer that knows nothing; `--machines` of them are replayed, and stand for all. The
 last line is JSON: {"sizing": [...], "zone_lost": [{"policy", "phase", "goodput", "p99_ms", "mean_r", "agreement"}]}.
 """
