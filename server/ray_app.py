@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 NAME = "tome"
 """The deployment, as config files name it."""
 
-_OF_RAY = {"host", "port", "http_workers"}
+_OF_RAY = {"host", "port", "http_workers", "drain_delay_s"}
 
 
 def build(args: dict[str, Any]) -> Application:
