@@ -44,16 +44,12 @@ MOST_CLIENTS = 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="bundled", help="as for tome-server serve")
-    parser.add_argument("--weights", help="safetensors file for a timm name")
-    parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
+    add_server(parser)
     parser.add_argument("--loads", default="0.5,0.8,1,1.5,2,3", help="times the capacity of r=0")
     parser.add_argument("--max-r", type=int, default=16, help="r=max, and the most that auto may take")
     parser.add_argument("--seconds", type=float, default=20, help="of each load")
     parser.add_argument("--deadline-ms", type=float, default=1000)
     parser.add_argument("--limit", type=int, help="use this many photos")
-    parser.add_argument("--backend", default="auto", help="as for tome-server serve")
-    parser.add_argument("--precision", default="auto", help="as for tome-server serve")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into this file")
     args = parser.parse_args()
 
@@ -88,6 +84,15 @@ def main() -> None:
 
         draw_dial(rows, args.plot)
     print(json.dumps({"model": name, "capacity": capacity, "rows": rows}))
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """What `serving` and `read_photos` are told, but for the most that auto may take (max_r)."""
+    parser.add_argument("--model", default="bundled", help="as for tome-server serve")
+    parser.add_argument("--weights", help="safetensors file for a timm name")
+    parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
+    parser.add_argument("--backend", default="auto", help="as for tome-server serve")
+    parser.add_argument("--precision", default="auto", help="as for tome-server serve")
 
 
 def read_photos(folder: Path, limit: int | None) -> tuple[list[bytes], list[int]]:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dial import MOST_CLIENTS, measure_capacity, patch, read_photos, serving
+from benchmarks.dial import MOST_CLIENTS, add_server, measure_capacity, patch, read_photos, serving
 from server.bench.client import Client, Target
 from server.bench.load import Reply, Request, open_loop, poisson
 from server.bench.rows import is_good
@@ -33,16 +33,12 @@ PARTS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="bundled", help="as for tome-server serve")
-    parser.add_argument("--weights", help="safetensors file for a timm name")
-    parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
+    add_server(parser)
     parser.add_argument("--load", type=float, default=3.0, help="times the capacity")
     parser.add_argument("--r", type=int, default=0, help="the deployment's")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--deadline-ms", type=float, default=2000)
     parser.add_argument("--limit", type=int, default=200, help="use this many photos")
-    parser.add_argument("--backend", default="auto", help="as for tome-server serve")
-    parser.add_argument("--precision", default="auto", help="as for tome-server serve")
     args = parser.parse_args()
     args.max_r = args.r  # what `serving` lets auto take, which is not used here
 

@@ -92,7 +92,7 @@ class Replica:
         if settings.shared_config is not None:
             return open_store(settings, check)
         start = {spec.name: spec.r or 0 for spec in settings.specs()}
-        self._config = PushedConfig(start, "Ray's user_config", check)
+        self._config = PushedConfig(start, "Ray's user_config", None, check)
         return self._config
 
     def __serve_build_asgi_app__(self) -> FastAPI:

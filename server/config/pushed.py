@@ -1,20 +1,17 @@
-"""A live configuration that somebody else pushes into this process: `user_config` of Ray Serve."""
+"""A live configuration that somebody else decides and this process is told: `user_config` of Ray Serve, a file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from server.config.shared import Check, SharedConfig
+from server.config.shared import SharedConfig
 from server.dial import RSetting
 from server.errors import ConflictError, ServerError
 from server.types import Configuration
 
 
 class PushedConfig(SharedConfig):
-    """Holds what it was told last. The version is this process's own count, which starts with it."""
-
-    def __init__(self, start: Mapping[str, RSetting], source: str, check: Check) -> None:
-        super().__init__(start, source, None, check)
+    """Holds what it was told last. The version is this server's own count."""
 
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
         raise ConflictError(f"the configuration is that of {self._source}; change it there")

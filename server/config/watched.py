@@ -9,37 +9,34 @@ from typing import Any
 
 import yaml
 
-from server.config.shared import Check, SharedConfig
+from server.config.pushed import PushedConfig
+from server.config.shared import Check
 from server.dial import RSetting, parse_setting
-from server.errors import ConflictError, InvalidError, ServerError
+from server.errors import InvalidError, ServerError
 from server.settings import SettingsError
-from server.types import Configuration
 
 POLL_S = 0.3
 """A look costs microseconds, and works where notifications do not: on network mounts, over the swap of a symlink."""
 
 
-class WatchedFile(SharedConfig):
+class WatchedFile(PushedConfig):
     """Follows a YAML or JSON file: `models: {NAME: {r: 8}}`, with `max_r` and `min_agreement` beside `r: auto`.
 
     The file is read as a whole whenever what it holds has changed, through whatever symbolic links lead to it. One that
-    cannot be read or is wrong changes nothing; at the start it ends the start. The version is this server's own count.
+    cannot be read or is wrong changes nothing; at the start it ends the start.
 
     Raises:
         SettingsError: It cannot be read, or names an `r` that a model cannot merge, or a model that is not served.
     """
 
     def __init__(self, start: Mapping[str, RSetting], path: str, cache: Path | None, check: Check) -> None:
-        super().__init__(start, path, cache, check)
+        super().__init__(start, f"the file {path}", cache, check)
         self._path = Path(path)
         try:
             self._seen = self._path.read_bytes()
-            self._take_over(self._seen)
+            self.take_over(_models(self._seen))
         except (OSError, ServerError) as error:
             raise SettingsError(f"shared configuration {path}: {error}") from error
-
-    async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
-        raise ConflictError(f"the configuration is that of the file {self._path}; change it there")
 
     async def follow(self) -> None:
         while True:
@@ -52,17 +49,10 @@ class WatchedFile(SharedConfig):
             if content != self._seen:
                 self._seen = content
                 try:
-                    self._take_over(content)
+                    self.take_over(_models(content))
                 except ServerError as error:
-                    self._say_refused(error)
+                    self.refuse(error)
             self._say_reached()
-
-    def _take_over(self, content: bytes) -> None:
-        models = _models(content)
-        if models != self._shared.models:
-            self._adopt(Configuration(self._shared.version + 1, models))
-        else:
-            self._say_taken()
 
 
 def _models(content: bytes) -> dict[str, RSetting]:

@@ -34,7 +34,8 @@ class AnyBatch:
     """
 
     def __init__(self, lone: Run, side_by_side: Mapping[int, Run], threads: int) -> None:
-        self.graphs: Sequence[tuple[int, Run]] = [(1, lone), *side_by_side.items()]
+        several = [(size, run) for size, run in side_by_side.items() if run is not lone]
+        self.graphs: Sequence[tuple[int, Run]] = [(1, lone), *several]
         self._lone, self._side_by_side, self._threads = lone, side_by_side, threads
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -57,9 +58,9 @@ def any_batch(graph: Callable[[int, int], Run], threads: int, max_batch_size: in
     """
     sizes = [size for size in BATCH_SIZES if size <= max(1, math.ceil(max_batch_size / threads))]
     lone = graph(1, 1)
-    if max_batch_size == 1 or threads == 1:
-        return AnyBatch(lone, {1: lone} | {size: graph(size, 1) for size in sizes[1:]}, threads)
-    return AnyBatch(lone, {size: graph(size, threads) for size in sizes}, threads)
+    lone_will_do = 1 in (threads, max_batch_size)
+    side_by_side = {size: lone if size == 1 and lone_will_do else graph(size, threads) for size in sizes}
+    return AnyBatch(lone, side_by_side, threads)
 
 
 def groups_of(num_images: int, sizes: Sequence[int], threads: int) -> list[tuple[int, int]]:
