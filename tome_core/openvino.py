@@ -1,9 +1,11 @@
 """A model at one `r` in OpenVINO, the runtime that is fastest on CPUs.
 
-The graph is torch's but for three things. Merging is one operator to torch, and is written here in OpenVINO's own, with
-tables of whole rows where torch's form would move an index for every number. A joint projection becomes one for each
-part, and queries are scaled instead of scores, so that OpenVINO's fused attention takes them as they come. Whatever
-decides which tokens merge, and the sizes, stays float32 where the layers run in bfloat16.
+The graph is torch's but for four things. Merging is one operator to torch, and is written here in OpenVINO's own, with
+tables of whole rows where torch's form would move an index for every number; or is one operator to OpenVINO too, where
+that could be compiled (`openvino_operator`). A joint projection becomes one for each part, and queries are scaled
+instead of scores, so that OpenVINO's fused attention takes them as they come. What a norm multiplies and adds goes into
+the weights of the layers that read it. Whatever decides which tokens merge, and the sizes, stays float32 where the
+layers run in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from tome_core.export import export_program
 from tome_core.matching import match
@@ -66,13 +69,17 @@ class _OneOperator(MergedViT):
         return Tokens(x, torch.ops.tome_core.merged_size(x, size))
 
 
-def to_openvino(merged: MergedViT, r: RLike, input_size: tuple[int, int]) -> openvino.Model:
+def to_openvino(
+    merged: MergedViT, r: RLike, input_size: tuple[int, int], operator: Path | None = None
+) -> openvino.Model:
     """Translates the model at one `r` to OpenVINO.
 
     Args:
         merged: The merging model, in eval mode and float32.
         r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
         input_size: Height and width of its images, in pixels.
+        operator: What `build_operator` has made, which whoever reads the model must have as an extension; None merges
+            by OpenVINO's own operators.
 
     Returns:
         A model of images (B, 3, H, W) that gives logits (B, K), for any B; `reshape` it to the batch size to be run,
@@ -90,6 +97,8 @@ def to_openvino(merged: MergedViT, r: RLike, input_size: tuple[int, int]) -> ope
     program = export_program(_OneOperator(merged.model), r, input_size)
     _split_projections(program)
     _scale_queries(program)
+    _fold_norms(program)
+    translate = _translate if operator is None else _calls_of(operator)
     shapes = iter(
         node.args[1].meta["val"].shape[1:]
         for node in program.graph.find_nodes(
@@ -99,7 +108,7 @@ def to_openvino(merged: MergedViT, r: RLike, input_size: tuple[int, int]) -> ope
     sizes: dict[str, Any] = {}
 
     def tokens(node: Any) -> list[Any]:
-        merged, size = _translate(node, *next(shapes))
+        merged, size = translate(node, *next(shapes))
         sizes[merged.get_node().get_friendly_name()] = size
         return [merged]
 
@@ -144,6 +153,35 @@ def save(model: openvino.Model, file: Path) -> None:
     tree.write(file)
 
 
+def _rows_of(keys: Any) -> Any:
+    """Keys (B, num_heads, N, D) as (B, N, num_heads * D)."""
+    import numpy as np
+    from openvino import opset15 as ops
+
+    if keys.get_node().get_type_name() == "Transpose":  # before it the heads of a token lie side by side
+        keys = keys.get_node().input_value(0)
+    else:
+        keys = ops.transpose(keys, ops.constant(np.array([0, 2, 1, 3])))
+    return ops.reshape(keys, ops.constant(np.array([0, 0, -1])), True)
+
+
+def _calls_of(library: Path) -> Any:
+    """What `_translate` is, by the compiled operator."""
+    from openvino.utils.node_factory import NodeFactory
+
+    factory = NodeFactory()
+    factory.add_extension(str(library))
+
+    def call(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
+        x, keys, size = (node.get_input(i) for i in range(3))
+        r, num_prefix_tokens = (node.get_values_from_const_input(i) for i in (3, 4))
+        facts = {"r": min(r, max_r(N, num_prefix_tokens)), "num_prefix_tokens": num_prefix_tokens}
+        made = factory.create("MergeTokens", [x, _rows_of(keys), size], facts | {"num_heads": num_heads})
+        return made.output(0), made.output(1)
+
+    return call
+
+
 def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     """The operator `merged_tokens`, over keys (B, num_heads, N, D), in OpenVINO's."""
     import numpy as np
@@ -168,13 +206,9 @@ def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     src = np.arange(num_prefix_tokens + num_prefix_tokens % 2, N, 2, dtype=np.int32)
     dst = np.arange(num_prefix_tokens + 1 - num_prefix_tokens % 2, N, 2, dtype=np.int32)
 
-    if keys.get_node().get_type_name() == "Transpose":  # before it the heads of a token lie side by side
-        keys = keys.get_node().input_value(0)
-    else:
-        keys = ops.transpose(keys, integers(0, 2, 1, 3))
     # Cosine similarity knows no scale: the sum over heads does for their mean, and a product sums fastest.
     heads = ops.constant(np.tile(np.eye(D, dtype=np.float32), (num_heads, 1)))
-    metric = ops.matmul(ops.reshape(keys, integers(0, 0, -1), True), heads, False, False)
+    metric = ops.matmul(_rows_of(keys), heads, False, False)
     # Root mean square for the norm, which differs by a factor that decides nothing, and is one fused operation.
     square = ops.reduce_mean(ops.power(metric, ops.constant(np.float32(2))), integers(2), True)
     root = ops.sqrt(ops.add(square, ops.constant(np.float32(1e-24))))
@@ -251,3 +285,38 @@ def _scale_queries(program: ExportedProgram) -> None:
         attention.args = (scaled, *attention.args[1:])
         attention.kwargs = {**attention.kwargs, "scale": 1.0}
     program.graph_module.recompile()
+
+
+def _fold_norms(program: ExportedProgram) -> None:
+    """Puts the weight and bias of a norm into the linear layers that read it: one operation less at every call."""
+    graph = program.graph
+    for norm in graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default):
+        x, widths, weight, bias, *rest = norm.args
+        linears = _linears_after(norm, norm.meta["val"].ndim - 1)
+        if not linears or None in (weight, bias) or len(widths) != 1:
+            continue
+        for linear in linears:
+            rows, layer, *shift = linear.args
+            with graph.inserting_before(linear):
+                scaled = graph.call_function(torch.ops.aten.mul.Tensor, (layer, weight))
+                shifted = graph.call_function(torch.ops.aten.linear.default, (bias, layer, *shift))
+            linear.args = (rows, scaled, shifted)
+        norm.args = (x, widths, None, None, *rest)
+    program.graph_module.recompile()
+
+
+def _linears_after(node: Node, last: int) -> list[Node]:
+    """The linear layers that read a node, or some of its rows; none where anything else reads it too."""
+    linears = []
+    for user in node.users:
+        cuts_rows = user.target in (torch.ops.aten.slice.Tensor, torch.ops.aten.select.int)
+        if user.target is torch.ops.aten.linear.default and user.args[0] is node:
+            linears.append(user)
+        elif user.target is torch.ops.aten.dropout.default or (cuts_rows and user.args[1] in range(last)):
+            further = _linears_after(user, last)
+            if not further:
+                return []
+            linears += further
+        else:
+            return []
+    return linears

@@ -33,6 +33,7 @@ from server.lifetime import end_with_parent
 from server.models import LoadedModel
 from server.types import BackendInfo
 from tome_core.openvino import save, to_openvino
+from tome_core.openvino_operator import build_operator, to_bfloat16
 
 if TYPE_CHECKING:
     from server.engine.backend import BackendOptions
@@ -195,7 +196,8 @@ class Compiler:
         if cache_dir is None:
             cache_dir = Path(tempfile.mkdtemp(prefix="tome-server-openvino-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
-        self._folder = cache_dir / _fingerprint(merged, input_size)
+        self._operator = self._built(cache_dir)
+        self._folder = cache_dir / _fingerprint(merged, input_size, self._operator)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -223,6 +225,8 @@ class Compiler:
         """
         model = self._core.read_model(self._translated(schedule))
         model.reshape([batch_size, 3, *self.input_size])
+        if precision == "bf16":
+            to_bfloat16(model)
         config = config_of(precision, self.threads, side_by_side) | {
             "CACHE_DIR": str(self._folder / "compiled"),
             "CACHE_MODE": "OPTIMIZE_SIZE",  # weights come from the translation
@@ -241,7 +245,7 @@ class Compiler:
         if file.exists():
             return
         # Pickled here: multiprocessing would put the weights in shared memory, of which a container has 64 MB.
-        args = (pickle.dumps(self._merged), schedule, self.input_size, file)
+        args = (pickle.dumps(self._merged), schedule, self.input_size, file, self._operator)
         process = multiprocessing.get_context("spawn").Process(target=_translate_pickled, args=args, name="translation")
         process.start()
         process.join()
@@ -252,21 +256,36 @@ class Compiler:
         """The schedule's graph as a file: the one that is there, or a new one."""
         file = self._file(schedule)
         if not file.exists():
-            _translate(self._merged, schedule, self.input_size, file)
+            _translate(self._merged, schedule, self.input_size, file, self._operator)
         return file
+
+    def _built(self, folder: Path) -> Path | None:
+        """The compiled operator, or None where OpenVINO's own operators have to do."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            operator = build_operator(folder)
+            self._core.add_extension(operator)
+        except RuntimeError as error:  # OperatorError is one
+            logger.info("OpenVINO merges by its own operators, which takes longer: %s", error)
+            return None
+        return operator
 
     def _file(self, schedule: Schedule) -> Path:
         return self._folder / f"r{text_of(r_of(schedule)).replace(',', '-')}.xml"
 
 
-def _translate_pickled(merged: bytes, schedule: Schedule, input_size: tuple[int, int], file: Path) -> None:
+def _translate_pickled(
+    merged: bytes, schedule: Schedule, input_size: tuple[int, int], file: Path, operator: Path | None
+) -> None:
     end_with_parent()
-    _translate(pickle.loads(merged), schedule, input_size, file)
+    _translate(pickle.loads(merged), schedule, input_size, file, operator)
 
 
 @torch.no_grad()
-def _translate(merged: tome_core.MergedViT, schedule: Schedule, input_size: tuple[int, int], file: Path) -> None:
-    model = to_openvino(merged, schedule, input_size)
+def _translate(
+    merged: tome_core.MergedViT, schedule: Schedule, input_size: tuple[int, int], file: Path, operator: Path | None
+) -> None:
+    model = to_openvino(merged, schedule, input_size, operator)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         written = Path(folder) / file.name
         save(model, written)
@@ -284,13 +303,13 @@ def available_cpus() -> int:
     return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))
 
 
-def _fingerprint(merged: tome_core.MergedViT, input_size: tuple[int, int]) -> str:
+def _fingerprint(merged: tome_core.MergedViT, input_size: tuple[int, int], operator: Path | None) -> str:
     """A name for all that a graph depends on but the schedule: weights, layers, versions, and our own code."""
     digest = hashlib.sha256()
     for name, tensor in merged.model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
-    digest.update(repr((merged.model, input_size)).encode())
+    digest.update(repr((merged.model, input_size, operator and operator.name)).encode())
     digest.update(repr((openvino.__version__, torch.__version__, timm.__version__)).encode())
     for file in sorted(Path(tome_core.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
