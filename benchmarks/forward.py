@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each")
     parser.add_argument("--replay", action="store_true", help="as recorded CUDA graphs")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into this file")
-    parser.add_argument("--profile", action="store_true", help="time of each kernel, for ours")
+    parser.add_argument(
+        "--profile", action="store_true", help="time of each kernel, for ours and openvino (there by one thread)"
+    )
     args = parser.parse_args()
 
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
@@ -87,6 +89,10 @@ def main() -> None:
             for contender in entered:
                 if contender.impl == "ours":
                     profile(contender)
+                if contender.impl == "openvino":
+                    from benchmarks.runtimes import profile_openvino
+
+                    profile_openvino(model, contender.r, images)
     if args.plot:
         from benchmarks.plot import draw_forward
 

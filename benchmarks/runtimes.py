@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from server.engine.openvino import Compiler
 from server.engine.openvino_graphs import any_batch, config_of, run_of
 
 Run = Callable[[Tensor], object]
+WARM_UP = 5
 
 
 def openvino_ours(model: Any, r: int, images: Tensor) -> Run:
@@ -37,7 +39,7 @@ def openvino_timm(model: Any, r: int, images: Tensor) -> Run:
         config = config_of(_precision(images), threads, side_by_side)
         return run_of(core.compile_model(converted, "CPU", config), size, side_by_side)
 
-    return any_batch(graph, threads, len(images))
+    return any_batch(graph, threads, len(images), _precision(images))
 
 
 def onnxruntime_ours(model: Any, r: int, images: Tensor) -> Run:
@@ -53,6 +55,30 @@ def onnxruntime_timm(model: Any, r: int, images: Tensor) -> Run:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(_float32(model), (images.float(),), path, dynamo=True, input_names=["images"])
         return _session(path, images)
+
+
+def profile_openvino(model: Any, r: int, images: Tensor, runs: int = 30) -> None:
+    """Prints OpenVINO's own time of each kind of operation, by one thread: medians, summed over the graph."""
+    merged = tome_core.wrap(_float32(model))
+    precision = _precision(images)
+    config = config_of(precision, 1, 1) | {"PERF_COUNT": True}
+    compiled = Compiler(merged, _size(images), 1).compiled((r,) * merged.num_blocks, len(images), precision, config)
+    request = compiled.create_infer_request()
+    took: dict[tuple[str, str, str], list[float]] = {}
+    for run in range(-WARM_UP, runs):
+        request.infer({0: images.float().numpy()})
+        for each in request.profiling_info:
+            if run >= 0:
+                name = (each.node_type, each.exec_type, each.node_name)
+                took.setdefault(name, []).append(1000 * each.real_time.total_seconds())
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for (kind, how, _), times in took.items():
+        if max(times):
+            kinds.setdefault((kind, how), []).append(statistics.median(times))
+    total = sum(map(sum, kinds.values()))
+    print(f"r={r}: {total:.3f} ms")
+    for (kind, how), times in sorted(kinds.items(), key=lambda item: -sum(item[1])):
+        print(f"  {sum(times) / total:>6.1%} {sum(times):>9.3f} ms {len(times):>4} x  {kind} ({how})")
 
 
 RUNNERS = {

@@ -22,7 +22,6 @@ constexpr int64_t LANES = 16, ROWS = 4;  // of a tile of similarities: ROWS src 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Indices __attribute__((vector_size(4 * LANES)));
 
-float* floats(std::vector<Lanes>& lanes) { return reinterpret_cast<float*>(lanes.data()); }
 int64_t vectors(int64_t length) { return (length + LANES - 1) / LANES; }
 
 struct BFloat16 {
@@ -74,19 +73,20 @@ void metric_of(const T* keys, const Shape& of, Lanes* metric) {
 template <class T>
 Proposals propose(const T* keys, const Shape& of) {
     const int64_t S = of.num_src(), K = of.num_dst(), width = vectors(K) + vectors(K) % 2, depth = vectors(of.D);
-    thread_local std::vector<Lanes> src, dst, metric;  // kept: fresh memory costs more than what is done to it
-    src.resize(S * depth);
-    dst.assign(of.D * width, Lanes{});  // dst lie side by side in lanes
-    metric.resize(depth);
+    thread_local std::vector<Lanes> memory;  // kept: fresh memory costs more than what is done to it
+    memory.resize(S * depth + of.D * width + depth);
+    Lanes *const src = memory.data(), *const dst = src + S * depth, *const metric = dst + of.D * width;
+    std::fill(dst, metric, Lanes{});  // dst lie side by side in lanes
+    float *const columns = reinterpret_cast<float*>(dst), *const values = reinterpret_cast<float*>(metric);
     for (int64_t token = of.num_prefix_tokens; token < of.N; ++token) {
         const int64_t at = (token - of.num_prefix_tokens) / 2;
         const T* own = keys + token * of.num_heads * of.D;
         if (token % 2 == 0) {
-            metric_of(own, of, &src[at * depth]);
+            metric_of(own, of, src + at * depth);
             continue;
         }
-        metric_of(own, of, metric.data());
-        for (int64_t d = 0; d < of.D; ++d) floats(dst)[d * width * LANES + at] = floats(metric)[d];
+        metric_of(own, of, metric);
+        for (int64_t d = 0; d < of.D; ++d) columns[d * width * LANES + at] = values[d];
     }
     const float lowest = -std::numeric_limits<float>::infinity();
     Indices lane;
@@ -97,12 +97,12 @@ Proposals propose(const T* keys, const Shape& of) {
         Lanes best[ROWS];
         Indices partner[ROWS] = {};
         for (int64_t i = 0; i < ROWS; ++i) {
-            rows[i] = floats(src) + std::min(first + i, S - 1) * depth * LANES;
+            rows[i] = reinterpret_cast<float*>(src + std::min(first + i, S - 1) * depth);
             best[i] = Lanes{} + lowest;
         }
         for (int64_t w = 0; w < width; w += 2) {
             Lanes tile[ROWS][2] = {};
-            const Lanes* column = &dst[w];
+            const Lanes* column = dst + w;
             for (int64_t d = 0; d < of.D; ++d, column += width)
                 for (int64_t i = 0; i < ROWS; ++i) {
                     tile[i][0] += rows[i][d] * column[0];

@@ -16,9 +16,10 @@ import shutil
 import tempfile
 import time
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import openvino
 import timm
@@ -152,7 +153,7 @@ class OpenVINOBackend:
         if not self._compiler.has_bf16:
             return "fp32", "this CPU has no bf16"
         threads = self._compiler.threads
-        size = max(size for size in BATCH_SIZES if size <= self._max_batch_size)
+        size = max(size for size in BATCH_SIZES["fp32"] if size <= self._max_batch_size)
         runs = {
             precision: self._compiler.graph(self._unmerged, size, precision, threads) for precision in ("fp32", "bf16")
         }
@@ -207,9 +208,11 @@ class Compiler:
 
     def any_batch(self, schedule: Schedule, max_batch_size: int, precision: str) -> AnyBatch:
         """Compiles a schedule for any number of images up to `max_batch_size`, or takes it from the cache."""
-        return any_batch(
-            lambda size, side_by_side: self.graph(schedule, size, precision, side_by_side), self.threads, max_batch_size
-        )
+
+        def graph(size: int, side_by_side: int) -> Run:
+            return self.graph(schedule, size, precision, side_by_side)
+
+        return any_batch(graph, self.threads, max_batch_size, precision)
 
     def graph(self, schedule: Schedule, batch_size: int, precision: str, side_by_side: int = 1) -> Run:
         """Compiles one graph, or takes it from the cache.
@@ -223,15 +226,21 @@ class Compiler:
         Returns:
             A function of any multiple of `batch_size` images.
         """
-        model = self._core.read_model(self._translated(schedule))
-        model.reshape([batch_size, 3, *self.input_size])
-        if precision == "bf16":
-            to_bfloat16(model)
         config = config_of(precision, self.threads, side_by_side) | {
             "CACHE_DIR": str(self._folder / "compiled"),
             "CACHE_MODE": "OPTIMIZE_SIZE",  # weights come from the translation
         }
-        return run_of(self._core.compile_model(model, "CPU", config), batch_size, side_by_side)
+        return run_of(self.compiled(schedule, batch_size, precision, config), batch_size, side_by_side)
+
+    def compiled(
+        self, schedule: Schedule, batch_size: int, precision: str, config: Mapping[str, Any]
+    ) -> openvino.CompiledModel:
+        """The graph as OpenVINO compiles it under its settings `config`."""
+        model = self._core.read_model(self._translated(schedule))
+        model.reshape([batch_size, 3, *self.input_size])
+        if precision == "bf16":
+            to_bfloat16(model)
+        return self._core.compile_model(model, "CPU", dict(config))
 
     def translate_aside(self, schedule: Schedule) -> None:
         """Makes the schedule's graph by a process of its own, so that answers go on.

@@ -243,6 +243,18 @@ def test_parts_side_by_side_come_back_in_their_order(threads: int, openvino: Any
         torch.testing.assert_close(run(images(batch_size)), wanted, atol=1e-4, rtol=1e-4)
 
 
+@torch.inference_mode()
+def test_merging_does_without_a_compiler(
+    openvino: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    model = loaded()
+    with caplog.at_level(logging.INFO):
+        run = openvino.Compiler(model.merged, (64, 64), 1).graph((5, 2), 3, "fp32")
+    assert "OpenVINO merges by its own operators, which takes longer: there is no C++ compiler" in caplog.text
+    torch.testing.assert_close(run(images(3)), model.merged(images(3), (5, 2)), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("text, wanted", [("max 100000", 6), ("150000 100000", 2), ("10000 100000", 1), ("", 6)])
 def test_threads_follow_the_share_of_the_container(
     text: str, wanted: int, openvino: Any, monkeypatch: pytest.MonkeyPatch
