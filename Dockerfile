@@ -5,7 +5,8 @@
 # What the package registry has of torch is CUDA's build: it runs everywhere, and is large. Build arguments:
 #   PIP_OPTIONS       goes to pip: "--extra-index-url URL" of a CPU build of torch makes a much smaller image
 #   EXTRAS            extras of ours to install, apart by spaces
-#   RUNTIME_PACKAGES  Debian packages: "gcc libc6-dev" lets Triton build its launcher, without which a GPU runs unfused
+#   RUNTIME_PACKAGES  Debian packages: "gcc libc6-dev" lets Triton build its launcher, without which a GPU runs unfused;
+#                     "g++" lets OpenVINO merge by one operator of ours, which bf16 and lone images gain by
 FROM python:3.11-slim AS build
 ARG PIP_OPTIONS=""
 ARG EXTRAS="openvino redis"

@@ -10,8 +10,8 @@ All of them run in turn on the same random images, weights are random too. What 
 it is; "unfused" merges by the paper's maths in plain PyTorch, "plain" and "ours" by tome_core without and with its
 kernels, "openvino" and "onnxruntime" are our model in those runtimes. "speed-up" is over the same one's r=0, "ideal"
 is what the arithmetic saved would give. `--replay` runs each as a recorded CUDA graph, without its launches;
-`--profile` shows where the time goes. The last line is JSON: {"rows": [{"impl", "r", "batch", "images_per_s", "ms",
-"speedup", "flop_ideal", "tflops"}], ...}.
+`--profile` shows where the time goes, of OpenVINO by one thread. The last line is JSON: {"rows": [{"impl", "r",
+"batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
 """
 
 from __future__ import annotations
