@@ -14,11 +14,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from server import metrics
 from server.api.access import ERRORS, UsingAdmission, UsingEngine, UsingSettings, check_key
 from server.api.body import Upload, read_request
-from server.api.decode import decode
+from server.api.decode import decode_for
 from server.api.patience import at_most, unless_client_leaves
 from server.api.schemas import AutoChoice, Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
 from server.dial import AutoR, RSetting, Schedule, label_of, parse_setting, r_of, text_of
-from server.errors import InvalidError, ServerError
+from server.errors import InvalidError, ServerError, TooLargeError, UndecodableError, UnsupportedError
 from server.types import Choice, Engine, Job, ModelInfo, Prediction, TopK, find_model
 
 router = APIRouter(responses=ERRORS)
@@ -75,7 +75,7 @@ async def classify(
                 if isinstance(r, AutoR):
                     choice = await engine.choose(info.name, r)
                 job = replace(job, r=choice.schedule if choice else info.schedule(r))
-            decoding = functools.partial(decode, preprocessing=info.preprocessing, max_pixels=settings.max_image_pixels)
+            decoding = functools.partial(decode_for, info, max_pixels=settings.max_image_pixels)
             work = _classify_all(uploads, job, decoding, request.app.state.decoders, engine)
             async with at_most(job.timeout_s):
                 answers = await unless_client_leaves(request, work)
@@ -135,23 +135,24 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], longest_s: fl
 async def _classify_all(
     uploads: Sequence[Upload],
     job: Job,
-    decoding: Callable[[bytes], bytes],
+    decoding: Callable[[bytes], tuple[bytes, int]],
     decoders: Executor,
     engine: Engine,
 ) -> list[tuple[float, Prediction]]:
     """Seconds of decoding, and the prediction, for each image; the first failure withdraws the others."""
 
     async def classify_one(index: int, upload: Upload) -> tuple[float, Prediction]:
-        start = time.perf_counter()
+        start, loop = time.perf_counter(), asyncio.get_running_loop()
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(decoders, decoding, upload.encoded)
-        except ServerError as error:
+            pixels, jpeg_pixels = await loop.run_in_executor(decoders, decoding, upload.encoded)
+            decode_s = time.perf_counter() - start
+            metrics.DECODE_S.observe(decode_s)
+            left_s = max(job.timeout_s - decode_s, 0.0)
+            one = replace(job, pixels=pixels, jpeg_pixels=jpeg_pixels, timeout_s=left_s)
+            return decode_s, await engine.classify(one)
+        except (UndecodableError, UnsupportedError, TooLargeError) as error:  # of this image, here or in the engine
             error.details.update(image=index, filename=upload.filename)
             raise
-        decode_s = time.perf_counter() - start
-        metrics.DECODE_S.observe(decode_s)
-        left_s = max(job.timeout_s - decode_s, 0.0)
-        return decode_s, await engine.classify(replace(job, pixels=pixels, timeout_s=left_s))
 
     tasks = [asyncio.ensure_future(classify_one(index, upload)) for index, upload in enumerate(uploads)]
     try:

@@ -1,8 +1,8 @@
 """The local socket between HTTP processes and the engine process: both of its ends, and the frames that cross it.
 
-A frame is two lengths, a JSON head and raw bytes (pixels). Calls carry an id and are answered in any order; a caller
-that gives up sends `cancel`. When the connection breaks, every call in flight fails at once, and the engine withdraws
-the jobs of the process that is gone.
+A frame is two lengths, a JSON head and raw bytes (pixels, or a JPEG file). Calls carry an id and are answered in any
+order; a caller that gives up sends `cancel`. When the connection breaks, every call in flight fails at once, and the
+engine withdraws the jobs of the process that is gone.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class RemoteEngine:
     async def _call_for(self, job: Job, operation: str) -> Any:
         r = None if job.r is None else setting_to_json(job.r)
         head = {"model": job.model, "r": r, "top_k": job.top_k, "timeout_s": job.timeout_s}
+        head["jpeg_pixels"] = job.jpeg_pixels
         # The engine keeps the deadline; the second more is for an engine that no longer does.
         return await self._call(operation, head, job.pixels, timeout_s=job.timeout_s + 1)
 
