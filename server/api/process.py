@@ -41,6 +41,7 @@ def main(settings: Settings, listener: socket.socket, socket_path: str, pulse: P
     config = uvicorn.Config(
         app,
         http=Connection,
+        loop="uvloop",
         ws="none",
         log_config=None,
         access_log=False,
