@@ -17,12 +17,13 @@ from server.api.decode import decode
 from server.engine import decoding, preparing
 from server.engine.decoding import decode_jpegs, engine_decodes
 from server.engine.preparing import Preparer
+from server.engine.process import build_engine
 from server.engine.runner import Prepared, Runner
 from server.errors import ServerError, UndecodableError
 from server.models import LoadedModel, load_model
-from server.settings import ModelSpec, SettingsError
+from server.settings import ModelSpec, Settings, SettingsError
 from server.types import Job
-from tests.server.conftest import encode
+from tests.server.conftest import encode, serving
 
 CPU = torch.device("cpu")
 MAX_PIXELS = 1_000_000
@@ -179,3 +180,22 @@ def test_files_are_decoded_in_parts_that_memory_holds(
     assert parts == [2, 2, 1]
     assert isinstance(whole[0], Prepared) and isinstance(split[0], Prepared)
     assert torch.equal(whole[0].batch, split[0].batch)
+
+
+async def test_one_process_of_both_sides_decodes_in_its_engine() -> None:
+    """As a replica of Ray holds them: the application around the engine itself."""
+    told: dict[str, Any] = {"decode": "device", "device": "cpu", "backend": "torch", "state_dir": None, "threads": 1}
+    engine = build_engine(Settings.model_validate(told))
+    engine.start()
+    photo, png = jpeg(90, 70), encode(noise(90, 70))
+    async with serving(engine=engine) as service:
+        (info,) = engine.catalog().values()
+        assert info.decodes_jpeg
+        for file in (photo, png):
+            answer = (await service.classify(file, r=4)).json()
+            assert answer["r"] == 4 and len(answer["results"][0]["top_k"]) == 5
+        error = (await service.classify(broken(), status=400)).json()["error"]
+        assert error["code"] == "undecodable" and error["details"]["image"] == 0
+        explained = await service.client.post("/v1/explain", content=photo, headers={"content-type": "image/jpeg"})
+        assert explained.status_code == 200
+    await engine.close()
