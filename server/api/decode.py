@@ -19,6 +19,8 @@ _RESAMPLING = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 }
 _ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
+_LYING = (5, 6, 7, 8)  # EXIF orientations of images whose rows stand upright as columns
+_LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 ENGINE_PIXELS = 1 << 24
@@ -35,7 +37,9 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
 
     Args:
         encoded: A whole image file.
-        preprocessing: Sizes, crop and interpolation of the model; its result equals timm's evaluation transform.
+        preprocessing: Sizes, crop and interpolation of the model; the result equals timm's evaluation transform. Of a
+            JPEG of four times the size or more it equals it nearly: that is decoded at half its size, or less, which
+            takes a third of the time.
         max_pixels: Largest width x height, read from the header.
 
     Returns:
@@ -65,7 +69,7 @@ def decode_for(info: ModelInfo, encoded: bytes, max_pixels: int) -> tuple[bytes,
     """
     with _opened(encoded, max_pixels) as image:
         if info.decodes_jpeg and _is_for_the_engine(encoded, image):
-            _resized_size(image, info.preprocessing, max_pixels)
+            _resized_size(image.size, info.preprocessing, max_pixels)
             return encoded, image.width * image.height
         return _pixels(image, info.preprocessing, max_pixels), 0
 
@@ -110,16 +114,44 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _pixels(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> bytes:
-    resized = _resized(_to_rgb(image), preprocessing, max_pixels)
-    left, top = preprocessing.crop_corner(*resized.size)
+    shrink, (width, height) = _shrink(image, preprocessing)
+    image = _to_rgb(image)
+    if shrink == 1:
+        width, height = image.size
+    size = _resized_size((width, height), preprocessing, max_pixels)
+    if image.size != size:
+        box = (0, 0, width / shrink, height / shrink)
+        image = image.resize(size, _RESAMPLING[preprocessing.interpolation], box)
+    left, top = preprocessing.crop_corner(*size)
     height, width = preprocessing.input_size
-    return resized.crop((left, top, left + width, top + height)).tobytes()
+    return image.crop((left, top, left + width, top + height)).tobytes()
+
+
+def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tuple[int, int]]:
+    """Has a large JPEG decoded at a half, a quarter or an eighth of its size, in a third of the time.
+
+    Returns:
+        How many times smaller, 1 for not at all, and the whole image's width and height as it stands upright.
+    """
+    if not isinstance(image, JpegImageFile):
+        return 1, image.size
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    width, height = image.size[::-1] if orientation in _LYING else image.size
+    to_width, to_height = preprocessing.resized(width, height)
+    most = min(width // max(to_width, 1), height // max(to_height, 1)) // _LEFT_TO_RESIZE
+    for shrink in (8, 4, 2):
+        # Of a side that is no multiple, the last pixel is more than there is; turned, it would be the first.
+        is_exact = orientation == 1 or not (width % shrink or height % shrink)
+        if shrink <= most and is_exact:
+            image.draft(None, (image.width // shrink, image.height // shrink))
+            return shrink, (width, height)
+    return 1, (width, height)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """The first frame, upright, in 8-bit RGB; what is transparent becomes white."""
     mode = image.mode
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if mode in _SIXTEEN_BITS:
         # A plain conversion would clip everything over 255 to white.
         image = image.convert("I").point(lambda value: value / 256).convert("L")
@@ -129,20 +161,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _resized(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
-    size = _resized_size(image, preprocessing, max_pixels)
-    return image if image.size == size else image.resize(size, _RESAMPLING[preprocessing.interpolation])
-
-
-def _resized_size(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int]:
-    """Width and height of the image before the crop."""
-    width, height = preprocessing.resized(*image.size)
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int]:
+    """Width and height before the crop, of an image of this width and height."""
+    width, height = preprocessing.resized(*size)
     if width * height > max(max_pixels, _ALWAYS_ALLOWED * preprocessing.resize_size[0] ** 2):
         raise TooLargeError(
-            f"the image is too thin: {image.width} x {image.height} would become {width} x {height} pixels; "
+            f"the image is too thin: {size[0]} x {size[1]} would become {width} x {height} pixels; "
             f"at most {max_pixels} are allowed",
             max_pixels=max_pixels,
         )

@@ -396,3 +396,51 @@ def test_what_is_refused_is_refused_alike_before_the_engine(encoded: bytes) -> N
     assert type(refused.value) is type(by_pillow.value)
     assert re.sub("0x[0-9a-f]+", "", refused.value.message) == re.sub("0x[0-9a-f]+", "", by_pillow.value.message)
     assert refused.value.details == by_pillow.value.details
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Slopes and waves, no two corners alike."""
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    return Image.fromarray((255 * np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x + 14 * y)], -1)).astype(np.uint8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(100, 700),
+    height=st.integers(100, 700),
+    orientation=st.integers(1, 8),
+    crop=st.sampled_from(get_args(Crop)),
+)
+def test_a_large_jpeg_gives_nearly_the_pixels_of_its_whole_size(
+    width: int, height: int, orientation: int, crop: Crop
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(smooth(width, height), "JPEG", exif=exif, quality=95)
+    with Image.open(io.BytesIO(encoded)) as opened:
+        opened.load()
+        whole = encode(opened, "PNG", exif=exif)
+    wants = preprocessing(32, 0.9, crop)
+    got, wanted = (np.frombuffer(decode(each, wants, MAX_PIXELS), np.uint8).astype(int) for each in (encoded, whole))
+    assert abs(got - wanted).mean() < 0.7 and abs(got - wanted).max() <= 5
+
+
+@pytest.mark.parametrize(
+    ("side", "orientation", "shrink"), [(127, 1, 1), (128, 1, 2), (129, 1, 2), (129, 6, 1), (130, 6, 2), (512, 1, 8)]
+)
+def test_a_jpeg_is_decoded_smaller_where_twice_the_size_is_left(
+    side: int, orientation: int, shrink: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    resize = Image.Image.resize
+
+    def watched(image: Image.Image, *args: Any, **options: Any) -> Image.Image:
+        sizes.append(image.size)
+        return resize(image, *args, **options)
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(smooth(side, side), "JPEG", exif=exif)
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    decode(encoded, preprocessing(32), MAX_PIXELS)
+    assert sizes == [(-(-side // shrink), -(-side // shrink))]
