@@ -106,7 +106,7 @@ class Replica:
 
         self._engine.start()
         ENGINE_STARTS.inc()
-        ENGINE_UP.set(1)
+        ENGINE_UP.labels("0").set(1)
         exporting = asyncio.create_task(export_forever(), name="metrics to Ray")
         yield  # until Ray has seen the last answer leave
         exporting.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -39,23 +40,27 @@ class Runner:
         precision: str = "auto",
         backend: BackendOptions | None = None,
     ) -> None:
+        if "," in device:
+            raise SettingsError(f"device {device!r}: one device computes here; 'tome-server serve' takes several")
         try:
             self._device = torch.device(pick_device(device))
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
             raise SettingsError(f"device {device!r}: {error}") from error
         options = backend or BackendOptions()
-        self._backends = {
-            name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
-        }
+        with on(self._device):
+            self._backends = {
+                name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
+            }
         self._scale = {name: self._normalisation(loaded) for name, loaded in models.items()}
 
     @torch.inference_mode()
     def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
         """Classifies the jobs' images under the key's schedule."""
-        images = self.images(key, [job.pixels for job in jobs])
         backend = self._backends[key.model]
-        probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
+        with on(self._device):
+            images = self.images(key, [job.pixels for job in jobs])
+            probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
         scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
         if not scores.isfinite().all():
             raise EngineError(
@@ -81,7 +86,8 @@ class Runner:
         """Compiles where that is needed, and classifies one black image: no request pays for what is done once."""
         start = time.perf_counter()
         backend = self._backends[key.model]
-        backend.warm_up(key.schedule)
+        with on(self._device):
+            backend.warm_up(key.schedule)
         height, width = key.input_size
         self.run_batch(key, [Job(key.model, bytes(height * width * 3), key.schedule, 1, 0.0)])
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
@@ -106,6 +112,11 @@ class Runner:
             torch.tensor(v, device=self._device)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
         )
         return 1 / (255 * std), -mean / std
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one of this thread: Triton's kernels and CUDA graphs run there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def pick_device(device: str) -> str:

@@ -45,10 +45,15 @@ def write_frame(writer: asyncio.StreamWriter, head: dict[str, Any], body: bytes 
 
 
 class RemoteEngine:
-    """The engine as an HTTP process has it: behind a Unix socket, which it reconnects to for as long as it lives."""
+    """The engine as an HTTP process has it: behind a Unix socket, which it reconnects to for as long as it lives.
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    Args:
+        path: The socket.
+        index: Which of the server's engines it is, for the metrics.
+    """
+
+    def __init__(self, path: str, index: int = 0) -> None:
+        self._path, self._up = path, ENGINE_UP.labels(str(index))
         self._catalog: dict[str, ModelInfo] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -64,6 +69,16 @@ class RemoteEngine:
         assert self._connection is not None
         self._connection.cancel()
         await asyncio.wait([self._connection])
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it is connected."""
+        return self._writer is not None
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of this process that it has not answered."""
+        return len(self._calls)
 
     def catalog(self) -> dict[str, ModelInfo]:
         if not self._catalog:
@@ -137,7 +152,7 @@ class RemoteEngine:
             except Exception:  # whatever came over it: a new connection may do better
                 logger.exception("the connection to the engine is given up; %d calls fail", len(self._calls))
             finally:
-                ENGINE_UP.set(0)
+                self._up.set(0)
                 writer, self._writer = self._writer, None
                 writer.close()
                 for future in self._calls.values():
@@ -149,7 +164,7 @@ class RemoteEngine:
         """Reads the catalog, which the engine sends first, then answers, until the connection breaks."""
         head, _ = await read_frame(reader)
         self._catalog = {wire["name"]: ModelInfo.from_wire(wire) for wire in head["catalog"]}
-        ENGINE_UP.set(1)
+        self._up.set(1)
         while True:
             head, _ = await read_frame(reader)
             future = self._calls.get(head["id"])
