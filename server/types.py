@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -12,6 +13,9 @@ from tome_core.schedule import token_counts
 
 if TYPE_CHECKING:
     from server.calibration.curve import Curve
+
+
+_token_counts = functools.lru_cache(4096)(token_counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class ModelInfo:
 
     def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block."""
-        return token_counts(schedule, self.num_tokens, self.num_prefix_tokens)
+        return _token_counts(schedule, self.num_tokens, self.num_prefix_tokens)
 
     def batch_key(self, schedule: Schedule) -> BatchKey:
         """What jobs for this model under this schedule are batched by."""

@@ -11,6 +11,8 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
+import uvloop
+
 from server.types import BatchKey, Job, Merges, ModelInfo, Preprocessing, TopK
 
 SIDE = 32  # pixels
@@ -47,7 +49,7 @@ def _http(listener: socket.socket, socket_path: str) -> None:
 
 
 def _engine(socket_path: str) -> None:
-    asyncio.run(_serve(socket_path))
+    uvloop.run(_serve(socket_path))
 
 
 async def _serve(socket_path: str) -> None:

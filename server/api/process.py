@@ -43,6 +43,7 @@ def main(settings: Settings, listener: socket.socket, socket_paths: Sequence[str
     config = uvicorn.Config(
         app,
         http=Connection,
+        loop="uvloop",
         ws="none",
         log_config=None,
         access_log=False,

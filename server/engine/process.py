@@ -13,6 +13,8 @@ from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import uvloop
+
 from server.calibration.curve import Curve, speed_staleness
 from server.calibration.facts import facts_of
 from server.calibration.places import find
@@ -61,7 +63,7 @@ def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> No
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(asyncio.run(_serve(engine, socket_path, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
+    sys.exit(uvloop.run(_serve(engine, socket_path, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
 
 
 def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> LocalEngine:

@@ -105,16 +105,14 @@ async def connected(engine: FakeEngine, path: str) -> AsyncIterator[RemoteEngine
 @asynccontextmanager
 async def listening(engine: FakeEngine, path: str) -> AsyncIterator[None]:
     """An engine on a socket; at the end it is gone with all its connections, as when its process dies."""
-    before = asyncio.all_tasks()
     server = await serve_engine(engine, path)
     try:
         yield
     finally:
         server.close()
-        serving = [task for task in asyncio.all_tasks() - before if "_serve_connection" in repr(task.get_coro())]
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
+        for connection in server._connections:
+            connection.frames.close()
+        await server.left(within_s=60)
         Path(path).unlink(missing_ok=True)
 
 
@@ -266,7 +264,7 @@ async def test_when_the_engine_dies_all_calls_in_flight_fail_and_a_restarted_one
     with pytest.raises(UnavailableError):
         await remote.classify(job())
     async with listening(FakeEngine(), socket_path):
-        await until(lambda: remote._writer is not None)
+        await until(lambda: remote._frames is not None)
         assert (await remote.classify(job(b"again"))).top_k.indices == [class_of(b"again", (3, 3, 3))]
         await remote.close()
 
