@@ -119,6 +119,11 @@ class Settings(BaseModel):
     backend: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="what computes; auto: OpenVINO on the CPU where it is installed and takes the model"
     )
+    decode: Literal["auto", "cpu", "device"] = Field(
+        "auto",
+        description="who decodes JPEG: the HTTP processes (cpu), or the engine on its device, in batches; auto: the "
+        "engine on cuda",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of an engine; 0 takes what the container may use")
     max_batch_size: int = Field(
         32, ge=1, le=4096, description="most images in a batch; larger is faster until latency hurts"

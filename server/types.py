@@ -29,6 +29,22 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height to which an image of these is brought before the crop; rounds as torchvision does."""
+        to_height, to_width = self.resize_size
+        if self.crop_mode == "squash":
+            return to_width, to_height
+        short = min(width, height)
+        scaled_width, scaled_height = (
+            to_height if side == short else int(to_height * side / short) for side in (width, height)
+        )
+        return scaled_width, scaled_height
+
+    def crop_corner(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top of the crop in a resized image, below zero where that is smaller; rounds as torchvision does."""
+        to_height, to_width = self.input_size
+        return round((width - to_width) / 2), round((height - to_height) / 2)
+
 
 @dataclass(frozen=True, slots=True)
 class BackendInfo:
@@ -47,6 +63,7 @@ class ModelInfo:
         labels: Words for each class, in class order.
         max_r: The most tokens that one block can merge.
         backend: What computes its answers; None before a device holds it.
+        decodes_jpeg: The engine takes JPEG files as they came, and decodes them itself.
     """
 
     name: str
@@ -59,6 +76,7 @@ class ModelInfo:
     num_prefix_tokens: int
     max_r: int
     backend: BackendInfo | None = None
+    decodes_jpeg: bool = False
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
@@ -137,10 +155,12 @@ class Job:
     """One image to classify.
 
     Attributes:
-        pixels: RGB bytes, height x width x 3, as the model's preprocessing wants them, not yet normalised.
+        pixels: RGB bytes, height x width x 3, as the model's preprocessing wants them, not yet normalised; or a JPEG
+            file, for an engine that decodes.
         r: `r` per block as asked, or the bounds of `auto`; None takes the deployment's.
         top_k: How many classes to answer with.
         timeout_s: Time left until the deadline.
+        jpeg_pixels: Width x height of the JPEG file that `pixels` is; 0 where it is none.
     """
 
     model: str
@@ -148,6 +168,7 @@ class Job:
     r: Schedule | AutoR | None
     top_k: int
     timeout_s: float
+    jpeg_pixels: int = 0
 
 
 @dataclass(frozen=True, slots=True)

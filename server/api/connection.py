@@ -30,14 +30,15 @@ class Connection(HttpToolsProtocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
         self._head_bytes = 0 if self._is_in_body else self._head_bytes + len(data)
+        super().data_received(data)  # begins to count anew where a head or a message ends
         if self._head_bytes > _LONGEST_HEAD and not self.transport.is_closing():
             self.send_400_response("The head of the request is too long.")
         self._watch()
 
     def on_headers_complete(self) -> None:
         self._is_in_body = True
+        self._head_bytes = 0
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

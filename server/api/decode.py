@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
-from server.types import Preprocessing
+from server.types import ModelInfo, Preprocessing
 
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
@@ -17,6 +20,11 @@ _RESAMPLING = {
 }
 _ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+ENGINE_PIXELS = 1 << 24
+ENGINE_BYTES = 1 << 22
+"""The largest JPEG that is left to the engine: a photo of 16 megapixels, and what a full queue of them may weigh."""
+_END_OF_JPEG = b"\xff\xd9"
 
 # The header check below is stricter than Pillow's warning and gives the client an answer.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -38,6 +46,47 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
         UnsupportedError: Not one of `FORMATS`.
         TooLargeError: More than `max_pixels`: in the file, or once the shorter side of a thin strip fits the model.
     """
+    with _opened(encoded, max_pixels) as image:
+        return _pixels(image, preprocessing, max_pixels)
+
+
+def decode_for(info: ModelInfo, encoded: bytes, max_pixels: int) -> tuple[bytes, int]:
+    """What the engine is to get of an image file: pixels as of `decode`, or a JPEG that it decodes itself.
+
+    Of such a JPEG nothing but the header is read. What the engine's decoder may not know, or would take for something
+    else, is decoded here all the same: four colours, RGB that is not YCbCr, EXIF orientations, several pictures in one
+    file, and files that are cut off, which it would fill with grey.
+
+    Returns:
+        `Job.pixels` and `Job.jpeg_pixels`.
+
+    Raises:
+        UndecodableError, UnsupportedError, TooLargeError: As `decode`.
+    """
+    with _opened(encoded, max_pixels) as image:
+        if info.decodes_jpeg and _is_for_the_engine(encoded, image):
+            _resized_size(image, info.preprocessing, max_pixels)
+            return encoded, image.width * image.height
+        return _pixels(image, info.preprocessing, max_pixels), 0
+
+
+def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
+    return (
+        isinstance(image, JpegImageFile)
+        and image.format == "JPEG"  # and not MPO, a JPEG with more behind it
+        and image.mode in ("L", "RGB")
+        and image.info.get("adobe_transform") != 0
+        and bytes(component[0] for component in image.layer) != b"RGB"
+        and image.width * image.height <= ENGINE_PIXELS
+        and len(encoded) <= ENGINE_BYTES
+        and encoded.endswith(_END_OF_JPEG)
+        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    )
+
+
+@contextmanager
+def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An image file whose header has been read; what it raises, then or later, becomes the client's error."""
     if not encoded:
         raise UndecodableError("the image is empty")
     try:
@@ -47,8 +96,7 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
                     f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are allowed",
                     max_pixels=max_pixels,
                 )
-            resized = _resized(_to_rgb(image), preprocessing, max_pixels)
-            return _crop(resized, preprocessing).tobytes()
+            yield image
     except (ServerError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -59,6 +107,13 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
         raise TooLargeError(f"the image has more than {max_pixels} pixels", max_pixels=max_pixels) from None
     except Exception as error:  # Pillow's readers raise whatever broken bytes lead them to
         raise UndecodableError(f"the image cannot be decoded: {error}") from error
+
+
+def _pixels(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> bytes:
+    resized = _resized(_to_rgb(image), preprocessing, max_pixels)
+    left, top = preprocessing.crop_corner(*resized.size)
+    height, width = preprocessing.input_size
+    return resized.crop((left, top, left + width, top + height)).tobytes()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -78,24 +133,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _resized(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
-    """The shorter side, or both to squash, at the model's size; rounds as torchvision does."""
-    height, width = preprocessing.resize_size
-    if preprocessing.crop_mode == "center":
-        short = min(image.size)
-        width, height = (height if side == short else int(height * side / short) for side in image.size)
+    size = _resized_size(image, preprocessing, max_pixels)
+    return image if image.size == size else image.resize(size, _RESAMPLING[preprocessing.interpolation])
+
+
+def _resized_size(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int]:
+    """Width and height of the image before the crop."""
+    width, height = preprocessing.resized(*image.size)
     if width * height > max(max_pixels, _ALWAYS_ALLOWED * preprocessing.resize_size[0] ** 2):
         raise TooLargeError(
             f"the image is too thin: {image.width} x {image.height} would become {width} x {height} pixels; "
             f"at most {max_pixels} are allowed",
             max_pixels=max_pixels,
         )
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), _RESAMPLING[preprocessing.interpolation])
-
-
-def _crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The centre of the image, at the model's input size; rounds as torchvision does."""
-    height, width = preprocessing.input_size
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+    return width, height

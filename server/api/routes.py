@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request, Response
 from server import metrics
 from server.api.access import ERRORS, ForUsers, Service
 from server.api.body import Upload, read_request
-from server.api.decode import decode
+from server.api.decode import decode_for
 from server.api.patience import at_most, unless_client_leaves
 from server.api.schemas import AutoChoice, Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
 from server.dial import AutoR, RSetting, Schedule, label_of, parse_setting, r_of, text_of
-from server.errors import InvalidError, ServerError
-from server.types import Choice, Job, ModelInfo, Prediction, Preprocessing, TopK, find_model
+from server.errors import InvalidError, ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.types import Choice, Job, ModelInfo, Prediction, TopK, find_model
 
 router = APIRouter(responses=ERRORS)
 
@@ -69,7 +69,7 @@ async def classify(request: Request, service: ForUsers) -> Response:
                     choice = await engine.choose(info.name, r)
                 job = replace(job, r=choice.schedule if choice else info.schedule(r))
             async with at_most(job.timeout_s):
-                answers = await unless_client_leaves(request, _classify_all(uploads, job, info.preprocessing, service))
+                answers = await unless_client_leaves(request, _classify_all(uploads, job, info, service))
     except Exception as error:
         _count(model, schedule, error.status if isinstance(error, ServerError) else 500)
         raise
@@ -122,7 +122,7 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], longest_s: fl
 
 
 async def _classify_all(
-    uploads: Sequence[Upload], job: Job, preprocessing: Preprocessing, service: Service
+    uploads: Sequence[Upload], job: Job, info: ModelInfo, service: Service
 ) -> list[tuple[float, Prediction]]:
     """Seconds of decoding, and the prediction, for each image; the first failure withdraws the others."""
 
@@ -131,14 +131,16 @@ async def _classify_all(
     async def classify_one(index: int, upload: Upload) -> tuple[float, Prediction]:
         start = time.perf_counter()
         try:
-            pixels = await loop.run_in_executor(service.decoders, decode, upload.encoded, preprocessing, max_pixels)
-        except ServerError as error:
+            work = loop.run_in_executor(service.decoders, decode_for, info, upload.encoded, max_pixels)
+            pixels, jpeg_pixels = await work
+            decode_s = time.perf_counter() - start
+            metrics.DECODE_S.observe(decode_s)
+            left_s = max(job.timeout_s - decode_s, 0.0)
+            one = replace(job, pixels=pixels, jpeg_pixels=jpeg_pixels, timeout_s=left_s)
+            return decode_s, await service.engine.classify(one)
+        except (UndecodableError, UnsupportedError, TooLargeError) as error:  # of this image, here or in the engine
             error.details.update(image=index, filename=upload.filename)
             raise
-        decode_s = time.perf_counter() - start
-        metrics.DECODE_S.observe(decode_s)
-        left_s = max(job.timeout_s - decode_s, 0.0)
-        return decode_s, await service.engine.classify(replace(job, pixels=pixels, timeout_s=left_s))
 
     if len(uploads) == 1:
         return [await classify_one(0, uploads[0])]

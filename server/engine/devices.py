@@ -17,7 +17,7 @@ class Device(Engine, Protocol):
 
     @property
     def is_up(self) -> bool:
-        """Whether it takes calls."""
+        """Whether it takes calls, and its models are known."""
         ...
 
     @property
@@ -39,7 +39,7 @@ class Devices:
 
     While one is down the others serve. What it held when it went down fails and is not tried on another: an image that
     ends a process would end them all. One that hangs answers nothing, has soon the most to do, and gets no more.
-    All have the same models and the same configuration, so any is asked for those.
+    All have the same models and the same configuration, so any is asked for those. A JPEG goes to one that decodes.
 
     Args:
         engines: In the order of the devices.
@@ -59,15 +59,16 @@ class Devices:
         await asyncio.gather(*(engine.close() for engine in self._engines))
 
     def catalog(self) -> dict[str, ModelInfo]:
-        for engine in self._engines[:-1]:
+        up_first = sorted(self._engines, key=lambda engine: not engine.is_up)
+        for engine in up_first[:-1]:
             try:
                 return engine.catalog()
             except UnavailableError:
                 pass  # it has not been up yet
-        return self._engines[-1].catalog()
+        return up_first[-1].catalog()
 
     async def classify(self, job: Job) -> Prediction:
-        return await self._least_loaded().classify(job)
+        return await self._least_loaded(job).classify(job)
 
     async def explain(self, job: Job) -> Explanation:
         return await self._least_loaded().explain(job)
@@ -106,8 +107,13 @@ class Devices:
             raise UnavailableError("no engine is running", retry_after_s=1)
         return up
 
-    def _least_loaded(self) -> Device:
-        engine = min(self._up(), key=lambda engine: engine.num_calls)  # of equals the first
+    def _least_loaded(self, job: Job | None = None) -> Device:
+        up = self._up()
+        if job is not None and job.jpeg_pixels:
+            up = [engine for engine in up if engine.catalog()[job.model].decodes_jpeg]
+            if not up:
+                raise UnavailableError("the engine that decodes went down", retry_after_s=1)
+        engine = min(up, key=lambda engine: engine.num_calls)  # of equals the first
         self._turns.remove(engine)
         self._turns.append(engine)
         return engine

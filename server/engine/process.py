@@ -22,11 +22,13 @@ from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.dial import AutoR, RSetting, Schedule
 from server.engine.backend import BackendOptions
+from server.engine.decoding import engine_decodes
 from server.engine.engine import LocalEngine
 from server.engine.explainer import Explainer
 from server.engine.fitting import Fitting
 from server.engine.knob import Rung
 from server.engine.ladder import schedules, steps_of, timed, timed_steps
+from server.engine.preparing import Preparer
 from server.engine.runner import Runner
 from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
@@ -74,7 +76,7 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         open_config: Gives the keeper of the live configuration.
 
     Raises:
-        SettingsError: A model cannot be loaded, its backend cannot be had, or the state file cannot be read.
+        SettingsError: A model cannot be loaded, its backend or decoder cannot be had, or the state file cannot be read.
         InvalidError: A deployment `r` is out of its model's range.
         EngineError: A model gives no numbers in this precision.
     """
@@ -93,6 +95,9 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         settings.precision,
         BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size),
     )
+    preparer = None
+    if engine_decodes(settings.decode, runner.device):
+        preparer = Preparer(runner, infos, settings.max_image_pixels)
     curves: dict[str, Curve] = {}
     steps: dict[str, list[Rung]] = {}
     for spec in settings.specs():
@@ -100,6 +105,8 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         r = store.configuration.models[name]
         model.info.check(r)
         runner.warm_up(model.info.batch_key(model.info.schedule(0)))
+        if preparer is not None:
+            preparer.warm_up(model.info.batch_key(model.info.schedule(0)))
         if curve := _curve(spec, model, runner, settings):
             curves[name], steps[name] = curve, steps_of(curve)
         else:
@@ -109,9 +116,13 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
             if max(schedule) > 0:
                 runner.warm_up(model.info.batch_key(schedule))
     return LocalEngine(
-        {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
-        Fitting(runner.run_batch),
+        {
+            name: replace(model.info, backend=runner.backend(name), decodes_jpeg=preparer is not None)
+            for name, model in loaded.items()
+        },
+        Fitting(runner.run_prepared if preparer else runner.run_batch),
         store,
+        prepare_batch=Fitting(preparer) if preparer else None,
         explain_batch=Fitting(explainer.explain_batch),
         steps=steps,
         curves=curves,

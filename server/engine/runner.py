@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from server.settings import SettingsError
 from server.types import BackendInfo, BatchKey, Job, TopK
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job whose image is ready: one row of a normalised batch (B, 3, H, W) on the device."""
+
+    job: Job
+    batch: Tensor
+    row: int
 
 
 class Runner:
@@ -56,10 +66,20 @@ class Runner:
 
     @torch.inference_mode()
     def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
-        """Classifies the jobs' images under the key's schedule."""
+        """Classifies the jobs' images, which are pixels, under the key's schedule."""
+        return self._classify(key, self.images(key, [job.pixels for job in jobs]), jobs)
+
+    @torch.inference_mode()
+    def run_prepared(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[TopK]:
+        """Classifies images that are ready under the key's schedule."""
+        images = prepared[0].batch
+        if len(prepared) < len(images) or any(each.batch is not images for each in prepared):  # a part, or of several
+            images = torch.stack([each.batch[each.row] for each in prepared])
+        return self._classify(key, images, [each.job for each in prepared])
+
+    def _classify(self, key: BatchKey, images: Tensor, jobs: Sequence[Job]) -> list[TopK]:
         backend = self._backends[key.model]
         with on(self._device):
-            images = self.images(key, [job.pixels for job in jobs])
             probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
         scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
         if not scores.isfinite().all():
@@ -97,10 +117,17 @@ class Runner:
 
     def images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
         """Bytes of RGB rows to what the model sees: the normalised batch (B, 3, H, W), on its device."""
-        packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
-        rows = packed.view(len(pixels), *key.input_size, 3).to(self._device)
         images = torch.empty(len(pixels), 3, *key.input_size, device=self._device)
-        images.copy_(rows.permute(0, 3, 1, 2))  # widens and reorders in one pass
+        images.copy_(self.unpacked(key, pixels))  # widens and reorders in one pass
+        return self.normalised(key, images)
+
+    def unpacked(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
+        """Bytes of RGB rows as images (B, 3, H, W) in uint8, on the device."""
+        packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
+        return packed.view(len(pixels), *key.input_size, 3).to(self._device).permute(0, 3, 1, 2)
+
+    def normalised(self, key: BatchKey, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) from 0 to 255 in float32, which are overwritten, to what the model sees."""
         scale, offset = self._scale[key.model]
         torch.addcmul(offset, images, scale, out=images)
         return images.to(self._backends[key.model].dtype)

@@ -54,8 +54,8 @@ class RemoteEngine:
 
     @property
     def is_up(self) -> bool:
-        """Whether it is connected."""
-        return self._frames is not None
+        """Whether it is connected, and has said what it serves."""
+        return self._frames is not None and bool(self._catalog)
 
     @property
     def num_calls(self) -> int:
@@ -98,6 +98,7 @@ class RemoteEngine:
     async def _call_for(self, job: Job, operation: str) -> Any:
         r = None if job.r is None else setting_to_json(job.r)
         head = {"model": job.model, "r": r, "top_k": job.top_k, "timeout_s": job.timeout_s}
+        head["jpeg_pixels"] = job.jpeg_pixels
         # The engine keeps the deadline; the second more is for an engine that no longer does.
         return await self._call(operation, head, job.pixels, timeout_s=job.timeout_s + 1)
 

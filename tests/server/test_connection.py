@@ -96,3 +96,15 @@ async def test_a_long_body_is_no_head() -> None:
     await until(lambda: b"HTTP/1.1 200" in wire.sent)
     assert not wire.is_closed
     connection.connection_lost(None)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+async def test_the_end_of_a_long_body_is_no_head_however_much_comes_at_once(pieces: int) -> None:
+    connection, wire = connected()
+    stream = HEAD.replace(b"4", b"%d" % (9 * _LONGEST_HEAD)) + bytes(9 * _LONGEST_HEAD)
+    size = -(-len(stream) // pieces)
+    for start in range(0, len(stream), size):
+        connection.data_received(stream[start : start + size])
+    await until(lambda: b"HTTP/1.1 200" in wire.sent)
+    assert not wire.is_closed
+    connection.connection_lost(None)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class FakeDevice:
         self.number = number
         self.is_up = True
         self.known = True
+        self.decodes = False
         self.gate = asyncio.Event()
         self.gate.set()
         self.failure: ServerError | None = None
@@ -47,7 +49,7 @@ class FakeDevice:
     def catalog(self) -> dict[str, ModelInfo]:
         if not self.known:
             raise UnavailableError("the models are still loading", retry_after_s=1)
-        return {"tiny": model_info(source=f"device {self.number}")}
+        return {"tiny": model_info(source=f"device {self.number}", decodes_jpeg=self.decodes)}
 
     async def _call(self) -> None:
         assert self.is_up, "an engine that is down was asked"
@@ -199,6 +201,19 @@ async def test_the_models_are_those_of_the_first_that_has_said_them() -> None:
     fakes[1].known = False
     with pytest.raises(UnavailableError, match="loading"):
         devices.catalog()
+
+
+async def test_a_jpeg_goes_to_an_engine_that_decodes() -> None:
+    fakes, devices = several(2)
+    fakes[0].decodes = True
+    assert devices.catalog()["tiny"].decodes_jpeg
+    jpeg = replace(job(), jpeg_pixels=64)
+    assert [(await devices.classify(jpeg)).config_version for _ in range(3)] == [0, 0, 0]
+    assert await who(devices) == 1
+    fakes[0].is_up = False
+    with pytest.raises(UnavailableError, match="decodes"):
+        await devices.classify(jpeg)
+    assert not devices.catalog()["tiny"].decodes_jpeg  # so that the next one comes as pixels
 
 
 async def test_one_engine_that_answers_is_enough_to_be_ready() -> None:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from server.api import routes
-from server.api.decode import decode
+from server.api.decode import decode_for
 from server.engine.engine import LocalEngine
 from server.types import Job, Prediction
 from tests.server.conftest import (
@@ -249,13 +249,13 @@ async def test_a_client_that_leaves_amid_its_body_is_counted_as_gone_and_not_as_
 async def test_the_deadline_holds_while_decoding_too(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding, done = threading.Event(), threading.Event()
 
-    def decode_for_long(*args: Any) -> bytes:
+    def decode_for_long(*args: Any) -> tuple[bytes, int]:
         decoding.set()
         done.wait()
-        return decode(*args)
+        return decode_for(*args)
 
     async with serving() as service:
-        monkeypatch.setattr(routes, "decode", decode_for_long)
+        monkeypatch.setattr(routes, "decode_for", decode_for_long)
         late = await service.classify(PNG, status=504, deadline_ms=50)
         assert (late.json()["error"]["code"], decoding.is_set()) == ("deadline_exceeded", True)
         done.set()

@@ -56,7 +56,7 @@ def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path, monkeyp
 def test_every_field_is_a_flag_a_variable_and_a_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default = getattr(Settings.model_validate({}), name)
     words = {"precision": "fp16", "backend": "torch", "log_level": "debug", "device": "cpu", "host": "::1"}
-    text = (words | {"min_agreement": "0.9", "drift_sample": "0.9"}).get(name, "7")
+    text = (words | {"decode": "cpu", "min_agreement": "0.9", "drift_sample": "0.9"}).get(name, "7")
     if name in ("max_r", "min_agreement"):
         monkeypatch.setenv("TOME_R", "auto")  # they go with no other
     by_flag = vars(_parser().parse_args(["serve", f"--{name.replace('_', '-')}", text]))
@@ -81,6 +81,7 @@ BAD = [
     ("r", 1.5, "r is 1.5"),
     ("http_workers", 0, "http_workers"),
     ("precision", "int3", "precision"),
+    ("decode", "gpu", "decode"),
     ("log_level", "loud", "log_level"),
     ("threads", -1, "threads"),
     ("max_batch_size", 0, "max_batch_size"),

@@ -325,3 +325,21 @@ async def test_a_server_that_takes_nobody_new_knows_when_the_last_http_process_h
     await remote.close()
     await leaving
     await server.left(within_s=1000)
+
+
+async def test_a_jpeg_crosses_as_it_came_and_a_catalog_says_whether_it_may(socket_path: str) -> None:
+    got: list[Job] = []
+
+    class Decoding(FakeEngine):
+        def catalog(self) -> dict[str, ModelInfo]:
+            return {"tiny": model_info(decodes_jpeg=True)}
+
+        async def classify(self, job: Job) -> Prediction:
+            got.append(job)
+            return await super().classify(job)
+
+    async with connected(Decoding(), socket_path) as remote:
+        assert remote.catalog()["tiny"].decodes_jpeg
+        sent = Job("tiny", random.Random(1).randbytes(300_000), (1, 2, 3), 1, 1000.0, jpeg_pixels=1200)
+        await remote.classify(sent)
+        assert got == [sent]
