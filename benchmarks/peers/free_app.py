@@ -45,7 +45,7 @@ def _http(listener: socket.socket, socket_path: str) -> None:
     from server.lifetime import Pulse
     from server.settings import Settings
 
-    process.main(Settings.model_validate({"log_level": "warning"}), listener, socket_path, Pulse())
+    process.main(Settings.model_validate({"log_level": "warning"}), listener, [socket_path], Pulse())
 
 
 def _engine(socket_path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.synchronize import Event
+from pathlib import Path
 
 import uvloop
 
@@ -32,7 +34,7 @@ from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
 from server.lifetime import Pulse, configure_logging, end_with_parent
-from server.metrics import ENGINE_STARTS, ENGINE_UP
+from server.metrics import ENGINE_STARTS
 from server.models import LoadedModel, load_model
 from server.settings import ModelSpec, Settings, SettingsError
 from server.types import Job, find_model
@@ -45,12 +47,21 @@ OpenConfig = Callable[[Settings, Check], ConfigStore]
 
 
 def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
-    """Runs the engine process; sets `ready` once it serves."""
+    """Runs an engine process; sets `ready` once it serves.
+
+    Args:
+        settings: What it serves, on one device.
+        socket_path: Where. Beside it, in the folder of this server's processes, is the live configuration of a server
+            that keeps none over a restart.
+        ready: Is set.
+        pulse: Beats from then on.
+    """
     configure_logging(settings.log_level)
     end_with_parent()
     set_threads(settings.threads)
+    file = Path(socket_path).with_name("config.json")
     try:
-        engine = build_engine(settings)
+        engine = build_engine(settings, functools.partial(open_store, otherwise=file))
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
@@ -171,7 +182,6 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pul
     engine.start()
     server = await serve_engine(engine, socket_path)
     ENGINE_STARTS.inc()
-    ENGINE_UP.set(1)
     ready.set()
     logger.info("serving %s", ", ".join(engine.catalog()))
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]

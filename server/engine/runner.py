@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,15 +50,18 @@ class Runner:
         precision: str = "auto",
         backend: BackendOptions | None = None,
     ) -> None:
+        if "," in device:
+            raise SettingsError(f"device {device!r}: one device computes here; 'tome-server serve' takes several")
         try:
             self._device = torch.device(pick_device(device))
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
             raise SettingsError(f"device {device!r}: {error}") from error
         options = backend or BackendOptions()
-        self._backends = {
-            name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
-        }
+        with on(self._device):
+            self._backends = {
+                name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
+            }
         self._scale = {name: self._normalisation(loaded) for name, loaded in models.items()}
 
     @torch.inference_mode()
@@ -75,7 +79,8 @@ class Runner:
 
     def _classify(self, key: BatchKey, images: Tensor, jobs: Sequence[Job]) -> list[TopK]:
         backend = self._backends[key.model]
-        probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
+        with on(self._device):
+            probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
         scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
         if not scores.isfinite().all():
             raise EngineError(
@@ -101,7 +106,8 @@ class Runner:
         """Compiles where that is needed, and classifies one black image: no request pays for what is done once."""
         start = time.perf_counter()
         backend = self._backends[key.model]
-        backend.warm_up(key.schedule)
+        with on(self._device):
+            backend.warm_up(key.schedule)
         height, width = key.input_size
         self.run_batch(key, [Job(key.model, bytes(height * width * 3), key.schedule, 1, 0.0)])
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
@@ -133,6 +139,11 @@ class Runner:
             torch.tensor(v, device=self._device)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
         )
         return 1 / (255 * std), -mean / std
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one of this thread: Triton's kernels and CUDA graphs run there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def pick_device(device: str) -> str:

@@ -27,10 +27,15 @@ CALL_TIMEOUT_S = 12.0  # longer than the engine takes to say that a check failed
 
 
 class RemoteEngine:
-    """The engine as an HTTP process has it: behind a Unix socket, which it reconnects to for as long as it lives."""
+    """The engine as an HTTP process has it: behind a Unix socket, which it reconnects to for as long as it lives.
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    Args:
+        path: The socket.
+        index: Which of the server's engines it is, for the metrics.
+    """
+
+    def __init__(self, path: str, index: int = 0) -> None:
+        self._path, self._up = path, ENGINE_UP.labels(str(index))
         self._catalog: dict[str, ModelInfo] = {}
         self._frames: Frames | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -46,6 +51,16 @@ class RemoteEngine:
         assert self._connection is not None
         self._connection.cancel()
         await asyncio.wait([self._connection])
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it is connected, and has said what it serves."""
+        return self._frames is not None and bool(self._catalog)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of this process that it has not answered."""
+        return len(self._calls)
 
     def catalog(self) -> dict[str, ModelInfo]:
         if not self._catalog:
@@ -122,7 +137,7 @@ class RemoteEngine:
                 await is_lost.wait()
                 logger.warning("the connection to the engine broke; %d calls fail", len(self._calls))
             finally:
-                ENGINE_UP.set(0)
+                self._up.set(0)
                 frames, self._frames = self._frames, None
                 frames.close()
                 for future in self._calls.values():
@@ -134,7 +149,7 @@ class RemoteEngine:
         """An answer, or the catalog, which the engine sends first."""
         if "catalog" in head:
             self._catalog = {wire["name"]: ModelInfo.from_wire(wire) for wire in head["catalog"]}
-            ENGINE_UP.set(1)
+            self._up.set(1)
             return
         future = self._calls.get(head["id"])
         if future is None or future.done():

@@ -102,6 +102,10 @@ BAD = [
     ("model", [{"weights": "x"}], "source"),
     ("api_key", [1], "api_key"),
     ("max_batchsize", 8, "max_batchsize"),
+    ("device", "", "device"),
+    ("device", "cpu,", "device"),
+    ("device", "cuda:0,,cuda:1", "device"),
+    ("device", "auto,cpu", "device"),
 ]
 
 
@@ -217,3 +221,16 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(monkeypatc
     monkeypatch.setenv("TOME_MAX_IMAGES", "7")
     settings = load_settings({})
     assert (settings.port, settings.max_images) == (8000, 7)
+
+
+@pytest.mark.parametrize(
+    ("said", "devices"),
+    [
+        ("auto", ("auto",)),
+        ("cpu", ("cpu",)),
+        ("cuda:0,cuda:1", ("cuda:0", "cuda:1")),
+        (" cpu, cpu ", ("cpu", "cpu")),
+    ],
+)
+def test_each_device_of_a_list_has_an_engine(said: str, devices: tuple[str, ...]) -> None:
+    assert load_settings({"device": said}).devices() == devices
