@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,6 +90,7 @@ def parse_r(value: object) -> FixedR:
     return numbers if is_list else int(numbers[0])
 
 
+@functools.lru_cache(4096)
 def schedule_of(r: FixedR, num_blocks: int, max_r: int, inflect: float | None = None) -> Schedule:
     """The `r` of each block, for a model with so many blocks.
 

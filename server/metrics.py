@@ -31,13 +31,17 @@ DROPPED = Counter("tome_dropped_images", "Images given up in the queue: caller g
 OUT_OF_MEMORY = Counter("tome_out_of_memory", "Batches that did not fit into the device's memory and were halved")
 IN_FLIGHT = Gauge("tome_in_flight_images", "Images admitted and not yet answered", multiprocess_mode="livesum")
 ENGINE_UP = Gauge(
-    "tome_engine_up", "Whether the engine runs and every HTTP process reaches it", multiprocess_mode="livemin"
+    "tome_engine_up",
+    "Whether an engine runs and every HTTP process reaches it; by its place in --device, from 0",
+    ["engine"],
+    multiprocess_mode="livemin",
 )
 ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
 CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")
 CONFIG_SOURCE_UP = Gauge(
     "tome_config_source_up", "Whether the shared configuration can be read", multiprocess_mode="livemin"
 )
+CONFIG_SOURCE_UP.set(1)  # for a process that reads none: the least of all counts
 CONFIG_REFUSED = Gauge(
     "tome_config_refused",
     "Whether what the source of a shared configuration said last is refused",
@@ -47,9 +51,9 @@ DRIFT_CHECKED = Counter("tome_drift_checked", "Answered images computed again at
 DRIFT_AGREED = Counter("tome_drift_agreed", "Those of them that keep the answer of r=0", ["model", "r"])
 LIVE_AGREEMENT = Gauge(
     "tome_live_agreement",
-    "Share of the last images checked that keep the answer of r=0",
+    "Share of the last images checked that keep the answer of r=0; of several engines the lowest",
     ["model", "r"],
-    multiprocess_mode="livemax",
+    multiprocess_mode="livemin",
 )
 DRIFT = Gauge(
     "tome_drift", "Whether live agreement has left the curve's interval", ["model", "r"], multiprocess_mode="livemax"

@@ -53,6 +53,8 @@ def build(args: dict[str, Any]) -> Application:
     if theirs := sorted(_OF_RAY & args.keys()):
         raise SettingsError(f"Ray Serve decides about {', '.join(theirs)}: see its http_options and num_replicas")
     settings = load_settings(args)
+    if len(settings.devices()) > 1:
+        raise SettingsError(f"device is {settings.device!r}; a replica has one, and num_replicas makes more of them")
     from ray import serve  # heavy, and of no use to settings that are wrong
 
     deployment = serve.deployment(
@@ -106,7 +108,7 @@ class Replica:
 
         self._engine.start()
         ENGINE_STARTS.inc()
-        ENGINE_UP.set(1)
+        ENGINE_UP.labels("0").set(1)
         exporting = asyncio.create_task(export_forever(), name="metrics to Ray")
         yield  # until Ray has seen the last answer leave
         exporting.cancel()

@@ -107,7 +107,11 @@ class Settings(BaseModel):
     http_workers: int = Field(
         1, ge=1, le=64, description="HTTP processes, which parse and decode; more of them keep more cores busy"
     )
-    device: str = Field("auto", description="torch device; auto takes cuda where there is one, else the CPU")
+    device: str = Field(
+        "auto",
+        description="torch device; auto takes cuda where there is one, else the CPU; several, as in cuda:0,cuda:1, "
+        "have an engine process each, and the least loaded gets the next image",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="auto: bf16 on cuda; on the CPU fp32, or bf16 where OpenVINO runs and measures it to be faster",
@@ -115,7 +119,12 @@ class Settings(BaseModel):
     backend: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="what computes; auto: OpenVINO on the CPU where it is installed and takes the model"
     )
-    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 takes what the container may use")
+    decode: Literal["auto", "cpu", "device"] = Field(
+        "auto",
+        description="who decodes JPEG: the HTTP processes (cpu), or the engine on its device, in batches; auto: the "
+        "engine on cuda",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0 takes what the container may use")
     max_batch_size: int = Field(
         32, ge=1, le=4096, description="most images in a batch; larger is faster until latency hurts"
     )
@@ -154,6 +163,14 @@ class Settings(BaseModel):
     def _folder(cls, value: Any) -> Any:
         return None if value == "none" else value
 
+    @field_validator("device")
+    @classmethod
+    def _several_devices(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")]
+        if "" in names or (len(names) > 1 and "auto" in names):
+            raise ValueError("it must be auto, a device, or several with a comma between, as in cuda:0,cuda:1")
+        return ",".join(names)
+
     @field_validator("model", mode="before")
     @classmethod
     def _several_models(cls, value: Any) -> Any:
@@ -173,8 +190,15 @@ class Settings(BaseModel):
             )
         return self
 
+    def devices(self) -> tuple[str, ...]:
+        """Where it computes: an engine process for each."""
+        return tuple(self.device.split(","))
+
     def state_file(self) -> Path | None:
-        """Where live changes are kept: one file a port, so that two servers of a machine do not share it."""
+        """Where live changes are kept: one file a port, so that two servers of a machine do not share it.
+
+        Those on port 0 share one, and with it their live `r`.
+        """
         return self.state_dir.expanduser() / f"config-{self.port}.json" if self.state_dir else None
 
     def cache_dir(self) -> Path | None:

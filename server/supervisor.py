@@ -1,4 +1,4 @@
-"""`tome-server serve`: one engine and N HTTP processes on one port, each started again when it dies or hangs."""
+"""`tome-server serve`: an engine a device, N HTTP processes on one port, each started again when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -116,33 +116,37 @@ def serve(settings: Settings) -> int:
     configure_logging(settings.log_level)
     with tempfile.TemporaryDirectory(prefix="tome-server-") as folder, _listen(settings) as listener:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        return _supervise(settings, listener, os.path.join(folder, "engine.sock"))
+        return _supervise(settings, listener, folder)
 
 
-def _supervise(settings: Settings, listener: socket.socket, socket_path: str) -> int:
+def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
     told_to_end = _on_signals()
-    has_served = _spawn.Event()
-    engine = Child("engine", _run_engine, settings, socket_path, has_served)
-    workers = [
-        Child(f"http-{index}", _run_http, settings, listener, socket_path) for index in range(settings.http_workers)
-    ]
+    devices = settings.devices()
+    names = [f"engine-{index}" for index in range(len(devices))] if len(devices) > 1 else ["engine"]
+    sockets = [os.path.join(folder, f"{name}.sock") for name in names]
+    engines: dict[Child, Event] = {}  # each with whether it has ever been ready
+    for name, device, path in zip(names, devices, sockets, strict=True):
+        ready = _spawn.Event()
+        engines[Child(name, _run_engine, settings.model_copy(update={"device": device}), path, ready)] = ready
+    workers = [Child(f"http-{index}", _run_http, settings, listener, sockets) for index in range(settings.http_workers)]
+    children = [*engines, *workers]
     address, port = listener.getsockname()[:2]
     logger.info("http://%s:%d; try: curl -F image=@photo.jpg 'http://%s:%d/classify?r=8'", address, port, address, port)
     status = 0
     try:
-        for child in (engine, *workers):
+        for child in children:
             child.start()
         watched_at = time.monotonic()
         while not told_to_end:
-            alive = [child.process.sentinel for child in (engine, *workers) if child.process]
+            alive = [child.process.sentinel for child in children if child.process]
             multiprocessing.connection.wait(alive, timeout=0.2)
             passed_s = time.monotonic() - watched_at
             watched_at += passed_s
-            for child in (engine, *workers):
+            for child in children:
                 child.watch(passed_s)
                 if child.process and not child.process.is_alive():
                     child.bury()
-                    if child is engine and not has_served.is_set():  # starting it again would not help
+                    if child in engines and not engines[child].is_set():  # starting it again would not help
                         told_to_end.append(signal.SIGTERM)
                         status = 1
                 elif child.process is None and time.monotonic() >= child.restart_at:
@@ -151,7 +155,7 @@ def _supervise(settings: Settings, listener: socket.socket, socket_path: str) ->
         logger.info("shutting down")
         listener.close()  # the HTTP processes have it too, and close it when they accept no more
         _end(workers, settings.drain_delay_s + _DRAIN_S)
-        _end([engine], _DRAIN_S)  # after the HTTP processes: it answers what they still hold
+        _end(list(engines), _DRAIN_S)  # after the HTTP processes: they answer what those still hold
     return status
 
 
@@ -170,10 +174,10 @@ def _run_engine(settings: Settings, socket_path: str, ready: Event, pulse: Pulse
     process.main(settings, socket_path, ready, pulse)
 
 
-def _run_http(settings: Settings, listener: socket.socket, socket_path: str, pulse: Pulse) -> None:
+def _run_http(settings: Settings, listener: socket.socket, socket_paths: Sequence[str], pulse: Pulse) -> None:
     from server.api import process
 
-    process.main(settings, listener, socket_path, pulse)
+    process.main(settings, listener, socket_paths, pulse)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from server.calibration.curve import Curve
 
 
+_token_counts = functools.lru_cache(4096)(token_counts)
+
+
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
     """How a model wants its images, from its own configuration; sizes in pixels."""
@@ -24,6 +28,22 @@ class Preprocessing:
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height to which an image of these is brought before the crop; rounds as torchvision does."""
+        to_height, to_width = self.resize_size
+        if self.crop_mode == "squash":
+            return to_width, to_height
+        short = min(width, height)
+        scaled_width, scaled_height = (
+            to_height if side == short else int(to_height * side / short) for side in (width, height)
+        )
+        return scaled_width, scaled_height
+
+    def crop_corner(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top of the crop in a resized image, below zero where that is smaller; rounds as torchvision does."""
+        to_height, to_width = self.input_size
+        return round((width - to_width) / 2), round((height - to_height) / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +63,7 @@ class ModelInfo:
         labels: Words for each class, in class order.
         max_r: The most tokens that one block can merge.
         backend: What computes its answers; None before a device holds it.
+        decodes_jpeg: The engine takes JPEG files as they came, and decodes them itself.
     """
 
     name: str
@@ -55,6 +76,7 @@ class ModelInfo:
     num_prefix_tokens: int
     max_r: int
     backend: BackendInfo | None = None
+    decodes_jpeg: bool = False
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
@@ -69,7 +91,7 @@ class ModelInfo:
 
     def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block."""
-        return token_counts(schedule, self.num_tokens, self.num_prefix_tokens)
+        return _token_counts(schedule, self.num_tokens, self.num_prefix_tokens)
 
     def batch_key(self, schedule: Schedule) -> BatchKey:
         """What jobs for this model under this schedule are batched by."""
@@ -133,10 +155,12 @@ class Job:
     """One image to classify.
 
     Attributes:
-        pixels: RGB bytes, height x width x 3, as the model's preprocessing wants them, not yet normalised.
+        pixels: RGB bytes, height x width x 3, as the model's preprocessing wants them, not yet normalised; or a JPEG
+            file, for an engine that decodes.
         r: `r` per block as asked, or the bounds of `auto`; None takes the deployment's.
         top_k: How many classes to answer with.
         timeout_s: Time left until the deadline.
+        jpeg_pixels: Width x height of the JPEG file that `pixels` is; 0 where it is none.
     """
 
     model: str
@@ -144,6 +168,7 @@ class Job:
     r: Schedule | AutoR | None
     top_k: int
     timeout_s: float
+    jpeg_pixels: int = 0
 
 
 @dataclass(frozen=True, slots=True)

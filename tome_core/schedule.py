@@ -9,7 +9,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, SupportsIndex
+from typing import Literal
 
 Rounding = Literal["exact", "published"]
 
@@ -105,8 +105,12 @@ def token_counts(schedule: Sequence[int], num_tokens: int, num_prefix_tokens: in
 
 
 def _checked(r: object) -> int:
-    if isinstance(r, bool) or not isinstance(r, SupportsIndex):  # NumPy's integers too
+    try:
+        number = operator.index(r)  # type: ignore[arg-type]  # NumPy's integers too
+    except TypeError:
+        number = None
+    if number is None or isinstance(r, bool):
         raise TypeError(f"r is {r!r}; it must be an integer, a list of integers or a Ramp")
-    if operator.index(r) < 0:
+    if number < 0:
         raise ValueError(f"r is {r}; it must be 0 or more")
-    return operator.index(r)
+    return number

@@ -11,6 +11,8 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
+import uvloop
+
 from server.types import BatchKey, Job, Merges, ModelInfo, Preprocessing, TopK
 
 SIDE = 32  # pixels
@@ -43,11 +45,11 @@ def _http(listener: socket.socket, socket_path: str) -> None:
     from server.lifetime import Pulse
     from server.settings import Settings
 
-    process.main(Settings.model_validate({"log_level": "warning"}), listener, socket_path, Pulse())
+    process.main(Settings.model_validate({"log_level": "warning"}), listener, [socket_path], Pulse())
 
 
 def _engine(socket_path: str) -> None:
-    asyncio.run(_serve(socket_path))
+    uvloop.run(_serve(socket_path))
 
 
 async def _serve(socket_path: str) -> None:

@@ -16,6 +16,7 @@ from starlette.types import Lifespan
 
 from server import __version__
 from server.api import config, explain, health, models, page, routes
+from server.api.access import Service
 from server.api.admission import Admission
 from server.api.body import invalid
 from server.api.middleware import BodyLimit, RequestId
@@ -48,11 +49,10 @@ def create_app(
         description="Image classification with a speed/accuracy dial: `r` tokens are merged in every block.",
         lifespan=lifespan,
     )
-    app.state.settings, app.state.engine = settings, engine
     app.state.is_draining = False
-    app.state.admission = Admission(settings.max_queue_size)
     # An executor, since its threads stay as few when callers leave; more of them would only hold more memory.
-    app.state.decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+    decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+    app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
     ours = (routes.router, explain.router, models.router, config.router, health.router, page.router)
     for router in (*instead, *ours):
         app.include_router(router)

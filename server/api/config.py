@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 
-from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
+from server.api.access import ERRORS, ForAdmins, ForUsers
 from server.api.body import parse, read_json
 from server.api.schemas import Config, DeployedR, PatchConfig, PatchModel
 from server.dial import AutoR, RSetting, parse_setting, r_of
@@ -20,26 +20,21 @@ _ETAG = re.compile(r'"?([0-9]{1,18})"?')
 _PATCH_BODY = {"required": True, "content": {"application/json": {"schema": PatchConfig.model_json_schema()}}}
 
 
-@router.get("", dependencies=[Depends(check_key)], response_model_exclude_none=True)
-async def get_config(response: Response, engine: UsingEngine) -> Config:
+@router.get("", response_model_exclude_none=True)
+async def get_config(response: Response, service: ForUsers) -> Config:
     """Each model's deployment r, as PATCH takes it."""
-    return _config(await engine.configuration(), response)
+    return _config(await service.engine.configuration(), response)
 
 
-@router.patch(
-    "",
-    dependencies=[Depends(check_admin_key)],
-    response_model_exclude_none=True,
-    openapi_extra={"requestBody": _PATCH_BODY},
-)
+@router.patch("", response_model_exclude_none=True, openapi_extra={"requestBody": _PATCH_BODY})
 async def patch_config(
-    request: Request, response: Response, engine: UsingEngine, if_match: Annotated[str | None, Header()] = None
+    request: Request, response: Response, service: ForAdmins, if_match: Annotated[str | None, Header()] = None
 ) -> Config:
     """Changes the r of several models at once, all or none; If-Match guards against a race."""
     said = parse(PatchConfig, await read_json(request))
-    catalog = engine.catalog()
+    catalog = service.engine.catalog()
     changes = {name: setting_of(find_model(catalog, name), change) for name, change in said.models.items()}
-    return _config(await engine.configure(changes, expected_version(if_match)), response)
+    return _config(await service.engine.configure(changes, expected_version(if_match)), response)
 
 
 def setting_of(info: ModelInfo, change: PatchModel) -> RSetting:

@@ -1,15 +1,17 @@
-"""A client's connection: uvicorn's, which by itself waits forever for the head of a request."""
+"""A client's connection: uvicorn's, which by itself waits forever for a head, however long that gets."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_LONGEST_HEAD = 64 << 10
+"""Bytes of the pieces before the one that ends a head."""
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """Closes a connection on which no whole head arrives within uvicorn's `timeout_keep_alive`.
 
     Bytes do not extend that time. It also holds for the rest of a body whose request is answered already, as one that
@@ -18,6 +20,8 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._is_in_body = False
+        self._head_bytes = 0
         self._awaited: str | None = None
         self._patience: asyncio.TimerHandle | None = None
 
@@ -26,8 +30,21 @@ class Connection(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._head_bytes = 0 if self._is_in_body else self._head_bytes + len(data)
+        super().data_received(data)  # begins to count anew where a head or a message ends
+        if self._head_bytes > _LONGEST_HEAD and not self.transport.is_closing():
+            self.send_400_response("The head of the request is too long.")
         self._watch()
+
+    def on_headers_complete(self) -> None:
+        self._is_in_body = True
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._is_in_body = False
+        self._head_bytes = 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -41,10 +58,8 @@ class Connection(H11Protocol):
     def _watch(self) -> None:
         """Starts to count when something else is awaited of the client than before."""
         awaited = None
-        if self.conn.their_state is h11.IDLE:
-            awaited = "head"
-        elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
-            awaited = "rest of a body"
+        if self.cycle is None or self.cycle.response_complete:
+            awaited = "rest of a body" if self._is_in_body else "head"
         if awaited == self._awaited:
             return
         self._awaited = awaited

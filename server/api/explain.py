@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import Executor
 from dataclasses import replace
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 
-from server.api.access import ERRORS, UsingAdmission, UsingEngine, UsingSettings, check_key
+from server.api.access import ERRORS, ForUsers, Service
 from server.api.body import Upload, read_request
 from server.api.decode import decode
 from server.api.patience import at_most, unless_client_leaves
 from server.api.routes import ASKED, classes, resolve
 from server.api.schemas import BlockGroups, Merging, Seen, TimingsMs
 from server.dial import r_of
-from server.types import Engine, Explanation, Job, Preprocessing
+from server.types import Explanation, Job, Preprocessing
 
 router = APIRouter(responses=ERRORS)
 
 
-@router.post("/v1/explain", dependencies=[Depends(check_key)], openapi_extra=ASKED)
-async def explain(request: Request, settings: UsingSettings, engine: UsingEngine, admission: UsingAdmission) -> Merging:
+@router.post("/v1/explain", openapi_extra=ASKED)
+async def explain(request: Request, service: ForUsers) -> Merging:
     """Says which patches of one image merge. Asked as /classify is, and computed in float32 whatever that takes."""
     start = time.perf_counter()
+    settings = service.settings
     async with at_most(settings.deadline_s):
         (upload,), parameters = await read_request(request, max_images=1)
-    info, job = resolve(parameters, engine.catalog(), settings.deadline_s)
-    seen, decoders = info.preprocessing, request.app.state.decoders
-    with admission.permit(1, job.timeout_s):
+    info, job = resolve(parameters, service.engine.catalog(), settings.deadline_s)
+    seen = info.preprocessing
+    with service.admission.permit(1, job.timeout_s):
         async with at_most(job.timeout_s):
-            work = _decode_and_explain(upload, job, seen, settings.max_image_pixels, decoders, engine)
+            work = _decode_and_explain(upload, job, seen, service)
             decode_s, explanation = await unless_client_leaves(request, work)
     prediction, merges = explanation.prediction, explanation.merges
     counts = info.token_counts(prediction.schedule)
@@ -61,12 +61,12 @@ async def explain(request: Request, settings: UsingSettings, engine: UsingEngine
 
 
 async def _decode_and_explain(
-    upload: Upload, job: Job, seen: Preprocessing, max_pixels: int, decoders: Executor, engine: Engine
+    upload: Upload, job: Job, seen: Preprocessing, service: Service
 ) -> tuple[float, Explanation]:
     """Seconds of decoding, and what merged."""
     start = time.perf_counter()
-    loop = asyncio.get_running_loop()
-    pixels = await loop.run_in_executor(decoders, decode, upload.encoded, seen, max_pixels)
+    loop, max_pixels = asyncio.get_running_loop(), service.settings.max_image_pixels
+    pixels = await loop.run_in_executor(service.decoders, decode, upload.encoded, seen, max_pixels)
     decode_s = time.perf_counter() - start
     left_s = max(job.timeout_s - decode_s, 0.0)
-    return decode_s, await engine.explain(replace(job, pixels=pixels, timeout_s=left_s))
+    return decode_s, await service.engine.explain(replace(job, pixels=pixels, timeout_s=left_s))

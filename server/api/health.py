@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from server import metrics
-from server.api.access import ERRORS, UsingEngine
+from server.api.access import ERRORS, ForAll
 from server.errors import UnavailableError
 
 router = APIRouter(responses={503: ERRORS[503]})
@@ -22,12 +22,12 @@ async def livez() -> dict[str, str]:
 
 @router.get("/readyz")
 @router.get("/healthz", include_in_schema=False)
-async def readyz(request: Request, engine: UsingEngine) -> dict[str, Any]:
+async def readyz(request: Request, service: ForAll) -> dict[str, Any]:
     """Whether images should be sent here now: asks the engine through the real batch loop."""
     if request.app.state.is_draining:
         raise UnavailableError("this server is about to end", retry_after_s=1)
-    await engine.check()
-    return {"status": "ready", "models": list(engine.catalog())}
+    await service.engine.check()
+    return {"status": "ready", "models": list(service.engine.catalog())}
 
 
 @router.get("/metrics")

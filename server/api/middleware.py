@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,7 +30,7 @@ class RequestId:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         borne = Headers(scope=scope).get("x-request-id", "")
-        request_id = borne if _REQUEST_ID.fullmatch(borne) else uuid.uuid4().hex
+        request_id = borne if _REQUEST_ID.fullmatch(borne) else f"{random.getrandbits(128):032x}"
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def named(message: Message) -> None:

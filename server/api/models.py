@@ -6,9 +6,9 @@ import functools
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 
-from server.api.access import ERRORS, UsingEngine, check_admin_key, check_key
+from server.api.access import ERRORS, ForAdmins, ForUsers
 from server.api.body import parse, read_json
 from server.api.config import expected_version, setting_of, tag
 from server.api.schemas import (
@@ -31,24 +31,26 @@ router = APIRouter(prefix="/v1/models", responses=ERRORS)
 _PATCH_BODY = {"required": True, "content": {"application/json": {"schema": PatchModel.model_json_schema()}}}
 
 
-@router.get("", dependencies=[Depends(check_key)])
-async def list_models(engine: UsingEngine) -> ModelList:
+@router.get("")
+async def list_models(service: ForUsers) -> ModelList:
     """The models that are served, the default first."""
+    engine = service.engine
     configuration = await engine.configuration()
     return ModelList(models=[_summary(info, configuration, engine) for info in engine.catalog().values()])
 
 
-@router.get("/{name}", dependencies=[Depends(check_key)])
-async def get_model(name: str, response: Response, engine: UsingEngine) -> ModelDetail:
+@router.get("/{name}")
+async def get_model(name: str, response: Response, service: ForUsers) -> ModelDetail:
     """One model: classes, input size, blocks, range of r, and token counts for each r."""
+    engine = service.engine
     info = find_model(engine.catalog(), name)
     return _detail(info, await engine.configuration(), engine, response)
 
 
-@router.get("/{name}/curve", dependencies=[Depends(check_key)])
-async def get_curve(name: str, engine: UsingEngine) -> ModelCurve:
+@router.get("/{name}/curve")
+async def get_curve(name: str, service: ForUsers) -> ModelCurve:
     """What each r of a model costs and keeps, as `tome-server calibrate` measured it, at the speeds of this moment."""
-    curve = await engine.curve(find_model(engine.catalog(), name).name)
+    curve = await service.engine.curve(find_model(service.engine.catalog(), name).name)
     facts = curve.facts
     return ModelCurve(
         model=curve.model,
@@ -61,15 +63,16 @@ async def get_curve(name: str, engine: UsingEngine) -> ModelCurve:
     )
 
 
-@router.patch("/{name}", dependencies=[Depends(check_admin_key)], openapi_extra={"requestBody": _PATCH_BODY})
+@router.patch("/{name}", openapi_extra={"requestBody": _PATCH_BODY})
 async def patch_model(
     name: str,
     request: Request,
     response: Response,
-    engine: UsingEngine,
+    service: ForAdmins,
     if_match: Annotated[str | None, Header()] = None,
 ) -> ModelDetail:
     """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
+    engine = service.engine
     info = find_model(engine.catalog(), name)
     r = setting_of(info, parse(PatchModel, await read_json(request)))
     return _detail(info, await engine.configure({name: r}, expected_version(if_match)), engine, response)

@@ -16,16 +16,27 @@ T = TypeVar("T")
 
 async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
     """Waits for work that is withdrawn as soon as the client hangs up: nobody would read its result."""
-    working = asyncio.ensure_future(work)
+    ours = asyncio.current_task()
+    assert ours is not None
+    is_waiting, has_left = True, False
+
+    def leave(leaving: asyncio.Future[None]) -> None:
+        nonlocal has_left
+        if is_waiting and not leaving.cancelled():
+            has_left = True
+            ours.cancel()
+
     leaving = asyncio.ensure_future(_disconnected(request))
+    leaving.add_done_callback(leave)
     try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError("the client hung up")
+        return await work
+    except asyncio.CancelledError:
+        if has_left and ours.uncancel() == 0:  # else somebody else wants this to end, too
+            raise ClientGoneError("the client hung up") from None
+        raise
     finally:
+        is_waiting = False
         leaving.cancel()
-        working.cancel()
 
 
 @asynccontextmanager

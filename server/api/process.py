@@ -1,4 +1,4 @@
-"""An HTTP process: uvicorn on the port that all HTTP processes share, and a connection to the engine process."""
+"""An HTTP process: uvicorn on the port that all HTTP processes share, and a connection to each engine process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import FrameType
 
@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.api.connection import Connection
+from server.engine.devices import Devices
 from server.engine.transport import RemoteEngine
 from server.lifetime import Pulse, configure_logging, end_with_parent
 from server.settings import Settings
@@ -23,11 +24,12 @@ _DRAIN_S = 25
 _CLOSE = (b"connection", b"close")
 
 
-def main(settings: Settings, listener: socket.socket, socket_path: str, pulse: Pulse) -> None:
+def main(settings: Settings, listener: socket.socket, socket_paths: Sequence[str], pulse: Pulse) -> None:
     """Runs one HTTP process until it is told to end, and answers what it has accepted before it does."""
     configure_logging(settings.log_level)
     end_with_parent()
-    engine = RemoteEngine(socket_path)
+    engines = [RemoteEngine(path, index) for index, path in enumerate(socket_paths)]
+    engine = engines[0] if len(engines) == 1 else Devices(engines)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -41,6 +43,7 @@ def main(settings: Settings, listener: socket.socket, socket_path: str, pulse: P
     config = uvicorn.Config(
         app,
         http=Connection,
+        loop="uvloop",
         ws="none",
         log_config=None,
         access_log=False,

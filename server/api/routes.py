@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Sequence
 from dataclasses import replace
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server import metrics
-from server.api.access import ERRORS, UsingAdmission, UsingEngine, UsingSettings, check_key
+from server.api.access import ERRORS, ForUsers, Service
 from server.api.body import Upload, read_request
-from server.api.decode import decode
+from server.api.decode import decode_for
 from server.api.patience import at_most, unless_client_leaves
 from server.api.schemas import AutoChoice, Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
 from server.dial import AutoR, RSetting, Schedule, label_of, parse_setting, r_of, text_of
-from server.errors import InvalidError, ServerError
-from server.types import Choice, Engine, Job, ModelInfo, Prediction, TopK, find_model
+from server.errors import InvalidError, ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.types import Choice, Job, ModelInfo, Prediction, TopK, find_model
 
 router = APIRouter(responses=ERRORS)
 
@@ -46,17 +44,12 @@ ASKED = {"requestBody": BODY, "parameters": PARAMETERS}
 """What `read_request` reads, for the API's description."""
 
 
-@router.post("/classify", dependencies=[Depends(check_key)], openapi_extra=ASKED)
-@router.post("/v1/classify", dependencies=[Depends(check_key)], include_in_schema=False)
-async def classify(
-    request: Request,
-    response: Response,
-    settings: UsingSettings,
-    engine: UsingEngine,
-    admission: UsingAdmission,
-) -> Classification:
+@router.post("/classify", response_model=Classification, openapi_extra=ASKED)
+@router.post("/v1/classify", response_model=Classification, include_in_schema=False)
+async def classify(request: Request, service: ForUsers) -> Response:
     """Names what is in each image. Send form parts `image`, a raw image or JSON; parameters in query or body."""
     start = time.perf_counter()
+    settings, engine = service.settings, service.engine
     model, schedule = "unknown", None
     try:
         async with at_most(settings.deadline_s):
@@ -65,7 +58,7 @@ async def classify(
         model = info.name
         schedule = None if isinstance(job.r, AutoR) else job.r
         config_version = None
-        with admission.permit(len(uploads), job.timeout_s):
+        with service.admission.permit(len(uploads), job.timeout_s):
             choice = None
             if len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
                 r: RSetting | None = job.r
@@ -75,10 +68,8 @@ async def classify(
                 if isinstance(r, AutoR):
                     choice = await engine.choose(info.name, r)
                 job = replace(job, r=choice.schedule if choice else info.schedule(r))
-            decoding = functools.partial(decode, preprocessing=info.preprocessing, max_pixels=settings.max_image_pixels)
-            work = _classify_all(uploads, job, decoding, request.app.state.decoders, engine)
             async with at_most(job.timeout_s):
-                answers = await unless_client_leaves(request, work)
+                answers = await unless_client_leaves(request, _classify_all(uploads, job, info, service))
     except Exception as error:
         _count(model, schedule, error.status if isinstance(error, ServerError) else 500)
         raise
@@ -96,15 +87,13 @@ async def classify(
     labels = (model, label_of(predictions[0].schedule))
     metrics.IMAGES.labels(*labels).inc(len(uploads))
     metrics.REQUEST_S.labels(*labels).observe(timings.total / 1e3)
-    response.headers.update(
-        {
-            "x-r": text_of(answer.r),
-            "x-batch-size": str(answer.batch_size),
-            "x-config-version": str(answer.config_version),
-            "server-timing": ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings),
-        }
-    )
-    return answer
+    headers = {
+        "x-r": text_of(answer.r),
+        "x-batch-size": str(answer.batch_size),
+        "x-config-version": str(answer.config_version),
+        "server-timing": ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings),
+    }
+    return Response(answer.model_dump_json(), headers=headers, media_type="application/json")
 
 
 def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], longest_s: float) -> tuple[ModelInfo, Job]:
@@ -133,26 +122,28 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], longest_s: fl
 
 
 async def _classify_all(
-    uploads: Sequence[Upload],
-    job: Job,
-    decoding: Callable[[bytes], bytes],
-    decoders: Executor,
-    engine: Engine,
+    uploads: Sequence[Upload], job: Job, info: ModelInfo, service: Service
 ) -> list[tuple[float, Prediction]]:
     """Seconds of decoding, and the prediction, for each image; the first failure withdraws the others."""
+
+    loop, max_pixels = asyncio.get_running_loop(), service.settings.max_image_pixels
 
     async def classify_one(index: int, upload: Upload) -> tuple[float, Prediction]:
         start = time.perf_counter()
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(decoders, decoding, upload.encoded)
-        except ServerError as error:
+            work = loop.run_in_executor(service.decoders, decode_for, info, upload.encoded, max_pixels)
+            pixels, jpeg_pixels = await work
+            decode_s = time.perf_counter() - start
+            metrics.DECODE_S.observe(decode_s)
+            left_s = max(job.timeout_s - decode_s, 0.0)
+            one = replace(job, pixels=pixels, jpeg_pixels=jpeg_pixels, timeout_s=left_s)
+            return decode_s, await service.engine.classify(one)
+        except (UndecodableError, UnsupportedError, TooLargeError) as error:  # of this image, here or in the engine
             error.details.update(image=index, filename=upload.filename)
             raise
-        decode_s = time.perf_counter() - start
-        metrics.DECODE_S.observe(decode_s)
-        left_s = max(job.timeout_s - decode_s, 0.0)
-        return decode_s, await engine.classify(replace(job, pixels=pixels, timeout_s=left_s))
 
+    if len(uploads) == 1:
+        return [await classify_one(0, uploads[0])]
     tasks = [asyncio.ensure_future(classify_one(index, upload)) for index, upload in enumerate(uploads)]
     try:
         return await asyncio.gather(*tasks)

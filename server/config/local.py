@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from server.dial import RSetting, setting_from_json, setting_to_json
-from server.errors import ConflictError, EngineError, InvalidError
+from server.errors import ConflictError, EngineError, InvalidError, UnavailableError
 from server.metrics import CONFIG_VERSION
 from server.settings import SettingsError
 from server.types import Configuration
 
 logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT_S = 5.0
+"""Who holds the lock needs milliseconds, unless it was stopped; then the supervisor kills it, and the lock is free."""
+_RETRY_S = 0.002
+
+Change = tuple[RSetting, RSetting]
+"""A live `r`, and the start setting that it replaced."""
 
 
 class LocalConfig:
@@ -23,6 +33,11 @@ class LocalConfig:
 
     A live change is kept together with the start setting that it replaced. It outlives a restart while that start
     setting stays the same; whoever starts the service with another one means that one.
+
+    The engines of a server share a file, and with it their configuration: a change holds for the next job of each. The
+    file is only ever replaced as a whole, so one look at its inode and times says whether it did change (microseconds),
+    and nothing is lost with the process that changed it. Changes take turns by a lock beside it, which the kernel frees
+    when its holder dies.
 
     Args:
         start: Each model's `r` from the settings.
@@ -33,70 +48,143 @@ class LocalConfig:
     """
 
     def __init__(self, start: Mapping[str, RSetting], path: Path | None = None) -> None:
-        self._start = dict(start)
-        self._path = path
-        self._others: dict[str, dict[str, Any]] = {}  # changes of models that are not served this time
-        self._version, self._live = self._read()
-        CONFIG_VERSION.set(self._version)
+        self._start, self._path = dict(start), path
+        self._stamp: _Stamp | None = None
+        self._problem: str | None = None
+        self._take_over(1, {})
+        if path is None:
+            return
+        self._look(path)
+        for name, (r, replaced) in self._changes.items():
+            if name in self._start and replaced == self._start[name]:
+                logger.info("%s: r=%s, set live earlier, stays in force", name, r)
+        if self._without_outdated() != self._changes:
+            try:
+                self._forget_outdated(path)
+            except OSError as error:
+                raise SettingsError(f"state file {path} cannot be written: {error.strerror}") from error
 
     @property
     def configuration(self) -> Configuration:
-        return Configuration(self._version, self._start | self._live)
+        if self._path is not None:
+            self._catch_up(self._path)
+        return self._configuration
 
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
         """On disk before in memory."""
-        refuse_stale(expected_version, self._version)
-        live = self._live | dict(changes)
+        if self._path is None:
+            self._take_over(*self._changed(changes, expected_version))
+            return self._configuration
         try:
-            self._write(self._version + 1, live)
+            with _lock_file(self._path) as lock:
+                await _until_locked(lock)
+                self._catch_up(self._path)
+                self._write(self._path, *self._changed(changes, expected_version))
+                self._catch_up(self._path)
+        except TimeoutError:
+            raise UnavailableError("another engine is changing the configuration", retry_after_s=1) from None
         except OSError as error:
             raise EngineError(
                 f"the change cannot be kept in {self._path}: {error.strerror}; nothing changed"
             ) from error
-        self._version, self._live = self._version + 1, live
-        CONFIG_VERSION.set(self._version)
-        return self.configuration
+        return self._configuration
 
     async def follow(self) -> None:
-        """Nobody else changes it."""
+        """What other engines change is seen when it is asked for."""
 
-    def _read(self) -> tuple[int, dict[str, RSetting]]:
-        if self._path is None or not self._path.exists():
-            return 1, {}
+    def _changed(self, changes: Mapping[str, RSetting], expected_version: int | None) -> tuple[int, dict[str, Change]]:
+        """The next version, and all that it holds."""
+        refuse_stale(expected_version, self._configuration.version)
+        ours = {name: (r, self._start[name]) for name, r in changes.items()}
+        return self._configuration.version + 1, self._without_outdated() | ours
+
+    def _without_outdated(self) -> dict[str, Change]:
+        """The changes in force, and those of models that are not served this time."""
+        return {n: change for n, change in self._changes.items() if self._start.get(n, change[1]) == change[1]}
+
+    def _forget_outdated(self, path: Path) -> None:
+        """Removes what was set live over other start settings; of several engines that start, one does it."""
+        with _lock_file(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._look(path)
+            kept = self._without_outdated()
+            for name in self._changes.keys() - kept.keys():
+                r, replaced = self._changes[name]
+                now = self._start[name]
+                logger.info("%s: r=%s was set live over r=%s; started with r=%s now", name, r, replaced, now)
+            if kept != self._changes:
+                self._write(path, self._configuration.version + 1, kept)
+        self._look(path)
+
+    def _catch_up(self, path: Path) -> None:
+        """Looks, and goes on with what is known where nothing can be seen."""
         try:
-            content = json.loads(self._path.read_text())
-            entries = {
+            self._look(path)
+            self._problem = None
+        except (OSError, SettingsError) as error:
+            if str(error) != self._problem:  # once: it is looked at for every job
+                logger.error("%s; configuration %d goes on", error, self._configuration.version)
+            self._problem = str(error)
+
+    def _look(self, path: Path) -> None:
+        """Takes over what the file says, if it was replaced since.
+
+        Raises:
+            SettingsError: It cannot be read.
+        """
+        try:
+            if _stamp(os.stat(path)) == self._stamp:
+                return
+            with path.open() as file:
+                stamp, content = _stamp(os.fstat(file.fileno())), json.loads(file.read())
+            version = int(content["version"])
+            changes = {
                 name: (setting_from_json(entry["r"]), setting_from_json(entry["start"]))
                 for name, entry in content["models"].items()
             }
-            version = int(content["version"])
+        except (FileNotFoundError, NotADirectoryError):
+            return  # nothing has been changed yet, or somebody removed it
         except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError, InvalidError) as error:
-            raise SettingsError(f"state file {self._path} cannot be read ({error}); mend or remove it") from error
-        live = {}
-        for name, (r, start) in entries.items():
-            if name not in self._start:
-                self._others[name] = {"r": setting_to_json(r), "start": setting_to_json(start)}
-            elif start == self._start[name]:
-                live[name] = r
-                logger.info("%s: r=%s, set live earlier, stays in force", name, r)
-            else:
-                logger.info("%s: r=%s was set live over r=%s; started with r=%s now", name, r, start, self._start[name])
-        if len(live) + len(self._others) < len(entries):
-            version += 1
-            try:
-                self._write(version, live)
-            except OSError as error:
-                raise SettingsError(f"state file {self._path} cannot be written: {error.strerror}") from error
-        return version, live
+            raise SettingsError(f"state file {path} cannot be read ({error}); mend or remove it") from error
+        self._stamp = stamp
+        self._take_over(version, changes)
 
-    def _write(self, version: int, live: Mapping[str, RSetting]) -> None:
-        if self._path is None:
-            return
-        ours = {
-            name: {"r": setting_to_json(r), "start": setting_to_json(self._start[name])} for name, r in live.items()
+    def _take_over(self, version: int, changes: dict[str, Change]) -> None:
+        self._changes = changes
+        live = {name: r for name, (r, replaced) in changes.items() if self._start.get(name) == replaced}
+        self._configuration = Configuration(version, self._start | live)
+        CONFIG_VERSION.set(version)
+
+    def _write(self, path: Path, version: int, changes: Mapping[str, Change]) -> None:
+        models = {
+            name: {"r": setting_to_json(r), "start": setting_to_json(replaced)}
+            for name, (r, replaced) in changes.items()
         }
-        models = self._others | ours
-        replace_file(self._path, json.dumps({"version": version, "models": models}))
+        replace_file(path, json.dumps({"version": version, "models": models}))
+
+
+_Stamp = tuple[int, int, int]
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    """What is another one whenever `replace_file` has replaced the file."""
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _lock_file(path: Path) -> IO[str]:
+    """The file to lock: the other one is replaced with every change, and a lock on it would be, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_suffix(".lock").open("a")
+
+
+async def _until_locked(file: IO[str]) -> None:
+    """Waits for the lock while the event loop goes on; raises TimeoutError."""
+    async with asyncio.timeout(LOCK_TIMEOUT_S):
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                await asyncio.sleep(_RETRY_S)
 
 
 def refuse_stale(expected_version: int | None, version: int) -> None:
@@ -108,11 +196,21 @@ def refuse_stale(expected_version: int | None, version: int) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file as a whole: a start after a crash sees the old one or the new one."""
+    """Writes a file as a whole: a start after a crash sees the old one or the new one, whoever else writes it.
+
+    Its time is later than that of the one it replaces, by a nanosecond at least: a file system counts ticks of
+    milliseconds, and may give the inode of the last but one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".new")
-    with unfinished.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = path.with_suffix(f".{os.getpid()}.new")
+    try:
+        with unfinished.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        replaced_ns = path.stat().st_mtime_ns if path.exists() else 0
+        now_ns = max(time.time_ns(), replaced_ns + 1)
+        os.utime(unfinished, ns=(now_ns, now_ns))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

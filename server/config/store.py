@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from server.config.local import LocalConfig
@@ -36,14 +37,19 @@ class ConfigStore(Protocol):
         ...
 
 
-def open_store(settings: Settings, check: Check) -> ConfigStore:
+def open_store(settings: Settings, check: Check, otherwise: Path | None = None) -> ConfigStore:
     """The keeper that the settings ask for: this machine's, a file that somebody else writes, or Redis.
+
+    Args:
+        settings: Those of the server.
+        check: Whether its models can merge like that.
+        otherwise: The file by which its engines agree where the settings name no folder for one.
 
     Raises:
         SettingsError: It cannot be read, or holds an `r` that a model cannot merge.
     """
     start = {spec.name: spec.r or 0 for spec in settings.specs()}
-    shared, file = settings.shared_config, settings.state_file()
+    shared, file = settings.shared_config, settings.state_file() or otherwise
     if shared is None:
         return LocalConfig(start, file)
     cache = file.with_name(f"shared-{settings.port}.json") if file else None

@@ -2,6 +2,7 @@
 
 Work-conserving: while the device is idle whatever waits is taken at once, and batches grow only while it is busy. A job
 may leave its key open: it gets one when its batch is formed, by the load of that moment, or fills up another's batch.
+Where batches are prepared first, one is prepared while the one before computes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from server.engine.knob import Load
 from server.engine.speed import Rate, Speed
@@ -37,7 +38,7 @@ class Observer(Protocol[K_contra]):
     """Is told what the batcher does; metrics are made of it."""
 
     def batch_ran(self, key: K_contra, waits_s: Sequence[float], run_s: float) -> None:
-        """`len(waits_s)` jobs of a batch were answered."""
+        """`len(waits_s)` jobs of a batch were answered, which kept the device for that long."""
         ...
 
     def job_dropped(self, reason: str) -> None:
@@ -62,7 +63,7 @@ class Open(Generic[K]):
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[K, A]):
-    """One job's result, and the batch that it was computed in; durations in seconds."""
+    """One job's result, and the batch that it was computed in; seconds in the queue, and from then on."""
 
     result: A
     key: K
@@ -90,16 +91,18 @@ class _Waiting(Generic[K, P, A]):
 
 
 class Batcher(Generic[K, P, A]):
-    """Queues jobs by key and feeds them to one device, a batch of one key at a time.
+    """Queues jobs by key and feeds them to one device, which computes one batch of one key at a time.
 
     Every accepted job gets exactly one answer: its result or a ServerError. The fullest queue goes first, unless some
     job has waited `batch_timeout_s` or nears its deadline: then that one's does, so that no rare key starves.
 
     Args:
-        run_batch: Computes one batch; must give one result for each payload, in order.
+        run_batch: Computes one batch; must give one result for each payload, in order, or the ServerError of that one.
         max_batch_size: Most jobs in a batch.
         max_queue_size: Most jobs waiting; more are refused.
         batch_timeout_s: Age at which a job goes before fuller batches.
+        prepare: Makes of each payload, or one batch of them, what `run_batch` gets instead, while that computes the
+            batch before. No batch is taken from the queue before the last one has left this stage.
         observer: Is told of batches and drops.
         idle: Spends the time while nothing waits, until its event is set; what it does then delays the next batch.
         clock: Monotonic seconds.
@@ -110,16 +113,17 @@ class Batcher(Generic[K, P, A]):
 
     def __init__(
         self,
-        run_batch: Callable[[K, Sequence[P]], Awaitable[Sequence[A]]],
+        run_batch: Callable[[K, Sequence[Any]], Awaitable[Sequence[A | ServerError]]],
         *,
         max_batch_size: int,
         max_queue_size: int,
         batch_timeout_s: float,
+        prepare: Callable[[K, Sequence[P]], Awaitable[Sequence[Any]]] | None = None,
         observer: Observer[K] | None = None,
         idle: Callable[[asyncio.Event], Awaitable[object]] = asyncio.Event.wait,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run_batch = run_batch
+        self._run_batch, self._prepare = run_batch, prepare
         self._max_batch_size = max_batch_size
         self._max_queue_size = max_queue_size
         self._batch_timeout_s = batch_timeout_s
@@ -135,6 +139,7 @@ class Batcher(Generic[K, P, A]):
         self._arrived = asyncio.Event()
         self._closed = False
         self._loop: asyncio.Task[None] | None = None
+        self._computing: asyncio.Task[None] | None = None  # a batch that has left its preparation
 
     @property
     def num_waiting(self) -> int:
@@ -191,17 +196,40 @@ class Batcher(Generic[K, P, A]):
             await self._loop
 
     async def _serve(self) -> None:
-        while True:
-            # Lets callers that are ready in this turn of the loop join the batch; costs no waiting.
-            await asyncio.sleep(0)
-            taken = self._take()
-            if taken is not None:
-                await self._run(*taken)
-            elif self._closed:
-                return
-            else:
-                self._arrived.clear()
-                await self._idle(self._arrived)
+        try:
+            while True:
+                # Lets callers that are ready in this turn of the loop join the batch; costs no waiting.
+                await asyncio.sleep(0)
+                taken = self._take()
+                if taken is not None:
+                    await self._run(*taken)
+                elif self._computing is not None:
+                    await self._computed_or_arrived(self._computing)
+                elif self._closed:
+                    return
+                else:
+                    self._arrived.clear()
+                    await self._idle(self._arrived)
+        finally:
+            if self._computing is not None:
+                self._computing.cancel()
+
+    async def _computed_or_arrived(self, computing: asyncio.Task[None]) -> None:
+        """Waits while a batch computes and nothing else is there to be prepared."""
+        self._arrived.clear()
+        arrived = asyncio.ensure_future(self._arrived.wait())
+        try:
+            await asyncio.wait([computing, arrived], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            arrived.cancel()
+        if computing.done():
+            await self._computed()
+
+    async def _computed(self) -> None:
+        """Waits until no batch computes."""
+        if self._computing is not None:
+            await self._computing
+            self._computing = None
 
     def _take(self) -> tuple[K, list[_Waiting[K, P, A]]] | None:
         """Removes the next batch from the queues, and the jobs that cannot be answered in time."""
@@ -212,7 +240,8 @@ class Batcher(Generic[K, P, A]):
             key = leader.open.choose(self.load()) if leader.open else first
             assert not isinstance(key, _Group)
             batch = self._batch(first, key, self._most(key, BATCH_SHARE * (leader.deadline - leader.enqueued_at)))
-            done_at = now + self.speed(key, len(batch))
+            is_busy = self._computing is not None and not self._computing.done()
+            done_at = now + (1 + is_busy) * self.speed(key, len(batch))
             late = [job for job in batch if job.deadline < done_at and not job.urgent]
             for job in late:  # they would only keep the others waiting
                 self._give_up(job, "deadline")
@@ -277,32 +306,73 @@ class Batcher(Generic[K, P, A]):
         """When a job must go before fuller batches: at once, of age, or early enough to be answered in time."""
         if job.urgent:
             return float("-inf")
-        return min(job.enqueued_at + self._batch_timeout_s, job.deadline - 2 * self._batch_s)
+        num_stages = 1 if self._prepare is None else 2
+        return min(job.enqueued_at + self._batch_timeout_s, job.deadline - (1 + num_stages) * self._batch_s)
 
     async def _run(self, key: K, jobs: list[_Waiting[K, P, A]]) -> None:
+        """Takes a batch through both stages; returns when the first is free again."""
         started = self._clock()
+        payloads: list[Any] = [job.payload for job in jobs]
+        if self._prepare is None:
+            await self._compute(key, jobs, payloads, started)
+            return
+        payloads = await self._stage(self._prepare, key, jobs, payloads)
+        prepare_s = self._clock() - started
         try:
-            outcomes = await run_split(lambda payloads: self._run_batch(key, payloads), [job.payload for job in jobs])
+            await self._computed()
         except asyncio.CancelledError:
-            for job in jobs:
-                _fail(job, UnavailableError("the engine was stopped", retry_after_s=1))
+            _stop(jobs)
             raise
-        run_s = self._clock() - started
+        self._computing = asyncio.create_task(self._compute(key, jobs, payloads, started, prepare_s), name="batch")
+
+    async def _stage(
+        self,
+        work: Callable[[K, Sequence[Any]], Awaitable[Sequence[Any]]],
+        key: K,
+        jobs: list[_Waiting[K, P, A]],
+        payloads: Sequence[Any],
+    ) -> list[Any]:
+        """What a stage makes of each payload, or its error; those that have one already are left out."""
+        outcomes = dict(enumerate(payloads))
+        good = {index: each for index, each in outcomes.items() if not isinstance(each, ServerError)}
+        if good:
+            try:
+                made = await run_split(lambda part: work(key, part), list(good.values()))
+            except asyncio.CancelledError:
+                _stop(jobs)
+                raise
+            outcomes |= zip(good, made, strict=True)
+        return list(outcomes.values())
+
+    async def _compute(
+        self,
+        key: K,
+        jobs: list[_Waiting[K, P, A]],
+        payloads: Sequence[Any],
+        started: float,
+        prepare_s: float = 0.0,
+    ) -> None:
+        """Computes a batch and answers its jobs."""
+        began = self._clock()
+        outcomes = await self._stage(self._run_batch, key, jobs, payloads)
+        ended = self._clock()
+        # The pace of such batches: the slower stage alone counts, for the other works on their neighbours meanwhile.
+        pace_s = max(prepare_s, ended - began)
         waits_s = [started - job.enqueued_at for job in jobs]
         for job, outcome, wait_s in zip(jobs, outcomes, waits_s, strict=True):
             if isinstance(outcome, ServerError):
                 _fail(job, outcome)
             elif not job.future.done():
-                job.future.set_result(Answer(outcome, key, len(jobs), wait_s, run_s))
+                job.future.set_result(Answer(outcome, key, len(jobs), wait_s, ended - started))
         answered = [
             each for each, outcome in zip(waits_s, outcomes, strict=True) if not isinstance(outcome, ServerError)
         ]
         if len(answered) == len(jobs):  # else it was split, and its time says nothing of a batch
-            self.speed.observe(key, len(jobs), run_s)
-            self._batch_s = _moved(self._batch_s, run_s)
-            self._per_job_s = _moved(self._per_job_s, run_s / len(jobs))
+            self.speed.observe(key, len(jobs), pace_s)
+            self._batch_s = _moved(self._batch_s, pace_s)
+            self._per_job_s = _moved(self._per_job_s, pace_s / len(jobs))
         if answered:
-            self._tell(lambda observer: observer.batch_ran(key, answered, run_s))
+            self._tell(lambda observer: observer.batch_ran(key, answered, pace_s))
 
     def _tell(self, event: Callable[[Observer[K]], None]) -> None:
         """Tells the observer; its failure is not the jobs'."""
@@ -322,3 +392,8 @@ def _moved(mean: float, value: float) -> float:
 def _fail(job: _Waiting[K, P, A], error: ServerError) -> None:
     if not job.future.done():
         job.future.set_exception(error)
+
+
+def _stop(jobs: Sequence[_Waiting[Any, Any, Any]]) -> None:
+    for job in jobs:
+        _fail(job, UnavailableError("the engine was stopped", retry_after_s=1))

@@ -22,7 +22,7 @@ from server.types import BatchKey, Job, TopK
 logger = logging.getLogger(__name__)
 
 KEPT = 8
-"""Most images that wait for their check, as pixels: 150,528 bytes each at 224 x 224, 1.2 MB in all."""
+"""Most images that wait for their check: as pixels 150,528 bytes each at 224 x 224, 1.2 MB in all, or as JPEG files."""
 
 WINDOW = 500
 FEWEST = 50

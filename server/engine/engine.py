@@ -16,7 +16,7 @@ from server.engine.auto import AutoDial
 from server.engine.batcher import Answer, Batcher
 from server.engine.drift import DriftWatch
 from server.engine.knob import Rung
-from server.errors import DeadlineError, NotFoundError, UnavailableError
+from server.errors import DeadlineError, NotFoundError, ServerError, UnavailableError
 from server.metrics import BatchMetrics
 from server.types import (
     BatchKey,
@@ -34,8 +34,12 @@ from server.types import (
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
-RunBatch = Callable[[BatchKey, Sequence[Job]], Sequence[TopK]]
-"""Computes one batch on the device: every job of it under the key's model and schedule; answers in order."""
+RunBatch = Callable[[BatchKey, Sequence[Any]], Sequence[TopK]]
+"""Computes one batch on the device under the key's model and schedule, of jobs or of what was prepared of them; answers
+in order."""
+
+PrepareBatch = Callable[[BatchKey, Sequence[Job]], Sequence[Any]]
+"""What `RunBatch` gets of each job instead of it, or the ServerError of that job alone; in order."""
 
 ExplainBatch = Callable[[BatchKey, Sequence[Job]], Sequence[tuple[TopK, Merges]]]
 """The same for jobs that ask what merged."""
@@ -53,13 +57,24 @@ class _Explaining:
     key: BatchKey
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A job to classify, and what the device gets of it."""
+
+    job: Job
+    work: Any
+
+
 class LocalEngine:
-    """The engine of this process. One thread runs the device, so that batches never overlap.
+    """The engine of this process. One thread computes on the device, so that batches never overlap.
+
+    Where batches are prepared, another thread does that, for the next batch while one computes.
 
     Args:
         models: The loaded models, the default first.
         run_batch: The device; a function of its input is enough for a test.
         explain_batch: The device for jobs that ask what merged.
+        prepare_batch: Makes jobs ready for `run_batch`; None where it takes them as they are.
         check_device: Raises when the device no longer works; called on the device's thread.
         store: The deployment `r` of each model.
         steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
@@ -80,6 +95,7 @@ class LocalEngine:
         store: ConfigStore,
         *,
         explain_batch: ExplainBatch,
+        prepare_batch: PrepareBatch | None = None,
         steps: Mapping[str, Sequence[Rung]] | None = None,
         curves: Mapping[str, Curve] | None = None,
         check_device: Callable[[], None] = lambda: None,
@@ -89,16 +105,18 @@ class LocalEngine:
         drift_sample: float = 0.0,
     ) -> None:
         self._models = dict(models)
-        self._compute, self._explain = run_batch, explain_batch
+        self._compute, self._explain, self._prepare = run_batch, explain_batch, prepare_batch
         self._check_device = check_device
         self._broken = asyncio.Event()
         self._store = store
         self._following: asyncio.Task[None] | None = None
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # has a thread once it is asked for one
         self._drift = DriftWatch(self._run_batch, curves or {}, drift_sample)
         # A key, a job and an answer are of one kind: classification, explanation, or a health check's None.
         self._batcher = Batcher[Any, Job | None, Any](
-            self._run_batch,
+            self._run_batch if prepare_batch is None else self._compute_batch,
+            prepare=None if prepare_batch is None else self._prepare_batch,
             max_batch_size=max_batch_size,
             max_queue_size=max_queue_size,
             batch_timeout_s=batch_timeout_s,
@@ -133,6 +151,7 @@ class LocalEngine:
             self._following.cancel()
             await asyncio.wait([self._following])
         await self._batcher.close()
+        self._preparing.shutdown()
         self._device.shutdown()
 
     def catalog(self) -> dict[str, ModelInfo]:
@@ -206,26 +225,53 @@ class LocalEngine:
             raise UnavailableError(f"the engine does not answer: {error.message}", retry_after_s=1) from None
 
     async def _run_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Any]) -> Sequence[Any]:
+        """A batch from its jobs to its answers, whatever else is prepared or computed meanwhile."""
+        ready = await self._prepare_batch(key, jobs)
+        for each in ready:
+            if isinstance(each, ServerError):
+                raise each
+        return await self._compute_batch(key, ready)
+
+    async def _prepare_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Any]) -> Sequence[Any]:
+        """What is computed of each job. Those to explain, and health checks, are taken as they are."""
+        if not isinstance(key, BatchKey):
+            return jobs
+        prepare = self._prepare
+        if prepare is None:
+            return [_Ready(job, job) for job in jobs]
+        works = await self._guarded(key, len(jobs), self._preparing, lambda: prepare(key, jobs))
+        return [
+            work if isinstance(work, ServerError) else _Ready(job, work) for job, work in zip(jobs, works, strict=True)
+        ]
+
+    async def _compute_batch(self, key: BatchKey | _Explaining | None, ready: Sequence[Any]) -> Sequence[Any]:
         """A batch on the device thread; without a key it is a health check, which a working device answers."""
         if key is None:
             await self._probe()
-            return [None] * len(jobs)
+            return [None] * len(ready)
+        if isinstance(key, _Explaining):
+            return await self._guarded(key, len(ready), self._device, lambda: self._explain(key.key, ready))
+        works = [each.work for each in ready]
+        answers = await self._guarded(key, len(ready), self._device, lambda: self._compute(key, works))
+        self._drift.offer(key, [each.job for each in ready], answers)
+        return answers
+
+    async def _guarded(
+        self, key: BatchKey | _Explaining, num_jobs: int, thread: ThreadPoolExecutor, work: Callable[[], A]
+    ) -> A:
+        """The result of a batch's work; when that fails, the device shows that it still does the simplest."""
         try:
-            if isinstance(key, _Explaining):
-                return await self._on_device(lambda: self._explain(key.key, jobs))
-            answers = await self._on_device(lambda: self._compute(key, jobs))
+            return await self._on_device(work, thread)
         except UnavailableError:
             raise
         except Exception as error:  # the batch will be split: one job alone is the culprit, and has the traceback
-            logger.error("a batch of %d for %s failed: %r", len(jobs), key, error, exc_info=len(jobs) == 1)
+            logger.error("a batch of %d for %s failed: %r", num_jobs, key, error, exc_info=num_jobs == 1)
             await self._probe()
             raise
-        self._drift.offer(key, jobs, answers)
-        return answers
 
-    async def _on_device(self, work: Callable[[], A]) -> A:
-        """The result of work on the device's thread; gives this engine up when that takes longer than any batch can."""
-        working = asyncio.get_running_loop().run_in_executor(self._device, work)
+    async def _on_device(self, work: Callable[[], A], thread: ThreadPoolExecutor) -> A:
+        """The result of work on one of the threads; gives this engine up when that takes longer than any batch can."""
+        working = asyncio.get_running_loop().run_in_executor(thread, work)
         await asyncio.wait([working], timeout=HANGS_AFTER_S)
         if not working.done():
             logger.critical("the device hangs: it has worked for %g s on one batch", HANGS_AFTER_S)
@@ -236,7 +282,7 @@ class LocalEngine:
     async def _probe(self) -> None:
         """Raises UnavailableError, and gives this engine up, when the device fails at the simplest work."""
         try:
-            await self._on_device(self._check_device)
+            await self._on_device(self._check_device, self._device)
         except UnavailableError:
             raise
         except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from server.engine.runner import Runner
+from server.engine.runner import Runner, on
 from server.errors import InvalidError
 from server.models import LoadedModel
 from server.types import BatchKey, Job, Merges, TopK
@@ -44,8 +44,9 @@ class Explainer:
         """
         loaded = self._models[key.model]
         grid, patch = patches(loaded)
-        images = self._runner.images(key, [job.pixels for job in jobs])
-        found = sources(loaded.merged, images, key.schedule, range(loaded.info.num_blocks))
+        with on(self._runner.device):
+            images = self._runner.images(key, [job.pixels for job in jobs])
+            found = sources(loaded.merged, images, key.schedule, range(loaded.info.num_blocks))
         after = torch.stack([groups(source[:, loaded.info.num_prefix_tokens :]) for source in found], dim=1)
         top_ks = self._runner.run_batch(key, jobs)
         return [(top_k, Merges(grid, patch, each)) for top_k, each in zip(top_ks, after.tolist(), strict=True)]

@@ -10,17 +10,18 @@ from typing import Generic, TypeVar
 import torch
 
 from server.metrics import OUT_OF_MEMORY
-from server.types import BatchKey, Job
+from server.types import BatchKey
 
 logger = logging.getLogger(__name__)
 
+P = TypeVar("P")
 A = TypeVar("A")
 
 REMEMBERED_S = 60.0
 """How long a size that was found to fit holds; then a whole batch is tried, for others may have left the device."""
 
 
-class Fitting(Generic[A]):
+class Fitting(Generic[P, A]):
     """A device's function of a batch, in parts of the size that last fitted under the batch's key.
 
     Args:
@@ -29,12 +30,12 @@ class Fitting(Generic[A]):
     """
 
     def __init__(
-        self, run_batch: Callable[[BatchKey, Sequence[Job]], Sequence[A]], clock: Callable[[], float] = time.monotonic
+        self, run_batch: Callable[[BatchKey, Sequence[P]], Sequence[A]], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._run_batch, self._clock = run_batch, clock
         self._fits: dict[BatchKey, tuple[int, float]] = {}
 
-    def __call__(self, key: BatchKey, jobs: Sequence[Job]) -> list[A]:
+    def __call__(self, key: BatchKey, jobs: Sequence[P]) -> list[A]:
         """Computes a batch; raises what the device raises, and that it is out of memory for one image alone."""
         size = self._size(key, len(jobs))
         answers: list[A] = []

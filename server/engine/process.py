@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -10,6 +11,9 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import uvloop
 
 from server.calibration.curve import Curve, speed_staleness
 from server.calibration.facts import facts_of
@@ -18,17 +22,19 @@ from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.dial import AutoR, RSetting, Schedule
 from server.engine.backend import BackendOptions
+from server.engine.decoding import engine_decodes
 from server.engine.engine import LocalEngine
 from server.engine.explainer import Explainer
 from server.engine.fitting import Fitting
 from server.engine.knob import Rung
 from server.engine.ladder import schedules, steps_of, timed, timed_steps
+from server.engine.preparing import Preparer
 from server.engine.runner import Runner
 from server.engine.torch_backend import set_threads
 from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
 from server.lifetime import Pulse, configure_logging, end_with_parent
-from server.metrics import ENGINE_STARTS, ENGINE_UP
+from server.metrics import ENGINE_STARTS
 from server.models import LoadedModel, load_model
 from server.settings import ModelSpec, Settings, SettingsError
 from server.types import Job, find_model
@@ -41,16 +47,25 @@ OpenConfig = Callable[[Settings, Check], ConfigStore]
 
 
 def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
-    """Runs the engine process; sets `ready` once it serves."""
+    """Runs an engine process; sets `ready` once it serves.
+
+    Args:
+        settings: What it serves, on one device.
+        socket_path: Where. Beside it, in the folder of this server's processes, is the live configuration of a server
+            that keeps none over a restart.
+        ready: Is set.
+        pulse: Beats from then on.
+    """
     configure_logging(settings.log_level)
     end_with_parent()
     set_threads(settings.threads)
+    file = Path(socket_path).with_name("config.json")
     try:
-        engine = build_engine(settings)
+        engine = build_engine(settings, functools.partial(open_store, otherwise=file))
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(asyncio.run(_serve(engine, socket_path, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
+    sys.exit(uvloop.run(_serve(engine, socket_path, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
 
 
 def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> LocalEngine:
@@ -61,7 +76,7 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         open_config: Gives the keeper of the live configuration.
 
     Raises:
-        SettingsError: A model cannot be loaded, its backend cannot be had, or the state file cannot be read.
+        SettingsError: A model cannot be loaded, its backend or decoder cannot be had, or the state file cannot be read.
         InvalidError: A deployment `r` is out of its model's range.
         EngineError: A model gives no numbers in this precision.
     """
@@ -80,6 +95,9 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         settings.precision,
         BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size),
     )
+    preparer = None
+    if engine_decodes(settings.decode, runner.device):
+        preparer = Preparer(runner, infos, settings.max_image_pixels)
     curves: dict[str, Curve] = {}
     steps: dict[str, list[Rung]] = {}
     for spec in settings.specs():
@@ -87,6 +105,8 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         r = store.configuration.models[name]
         model.info.check(r)
         runner.warm_up(model.info.batch_key(model.info.schedule(0)))
+        if preparer is not None:
+            preparer.warm_up(model.info.batch_key(model.info.schedule(0)))
         if curve := _curve(spec, model, runner, settings):
             curves[name], steps[name] = curve, steps_of(curve)
         else:
@@ -96,9 +116,13 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
             if max(schedule) > 0:
                 runner.warm_up(model.info.batch_key(schedule))
     return LocalEngine(
-        {name: replace(model.info, backend=runner.backend(name)) for name, model in loaded.items()},
-        Fitting(runner.run_batch),
+        {
+            name: replace(model.info, backend=runner.backend(name), decodes_jpeg=preparer is not None)
+            for name, model in loaded.items()
+        },
+        Fitting(runner.run_prepared if preparer else runner.run_batch),
         store,
+        prepare_batch=Fitting(preparer) if preparer else None,
         explain_batch=Fitting(explainer.explain_batch),
         steps=steps,
         curves=curves,
@@ -158,7 +182,6 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pul
     engine.start()
     server = await serve_engine(engine, socket_path)
     ENGINE_STARTS.inc()
-    ENGINE_UP.set(1)
     ready.set()
     logger.info("serving %s", ", ".join(engine.catalog()))
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +19,15 @@ from server.settings import SettingsError
 from server.types import BackendInfo, BatchKey, Job, TopK
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job whose image is ready: one row of a normalised batch (B, 3, H, W) on the device."""
+
+    job: Job
+    batch: Tensor
+    row: int
 
 
 class Runner:
@@ -39,23 +50,37 @@ class Runner:
         precision: str = "auto",
         backend: BackendOptions | None = None,
     ) -> None:
+        if "," in device:
+            raise SettingsError(f"device {device!r}: one device computes here; 'tome-server serve' takes several")
         try:
             self._device = torch.device(pick_device(device))
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
             raise SettingsError(f"device {device!r}: {error}") from error
         options = backend or BackendOptions()
-        self._backends = {
-            name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
-        }
+        with on(self._device):
+            self._backends = {
+                name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
+            }
         self._scale = {name: self._normalisation(loaded) for name, loaded in models.items()}
 
     @torch.inference_mode()
     def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
-        """Classifies the jobs' images under the key's schedule."""
-        images = self.images(key, [job.pixels for job in jobs])
+        """Classifies the jobs' images, which are pixels, under the key's schedule."""
+        return self._classify(key, self.images(key, [job.pixels for job in jobs]), jobs)
+
+    @torch.inference_mode()
+    def run_prepared(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[TopK]:
+        """Classifies images that are ready under the key's schedule."""
+        images = prepared[0].batch
+        if len(prepared) < len(images) or any(each.batch is not images for each in prepared):  # a part, or of several
+            images = torch.stack([each.batch[each.row] for each in prepared])
+        return self._classify(key, images, [each.job for each in prepared])
+
+    def _classify(self, key: BatchKey, images: Tensor, jobs: Sequence[Job]) -> list[TopK]:
         backend = self._backends[key.model]
-        probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
+        with on(self._device):
+            probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
         scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
         if not scores.isfinite().all():
             raise EngineError(
@@ -81,7 +106,8 @@ class Runner:
         """Compiles where that is needed, and classifies one black image: no request pays for what is done once."""
         start = time.perf_counter()
         backend = self._backends[key.model]
-        backend.warm_up(key.schedule)
+        with on(self._device):
+            backend.warm_up(key.schedule)
         height, width = key.input_size
         self.run_batch(key, [Job(key.model, bytes(height * width * 3), key.schedule, 1, 0.0)])
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
@@ -91,10 +117,17 @@ class Runner:
 
     def images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
         """Bytes of RGB rows to what the model sees: the normalised batch (B, 3, H, W), on its device."""
-        packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
-        rows = packed.view(len(pixels), *key.input_size, 3).to(self._device)
         images = torch.empty(len(pixels), 3, *key.input_size, device=self._device)
-        images.copy_(rows.permute(0, 3, 1, 2))  # widens and reorders in one pass
+        images.copy_(self.unpacked(key, pixels))  # widens and reorders in one pass
+        return self.normalised(key, images)
+
+    def unpacked(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
+        """Bytes of RGB rows as images (B, 3, H, W) in uint8, on the device."""
+        packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
+        return packed.view(len(pixels), *key.input_size, 3).to(self._device).permute(0, 3, 1, 2)
+
+    def normalised(self, key: BatchKey, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) from 0 to 255 in float32, which are overwritten, to what the model sees."""
         scale, offset = self._scale[key.model]
         torch.addcmul(offset, images, scale, out=images)
         return images.to(self._backends[key.model].dtype)
@@ -106,6 +139,11 @@ class Runner:
             torch.tensor(v, device=self._device)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
         )
         return 1 / (255 * std), -mean / std
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one of this thread: Triton's kernels and CUDA graphs run there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def pick_device(device: str) -> str:

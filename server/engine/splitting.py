@@ -15,7 +15,7 @@ HOPELESS = 3
 
 
 async def run_split(
-    run: Callable[[Sequence[P]], Awaitable[Sequence[A]]], payloads: Sequence[P]
+    run: Callable[[Sequence[P]], Awaitable[Sequence[A | ServerError]]], payloads: Sequence[P]
 ) -> list[A | ServerError]:
     """Runs a batch, and what fails again in two parts, depth first.
 
@@ -24,7 +24,8 @@ async def run_split(
     other, so that the neighbours of one request come apart and cannot look like everybody.
 
     Args:
-        run: Gives one answer for each payload, in order, or raises. UnavailableError is the end of the whole batch.
+        run: Gives one answer for each payload, in order, or raises. An answer may be the error of that payload alone.
+            UnavailableError is the end of the whole batch.
         payloads: The batch.
 
     Returns:

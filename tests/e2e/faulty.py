@@ -2,12 +2,13 @@
 
 The model computes as ever, but minds files in FOLDER: while `hold` exists the device stands still; `room` says how many
 images fit into its memory; a wholly white image makes a batch raise. `batches` has a line for each batch that it was
-given: its size. The service itself knows nothing of this.
+given: its size and the process. The service itself knows nothing of this.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from multiprocessing.synchronize import Event
@@ -30,7 +31,7 @@ def run_engine(folder: Path, settings: Settings, socket_path: str, ready: Event,
 
     def logits(self: TorchBackend, images: Tensor, schedule: Schedule) -> Tensor:
         with (folder / "batches").open("a") as file:
-            file.write(f"{len(images)}\n")
+            file.write(f"{len(images)} {os.getpid()}\n")
         while (folder / "hold").exists():
             time.sleep(0.01)
         room = folder / "room"

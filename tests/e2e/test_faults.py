@@ -5,67 +5,20 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from tests.e2e.clients import classify, png, send
-from tests.e2e.service import Service, StartService
+from tests.e2e.faults import Faulty
+from tests.e2e.service import StartService
 
 pytestmark = pytest.mark.slow
 
 WHITE = png(255)
 """Makes the batch of a faulty engine raise."""
-DECODED = "tome_decode_duration_seconds_count"
 CANCELLED = 'tome_dropped_images_total{reason="cancelled"}'
-
-
-class Faulty:
-    """A service whose engine a test can break, through the folder of `faulty.py`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "faults"
-        self._folder.mkdir()
-        self.service = Service(state_dir=folder / "state", faults=self._folder)
-        self.service.wait_until_ready()
-        self._batches_before, self._metrics_before = 0, dict[str, float]()
-
-    def batches(self) -> list[int]:
-        """Sizes of the batches that the model was given since `hold`."""
-        lines = (self._folder / "batches").read_text().split()
-        return [int(line) for line in lines[self._batches_before :]]
-
-    def counted(self, sample: str) -> float:
-        """How far a metric has gone since `hold`."""
-        return self.service.metrics().get(sample, 0.0) - self._metrics_before.get(sample, 0.0)
-
-    @contextmanager
-    def hold(self) -> Iterator[Future[httpx.Response]]:
-        """Keeps the device busy with one photo, whose answer is given; what is sent meanwhile queues."""
-        self._batches_before += len(self.batches())
-        self._metrics_before = self.service.metrics()
-        (self._folder / "hold").touch()
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                blocker = pool.submit(classify, self.service, png(1))
-                self.service.until(lambda: self.batches() == [1])
-                yield blocker
-            finally:
-                (self._folder / "hold").unlink()
-
-    def until_queued(self, images: int) -> None:
-        """Returns once so many images, the one that holds the device among them, are decoded and with the engine."""
-        self.service.until(lambda: self.counted(DECODED) == images)
-
-    def room(self, images: int | None) -> None:
-        """So many images fit into the device's memory; None for any number."""
-        file = self._folder / "room"
-        file.unlink(missing_ok=True)
-        if images is not None:
-            file.write_text(str(images))
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_metrics_of_all_processes_add_up_whichever_answers(shared_service: Servi
             labels = f'{{model="{BUNDLED_NAME}",r="{r}"}}'
             assert samples[f"tome_images_total{labels}"] == 15
             assert samples[f"tome_batch_size_sum{labels}"] == 15
-        assert samples["tome_engine_up"] == 1
+        assert samples['tome_engine_up{engine="0"}'] == 1
 
 
 def test_answers_above_r_0_are_checked_against_r_0_and_no_metric_of_production_shows_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -91,3 +92,13 @@ def test_who_stalls_is_hung_up_on_and_holds_nobody_up(impatient: Service, drippi
     if not dripping:
         assert answers["nothing"] == answers["half a head"] == b""
     assert impatient.metrics()["tome_in_flight_images"] == 0
+
+
+def test_a_head_of_any_length_is_not_held(impatient: Service) -> None:
+    with connect(impatient) as client:
+        client.sendall(b"POST /classify HTTP/1.1\r\nhost: localhost\r\nx-long: ")
+        with contextlib.suppress(ConnectionError):  # it hung up with bytes of ours under way
+            for _ in range(1000):
+                client.sendall(bytes(b"x" * 1024))
+        assert answer_to(client)[:12] in (b"HTTP/1.1 400", b"")  # a reset may overtake the answer
+    assert classify(impatient, png(100)).status_code == 200

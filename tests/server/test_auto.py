@@ -35,7 +35,7 @@ async def many(service: Service, count: int, **parameters: Any) -> list[dict[str
     first = asyncio.create_task(service.classify(grey_png(0), r=1))
     await until(lambda: len(service.device.batches) > 0)
     tasks = [asyncio.create_task(auto(service, grey, **parameters)) for grey in range(1, count + 1)]
-    await until(lambda: service.app.state.admission.in_flight == count + 1)
+    await until(lambda: service.app.state.service.admission.in_flight == count + 1)
     await asyncio.sleep(0.05)  # the last of them goes from admission to the queue
     service.device.gate.set()
     await first

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import timm
 import torch
 from torch import Tensor
 
+from server.dial import Schedule
+from server.engine import runner
 from server.engine.backend import BackendOptions, choose_backend
 from server.engine.torch_backend import RecordedBackend, TorchBackend
 from server.models import LoadedModel
 from server.settings import SettingsError
-from server.types import ModelInfo, Preprocessing
+from server.types import Job, ModelInfo, Preprocessing
 from tests.server.test_graphs import Repeated
 from tome_core import wrap
 
@@ -49,6 +53,38 @@ def loaded() -> LoadedModel:
 
 def images(batch_size: int) -> Tensor:
     return torch.randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_gpu_is_the_one_of_the_thread_that_computes_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played without one: each call of the backend is made inside."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    def logits(self: TorchBackend, images: Tensor, schedule: Schedule) -> Tensor:
+        calls.append(list(entered))
+        return torch.zeros(len(images), 7)
+
+    calls: list[list[torch.device]] = []
+    monkeypatch.setattr(runner, "on", on)
+    monkeypatch.setattr(TorchBackend, "logits", logits)
+    monkeypatch.setattr(TorchBackend, "warm_up", lambda self, schedule: calls.append(list(entered)))
+    small = loaded()
+    key = small.info.batch_key((0, 0))
+    one = runner.Runner({"small": small}, "cpu", "fp32")
+    one.run_batch(key, [Job("small", bytes(64 * 64 * 3), (0, 0), 1, 1.0)])
+    one.warm_up(key)
+    assert calls == [[CPU]] * 3
+
+
+def test_on_a_gpu_means_that_one() -> None:
+    where = runner.on(torch.device("cuda", 1))
+    assert isinstance(where, torch.cuda.device) and where.idx == 1
+    assert not isinstance(runner.on(CPU), torch.cuda.device)
 
 
 def test_without_the_package_torch_computes_and_says_why(

@@ -246,5 +246,5 @@ def assert_answers(response: httpx.Response) -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_after_them_all_nothing_is_held(service: Service) -> None:
-    assert service.app.state.admission._in_flight == 0
-    assert service.app.state.engine._batcher.num_waiting == 0
+    assert service.app.state.service.admission._in_flight == 0
+    assert service.app.state.service.engine._batcher.num_waiting == 0

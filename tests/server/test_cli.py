@@ -155,6 +155,7 @@ def test_classify_as_json_uses_r(tiny_folder: Path, photo: str, capsys: pytest.C
         (["--r", "9"], "between 0 and 8"),
         (["--r", "1,1,1"], "2"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "cpu,cpu"], "'tome-server serve' takes several"),
         (["missing.png"], "missing.png"),
         (["."], "."),
         (["broken.png"], "broken.png"),

@@ -109,7 +109,7 @@ async def test_explaining_and_classifying_never_share_a_batch() -> None:
         await until(lambda: len(service.device.batches) == 1)
         explained = asyncio.create_task(service.client.post("/v1/explain", content=grey_png(2), headers=PNG))
         classified = asyncio.create_task(service.classify(grey_png(3)))
-        await until(lambda: service.app.state.engine._batcher.num_waiting == 2)
+        await until(lambda: service.app.state.service.engine._batcher.num_waiting == 2)
         service.device.gate.set()
         assert (await explained).json()["top_k"][0]["index"] == class_of_grey(2)
         assert (await classified).json()["results"][0]["top_k"][0]["index"] == class_of_grey(3)

@@ -113,7 +113,7 @@ async def test_an_unforeseen_exception_is_a_500_of_the_one_shape_that_tells_noth
         async def explode(model: str) -> None:
             raise ZeroDivisionError("secret inner detail")
 
-        monkeypatch.setattr(service.app.state.engine, "configuration", explode)
+        monkeypatch.setattr(service.app.state.service.engine, "configuration", explode)
         response = await service.client.get("/v1/models/tiny")
         assert "secret" not in assert_is_error(response, 500, "internal")
         logged = [record for record in caplog.records if response.headers["x-request-id"] in record.getMessage()]

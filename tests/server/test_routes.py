@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from server.api import routes
-from server.api.decode import decode
+from server.api.decode import decode_for
 from server.engine.engine import LocalEngine
 from server.types import Job, Prediction
 from tests.server.conftest import (
@@ -141,7 +141,7 @@ async def test_the_images_of_a_request_share_one_r_even_if_it_changes_between_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with serving(r=5) as service:
-        engine: LocalEngine = service.app.state.engine
+        engine: LocalEngine = service.app.state.service.engine
         classify = engine.classify
 
         async def classify_after_a_change(job: Job) -> Prediction:
@@ -157,7 +157,7 @@ async def test_the_images_of_a_request_share_one_r_even_if_it_changes_between_th
 
 def waiting(service: Service) -> int:
     """Images in the engine's queue."""
-    count: int = service.app.state.engine._batcher.num_waiting
+    count: int = service.app.state.service.engine._batcher.num_waiting
     return count
 
 
@@ -174,7 +174,7 @@ async def test_a_full_queue_is_a_429_that_says_when_to_come_back() -> None:
         service.device.gate.clear()
         calls = [asyncio.create_task(service.classify(PNG)) for _ in range(2)]
         await until(lambda: len(service.device.batches) > 0)
-        await until(lambda: service.app.state.admission._in_flight == 2)
+        await until(lambda: service.app.state.service.admission._in_flight == 2)
         refused = await service.classify(PNG, status=429)
         assert_is_error(refused, 429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
@@ -200,7 +200,7 @@ async def test_every_permit_comes_back_after_answers_and_after_errors() -> None:
             service.device.failure = RuntimeError("the device burns")
             await service.classify(PNG, status=500)
             service.device.failure = None
-        assert service.app.state.admission._in_flight == 0
+        assert service.app.state.service.admission._in_flight == 0
         assert REGISTRY.get_sample_value("tome_in_flight_images") == gauge
 
 
@@ -228,7 +228,7 @@ async def test_a_client_that_hangs_up_while_queued_has_its_job_withdrawn() -> No
         await first
         await service.classify(grey_png(2))
         assert [len(jobs) for _, jobs in service.device.batches] == [1, 1]
-        assert service.app.state.admission._in_flight == 0
+        assert service.app.state.service.admission._in_flight == 0
         assert [message["status"] for message in sent if message["type"] == "http.response.start"] in ([], [499])
 
 
@@ -249,18 +249,18 @@ async def test_a_client_that_leaves_amid_its_body_is_counted_as_gone_and_not_as_
 async def test_the_deadline_holds_while_decoding_too(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding, done = threading.Event(), threading.Event()
 
-    def decode_for_long(encoded: bytes, **options: Any) -> bytes:
+    def decode_for_long(*args: Any) -> tuple[bytes, int]:
         decoding.set()
         done.wait()
-        return decode(encoded, **options)
+        return decode_for(*args)
 
     async with serving() as service:
-        monkeypatch.setattr(routes, "decode", decode_for_long)
+        monkeypatch.setattr(routes, "decode_for", decode_for_long)
         late = await service.classify(PNG, status=504, deadline_ms=50)
         assert (late.json()["error"]["code"], decoding.is_set()) == ("deadline_exceeded", True)
         done.set()
         assert service.device.batches == []
-        assert service.app.state.admission._in_flight == 0
+        assert service.app.state.service.admission._in_flight == 0
 
 
 async def drive(

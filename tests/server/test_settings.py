@@ -56,7 +56,7 @@ def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path, monkeyp
 def test_every_field_is_a_flag_a_variable_and_a_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default = getattr(Settings.model_validate({}), name)
     words = {"precision": "fp16", "backend": "torch", "log_level": "debug", "device": "cpu", "host": "::1"}
-    text = (words | {"min_agreement": "0.9", "drift_sample": "0.9"}).get(name, "7")
+    text = (words | {"decode": "cpu", "min_agreement": "0.9", "drift_sample": "0.9"}).get(name, "7")
     if name in ("max_r", "min_agreement"):
         monkeypatch.setenv("TOME_R", "auto")  # they go with no other
     by_flag = vars(_parser().parse_args(["serve", f"--{name.replace('_', '-')}", text]))
@@ -81,6 +81,7 @@ BAD = [
     ("r", 1.5, "r is 1.5"),
     ("http_workers", 0, "http_workers"),
     ("precision", "int3", "precision"),
+    ("decode", "gpu", "decode"),
     ("log_level", "loud", "log_level"),
     ("threads", -1, "threads"),
     ("max_batch_size", 0, "max_batch_size"),
@@ -101,6 +102,10 @@ BAD = [
     ("model", [{"weights": "x"}], "source"),
     ("api_key", [1], "api_key"),
     ("max_batchsize", 8, "max_batchsize"),
+    ("device", "", "device"),
+    ("device", "cpu,", "device"),
+    ("device", "cuda:0,,cuda:1", "device"),
+    ("device", "auto,cpu", "device"),
 ]
 
 
@@ -216,3 +221,16 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(monkeypatc
     monkeypatch.setenv("TOME_MAX_IMAGES", "7")
     settings = load_settings({})
     assert (settings.port, settings.max_images) == (8000, 7)
+
+
+@pytest.mark.parametrize(
+    ("said", "devices"),
+    [
+        ("auto", ("auto",)),
+        ("cpu", ("cpu",)),
+        ("cuda:0,cuda:1", ("cuda:0", "cuda:1")),
+        (" cpu, cpu ", ("cpu", "cpu")),
+    ],
+)
+def test_each_device_of_a_list_has_an_engine(said: str, devices: tuple[str, ...]) -> None:
+    assert load_settings({"device": said}).devices() == devices

@@ -105,16 +105,14 @@ async def connected(engine: FakeEngine, path: str) -> AsyncIterator[RemoteEngine
 @asynccontextmanager
 async def listening(engine: FakeEngine, path: str) -> AsyncIterator[None]:
     """An engine on a socket; at the end it is gone with all its connections, as when its process dies."""
-    before = asyncio.all_tasks()
     server = await serve_engine(engine, path)
     try:
         yield
     finally:
         server.close()
-        serving = [task for task in asyncio.all_tasks() - before if "_serve_connection" in repr(task.get_coro())]
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
+        for connection in server._connections:
+            connection.frames.close()
+        await server.left(within_s=60)
         Path(path).unlink(missing_ok=True)
 
 
@@ -266,7 +264,7 @@ async def test_when_the_engine_dies_all_calls_in_flight_fail_and_a_restarted_one
     with pytest.raises(UnavailableError):
         await remote.classify(job())
     async with listening(FakeEngine(), socket_path):
-        await until(lambda: remote._writer is not None)
+        await until(lambda: remote._frames is not None)
         assert (await remote.classify(job(b"again"))).top_k.indices == [class_of(b"again", (3, 3, 3))]
         await remote.close()
 
@@ -327,3 +325,21 @@ async def test_a_server_that_takes_nobody_new_knows_when_the_last_http_process_h
     await remote.close()
     await leaving
     await server.left(within_s=1000)
+
+
+async def test_a_jpeg_crosses_as_it_came_and_a_catalog_says_whether_it_may(socket_path: str) -> None:
+    got: list[Job] = []
+
+    class Decoding(FakeEngine):
+        def catalog(self) -> dict[str, ModelInfo]:
+            return {"tiny": model_info(decodes_jpeg=True)}
+
+        async def classify(self, job: Job) -> Prediction:
+            got.append(job)
+            return await super().classify(job)
+
+    async with connected(Decoding(), socket_path) as remote:
+        assert remote.catalog()["tiny"].decodes_jpeg
+        sent = Job("tiny", random.Random(1).randbytes(300_000), (1, 2, 3), 1, 1000.0, jpeg_pixels=1200)
+        await remote.classify(sent)
+        assert got == [sent]

@@ -1,0 +1,119 @@
+"""Several engines as one, a device each: a job goes to the one with the least to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from server.calibration.curve import Curve
+from server.dial import AutoR, RSetting
+from server.errors import UnavailableError
+from server.types import Choice, Configuration, Engine, Explanation, Job, ModelInfo, Prediction
+
+
+class Device(Engine, Protocol):
+    """An engine that may be down, and knows its load: `RemoteEngine`."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it takes calls, and its models are known."""
+        ...
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that it has not answered."""
+        ...
+
+    def start(self) -> None:
+        """Begins to connect."""
+        ...
+
+    async def close(self) -> None:
+        """Leaves it."""
+        ...
+
+
+class Devices:
+    """The engines of one server behind the `Engine` protocol.
+
+    While one is down the others serve. What it held when it went down fails and is not tried on another: an image that
+    ends a process would end them all. One that hangs answers nothing, has soon the most to do, and gets no more.
+    All have the same models and the same configuration, so any is asked for those. A JPEG goes to one that decodes.
+
+    Args:
+        engines: In the order of the devices.
+    """
+
+    def __init__(self, engines: Sequence[Device]) -> None:
+        self._engines = tuple(engines)
+        self._turns = list(engines)
+
+    def start(self) -> None:
+        """Begins to connect; call it inside a running event loop."""
+        for engine in self._engines:
+            engine.start()
+
+    async def close(self) -> None:
+        """Leaves the engines."""
+        await asyncio.gather(*(engine.close() for engine in self._engines))
+
+    def catalog(self) -> dict[str, ModelInfo]:
+        up_first = sorted(self._engines, key=lambda engine: not engine.is_up)
+        for engine in up_first[:-1]:
+            try:
+                return engine.catalog()
+            except UnavailableError:
+                pass  # it has not been up yet
+        return up_first[-1].catalog()
+
+    async def classify(self, job: Job) -> Prediction:
+        return await self._least_loaded(job).classify(job)
+
+    async def explain(self, job: Job) -> Explanation:
+        return await self._least_loaded().explain(job)
+
+    async def choose(self, model: str, bounds: AutoR) -> Choice:
+        return await self._least_loaded().choose(model, bounds)
+
+    async def curve(self, model: str) -> Curve:
+        return await self._least_loaded().curve(model)
+
+    async def configuration(self) -> Configuration:
+        return await self._least_loaded().configuration()
+
+    async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        return await self._least_loaded().configure(changes, expected_version)
+
+    async def check(self) -> None:
+        """Asks all at once: one that answers is enough, and one that hangs delays nobody."""
+        asked = {asyncio.create_task(engine.check()) for engine in self._up()}
+        try:
+            while asked:
+                answered, asked = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+                failures = [check.exception() for check in answered]
+                if None in failures:
+                    return
+        finally:
+            for check in asked:
+                check.cancel()
+        assert failures[0] is not None
+        raise failures[0]
+
+    def _up(self) -> list[Device]:
+        """Those that take calls, whoever was given one last at the end."""
+        up = [engine for engine in self._turns if engine.is_up]
+        if not up:
+            raise UnavailableError("no engine is running", retry_after_s=1)
+        return up
+
+    def _least_loaded(self, job: Job | None = None) -> Device:
+        up = self._up()
+        if job is not None and job.jpeg_pixels:
+            up = [engine for engine in up if engine.catalog()[job.model].decodes_jpeg]
+            if not up:
+                raise UnavailableError("the engine that decodes went down", retry_after_s=1)
+        engine = min(up, key=lambda engine: engine.num_calls)  # of equals the first
+        self._turns.remove(engine)
+        self._turns.append(engine)
+        return engine

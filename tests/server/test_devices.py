@@ -1,0 +1,287 @@
+"""Several engines as one: who gets a job, and what holds while some are down."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.calibration.curve import Curve
+from server.dial import AutoR, RSetting
+from server.engine.devices import Devices
+from server.errors import EngineError, ServerError, UnavailableError
+from server.types import Choice, Configuration, Explanation, Job, Merges, ModelInfo, Prediction, TopK
+from tests.server.conftest import class_of, fake_curve, grey_png, model_info, serving, until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class FakeDevice:
+    """Answers from the pixels, once its gate is open; says who it is by the version of its configuration."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+        self.is_up = True
+        self.known = True
+        self.decodes = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failure: ServerError | None = None
+        self.num_calls = 0
+        self.is_connected = False
+
+    def start(self) -> None:
+        self.is_connected = True
+
+    async def close(self) -> None:
+        self.is_connected = False
+
+    def catalog(self) -> dict[str, ModelInfo]:
+        if not self.known:
+            raise UnavailableError("the models are still loading", retry_after_s=1)
+        return {"tiny": model_info(source=f"device {self.number}", decodes_jpeg=self.decodes)}
+
+    async def _call(self) -> None:
+        assert self.is_up, "an engine that is down was asked"
+        self.num_calls += 1
+        try:
+            await self.gate.wait()
+        finally:
+            self.num_calls -= 1
+        if self.failure is not None:
+            raise self.failure
+
+    async def classify(self, job: Job) -> Prediction:
+        await self._call()
+        schedule = job.r if isinstance(job.r, tuple) else (0, 0, 0)
+        return Prediction(TopK([class_of(job.pixels, schedule)], [1.0]), schedule, 1, self.number, 0.0, 0.0)
+
+    async def explain(self, job: Job) -> Explanation:
+        return Explanation(await self.classify(job), Merges((4, 4), 2, []))
+
+    async def choose(self, model: str, bounds: AutoR) -> Choice:
+        await self._call()
+        return Choice((0, 0, 0), "idle", None)
+
+    async def curve(self, model: str) -> Curve:
+        await self._call()
+        return fake_curve()
+
+    async def configuration(self) -> Configuration:
+        await self._call()
+        return Configuration(self.number, {"tiny": 0})
+
+    async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        await self._call()
+        return Configuration(self.number, changes)
+
+    async def check(self) -> None:
+        await self._call()
+
+
+def job(pixels: bytes = b"abc") -> Job:
+    return Job("tiny", pixels, None, 1, 1000.0)
+
+
+def several(count: int = 3) -> tuple[list[FakeDevice], Devices]:
+    fakes = [FakeDevice(number) for number in range(count)]
+    return fakes, Devices(fakes)
+
+
+async def who(devices: Devices) -> int:
+    """Which engine answers the next job."""
+    return (await devices.classify(job())).config_version
+
+
+async def test_idle_engines_take_turns() -> None:
+    _, devices = several(3)
+    assert [await who(devices) for _ in range(9)] == [0, 1, 2] * 3
+
+
+@given(loads=st.lists(st.integers(0, 5), min_size=2, max_size=5), jobs=st.integers(1, 20))
+def test_jobs_even_out_what_the_engines_have_to_do(loads: list[int], jobs: int) -> None:
+    """No engine is given a job while another has less to do: none that got one has two more than another."""
+
+    async def run() -> None:
+        fakes, devices = several(len(loads))
+        for fake, load in zip(fakes, loads, strict=True):
+            fake.gate.clear()
+            fake.num_calls = load
+        calls = [asyncio.create_task(devices.classify(job())) for _ in range(jobs)]
+        await until(lambda: sum(fake.num_calls for fake in fakes) == sum(loads) + jobs)
+        taken = {fake.number: fake.num_calls - loads[fake.number] for fake in fakes}
+        most = max(fake.num_calls for fake in fakes if taken[fake.number])
+        assert most <= min(fake.num_calls for fake in fakes) + 1
+        for fake in fakes:
+            fake.gate.set()
+        answers = await asyncio.gather(*calls)
+        assert Counter(answer.config_version for answer in answers) == Counter(taken)
+
+    asyncio.run(run())
+
+
+async def test_an_engine_that_stands_still_gets_no_more() -> None:
+    fakes, devices = several(2)
+    fakes[0].gate.clear()
+    stuck = asyncio.create_task(devices.classify(job()))
+    await until(lambda: fakes[0].num_calls == 1)
+    assert {await who(devices) for _ in range(50)} == {1}
+    fakes[0].gate.set()
+    assert (await stuck).config_version == 0
+
+
+async def test_while_some_are_down_the_others_serve_and_without_any_it_is_unavailable() -> None:
+    fakes, devices = several(3)
+    fakes[1].is_up = False
+    assert [await who(devices) for _ in range(6)] == [0, 2] * 3
+    fakes[2].is_up = False
+    assert {await who(devices) for _ in range(6)} == {0}
+    fakes[0].is_up = False
+    for call in (
+        devices.classify(job()),
+        devices.explain(job()),
+        devices.choose("tiny", AutoR()),
+        devices.curve("tiny"),
+        devices.configuration(),
+        devices.configure({"tiny": 1}, None),
+        devices.check(),
+    ):
+        with pytest.raises(UnavailableError) as refusal:
+            await call
+        assert refusal.value.retry_after_s
+    fakes[1].is_up = True
+    assert await who(devices) == 1
+
+
+async def test_every_call_reaches_an_engine_that_is_up() -> None:
+    fakes, devices = several(2)
+    fakes[0].is_up = False
+    assert (await devices.explain(job())).prediction == await fakes[1].classify(job())
+    assert await devices.choose("tiny", AutoR()) == Choice((0, 0, 0), "idle", None)
+    assert await devices.curve("tiny") == fake_curve()
+    assert await devices.configuration() == Configuration(1, {"tiny": 0})
+    assert await devices.configure({"tiny": 3}, None) == Configuration(1, {"tiny": 3})
+
+
+async def test_what_an_engine_cannot_answer_is_not_tried_on_another() -> None:
+    fakes, devices = several(2)
+    fakes[0].failure = UnavailableError("the engine went down", retry_after_s=1)
+    with pytest.raises(UnavailableError, match="went down"):
+        await devices.classify(job())
+    assert await who(devices) == 1
+
+
+async def test_a_caller_that_gives_up_leaves_no_load() -> None:
+    fakes, devices = several(2)
+    for fake in fakes:
+        fake.gate.clear()
+    calls = [asyncio.create_task(devices.classify(job())) for _ in range(4)]
+    await until(lambda: [fake.num_calls for fake in fakes] == [2, 2])
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    assert [fake.num_calls for fake in fakes] == [0, 0]
+
+
+async def test_the_models_are_those_of_the_first_that_has_said_them() -> None:
+    fakes, devices = several(2)
+    assert devices.catalog()["tiny"].source == "device 0"
+    fakes[0].known = False
+    assert devices.catalog()["tiny"].source == "device 1"
+    fakes[1].known = False
+    with pytest.raises(UnavailableError, match="loading"):
+        devices.catalog()
+
+
+async def test_a_jpeg_goes_to_an_engine_that_decodes() -> None:
+    fakes, devices = several(2)
+    fakes[0].decodes = True
+    assert devices.catalog()["tiny"].decodes_jpeg
+    jpeg = replace(job(), jpeg_pixels=64)
+    assert [(await devices.classify(jpeg)).config_version for _ in range(3)] == [0, 0, 0]
+    assert await who(devices) == 1
+    fakes[0].is_up = False
+    with pytest.raises(UnavailableError, match="decodes"):
+        await devices.classify(jpeg)
+    assert not devices.catalog()["tiny"].decodes_jpeg  # so that the next one comes as pixels
+
+
+async def test_one_engine_that_answers_is_enough_to_be_ready() -> None:
+    fakes, devices = several(3)
+    fakes[0].gate.clear()  # it hangs
+    fakes[1].failure = EngineError("it burns")
+    await devices.check()
+    await until(lambda: fakes[0].num_calls == 0)  # what hangs is not waited for
+    fakes[2].is_up = False
+    checking = asyncio.create_task(devices.check())
+    await until(lambda: fakes[0].num_calls == 1)
+    assert not checking.done()
+    fakes[0].gate.set()
+    await checking
+
+
+async def test_where_none_is_ready_it_says_why() -> None:
+    fakes, devices = several(2)
+    for fake in fakes:
+        fake.failure = EngineError("it burns")
+    with pytest.raises(EngineError, match="it burns"):
+        await devices.check()
+
+
+async def test_all_are_connected_and_left() -> None:
+    fakes, devices = several(3)
+    devices.start()
+    assert all(fake.is_connected for fake in fakes)
+    await devices.close()
+    assert not any(fake.is_connected for fake in fakes)
+
+
+async def test_the_application_runs_on_several() -> None:
+    fakes, devices = several(2)
+    async with serving(engine=devices) as service:
+        answers = [(await service.classify(grey_png())).json() for _ in range(4)]
+        assert [answer["config_version"] for answer in answers] == [0, 1, 0, 1]
+        assert (await service.client.get("/readyz")).status_code == 200
+        for fake in fakes:
+            fake.is_up = False
+        assert (await service.classify(grey_png(), status=503)).headers["retry-after"]
+        assert (await service.client.get("/readyz")).status_code == 503
+
+
+def exposition(folder: Path, *lines: str) -> str:
+    """What a process does to the metrics, which gives what a scrape of it shows."""
+    code = "\n".join(["from server.metrics import *", *lines, "print(exposition().decode())"])
+    environment: dict[str, Any] = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_a_scrape_shows_the_engine_that_is_down_and_the_worst_of_what_they_measure(tmp_path: Path) -> None:
+    """Two HTTP processes of which one has lost engine 1, and two engines."""
+    exposition(tmp_path, "ENGINE_UP.labels('0').set(1); ENGINE_UP.labels('1').set(1)")
+    exposition(tmp_path, "ENGINE_UP.labels('0').set(1); ENGINE_UP.labels('1').set(0)")
+    for version, agreement, drift in ((4, 0.97, 0), (5, 0.8, 1)):
+        exposition(
+            tmp_path,
+            f"CONFIG_VERSION.set({version}); CONFIG_SOURCE_UP.set(1); CONFIG_REFUSED.set(0)",
+            f"LIVE_AGREEMENT.labels('tiny', '8').set({agreement}); DRIFT.labels('tiny', '8').set({drift})",
+        )
+    shown = exposition(tmp_path).splitlines()
+    assert 'tome_engine_up{engine="0"} 1.0' in shown
+    assert 'tome_engine_up{engine="1"} 0.0' in shown
+    assert 'tome_live_agreement{model="tiny",r="8"} 0.8' in shown
+    assert 'tome_drift{model="tiny",r="8"} 1.0' in shown
+    assert "tome_config_version 5.0" in shown
+    assert "tome_config_source_up 1.0" in shown  # an HTTP process, which reads no source, has no say
+    assert "tome_config_source_up 0.0" in exposition(tmp_path, "CONFIG_SOURCE_UP.set(0)").splitlines()
