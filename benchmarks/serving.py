@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--r", default="0,13", help="values of r for ours")
     parser.add_argument("--concurrency", type=int, default=16, help="clients, each with one request at a time")
     parser.add_argument("--duration", type=float, default=10, help="seconds of each load")
-    parser.add_argument("--warmup", type=float, default=3, help="seconds of it before, not counted")
+    parser.add_argument("--warmup", type=float, default=3, help="seconds before; OpenVINO compiles ours then: 60")
     parser.add_argument("--peer", default=",".join(PEERS), help=f"some of {', '.join(PEERS)}, or none")
     parser.add_argument("--backend", default="torch", help="of ours, as for tome-server serve")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
