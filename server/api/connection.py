@@ -1,27 +1,33 @@
-"""A client's connection: uvicorn's, which by itself waits forever for a head, however long that gets."""
+"""A client's connection: uvicorn's, which by itself waits forever for a head, and holds all that a client sends."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _LONGEST_HEAD = 64 << 10
-"""Bytes of the pieces before the one that ends a head."""
+"""Bytes that may come in a row and are no part of a body: heads, what stands between chunks, and trailers."""
+
+_MOST_PIPELINED = 32
+"""Requests of a connection that wait for the one before them to be answered."""
 
 
 class Connection(HttpToolsProtocol):
     """Closes a connection on which no whole head arrives within uvicorn's `timeout_keep_alive`.
 
     Bytes do not extend that time. It also holds for the rest of a body whose request is answered already, as one that
-    was refused: that is read away so that the client sees the answer, but not for long.
+    was refused: that is read away so that the client sees the answer, but not for long. Nor is more held of a
+    connection than one body, one head and a few requests more; trailers, which nobody reads, are not kept at all.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_in_body = False
         self._head_bytes = 0
+        self._running: RequestResponseCycle | None = None
         self._awaited: str | None = None
         self._patience: asyncio.TimerHandle | None = None
 
@@ -30,16 +36,26 @@ class Connection(HttpToolsProtocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        self._head_bytes = 0 if self._is_in_body else self._head_bytes + len(data)
-        super().data_received(data)  # begins to count anew where a head or a message ends
+        self._head_bytes += len(data)
+        super().data_received(data)  # begins to count anew with a part of a body, and where a head or a message ends
         if self._head_bytes > _LONGEST_HEAD and not self.transport.is_closing():
             self.send_400_response("The head of the request is too long.")
         self._watch()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_in_body:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= _MOST_PIPELINED:
+            raise ValueError("too many requests wait for their turn")  # httptools stops here, and uvicorn answers 400
         self._is_in_body = True
         self._head_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._is_in_body = False
@@ -50,7 +66,16 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         self._watch()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
+        # uvicorn tells the newest request alone that its client has left; that one may not have begun.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
         if self._patience is not None:
             self._patience.cancel()

@@ -60,15 +60,15 @@ async def classify(request: Request, service: ForUsers) -> Response:
         config_version = None
         with service.admission.permit(len(uploads), job.timeout_s):
             choice = None
-            if len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
-                r: RSetting | None = job.r
-                if r is None:
-                    configuration = await engine.configuration()
-                    config_version, r = configuration.version, configuration.models[info.name]
-                if isinstance(r, AutoR):
-                    choice = await engine.choose(info.name, r)
-                job = replace(job, r=choice.schedule if choice else info.schedule(r))
             async with at_most(job.timeout_s):
+                if len(uploads) > 1:  # one r for all of them, even if it changes meanwhile
+                    r: RSetting | None = job.r
+                    if r is None:
+                        configuration = await engine.configuration()
+                        config_version, r = configuration.version, configuration.models[info.name]
+                    if isinstance(r, AutoR):
+                        choice = await engine.choose(info.name, r)
+                    job = replace(job, r=choice.schedule if choice else info.schedule(r))
                 answers = await unless_client_leaves(request, _classify_all(uploads, job, info, service))
     except Exception as error:
         _count(model, schedule, error.status if isinstance(error, ServerError) else 500)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from server.calibration.curve import Curve
 from server.dial import AutoR, RSetting
-from server.errors import UnavailableError
+from server.errors import EngineError, UnavailableError
 from server.types import Choice, Configuration, Engine, Explanation, Job, ModelInfo, Prediction
+
+FAILED_COUNTS_S = 1.0
 
 
 class Device(Engine, Protocol):
@@ -38,16 +42,19 @@ class Devices:
     """The engines of one server behind the `Engine` protocol.
 
     While one is down the others serve. What it held when it went down fails and is not tried on another: an image that
-    ends a process would end them all. One that hangs answers nothing, has soon the most to do, and gets no more.
+    ends a process would end them all. One that hangs answers nothing, has soon the most to do, and gets no more. One
+    that fails would always have the least to do, so what it has failed at counts for a second more.
     All have the same models and the same configuration, so any is asked for those. A JPEG goes to one that decodes.
 
     Args:
         engines: In the order of the devices.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, engines: Sequence[Device]) -> None:
-        self._engines = tuple(engines)
+    def __init__(self, engines: Sequence[Device], clock: Callable[[], float] = time.monotonic) -> None:
+        self._engines, self._clock = tuple(engines), clock
         self._turns = list(engines)
+        self._failed: dict[Device, deque[float]] = {engine: deque() for engine in engines}
 
     def start(self) -> None:
         """Begins to connect; call it inside a running event loop."""
@@ -68,7 +75,12 @@ class Devices:
         return up_first[-1].catalog()
 
     async def classify(self, job: Job) -> Prediction:
-        return await self._least_loaded(job).classify(job)
+        engine = self._least_loaded(job)
+        try:
+            return await engine.classify(job)
+        except (EngineError, UnavailableError):
+            self._failed[engine].append(self._clock())
+            raise
 
     async def explain(self, job: Job) -> Explanation:
         return await self._least_loaded().explain(job)
@@ -113,7 +125,14 @@ class Devices:
             up = [engine for engine in up if engine.catalog()[job.model].decodes_jpeg]
             if not up:
                 raise UnavailableError("the engine that decodes went down", retry_after_s=1)
-        engine = min(up, key=lambda engine: engine.num_calls)  # of equals the first
+        engine = min(up, key=self._load)  # of equals the first
         self._turns.remove(engine)
         self._turns.append(engine)
         return engine
+
+    def _load(self, engine: Device) -> int:
+        """Calls that it has not answered, and those that it has failed at just now."""
+        failed, since = self._failed[engine], self._clock() - FAILED_COUNTS_S
+        while failed and failed[0] < since:
+            failed.popleft()
+        return engine.num_calls + len(failed)

@@ -33,6 +33,7 @@ class Frames(asyncio.BufferedProtocol):
     ) -> None:
         self._received, self._lost, self._greeting = received, lost, greeting
         self._transport: asyncio.Transport | None = None
+        self._is_gone = False
         self._room, self._filled = bytearray(_ROOM), 0
         self._head: dict[str, Any] = {}
         self._body: bytearray | None = None  # of the frame that is under way, where it is longer than what has come
@@ -41,6 +42,8 @@ class Frames(asyncio.BufferedProtocol):
     def send(self, head: dict[str, Any], body: bytes = b"") -> None:
         """Queues one frame for sending; one for a connection that is gone is lost."""
         assert self._transport is not None
+        if self._is_gone:
+            return  # uvloop's transports would raise
         encoded = json.dumps(head).encode()
         self._transport.write(_LENGTHS.pack(len(encoded), len(body)) + encoded)
         if body:
@@ -57,6 +60,7 @@ class Frames(asyncio.BufferedProtocol):
             self.send(self._greeting)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._is_gone = True
         self._lost()
 
     def get_buffer(self, sizehint: int) -> memoryview:

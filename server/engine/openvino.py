@@ -274,7 +274,7 @@ class Compiler:
         try:
             operator = build_operator(folder)
             self._core.add_extension(operator)
-        except RuntimeError as error:  # OperatorError is one
+        except (RuntimeError, OSError) as error:  # OperatorError, or a folder that is full
             logger.info("OpenVINO merges by its own operators, which takes longer: %s", error)
             return None
         return operator

@@ -48,7 +48,11 @@ class Preparer:
         errors: dict[int, ServerError] = {}
         for part in _parts(jobs):
             decoded = decode_jpegs([jobs[index].pixels for index in part], self._runner.device)
-            known = {index: image for index, image in zip(part, decoded, strict=True) if image is not None}
+            known = {
+                index: image
+                for index, image in zip(part, decoded, strict=True)
+                if image is not None and image[0].numel() == jobs[index].jpeg_pixels  # else two heads, two sizes
+            }
             if known:
                 images[list(known)] = resize(list(known.values()), preprocessing)
             for index in set(part) - set(known):  # Pillow reads more, and else says what is wrong

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from server.api.connection import _LONGEST_HEAD, Connection
+from server.api.connection import _LONGEST_HEAD, _MOST_PIPELINED, Connection
 from tests.server.conftest import until
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n"
@@ -40,13 +40,16 @@ class Wire(asyncio.Transport):
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    body = (await receive())["body"]
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
 
-def connected(patience_s: int = 1000) -> tuple[Connection, Wire]:
-    config = uvicorn.Config(echo, timeout_keep_alive=patience_s, log_config=None, access_log=False)
+def connected(app: ASGIApp = echo) -> tuple[Connection, Wire]:
+    config = uvicorn.Config(app, timeout_keep_alive=1000, log_config=None, access_log=False)
     connection, wire = Connection(config, ServerState(), {}), Wire()
     connection.connection_made(wire)
     return connection, wire
@@ -68,13 +71,63 @@ async def test_requests_in_pieces_of_any_size_are_answered_in_order(size: int) -
 
 async def test_many_requests_whose_heads_are_longer_together_than_one_may_be_are_served() -> None:
     connection, wire = connected()
-    number = _LONGEST_HEAD // len(HEAD) + 10
-    for _ in range(number):
-        for byte in range(0, len(HEAD) + 4, 16):
-            connection.data_received((HEAD + b"body")[byte : byte + 16])
-    await until(lambda: wire.sent.count(b"HTTP/1.1 200") == number)
+    rounds = _LONGEST_HEAD // (20 * len(HEAD)) + 2
+    for done in range(1, rounds + 1):
+        for _ in range(20):
+            for byte in range(0, len(HEAD) + 4, 16):
+                connection.data_received((HEAD + b"body")[byte : byte + 16])
+        await until(lambda done=done: wire.sent.count(b"HTTP/1.1 200") == 20 * done)  # type: ignore[misc]
     assert not wire.is_closed
     connection.connection_lost(None)
+
+
+async def test_requests_without_end_that_wait_for_their_turn_are_refused() -> None:
+    connection, wire = connected()
+    connection.data_received((HEAD + b"body") * 10_000)
+    assert wire.is_closed and wire.sent.startswith(b"HTTP/1.1 400 ")
+    assert len(connection.pipeline) == _MOST_PIPELINED
+    connection.connection_lost(None)
+
+
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 100, b"x" * 1000], ids=["many", "one without end"])
+async def test_trailers_are_not_kept_and_do_not_go_on(trailers: bytes) -> None:
+    connection, wire = connected()
+    connection.data_received(HEAD.replace(b"content-length: 4", b"transfer-encoding: chunked") + b"4\r\nbody\r\n0\r\n")
+    headers = list(connection.headers)
+    connection.data_received(b"x: ")
+    for _ in range(_LONGEST_HEAD // len(trailers)):
+        connection.data_received(trailers)
+    assert not wire.is_closed and connection.headers == headers
+    for _ in range(2):
+        connection.data_received(trailers)
+    assert wire.is_closed
+    connection.connection_lost(None)
+
+
+async def test_a_body_in_small_chunks_may_be_long() -> None:
+    connection, wire = connected()
+    connection.data_received(HEAD.replace(b"content-length: 4", b"transfer-encoding: chunked"))
+    for _ in range(_LONGEST_HEAD):
+        connection.data_received(b"1\r\nx\r\n")
+    connection.data_received(b"0\r\n\r\n")
+    await until(lambda: b"HTTP/1.1 200" in wire.sent)
+    assert not wire.is_closed
+    connection.connection_lost(None)
+
+
+async def test_the_request_that_is_answered_learns_that_its_client_left_whatever_waits_behind_it() -> None:
+    ended: list[str] = []
+
+    async def patient(scope: Scope, receive: Receive, send: Send) -> None:
+        while (message := await receive())["type"] != "http.disconnect":
+            pass
+        ended.append(message["type"])
+
+    connection, _ = connected(app=patient)
+    connection.data_received(HEAD + b"body" + HEAD + b"body")
+    await asyncio.sleep(0)
+    connection.connection_lost(None)
+    await until(lambda: ended == ["http.disconnect"])
 
 
 async def test_a_head_that_goes_on_is_refused() -> None:

@@ -130,6 +130,29 @@ def test_jobs_even_out_what_the_engines_have_to_do(loads: list[int], jobs: int) 
     asyncio.run(run())
 
 
+async def test_an_engine_that_fails_at_once_does_not_draw_the_jobs_of_those_that_work() -> None:
+    """While the other works on eight jobs, it gets as many and no more, until a second has passed."""
+    now = 0.0
+    fakes = [FakeDevice(0), FakeDevice(1)]
+    devices = Devices(fakes, clock=lambda: now)
+    fakes[0].failure = EngineError("no memory")
+    fakes[1].gate.clear()
+    calls: list[asyncio.Task[Prediction]] = []
+    failed = 0
+    while len(calls) - failed < 8:
+        calls.append(asyncio.create_task(devices.classify(job())))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        failed = sum(call.done() for call in calls)
+    assert failed in (7, 8)
+    now = 1.1
+    fakes[0].failure = None
+    assert await who(devices) == 0
+    fakes[1].gate.set()
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(answer, EngineError) for answer in answers) == failed
+
+
 async def test_an_engine_that_stands_still_gets_no_more() -> None:
     fakes, devices = several(2)
     fakes[0].gate.clear()

@@ -15,6 +15,7 @@ import pytest
 from server.calibration.curve import Curve
 from server.dial import AutoR, RSetting
 from server.engine import transport
+from server.engine.frames import Frames
 from server.engine.transport import RemoteEngine, serve_engine
 from server.errors import DeadlineError, EngineError, NotFoundError, QueueFullError, ServerError, UnavailableError
 from server.types import Choice, Configuration, Explanation, Job, Merges, ModelInfo, Prediction, TopK
@@ -83,6 +84,13 @@ class FakeEngine:
             raise self.failure
 
 
+class Gone(asyncio.Transport):
+    """As uvloop's transports are once their connection is gone."""
+
+    def write(self, data: object) -> None:
+        raise RuntimeError("unable to perform operation on a closed transport")
+
+
 @pytest.fixture
 def socket_path() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:  # tmp_path may be longer than a socket's name can be
@@ -139,6 +147,17 @@ async def test_answers_find_their_callers_under_many_concurrent_calls(socket_pat
             schedule = sent.r if isinstance(sent.r, tuple) else (3, 3, 3)
             assert got.top_k == TopK([class_of(sent.pixels, schedule)] * sent.top_k, [0.5] * sent.top_k)
             assert (got.schedule, got.queue_s) == (schedule, sent.timeout_s)
+
+
+def test_a_frame_for_a_connection_that_is_gone_is_lost() -> None:
+    lost: list[str] = []
+    frames = Frames(lambda head, body: None, lambda: lost.append("lost"))
+    frames.connection_made(Gone())
+    with pytest.raises(RuntimeError):
+        frames.send({"id": 1})
+    frames.connection_lost(None)
+    frames.send({"id": 2}, b"pixels")
+    assert lost == ["lost"]
 
 
 async def test_an_explanation_crosses_whole(socket_path: str) -> None:
