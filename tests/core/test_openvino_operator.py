@@ -59,13 +59,15 @@ def test_it_merges_as_the_library_does(data: st.DataObject, library: Path) -> No
     num_prefix_tokens = data.draw(st.integers(0, 3), "num_prefix_tokens")
     N = data.draw(st.integers(num_prefix_tokens + 3, 80), "N")
     r = data.draw(st.integers(1, max_r(N, num_prefix_tokens)), "r")
-    B, C, num_heads, D = (
-        data.draw(st.integers(1, most), name) for most, name in ((3, "B"), (40, "C"), (3, "H"), (37, "D"))
-    )
+    has_equals = data.draw(st.booleans(), "equal tokens")
+    # In few dimensions cosines of different keys are equal but for the rounding, and every device has its own.
+    least = 1 if has_equals else 8
+    D = data.draw(st.integers(least, 37), "D")
+    B, C, num_heads = (data.draw(st.integers(1, most), name) for most, name in ((3, "B"), (40, "C"), (3, "H")))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000), "seed"))
     x = torch.randn(B, N, C, generator=generator)
     keys = torch.randn(B, num_heads, N, D, generator=generator)
-    if data.draw(st.booleans(), "equal tokens"):  # whole numbers, so that every device rounds alike
+    if has_equals:  # whole numbers, so that every device rounds alike
         keys = torch.zeros(B, num_heads, N, D)
         keys[..., 0] = torch.randint(0, 2, (B, 1, N), generator=generator).float()
     size = torch.randint(1, 9, (B, N), generator=generator).float()
