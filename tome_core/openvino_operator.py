@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import openvino
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+# Never unloaded: models compiled with it outlive the `openvino.Core` that loaded it, and would call into nothing.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wl,-z,nodelete")
 
 
 class OperatorError(RuntimeError):
