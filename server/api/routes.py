@@ -125,7 +125,6 @@ async def _classify_all(
     uploads: Sequence[Upload], job: Job, info: ModelInfo, service: Service
 ) -> list[tuple[float, Prediction]]:
     """Seconds of decoding, and the prediction, for each image; the first failure withdraws the others."""
-
     loop, max_pixels = asyncio.get_running_loop(), service.settings.max_image_pixels
 
     async def classify_one(index: int, upload: Upload) -> tuple[float, Prediction]:
