@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,10 +23,9 @@ from torch import Tensor
 import tome_core
 from benchmarks.accuracy import read_photos
 from benchmarks.forward import DTYPES
+from benchmarks.same_matching import recorded, replayed
 from server.models import load_model
 from server.settings import ModelSpec
-from tome_core.kernels import match
-from tome_core.kernels.groups import Groups
 
 IN_FLOAT64 = 16  # photos
 
@@ -69,9 +67,9 @@ def measure(model: Any, images: Tensor, ladder: list[int], dtype: torch.dtype) -
     timm_answers = _answers(narrow, images.to(dtype))
     for impl, r in [("timm", 0), *(("ours", r) for r in ladder)]:
         answers = timm_answers if impl == "timm" else _answers(lambda x, r=r: ours(x, r), images.to(dtype))
-        with _recorded() as groups:
+        with recorded() as plans:
             got = narrow(some) if impl == "timm" else ours(some, r)
-        with _replayed(groups), mock.patch("tome_core.vit.DTYPES", (torch.float64,)):
+        with replayed(plans), mock.patch("tome_core.vit.DTYPES", (torch.float64,)):
             wanted = in_float64(some.double().cpu(), r)
         error = (got.double().cpu() - wanted).norm() / wanted.norm()
         same = answers == _answers(lambda x, r=r: exact(x, r), images)
@@ -80,27 +78,6 @@ def measure(model: Any, images: Tensor, ladder: list[int], dtype: torch.dtype) -
 
 def _answers(classify: Any, images: Tensor) -> Tensor:
     return torch.cat([classify(batch).argmax(dim=1).cpu() for batch in images.split(50)])
-
-
-@contextmanager
-def _recorded() -> Iterator[list[Groups]]:
-    """Notes what merges in each block."""
-    groups: list[Groups] = []
-
-    def noted(*args: Any) -> Groups:
-        groups.append(match(*args))
-        return groups[-1]
-
-    with mock.patch("tome_core.fused.match", noted):
-        yield groups
-
-
-@contextmanager
-def _replayed(groups: list[Groups]) -> Iterator[None]:
-    """Merges what was noted."""
-    noted = iter(groups)
-    with mock.patch("tome_core.fused.match", lambda *_: Groups(*(t.cpu() for t in next(noted)))):
-        yield
 
 
 if __name__ == "__main__":

@@ -1,126 +1,191 @@
-"""The forward loop of plain ViT blocks by fused operations: what is saved in arithmetic is saved in time.
+"""The forward loop of pre-norm blocks by fused operations: what is saved in arithmetic is saved in time.
 
-A residual sum, the merge after it and the norm that reads it are one operation, so a half of a block hands the next
-one both its tokens and their norm.
+A half of a block hands the next one its tokens and their norm. Its last product adds to the residual in place, so the
+norm after it reads one tensor. The biases of those products are left out of the residual: added up from half to half
+they are one offset for all tokens, which no merge changes, and every norm adds it as it reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
-from timm.layers.attention import Attention
-from timm.layers.layer_scale import LayerScale
-from timm.layers.mlp import Mlp
-from timm.models.vision_transformer import Block
+import torch
 from torch import Tensor, nn
 
-from tome_core.kernels import LARGEST_HEAD, add_norm, attend, linear_gelu, match, merge_add_norm, metric
+from tome_core.families.attention import project
+from tome_core.families.family import Family
+from tome_core.families.parts import Parts, hidden, norm_of, output_of, parts_of
+from tome_core.kernels import (
+    Groups,
+    Norm,
+    accumulate,
+    add_norm,
+    attend,
+    match,
+    merge_add_norm,
+    merge_sums,
+    metric,
+    norm,
+    rotate,
+)
 from tome_core.kernels.side import beside
+from tome_core.travelling import bias_at, start, table_at
 
 
-def reason_against(model: Any) -> str | None:
-    """Why the blocks of a `VisionTransformer`, and the norm after them, cannot run fused; None where they can."""
-    for i, block in enumerate(model.blocks):
-        found = _unlike(block)
-        if found:
-            return f"block {i} {found}"
-    if type(model.norm) is nn.Identity or _is_layer_norm(model.norm):
-        return None
-    return f"the final norm is a {type(model.norm).__name__}"
+class _Tokens(NamedTuple):
+    """Tokens between two halves of a block.
+
+    Attributes:
+        x: The residual without its offset, (B, N, C). The loop writes into it.
+        n: The next half's norm of it, (B, N, C).
+        size: Token sizes, (B, N) float32; None while nothing has merged.
+        log_size: log2 of them.
+        places: Where they are, as `travelling` keeps it, (1 or B, N, K); None where attention does not know positions.
+    """
+
+    x: Tensor
+    n: Tensor
+    size: Tensor | None = None
+    log_size: Tensor | None = None
+    places: Tensor | None = None
 
 
-def has_hooks(blocks: Sequence[nn.Module]) -> bool:
-    """Whether somebody listens to a layer inside a block, which would hear nothing of a fused one."""
-    modules = (module for block in blocks for module in block.modules())
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+class _Ending(NamedTuple):
+    """How a half of a block ends.
 
+    Attributes:
+        linear: Its last product; None where the half has made it.
+        scale: LayerScale, (C,), or None.
+        offset: What the residual lacks after it, (C,) float32, or None.
+        norm: The norm that reads the sum; None where the fused operations have none like it.
+    """
 
-def _is_layer_norm(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
-
-
-def _unlike(block: Any) -> str | None:
-    """What sets a block apart from x + attention(norm(x)), then x + mlp(norm(x)); None if nothing does."""
-    if type(block) is not Block:
-        return f"is a {type(block).__name__}"
-    if type(block.attn) is not Attention or type(block.mlp) is not Mlp:
-        return f"is made of {type(block.attn).__name__} and {type(block.mlp).__name__}"
-    attn, mlp = block.attn, block.mlp
-    parts = [attn.q_norm, attn.k_norm, getattr(attn, "norm", nn.Identity()), mlp.norm]
-    if any(type(part) is not nn.Identity for part in parts) or getattr(attn, "gate", None) is not None:
-        return "has norms or gates inside attention or MLP"
-    if not (_is_layer_norm(block.norm1) and _is_layer_norm(block.norm2)):
-        return f"has a {type(block.norm1).__name__}, not LayerNorm with weight and bias"
-    if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
-        return f"has the activation {mlp.act}"
-    if any(type(linear) is not nn.Linear or linear.bias is None for linear in (attn.proj, mlp.fc1, mlp.fc2)):
-        return "has projections that are not nn.Linear with a bias"
-    if type(attn.qkv) is not nn.Linear or attn.qkv.out_features != 3 * attn.qkv.in_features:
-        return "has no joint projection of queries, keys and values of the width of its tokens"
-    if any(type(scale) not in (nn.Identity, LayerScale) for scale in (block.ls1, block.ls2)):
-        return f"has a {type(block.ls1).__name__}"
-    if attn.head_dim > LARGEST_HEAD or attn.head_dim % 8:
-        return f"has heads of {attn.head_dim} channels; fused: multiples of 8 up to {LARGEST_HEAD}"
-    return None
+    linear: nn.Linear | None
+    scale: Tensor | None
+    offset: Tensor | None
+    norm: Norm | None
 
 
 def run_blocks(
-    model: Any, x: Tensor, schedule: Sequence[int], num_prefix_tokens: int, prefix_only: bool
+    family: Family,
+    model: Any,
+    x: Tensor,
+    n: Tensor,
+    positions: Tensor | None,
+    schedule: Sequence[int],
+    prefix_only: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Tokens through all blocks and the norm after them.
 
     Args:
-        model: A `VisionTransformer` that `reason_against` says nothing against.
-        x: Tokens that enter the first, (B, N, C).
+        family: The model's adapter.
+        model: A model that `families.parts.reason_against` says nothing against.
+        x: Tokens that enter the first block, (B, N, C), contiguous. They are overwritten.
+        n: The first block's norm of them.
+        positions: As `Family.embed` gives them.
         schedule: `r` of each block, clipped.
-        num_prefix_tokens: Leading tokens that never merge.
         prefix_only: Whether the last block is to compute prefix tokens alone, and merge nothing.
 
     Returns:
         Normalised tokens, (B, M, C), and their sizes, (B, M) float32, or None where nothing has merged.
     """
-    blocks, size = model.blocks, None
-    n = blocks[0].norm1(x)
-    for i, (block, r) in enumerate(zip(blocks, schedule, strict=True)):
-        last = i == len(blocks) - 1
-        attn, scale = block.attn, _scale(block.ls1)
-        q, k, v = _project(attn.qkv, n, num_prefix_tokens if last and prefix_only else None)
-        args = (scale, block.norm2.weight, block.norm2.bias, block.norm2.eps)
-        if last and prefix_only:
-            y = attn.proj(attend(q, k, v, size, attn.num_heads))
-            x, size = x[:, :num_prefix_tokens].contiguous(), None
-            x, n = add_norm(x, y, *args)
-        elif r:
-            with beside(k.device) as join:  # matching needs the keys alone, so it runs while attention does
-                groups = match(metric(k, attn.num_heads), r, num_prefix_tokens)
-            y = attn.proj(attend(q, k, v, size, attn.num_heads))
-            join()
-            x, n, size = merge_add_norm(groups, x, y, size, *args)
-        else:
-            y = attn.proj(attend(q, k, v, size, attn.num_heads))
-            x, n = add_norm(x, y, *args)
-        y = block.mlp.fc2(linear_gelu(n, block.mlp.fc1.weight, block.mlp.fc1.bias))
-        norm = model.norm if last else blocks[i + 1].norm1
-        if type(norm) is nn.Identity:
-            n = x + block.ls2(y)
-        else:
-            x, n = add_norm(x, y, _scale(block.ls2), norm.weight, norm.bias, norm.eps)
-    return n, size
+    P = family.num_prefix_tokens(model)
+    blocks = [parts_of(block) for block in family.blocks(model)]
+    endings = _endings(blocks, norm_of(family.norm(model)))
+    tokens = _Tokens(x, n, places=start(family.position(model, positions, 0), x, P))
+    for i, (parts, r) in enumerate(zip(blocks, schedule, strict=True)):
+        num_queries = P if prefix_only and i == len(blocks) - 1 else None
+        y, groups = _attention(parts.attn, tokens, family.position(model, positions, i), r, P, num_queries)
+        if num_queries is not None:
+            tokens = _Tokens(tokens.x[:, :P].contiguous(), tokens.n)
+        tokens = _end(tokens, y, endings[2 * i], groups)
+        mlp, ending = parts.mlp, endings[2 * i + 1]
+        tokens = _end(tokens, mlp(tokens.n) if ending.linear is None else hidden(mlp, tokens.n), ending)
+    if endings[-1].norm is None:
+        return family.norm(model)(tokens.n), tokens.size
+    return tokens.n, tokens.size
 
 
-def _project(linear: nn.Linear, n: Tensor, num_queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (of the leading tokens), keys and values: views (B, N, C) of one joint product, or of two."""
-    C = linear.in_features
-    if num_queries is None:
-        q, k, v = linear(n).split(C, dim=-1)
-        return q, k, v
-    weight, bias = linear.weight.split([C, 2 * C]), linear.bias.split([C, 2 * C]) if linear.bias is not None else None
-    q = F.linear(n[:, :num_queries], weight[0], None if bias is None else bias[0])
-    k, v = F.linear(n, weight[1], None if bias is None else bias[1]).split(C, dim=-1)
-    return q, k, v
+def _attention(
+    attn: Any, tokens: _Tokens, position: Any, r: int, P: int, num_queries: int | None
+) -> tuple[Tensor, Groups | None]:
+    """What attention gives to its last product, (B, num_queries or N, C), and what merges after it."""
+    q, k, v = project(attn, tokens.n, num_queries)
+    q = q if num_queries is None else q.contiguous()
+    H, found, groups = attn.num_heads, None, None
+    q, k = _normed(attn, "q_norm", q), _normed(attn, "k_norm", k)
+    if position.rope is not None:
+        table = table_at(position.rope, tokens.places, tokens.size, P)
+        q, k, found = rotate(q, k, table, tokens.size, H, getattr(attn, "rotate_half", False))
+    bias = bias_at(position, tokens.places, tokens.size, P)
+    if r and num_queries is None:
+        with beside(k) as join:  # matching needs the keys alone, so it runs while attention does
+            groups = match(metric(k, H) if found is None else found, r, P)
+        y = attend(q, k, v, tokens.log_size, bias, H)
+        join()
+    else:
+        y = attend(q, k, v, tokens.log_size, bias, H)
+    if hasattr(attn, "norm"):
+        y = attn.norm(y)
+    if getattr(attn, "gate", None) is not None:
+        y = y * attn.gate(tokens.n[:, :num_queries]).sigmoid()
+    return y, groups
 
 
-def _scale(layer: nn.Module) -> Tensor | None:
-    return layer.gamma if isinstance(layer, LayerScale) else None
+def _end(tokens: _Tokens, y: Tensor, ending: _Ending, groups: Groups | None = None) -> _Tokens:
+    """The end of a half: its last product of y, the residual sum, the merge, and the norm that reads it."""
+    x, linear, scale, offset = tokens.x, ending.linear, ending.scale, ending.offset
+    added: Tensor | None = y
+    if linear is not None and scale is None:
+        accumulate(x, y, linear.weight)
+        added = None
+    elif linear is not None:
+        added = linear(y)
+    if groups is not None:
+        assert ending.norm is not None  # merges come before the norm of an MLP
+        merged = merge_add_norm(groups, x, added, tokens.size, scale, offset, ending.norm)
+        return _Tokens(*merged, None if tokens.places is None else merge_sums(groups, tokens.places))
+    if ending.norm is None:
+        total = x if added is None else x + (added if scale is None else scale * added)
+        return tokens._replace(n=total if offset is None else (total + offset).to(x.dtype))
+    if added is None:
+        return tokens._replace(n=norm(x, offset, ending.norm))
+    x, n = add_norm(x, added, scale, offset, ending.norm)
+    return tokens._replace(x=x, n=n)
+
+
+def _endings(blocks: Sequence[Parts], last: Norm | None) -> list[_Ending]:
+    """The endings of all halves, in order."""
+    linears = [linear for parts in blocks for linear in (parts.attn.proj, output_of(parts.mlp))]
+    scales = [scale for parts in blocks for scale in (parts.scale1, parts.scale2)]
+    norms = [norm for parts in blocks for norm in (parts.norm1, parts.norm2)][1:] + [last]
+    offsets = _offsets(linears, scales)
+    return [_Ending(*ending) for ending in zip(linears, scales, offsets, norms, strict=True)]
+
+
+def _offsets(linears: Sequence[nn.Linear | None], scales: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What the residual lacks after each half: the biases of the products that were added to it in place."""
+    lacking = [
+        linear.bias if linear is not None and scale is None else None
+        for linear, scale in zip(linears, scales, strict=True)
+    ]
+    biases = [bias for bias in lacking if bias is not None]
+    if not biases:
+        return [None] * len(lacking)
+    sums = torch.stack(biases).float().cumsum(dim=0).unbind()
+    offsets: list[Tensor | None] = []
+    count = 0
+    for bias in lacking:
+        count += bias is not None
+        offsets.append(sums[count - 1] if count else None)
+    return offsets
+
+
+def _normed(attn: Any, name: str, x: Tensor) -> Tensor:
+    """Queries or keys, (B, N, C), after the norm of each head, if there is one."""
+    norm = getattr(attn, name, None)
+    if norm is None or type(norm) is nn.Identity:
+        return x
+    by_head: Tensor = norm(x.unflatten(-1, (attn.num_heads, -1)))
+    return by_head.flatten(2)

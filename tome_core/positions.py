@@ -61,13 +61,25 @@ def follow(position: Position, source: Tensor, num_tokens: int, num_prefix_token
     return Position(rope, bias, position.grid)
 
 
+def nearest_cell(sums: Tensor, size: Tensor) -> Tensor:
+    """The cell of the grid nearest to the mean of cells; halfway between two, the later one.
+
+    Args:
+        sums: Rows and columns of the cells, added up, (B, N, 2), whole numbers of any dtype.
+        size: How many cells they are, (B, N).
+
+    Returns:
+        Row and column, (B, N, 2), of the same dtype.
+    """
+    # In whole numbers: a mean that lies between two cells would be rounded by the order in which a device adds.
+    return torch.div(2 * sums + size[..., None], 2 * size[..., None], rounding_mode="floor")
+
+
 def _between(bias: Tensor, members: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
     """The bias (1, H, N0, N0) between merged tokens (B, H, N, N): that between the cells nearest to them."""
     cells = torch.arange(grid[0] * grid[1], device=bias.device)
     cells = torch.stack([cells // grid[1], cells % grid[1]], dim=1)
-    # In whole numbers: a mean that lies between two cells would be rounded by the order in which a device adds.
-    sums, count = (members @ cells.float()).long(), members.sum(dim=-1, keepdim=True).long()
-    nearest = (2 * sums + count) // (2 * count)
+    nearest = nearest_cell((members @ cells.float()).long(), members.sum(dim=-1).long())
     index = num_prefix_tokens + nearest[..., 0] * grid[1] + nearest[..., 1]
     prefix = torch.arange(num_prefix_tokens, device=bias.device).expand(len(index), -1)
     index = torch.cat([prefix, index], dim=1)

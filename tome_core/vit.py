@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tome_core import fused, schedule
+from tome_core.embedding import Normalisation, embed
 from tome_core.families import UnsupportedModelError, family_of
-from tome_core.families.vit import ViTFamily
+from tome_core.families.parts import reason_against
 from tome_core.kernels import DTYPES, missing_on
 from tome_core.matching import match
 from tome_core.merging import merge, track_source, unmerge
@@ -77,7 +78,9 @@ class MergedViT(nn.Module):
         super().__init__()
         self.family = family_of(model)
         self._kernels = kernels
-        self._unfusable = fused.reason_against(model) if isinstance(self.family, ViTFamily) else "it is no plain ViT"
+        self._normalisation: Normalisation | None = None
+        self._unfusable = reason_against(self.family, model)
+        self._layers = [layer for block in self.family.blocks(model) for layer in block.modules()]
         if kernels == "fused" and self._unfusable:
             raise UnsupportedModelError(f"cannot run a {type(model).__name__} by fused kernels: {self._unfusable}")
         self.model = model
@@ -130,11 +133,11 @@ class MergedViT(nn.Module):
         if prefix_only and (track or not self.family.reads_prefix_only(self.model)):
             raise ValueError("prefix_only leaves nothing to track, and needs a head that reads prefix tokens alone")
         if not track and self.implementation(images).name == "fused":
-            x, _ = self.family.embed(self.model, images)
+            x, n, positions = embed(self.family, self.model, images, self._normalisation, self._dtype)
             per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
-            return Tokens(*fused.run_blocks(self.model, x, per_block, self.num_prefix_tokens, prefix_only))
+            return Tokens(*fused.run_blocks(self.family, self.model, x, n, positions, per_block, prefix_only))
         (tokens,) = self._run(images, r, [self.num_blocks - 1], track=track, prefix_only=prefix_only)
-        return tokens._replace(x=self.family.norm(self.model, tokens.x))
+        return tokens._replace(x=self.family.norm(self.model)(tokens.x))
 
     def implementation(self, images: Tensor) -> Implementation:
         """How these images would be classified, and why so. Tracked and intermediate tokens are always "plain"."""
@@ -152,18 +155,44 @@ class MergedViT(nn.Module):
         model._kernels = "plain"
         return model
 
+    def from_pixels(self, mean: Sequence[float], std: Sequence[float]) -> Self:
+        """The same model, over the same weights, that takes pixels (B, H, W, 3) in uint8 in the place of images.
+
+        They are normalised on the way: (byte / 255 - mean) / std. Where the model runs fused, no normalised image is
+        ever made.
+
+        Args:
+            mean: Of each channel, as the model was trained with.
+            std: Of each channel.
+        """
+        model = copy(self)
+        model._normalisation = Normalisation(tuple(mean), tuple(std))
+        return model
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Images as the timm model takes them."""
+        if self._normalisation is not None:
+            return self._normalisation(images, self._dtype)
+        if images.dtype == torch.uint8:
+            raise ValueError("images are uint8; normalise them, or make a model that does: merged.from_pixels(mean, std)")
+        return images
+
     def _not_now(self, images: Tensor) -> str | None:
         """What stands against the fused kernels in this call; None where nothing does."""
-        dtype = next(self.model.parameters()).dtype
+        dtype = self._dtype
         if torch.is_grad_enabled():
             return "gradients are on; call it under torch.inference_mode() or no_grad()"
         if any(block.training for block in self.family.blocks(self.model)):
             return "the model is in training mode"
         if torch.is_autocast_enabled(images.device.type):
             return "autocast is on; convert the model instead"
-        if images.dtype != dtype or dtype not in DTYPES:
+        if dtype not in DTYPES or images.dtype != (dtype if self._normalisation is None else torch.uint8):
             return f"the model is {dtype}, the images are {images.dtype}; fused: both float32, bfloat16 or float16"
-        if fused.has_hooks(self.family.blocks(self.model)):
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._layers):
             return "a layer has hooks"
         return None
 
@@ -212,14 +241,15 @@ class MergedViT(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         kept = self.tokens_after(_chosen(indices, self.num_blocks), images, r)
-        rows, columns = self.family.grid(self.model, (images.shape[-2], images.shape[-1]))
+        sides = (1, 2) if images.dtype == torch.uint8 else (2, 3)
+        rows, columns = self.family.grid(self.model, (images.shape[sides[0]], images.shape[sides[1]]))
         num_inputs = kept[0].unmerged().shape[1] - self.num_prefix_tokens
         if num_inputs != rows * columns:
             raise ValueError(f"{num_inputs} patches are left of {rows} x {columns}: patch dropout leaves no whole map")
         patches, prefixes = [], []
         for tokens in kept:
             x = tokens.unmerged()
-            x = self.family.norm(self.model, x) if norm else x
+            x = self.family.norm(self.model)(x) if norm else x
             prefix, x = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
             patches.append(x.transpose(1, 2).unflatten(2, (rows, columns)) if output_fmt == "NCHW" else x)
             prefixes.append(prefix)
@@ -249,7 +279,8 @@ class MergedViT(nn.Module):
         self, images: Tensor, r: RLike, blocks: Sequence[int], *, track: bool = False, prefix_only: bool = False
     ) -> list[Tokens]:
         """The tokens as they leave some blocks, in order; the last of these is the last that runs."""
-        x, positions = self.family.embed(self.model, images)
+        x, positions = self.family.embed(self.model, self._normalised(images))
+        x = self.family.norm_pre(self.model)(x)
         per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
         grad_checkpointing = self.family.trunk(self.model).grad_checkpointing
         track = track or self.family.positional

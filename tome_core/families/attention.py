@@ -29,7 +29,9 @@ def attention(
     Returns:
         The output, (B, num_queries, C), and the keys before any rotation, (B, num_kv_heads, N, D).
     """
-    q, k, v = _project(attn, x, num_queries)
+    num_kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
+    q, k, v = project(attn, x, num_queries)
+    q, k, v = heads(q, attn.num_heads), heads(k, num_kv_heads), heads(v, num_kv_heads)
     if hasattr(attn, "k_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
     keys = k  # what tokens are, not where: rotated keys of equal patches would differ
@@ -114,15 +116,13 @@ def heads(x: Tensor, num_heads: int) -> Tensor:
     return split_heads.transpose(1, 2)
 
 
-def _project(attn: Any, x: Tensor, num_queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, num_heads, num_queries, D), keys and values (B, num_kv_heads, N, D)."""
+def project(attn: Any, x: Tensor, num_queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, num_queries, num_heads D), keys and values (B, N, num_kv_heads D)."""
     if getattr(attn, "q_proj", None) is not None:
-        q, k, v = attn.q_proj(x[:, :num_queries]), attn.k_proj(x), attn.v_proj(x)
-    else:
-        apart = (attn.q_bias, attn.k_bias, attn.v_bias) if getattr(attn, "q_bias", None) is not None else None
-        q, k, v = split(attn.qkv, x, [attn.qkv.out_features // 3] * 3, num_queries, apart)
-    num_kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
-    return heads(q, attn.num_heads), heads(k, num_kv_heads), heads(v, num_kv_heads)
+        return attn.q_proj(x[:, :num_queries]), attn.k_proj(x), attn.v_proj(x)
+    apart = (attn.q_bias, attn.k_bias, attn.v_bias) if getattr(attn, "q_bias", None) is not None else None
+    q, k, v = split(attn.qkv, x, [attn.qkv.out_features // 3] * 3, num_queries, apart)
+    return q, k, v
 
 
 def _rotate(attn: Any, x: Tensor, rope: Tensor) -> Tensor:

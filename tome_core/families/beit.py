@@ -19,9 +19,8 @@ class BeitFamily(Family):
     positional = True
     pools = ("token", "avg")
 
-    def embed(self, model: Any, images: Tensor) -> Embedded:
-        x = model.patch_embed(images)
-        x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1)
+    def place(self, model: Any, patches: Tensor) -> Embedded:
+        x = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         if model.pos_embed is not None:
             x = x + model.pos_embed
         return Embedded(model.pos_drop(x), model.rel_pos_bias() if model.rel_pos_bias is not None else None)

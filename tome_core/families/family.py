@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from timm.layers.format import Format
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from tome_core.attention import size_bias
@@ -18,10 +20,10 @@ class UnsupportedModelError(TypeError):
 
 
 class Embedded(NamedTuple):
-    """What enters the first block.
+    """What images become.
 
     Attributes:
-        x: Tokens, (B, N, C), prefix tokens first.
+        x: Tokens, (B, N, C), prefix tokens first; a norm may follow (`Family.norm_pre`).
         positions: What the attention of every block shares about positions (a rotary table, a relative bias), or None.
     """
 
@@ -106,8 +108,47 @@ class Family:
         return int(self.trunk(model).patch_embed.num_patches) + self.num_prefix_tokens(model)
 
     def embed(self, model: Any, images: Tensor) -> Embedded:
-        """Images (B, 3, H, W) to the tokens that enter the first block."""
+        """Images (B, 3, H, W) to tokens, before `norm_pre`."""
+        return self.place(model, self.trunk(model).patch_embed(images))
+
+    def place(self, model: Any, patches: Tensor) -> Embedded:
+        """Patches, as the patch embedding leaves them, to tokens: positions and prefix tokens."""
         raise NotImplementedError
+
+    def projection(self, model: Any, image_size: tuple[int, int]) -> Tensor | None:
+        """The weights of the patch embedding, (C, channels, p, p), where it is one product of square patches.
+
+        `embed` then is that product and something that is the same for every image, which `embed_colour` gives.
+
+        Args:
+            model: The timm model.
+            image_size: Height and width of the images; None is returned where patches do not divide them.
+        """
+        return _projection(self.trunk(model).patch_embed, image_size)
+
+    def embed_colour(self, model: Any, colour: Tensor | None, image_size: tuple[int, int]) -> Embedded:
+        """What `embed` makes of one image that is all of one colour, by a model that has a `projection`.
+
+        Args:
+            model: The timm model.
+            colour: (channels,), as the model takes it; None is zeros.
+            image_size: Height and width.
+        """
+        embed = self.trunk(model).patch_embed
+        weight, patch = embed.proj.weight, embed.proj.bias
+        if colour is not None:
+            product = weight.float().sum(dim=(2, 3)) @ colour
+            patch = (product if patch is None else product + patch).to(weight.dtype)
+        elif patch is None:
+            patch = weight.new_zeros(len(weight))
+        rows, columns = (side // weight.shape[-1] for side in image_size)
+        shape = (rows * columns,) if embed.flatten else (rows, columns)
+        return self.place(model, patch.expand(1, *shape, -1))
+
+    def norm_pre(self, model: Any) -> nn.Module:
+        """The norm between the patch embedding and the first block."""
+        norm: nn.Module = getattr(model, "norm_pre", nn.Identity())
+        return norm
 
     def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
         """What the attention of block i must know of where the original tokens are.
@@ -119,10 +160,10 @@ class Family:
         """
         return NOWHERE
 
-    def norm(self, model: Any, x: Tensor) -> Tensor:
+    def norm(self, model: Any) -> nn.Module:
         """The norm after the last block."""
-        normed: Tensor = model.norm(x)
-        return normed
+        norm: nn.Module = model.norm
+        return norm
 
     def reads_prefix_only(self, model: Any) -> bool:
         """Whether the head looks at prefix tokens alone."""
@@ -148,6 +189,19 @@ class Family:
         """The norm after pooling."""
         normed: Tensor = model.fc_norm(x)
         return normed
+
+
+def _projection(embed: Any, image_size: tuple[int, int]) -> Tensor | None:
+    """The weights of timm's plain patch embedding; None where it does more than cut and multiply."""
+    if type(embed) is not PatchEmbed or type(embed.proj) is not nn.Conv2d or type(embed.norm) is not nn.Identity:
+        return None
+    proj, (height, width) = embed.proj, embed.patch_size
+    plain = proj.kernel_size == proj.stride == (height, width) and height == width
+    plain = plain and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
+    laid_out = embed.flatten or embed.output_fmt == Format.NHWC
+    expected = image_size == tuple(embed.img_size or image_size) or not embed.strict_img_size
+    divided = not any(side % height for side in image_size)
+    return proj.weight if plain and laid_out and expected and divided else None
 
 
 def _pool(model: Any, x: Tensor, size: Tensor) -> Tensor:

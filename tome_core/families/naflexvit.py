@@ -40,5 +40,26 @@ class NaFlexFamily(Family):
         embedded = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
         return Embedded(embedded["patches"], embedded["rope_embeds"])
 
+    def projection(self, model: Any, image_size: tuple[int, int]) -> Tensor | None:
+        embeds = model.embeds
+        weight, (patch, width) = embeds.proj.weight, embeds.patch_size
+        normed = any(type(norm) is not nn.Identity for norm in (embeds.norm, model.norm_pre))
+        if normed or not embeds.is_linear or embeds.norm_input is not None or patch != width:
+            return None
+        if any(side % patch for side in image_size):
+            return None
+        if not getattr(embeds, "channels_last", True):
+            return weight.unflatten(1, (-1, patch, patch))  # type: ignore[no-any-return]
+        by_pixel: Tensor = weight.unflatten(1, (patch, patch, -1))
+        return by_pixel.permute(0, 3, 1, 2)
+
+    def embed_colour(self, model: Any, colour: Tensor | None, image_size: tuple[int, int]) -> Embedded:
+        weight = model.embeds.proj.weight
+        image = weight.new_zeros(1, weight.shape[1] // model.embeds.patch_size[0] ** 2, *image_size)
+        return self.embed(model, image if colour is None else image + colour.to(image.dtype)[:, None, None])
+
+    def norm_pre(self, model: Any) -> nn.Module:
+        return nn.Identity()  # `embed` has done it
+
     def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
         return Position(rope=positions[i] if positions is not None and model.rope_is_mixed else positions)

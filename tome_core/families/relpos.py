@@ -19,8 +19,8 @@ class RelPosFamily(Family):
     positional = True
     pools = ("token", "avg")
 
-    def embed(self, model: Any, images: Tensor) -> Embedded:
-        x = model.patch_embed(images)
+    def place(self, model: Any, patches: Tensor) -> Embedded:
+        x = patches
         if model.cls_token is not None:
             x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1)
         return Embedded(x, model.shared_rel_pos.get_bias() if model.shared_rel_pos is not None else None)

@@ -16,6 +16,5 @@ class ViTFamily(Family):
 
     model_classes: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
 
-    def embed(self, model: Any, images: Tensor) -> Embedded:
-        x = model._pos_embed(model.patch_embed(images))
-        return Embedded(model.norm_pre(model.patch_drop(x)))
+    def place(self, model: Any, patches: Tensor) -> Embedded:
+        return Embedded(model.patch_drop(model._pos_embed(patches)))

@@ -36,16 +36,16 @@ class VisionTowerFamily(Family):
                 "joins neighbours of the patch grid; supported: ''"
             )
 
-    def embed(self, model: Any, images: Tensor) -> Embedded:
-        encoder = model.encoder
-        x, rope = encoder._pos_embed(encoder.patch_embed(images))
+    def place(self, model: Any, patches: Tensor) -> Embedded:
+        x, rope = model.encoder._pos_embed(patches)
         return Embedded(x, rope)
 
     def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
         return Position(rope=positions)
 
-    def norm(self, model: Any, x: Tensor) -> Tensor:
-        return model.encoder.norm(x) if hasattr(model.encoder, "norm") else x
+    def norm(self, model: Any) -> nn.Module:
+        norm: nn.Module = getattr(model.encoder, "norm", nn.Identity())
+        return norm
 
     def fc_norm(self, model: Any, x: Tensor) -> Tensor:
         normed: Tensor = model.norm(x)

@@ -1,12 +1,16 @@
-"""What every Triton kernel here needs: Triton and its compiler, and products that its interpreter can do."""
+"""Where there are kernels, and how they are launched."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether the package is there; it comes with torch on Linux with CUDA."""
@@ -15,8 +19,89 @@ HAS_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which(
 """Whether there is a C compiler where Triton looks for one: at the first launch it compiles what launches kernels."""
 
 
-def widen_products(x: torch.Tensor) -> bool:
+def missing_on(device: torch.device) -> str | None:
+    """Why there are no Triton kernels for a device; None where there are."""
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}"
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if not HAS_COMPILER:
+        return "Triton needs a C compiler, and there is neither gcc nor clang, nor does CC name one"
+    capability = _capability(device)
+    return None if capability >= (8, 0) else f"the GPU has compute capability {capability[0]}.{capability[1]}, not 8.0"
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+class Kernel:
+    """A Triton kernel that is launched by what was compiled for operands of the same kind.
+
+    Triton looks at every argument anew at every launch; a small model would wait for that longer than for the GPU. Here
+    only dtypes, alignment and constants are looked at, so all numbers of the kernel must be `do_not_specialize`. Its
+    parameters are tensors, then numbers, then constants.
+
+    Args:
+        function: The function, decorated by `triton.jit`.
+
+    Attributes:
+        compiled: What was compiled, by kind.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[int | float],
+        constants: Sequence[object],
+        num_warps: int,
+        num_stages: int = 3,
+    ) -> None:
+        """Launches it.
+
+        Args:
+            grid: Programs along three axes.
+            tensors: Operands on one device, the first of them not None.
+            numbers: Integers and floats.
+            constants: What is compiled into the kernel.
+            num_warps: Warps of a program.
+            num_stages: How many steps ahead loops load.
+        """
+        dtypes = tuple([None if t is None else t.dtype for t in tensors])
+        aligned = not any([t is not None and t.data_ptr() % 16 for t in tensors])
+        key = (tensors[0].device, dtypes, *constants, num_warps, num_stages)  # type: ignore[union-attr]
+        compiled = self.compiled.get(key) if aligned else None
+        if compiled is not None:
+            compiled[grid](*tensors, *numbers, *constants)
+            return
+        compiled = self._function[grid](*tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages)
+        if compiled is not None and aligned:  # the interpreter compiles nothing; odd addresses are left to Triton
+            self.compiled[key] = compiled
+
+
+def widen_products(x: Tensor) -> bool:
     """Whether operands must be float32 before a product: Triton's interpreter cannot multiply bfloat16."""
+    return _interpreted() and x.dtype == torch.bfloat16
+
+
+@cache
+def _interpreted() -> bool:
     from triton import knobs
 
-    return bool(knobs.runtime.interpret) and x.dtype == torch.bfloat16
+    return bool(knobs.runtime.interpret)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is n or more. Triton's own is slow, as is its `cdiv`."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import rope_rotate_half, rot
 from torch import Tensor
 
 from tome_core.attention import proportional_attention
 from tome_core.kernels.groups import Groups, groups_of, plan_of
+from tome_core.kernels.norms import Norm
+from tome_core.kernels.relative import LOG2_E, Bias
 from tome_core.matching import match as match_plan
 from tome_core.merging import merge
 from tome_core.precision import full_precision, widened
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, num_heads: int) -> Tensor:
-    """Proportional attention over heads that lie side by side: softmax(q k^T / sqrt(D) + log s) v.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    bias: Bias | None,
+    num_heads: int,
+    dtype: torch.dtype,
+    multiplier: float,
+) -> Tensor:
+    """Proportional attention over heads that lie side by side: softmax(q k^T / sqrt(D) + log s + bias) v.
 
     Args:
-        q: Queries, (B, M, C); C = num_heads * D.
+        q: Queries of the leading M tokens, (B, M, C); C = num_heads * D.
         k: Keys, (B, N, C).
         v: Values, (B, N, C).
-        size: Token sizes, (B, N) float32, or None for sizes of 1.
+        log_size: log2 of the sizes s of the tokens, (B, N) float32, or None for sizes of 1.
+        bias: Bias by relative position, or None.
         num_heads: Heads.
+        dtype: Of the result.
+        multiplier: What the result is multiplied by.
 
     Returns:
         (B, M, C).
 
     Source: Bolya et al., Token Merging, ICLR 2023, equation 1.
     """
+    size = None if log_size is None else log_size.exp2()
+    pairs = None
+    if bias is not None:
+        code = bias.row_code[:, : q.shape[1], None] + bias.column_code[:, None, :]
+        pairs = (bias.table / LOG2_E)[:, code].transpose(0, 1)
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return proportional_attention(q, k, v, size).transpose(1, 2).flatten(2)
+    out = proportional_attention(q, k, v, size, pairs).transpose(1, 2).flatten(2)
+    return _stored(out, dtype, multiplier)
 
 
 def metric(k: Tensor, num_heads: int) -> Tensor:
@@ -36,6 +58,37 @@ def metric(k: Tensor, num_heads: int) -> Tensor:
     with full_precision(k.device):
         mean = widened(k).unflatten(-1, (num_heads, -1)).mean(dim=2)
         return F.normalize(mean, dim=-1)
+
+
+def rotate(
+    q: Tensor, k: Tensor, table: Tensor, size: Tensor | None, num_heads: int, halved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary embedding of queries and keys, and the metric of the keys as they were before.
+
+    Args:
+        q: Queries of the leading M tokens, (B, M, C); C = num_heads * D.
+        k: Keys, (B, N, C).
+        table: Sines and then cosines, added up over the members of each token: (1 or B, N, 2D) for all heads, or
+            (1 or B, N, num_heads * 2D).
+        size: Members of each token, (B, N) float32, or None for one each.
+        num_heads: Heads.
+        halved: Whether channel d turns with channel d + D/2; else neighbours do.
+
+    Returns:
+        Queries (B, M, C) and keys (B, N, C), contiguous, and the metric as `metric` gives it, (B, N, D).
+    """
+    found = metric(k, num_heads)
+    wide = widened(table) if size is None else widened(table) / size[..., None]
+    q, k = (_turned(t, wide[:, : t.shape[1]], num_heads, halved) for t in (q, k))
+    return q, k, found
+
+
+def _turned(x: Tensor, table: Tensor, num_heads: int, halved: bool) -> Tensor:
+    heads = x.unflatten(-1, (num_heads, -1))
+    sine, cosine = table.unflatten(-1, (-1, 2 * heads.shape[-1])).chunk(2, dim=-1)
+    wide = widened(heads)
+    turned = wide * cosine + (rope_rotate_half(wide) if halved else rot(wide)) * sine
+    return turned.to(x.dtype).flatten(2)
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
@@ -49,54 +102,118 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
     return groups_of(match_plan(metric, r, num_prefix_tokens))
 
 
+def norm(x: Tensor, offset: Tensor | None, norm: Norm, dtype: torch.dtype, multiplier: float) -> Tensor:
+    """A norm of x + offset.
+
+    Args:
+        x: Tokens, (B, N, C).
+        offset: What every token still lacks, (C,) float32, or None.
+        norm: The norm.
+        dtype: Of the result.
+        multiplier: What the result is multiplied by.
+    """
+    return _normed(widened(x), offset, norm, dtype, multiplier)
+
+
 def add_norm(
-    x: Tensor, y: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    norm: Norm,
+    dtype: torch.dtype,
+    multiplier: float,
 ) -> tuple[Tensor, Tensor]:
     """A residual sum and the norm that reads it.
 
     Args:
-        x: Tokens, (B, N, C); float32 keeps what a sum of many small terms loses in half precision.
-        y: What a half of a block adds to them, (B, N, C).
+        x: Tokens, (1 or B, N, C).
+        y: What is added to the last of them, (B, N or fewer, C).
         scale: LayerScale of y, (C,), or None for 1.
-        weight: Of the norm, (C,).
-        bias: Of the norm, (C,).
-        eps: Of the norm.
+        offset, norm, dtype, multiplier: As for `norm`.
 
     Returns:
-        x + scale y in x's dtype, and its LayerNorm in y's; both (B, N, C).
+        x + scale y in y's dtype, and the norm of that and the offset; both (B, N, C).
     """
-    total = widened(x) + _scaled(y, scale)
-    return total.to(x.dtype), _norm(total, weight, bias, eps).to(y.dtype)
+    total = _sum(x, y, scale)
+    return total.to(y.dtype), _normed(total, offset, norm, dtype, multiplier)
 
 
 def merge_add_norm(
     groups: Groups,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     size: Tensor | None,
     scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    offset: Tensor | None,
+    norm: Norm,
+    dtype: torch.dtype,
+    multiplier: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A residual sum, the merge of its tokens into size-weighted means, and the norm that reads these.
 
     Args:
         groups: What merges, N tokens into M.
+        x: Tokens, (B, N, C).
+        y: What is added to them first, (B, N, C), or None.
         size: Token sizes, (B, N) float32, or None for sizes of 1.
-        x, y, scale, weight, bias, eps: As for `add_norm`.
+        scale, offset, norm, dtype, multiplier: As for `add_norm`.
 
     Returns:
-        The merged tokens in x's dtype and their LayerNorm in y's, both (B, M, C); and their sizes, (B, M) float32.
+        The merged tokens in x's dtype and the norm of these and the offset, both (B, M, C); their sizes and log2 of
+        these, (B, M) float32.
     """
-    total, merged_size = merge(plan_of(groups), widened(x) + _scaled(y, scale), size)
-    return total.to(x.dtype), _norm(total, weight, bias, eps).to(y.dtype), merged_size
+    total, merged_size = merge(plan_of(groups), widened(x) if y is None else _sum(x, y, scale), size)
+    normed = _normed(total, offset, norm, dtype, multiplier)
+    return total.to(x.dtype), normed, merged_size, merged_size.log2()
 
 
-def _scaled(y: Tensor, scale: Tensor | None) -> Tensor:
-    return widened(y) if scale is None else widened(y) * widened(scale)
+def merge_sums(groups: Groups, sums: Tensor) -> Tensor:
+    """What belongs to the tokens' members, added up over those that merge: (1 or B, N, K) to (B, M, K)."""
+    plan = plan_of(groups)
+    sums = sums.expand(len(groups.keep), -1, -1)
+    rows = torch.arange(plan.keep.shape[1], device=sums.device)
+    with full_precision(sums.device):
+        joins = (plan.dst[:, None, :] == rows[:, None]).to(sums.dtype)
+        kept, lost = (sums.gather(1, index[..., None].expand(-1, -1, sums.shape[2])) for index in (plan.keep, plan.src))
+        return torch.baddbmm(kept, joins, lost)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    """Images as rows of their patches, as the product with a patch embedding's weights reads them.
+
+    Args:
+        images: (B, channels, H, W) of a float dtype, or uint8 pixels (B, H, W, channels), of which 128 is taken away:
+            what is left is exact in bfloat16, and half as large.
+        patch: Side of a patch; it divides H and W.
+        dtype: Of the result.
+
+    Returns:
+        (B, patches, K): the values of a patch in the order in which they lie in the image, and zeros up to a multiple
+        of 8, without which products are slow.
+    """
+    if images.dtype == torch.uint8:
+        rows = images.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3).flatten(3).flatten(1, 2)
+        rows = rows.to(dtype) - 128
+    else:
+        rows = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).to(dtype)
+    rows = rows.flatten(2)
+    return F.pad(rows, (0, -rows.shape[2] % 8))
+
+
+def _sum(x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
+    added = widened(y) if scale is None else widened(y) * widened(scale)
+    return widened(x) + F.pad(added, (0, 0, x.shape[1] - y.shape[1], 0))
+
+
+def _normed(x: Tensor, offset: Tensor | None, norm: Norm, dtype: torch.dtype, multiplier: float) -> Tensor:
     with full_precision(x.device):
-        return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+        x = x if offset is None else x + offset.to(x.dtype)
+        weight, bias = norm.weight.to(x.dtype), None if norm.bias is None else norm.bias.to(x.dtype)
+        if norm.centred:
+            return _stored(F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps), dtype, multiplier)
+        return _stored(x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * weight, dtype, multiplier)
+
+
+def _stored(x: Tensor, dtype: torch.dtype, multiplier: float) -> Tensor:
+    return (x if multiplier == 1 else widened(x) * multiplier).to(dtype)

@@ -1,4 +1,4 @@
-"""Work beside the main stream while a CUDA graph is captured: its kernels then run at the same time."""
+"""Work beside the main stream, so that small kernels run while large ones do."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
+
+
+WORTH_IT = 1 << 24
+"""Values of a tensor from which on a stream of its own is worth the host's time, where nothing is recorded."""
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Captures what the block launches on a side stream; the function it gives makes the main stream wait for it.
+def beside(x: Tensor) -> Iterator[Callable[[], None]]:
+    """Launches what the block launches on a side stream; the function it gives makes the main stream wait for it.
 
-    Tensors that the block reads or makes must live until then. Outside of a capture everything stays in line: there the
-    launches, not the kernels, would pay for it.
+    Where a CUDA graph is captured this costs nothing; where kernels are launched one by one it is done for large x
+    alone. Tensors that the block reads must live until the main stream waits; what it makes may be read from then on.
+
+    Args:
+        x: What the block reads; its device and its size decide.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or not (x.numel() >= WORTH_IT or _captured()):
         yield lambda: None
         return
-    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         yield lambda: main.wait_stream(side)
+
+
+def _captured() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 @cache

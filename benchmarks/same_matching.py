@@ -1,0 +1,82 @@
+"""The same matching in two models: what merged in one is noted, and merges again in the other.
+
+A model that rounds chooses other pairs where similarities nearly tie, and then answers differ by more than rounding.
+Under the same matching what is left between two models is their arithmetic. Either may run fused or plain, on any
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from tome_core import fused as fused_loop
+from tome_core import vit as plain_loop
+from tome_core.kernels.groups import Groups, groups_of, plan_of
+from tome_core.matching import MergePlan
+
+
+@contextmanager
+def recorded() -> Iterator[list[MergePlan]]:
+    """Notes what merges, in the order of the blocks that merge.
+
+    Yields:
+        The plans, on the CPU: empty at first, and longer with every block that merges.
+    """
+    plans: list[MergePlan] = []
+    match_fused, match_plain = vars(fused_loop)["match"], vars(plain_loop)["match"]
+
+    def fused(*args: Any) -> Groups:
+        groups: Groups = match_fused(*args)
+        plans.append(_on(plan_of(groups), "cpu"))
+        return groups
+
+    def plain(*args: Any) -> MergePlan:
+        plan: MergePlan = match_plain(*args)
+        plans.append(_on(plan, "cpu"))
+        return plan
+
+    with _matching(fused, plain):
+        yield plans
+
+
+@contextmanager
+def replayed(plans: list[MergePlan]) -> Iterator[None]:
+    """Merges what was noted, once, in place of what a model would choose.
+
+    Raises:
+        ValueError: The model merges in more blocks or in fewer than were noted, or other numbers of tokens.
+    """
+    left = list(plans)
+
+    def plain(metric: Tensor, r: int, num_prefix_tokens: int) -> MergePlan:
+        if not left:
+            raise ValueError(f"one more block merges than the {len(plans)} that were noted")
+        plan, wanted = left.pop(0), (*metric.shape[:2], r)
+        noted = (len(plan.src), plan.keep.shape[1] + plan.src.shape[1], plan.src.shape[1])
+        if noted != wanted:
+            raise ValueError(f"images, tokens and r are {wanted}; what was noted merges {noted}")
+        return _on(plan, metric.device)
+
+    def fused(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
+        return groups_of(plain(metric, r, num_prefix_tokens))
+
+    with _matching(fused, plain):
+        yield
+    if left:
+        raise ValueError(f"{len(left)} of {len(plans)} blocks that were noted did not merge")
+
+
+@contextmanager
+def _matching(fused: Callable[..., Groups], plain: Callable[..., MergePlan]) -> Iterator[None]:
+    """Lets both loops choose what merges by these functions."""
+    with mock.patch.object(fused_loop, "match", fused), mock.patch.object(plain_loop, "match", plain):
+        yield
+
+
+def _on(plan: MergePlan, device: Any) -> MergePlan:
+    return MergePlan(*(t.to(device) for t in plan))

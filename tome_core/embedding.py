@@ -1,0 +1,89 @@
+"""Images to the tokens that enter the first block, and their norm: patches cut and multiplied, with no image between.
+
+A patch embedding is a product and something that is the same for every image: a bias, positions, prefix tokens. The
+model itself makes that of an image of one colour, whatever it does with them; the product is added to it, and the norm
+taken, in one pass. Pixels go in as bytes: their normalisation is a factor on the weights, and the colour grey.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tome_core.families.family import Family
+from tome_core.families.parts import norm_of, parts_of
+from tome_core.kernels import add_norm, cut, norm
+
+GREY = 128
+"""The byte that `cut` takes for nothing."""
+
+
+class Normalisation(NamedTuple):
+    """How pixels become what a model was trained on: (byte / 255 - mean) / std, for each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pixels (B, H, W, channels) in uint8 to images (B, channels, H, W)."""
+        mean, std = (_vector(values, pixels.device)[:, None, None] for values in self)
+        return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype).contiguous()
+
+    def grey(self, device: torch.device) -> Tensor:
+        """What the byte `GREY` becomes, (channels,) float32."""
+        mean, std = (_vector(values, device) for values in self)
+        return (GREY / 255 - mean) / std
+
+    def factor(self, device: torch.device) -> Tensor:
+        """What a step of a byte becomes, (channels,) float32."""
+        return 1 / (255 * _vector(self.std, device))
+
+
+def embed(
+    family: Family, model: Any, images: Tensor, normalisation: Normalisation | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Images to tokens.
+
+    Args:
+        family: The model's adapter.
+        model: A model whose blocks run fused.
+        images: (B, channels, H, W) in the model's dtype; with `normalisation` pixels (B, H, W, channels) in uint8.
+        normalisation: How pixels become images.
+        dtype: The model's.
+
+    Returns:
+        The tokens, (B, N, C), contiguous and new; the first block's norm of them; positions as `Family.embed` has them.
+    """
+    pixels = normalisation is not None
+    image_size = (images.shape[1], images.shape[2]) if pixels else (images.shape[2], images.shape[3])
+    weight, norm_pre = family.projection(model, image_size), family.norm_pre(model)
+    if weight is None:
+        x, positions = family.embed(model, images if normalisation is None else normalisation(images, dtype))
+        x = norm_pre(x).contiguous()
+        return x, norm(x, None, parts_of(family.blocks(model)[0]).norm1), positions
+    # The largest piece of work is launched first: a GPU is busy with it while the host gets ahead.
+    colour = None
+    if normalisation is not None:
+        colour, factor = normalisation.grey(images.device), normalisation.factor(images.device)
+        weight = (weight * factor[:, None, None]).to(dtype).permute(0, 2, 3, 1)
+    rows = cut(images.contiguous(), weight.shape[2], dtype)
+    weight = weight.flatten(1)
+    padding = rows.shape[2] - weight.shape[1]
+    y = F.linear(rows, F.pad(weight, (0, padding)) if padding else weight)
+    table, positions = family.embed_colour(model, colour, image_size)
+    first, before = parts_of(family.blocks(model)[0]).norm1, norm_of(norm_pre)
+    x, n = add_norm(table.contiguous(), y, None, None, before or first)
+    if type(norm_pre) is nn.Identity:
+        return x, n, positions
+    x = n if before is not None else norm_pre(x)
+    return x, norm(x, None, first), positions
+
+
+@cache
+def _vector(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A value for each channel; kept, for a recorded graph can copy nothing from the host."""
+    return torch.tensor(values, dtype=torch.float32, device=device)

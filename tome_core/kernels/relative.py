@@ -1,0 +1,102 @@
+"""A bias between positions as attention reads it: a table of displacements, and codes of tokens that look it up.
+
+What a bias says of all pairs, (num_heads, N0, N0), depends on the displacement between two cells of the grid alone, or
+on which of the two is a prefix token. So a short list says it all: the entry of a pair is at the sum of the code of its
+row and the code of its column. A token that merged stands at a cell too: it needs new codes, never a new table.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tome_core.positions import nearest_cell
+
+LOG2_E = 1.4426950408889634
+
+
+class Bias(NamedTuple):
+    """A bias of attention scores: that of row i and column j is `table[:, row_code[i] + column_code[j]]`.
+
+    Attributes:
+        table: For each head and sum of two codes, (num_heads, T) float32, times log2 e.
+        row_code: Of each token as a query, (B, N) int32.
+        column_code: Of each token as a key, (B, N) int32.
+    """
+
+    table: Tensor
+    row_code: Tensor
+    column_code: Tensor
+
+
+class _Codes(NamedTuple):
+    """How codes lie for a grid with P prefix tokens: patches first, then each kind of pair in a range of its own."""
+
+    width: int
+    largest: int
+    prefix_row: Tensor
+    prefix_column: Tensor
+    num_codes: int
+
+
+def table_of(bias: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """The table of a bias between all pairs of the original tokens: (1, num_heads, N0, N0) -> (num_heads, T)."""
+    rows, columns = _pairs(grid, num_prefix_tokens, bias.device)
+    return bias[0][:, rows, columns].float() * LOG2_E
+
+
+def cells_of(grid: tuple[int, int], num_prefix_tokens: int, device: torch.device) -> Tensor:
+    """Row and column of each original token, (1, N0, 2) float32; zeros for prefix tokens, which stand nowhere."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, device=device).float() for n in grid), indexing="ij")
+    cells = torch.stack([rows.flatten(), columns.flatten()], dim=1)
+    return torch.cat([cells.new_zeros(num_prefix_tokens, 2), cells])[None]
+
+
+def bias_of(table: Tensor, sums: Tensor, size: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Bias:
+    """The bias between tokens that stand at the cells nearest to the mean of their members'.
+
+    Args:
+        table: As `table_of` gives it.
+        sums: Rows and columns of a token's members, added up, (B, N, 2) float32.
+        size: How many members it has, (B, N) float32.
+        grid: Rows and columns of patches.
+        num_prefix_tokens: Leading tokens that never merge.
+    """
+    codes = _codes(grid, num_prefix_tokens, sums.device)
+    cells = nearest_cell(sums, size)
+    row = (cells[..., 0] * codes.width + cells[..., 1]).int()
+    column = codes.largest - row
+    if num_prefix_tokens:
+        row[:, :num_prefix_tokens], column[:, :num_prefix_tokens] = codes.prefix_row, codes.prefix_column
+    return Bias(table, row, column)
+
+
+@cache
+def _codes(grid: tuple[int, int], P: int, device: torch.device) -> _Codes:
+    """Sums of two codes: patch and patch from 0 on, then prefix and patch, patch and prefix, prefix and prefix."""
+    width = 2 * grid[1] - 1
+    largest = (grid[0] - 1) * width + grid[1] - 1
+    step = largest + 1
+    prefix = torch.arange(P, dtype=torch.int32, device=device)
+    first_row = 2 * step + P * P * step
+    first_column = first_row + P * step
+    num_codes = first_row + first_column + P * P * step
+    return _Codes(width, largest, first_row + prefix * step, first_column + prefix * P * step, num_codes)
+
+
+@cache
+def _pairs(grid: tuple[int, int], num_prefix_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each sum of two codes a row and a column that have it; 0 and 0 where there are none."""
+    sums = cells_of(grid, num_prefix_tokens, torch.device("cpu"))
+    unused = torch.zeros(1, 1)
+    bias = bias_of(unused, sums, torch.ones(1, sums.shape[1]), grid, num_prefix_tokens)
+    at = (bias.row_code[0][:, None] + bias.column_code[0]).flatten().long()
+    pairs = torch.zeros(2, _codes(grid, num_prefix_tokens, torch.device("cpu")).num_codes, dtype=torch.long)
+    tokens = torch.arange(sums.shape[1])
+    pairs[0, at] = tokens.repeat_interleave(len(tokens))
+    pairs[1, at] = tokens.repeat(len(tokens))
+    rows, columns = pairs.to(device)
+    return rows, columns

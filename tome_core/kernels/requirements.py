@@ -1,0 +1,155 @@
+"""What the kernels require of their operands, checked whichever implementation runs.
+
+A CPU has no kernels, and plain PyTorch takes what they would refuse. The checks stand in front of the choice, so that
+a fault of the forward loop shows on every machine. Each raises a ValueError that names the operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tome_core.kernels.groups import Groups
+from tome_core.kernels.norms import Norm
+from tome_core.kernels.relative import Bias
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute in; plain PyTorch takes float64 too."""
+
+SMALLEST_HEAD, LARGEST_HEAD = 16, 128
+"""Channels of the heads that attention takes, in multiples of 8."""
+
+
+def fits_head(D: int) -> bool:
+    """Whether attention takes heads of D channels."""
+    return SMALLEST_HEAD <= D <= LARGEST_HEAD and D % 8 == 0
+
+
+def for_attend(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Bias | None, num_heads: int) -> None:
+    """Checks the operands of `attend`."""
+    _check_heads(q, k, num_heads)
+    _check_rows("v", v, k.shape, k.dtype)
+    if log_size is not None:
+        _check("log_size", log_size, k.shape[:2], torch.float32)
+    if bias is not None:
+        if bias.table.ndim != 2 or len(bias.table) != num_heads:
+            raise ValueError(f"the table of a bias has shape {tuple(bias.table.shape)}, not one row for each head")
+        _check("table", bias.table, bias.table.shape, torch.float32)
+        _check("row_code", bias.row_code, k.shape[:2], torch.int32)
+        _check("column_code", bias.column_code, k.shape[:2], torch.int32)
+
+
+def for_metric(k: Tensor, num_heads: int) -> None:
+    """Checks the operands of `metric`."""
+    _head_width(k, num_heads)
+    _check_rows("k", k, k.shape, k.dtype)
+
+
+def for_rotate(q: Tensor, k: Tensor, table: Tensor, size: Tensor | None, num_heads: int) -> None:
+    """Checks the operands of `rotate`."""
+    D, (B, N, _) = _check_heads(q, k, num_heads), k.shape
+    if table.ndim != 3 or len(table) not in (1, B) or table.shape[1] != N or table.shape[2] not in (2 * D, 2 * k.shape[2]):
+        raise ValueError(
+            f"the rotary table has shape {tuple(table.shape)}; it must be (1 or {B}, {N}, {2 * D} or {2 * k.shape[2]})"
+        )
+    _check("table", table, table.shape, table.dtype)
+    if size is not None:
+        _check("size", size, (B, N), torch.float32)
+
+
+def for_match(metric: Tensor, r: int, num_prefix_tokens: int) -> None:
+    """Checks the operands of `match`."""
+    if metric.ndim != 3:
+        raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (B, N, D)")
+    _check("metric", metric, metric.shape, torch.float32)
+    most = (metric.shape[1] - num_prefix_tokens) // 2
+    if not 0 < r <= most:
+        raise ValueError(f"r is {r}; it must be between 1 and {most}")
+
+
+def for_add_norm(
+    x: Tensor, y: Tensor | None, scale: Tensor | None, offset: Tensor | None, norm: Norm, groups: Groups | None = None
+) -> None:
+    """Checks the operands of `norm`, `add_norm` and `merge_add_norm`."""
+    B, N, C = x.shape
+    _check("x", x, x.shape, x.dtype)
+    if y is not None:
+        if y.ndim != 3 or y.shape[1] > N or B not in (1, len(y)):
+            raise ValueError(f"y has shape {tuple(y.shape)}, which does not go with x of {tuple(x.shape)}")
+        _check("y", y, (len(y), y.shape[1], C), y.dtype)
+    for name, vector in (("scale", scale), ("weight", norm.weight), ("bias", norm.bias)):
+        if vector is not None:
+            _check(name, vector, (C,), vector.dtype)
+    if offset is not None:
+        _check("offset", offset, (C,), torch.float32)
+    if groups is not None:
+        _check_groups(groups, B, N)
+
+
+def for_merge_sums(groups: Groups, sums: Tensor) -> None:
+    """Checks the operands of `merge_sums`."""
+    B, N, K = sums.shape
+    _check("sums", sums, sums.shape, sums.dtype)
+    _check_groups(groups, len(groups.keep) if B == 1 else B, N)
+
+
+def for_cut(images: Tensor, patch: int) -> None:
+    """Checks the operands of `cut`."""
+    if images.ndim != 4 or not images.is_contiguous():
+        raise ValueError(f"images are not contiguous in four dimensions: {tuple(images.shape)}, {images.stride()}")
+    sides = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
+    if any(side % patch for side in sides):
+        raise ValueError(f"patches of {patch} pixels do not divide images of {tuple(sides)}")
+
+
+def _head_width(k: Tensor, num_heads: int) -> int:
+    D, rest = divmod(k.shape[-1], num_heads)
+    if rest or not fits_head(D):
+        raise ValueError(
+            f"{k.shape[-1]} channels are {num_heads} heads of {k.shape[-1] / num_heads:g}; heads must have a multiple of "
+            f"8 from {SMALLEST_HEAD} to {LARGEST_HEAD}"
+        )
+    return D
+
+
+def _check_heads(q: Tensor, k: Tensor, num_heads: int) -> int:
+    """Checks queries and keys; gives the channels of a head."""
+    D = _head_width(k, num_heads)
+    B, N, C = k.shape
+    if q.ndim != 3 or q.shape[1] > N:
+        raise ValueError(f"q has shape {tuple(q.shape)}, which does not go with k of {tuple(k.shape)}")
+    _check_rows("q", q, (B, q.shape[1], C), k.dtype)
+    _check_rows("k", k, (B, N, C), k.dtype)
+    return D
+
+
+def _check_groups(groups: Groups, B: int, N: int) -> None:
+    M = groups.keep.shape[1]
+    for name, index, width in zip(Groups._fields, groups, (M, N - M, M + 1), strict=True):
+        _check(name, index, (B, width), torch.int32)
+
+
+def _check(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Checks shape and dtype, and that it is contiguous."""
+    _check_kind(name, tensor, shape, dtype)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: shape {tuple(shape)}, strides {tensor.stride()}")
+
+
+def _check_rows(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Checks shape and dtype, and that channels are contiguous; rows may be those of a joint projection."""
+    _check_kind(name, tensor, shape, dtype)
+    image, token, channel = tensor.stride()
+    if channel != 1 or (image != shape[1] * token and shape[0] > 1):
+        raise ValueError(f"{name} of shape {tuple(shape)} has strides {tensor.stride()}; its tokens must follow each other")
+
+
+def _check_kind(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {dtype} of {tuple(shape)}")
+    if dtype not in DTYPES and dtype not in (torch.int32, torch.float64):
+        raise ValueError(f"{name} is {dtype}; kernels take {', '.join(map(str, DTYPES))}")
+    if dtype == torch.float64 and tensor.device.type == "cuda":
+        raise ValueError(f"{name} is {dtype}; kernels take {', '.join(map(str, DTYPES))}")
