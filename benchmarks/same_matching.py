@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tome_core import fused as fused_loop
 from tome_core import vit as plain_loop
+from tome_core.kernels import attend
 from tome_core.kernels.groups import Groups, groups_of, plan_of
 from tome_core.matching import MergePlan
 
@@ -28,12 +29,12 @@ def recorded() -> Iterator[list[MergePlan]]:
         The plans, on the CPU: empty at first, and longer with every block that merges.
     """
     plans: list[MergePlan] = []
-    match_fused, match_plain = vars(fused_loop)["match"], vars(plain_loop)["match"]
+    match_fused, match_plain = vars(fused_loop)["attend_match"], vars(plain_loop)["match"]
 
-    def fused(*args: Any) -> Groups:
-        groups: Groups = match_fused(*args)
+    def fused(*args: Any) -> tuple[Tensor, Groups]:
+        y, groups = match_fused(*args)
         plans.append(_on(plan_of(groups), "cpu"))
-        return groups
+        return y, groups
 
     def plain(*args: Any) -> MergePlan:
         plan: MergePlan = match_plain(*args)
@@ -62,8 +63,10 @@ def replayed(plans: list[MergePlan]) -> Iterator[None]:
             raise ValueError(f"images, tokens and r are {wanted}; what was noted merges {noted}")
         return _on(plan, metric.device)
 
-    def fused(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
-        return groups_of(plain(metric, r, num_prefix_tokens))
+    def fused(q: Tensor, *others: Any) -> tuple[Tensor, Groups]:
+        *attention, _, num_heads, r, num_prefix_tokens = others
+        groups = groups_of(plain(q, r, num_prefix_tokens))
+        return attend(q, *attention, num_heads), groups
 
     with _matching(fused, plain):
         yield
@@ -72,9 +75,9 @@ def replayed(plans: list[MergePlan]) -> Iterator[None]:
 
 
 @contextmanager
-def _matching(fused: Callable[..., Groups], plain: Callable[..., MergePlan]) -> Iterator[None]:
+def _matching(fused: Callable[..., tuple[Tensor, Groups]], plain: Callable[..., MergePlan]) -> Iterator[None]:
     """Lets both loops choose what merges by these functions."""
-    with mock.patch.object(fused_loop, "match", fused), mock.patch.object(plain_loop, "match", plain):
+    with mock.patch.object(fused_loop, "attend_match", fused), mock.patch.object(plain_loop, "match", plain):
         yield
 
 

@@ -22,14 +22,12 @@ from tome_core.kernels import (
     accumulate,
     add_norm,
     attend,
-    match,
+    attend_match,
     merge_add_norm,
     merge_sums,
-    metric,
     norm,
     rotate,
 )
-from tome_core.kernels.side import beside
 from tome_core.travelling import bias_at, start, table_at
 
 
@@ -90,17 +88,18 @@ def run_blocks(
     Returns:
         Normalised tokens, (B, M, C), and their sizes, (B, M) float32, or None where nothing has merged.
     """
-    P = family.num_prefix_tokens(model)
-    blocks = [parts_of(block) for block in family.blocks(model)]
-    endings = _endings(blocks, norm_of(family.norm(model)))
+    P, blocks = family.num_prefix_tokens(model), family.blocks(model)
+    endings: list[_Ending] = []
     tokens = _Tokens(x, n, places=start(family.position(model, positions, 0), x, P))
-    for i, (parts, r) in enumerate(zip(blocks, schedule, strict=True)):
+    for i, (block, r) in enumerate(zip(blocks, schedule, strict=True)):
         num_queries = P if prefix_only and i == len(blocks) - 1 else None
-        y, groups = _attention(parts.attn, tokens, family.position(model, positions, i), r, P, num_queries)
+        y, groups = _attention(block.attn, tokens, family.position(model, positions, i), r, P, num_queries)
+        # Read while a GPU is busy with the first block.
+        endings = endings or _endings([parts_of(block) for block in blocks], norm_of(family.norm(model)))
         if num_queries is not None:
             tokens = _Tokens(tokens.x[:, :P].contiguous(), tokens.n)
         tokens = _end(tokens, y, endings[2 * i], groups)
-        mlp, ending = parts.mlp, endings[2 * i + 1]
+        mlp, ending = block.mlp, endings[2 * i + 1]
         tokens = _end(tokens, mlp(tokens.n) if ending.linear is None else hidden(mlp, tokens.n), ending)
     if endings[-1].norm is None:
         return family.norm(model)(tokens.n), tokens.size
@@ -120,10 +119,7 @@ def _attention(
         q, k, found = rotate(q, k, table, tokens.size, H, getattr(attn, "rotate_half", False))
     bias = bias_at(position, tokens.places, tokens.size, P)
     if r and num_queries is None:
-        with beside(k) as join:  # matching needs the keys alone, so it runs while attention does
-            groups = match(metric(k, H) if found is None else found, r, P)
-        y = attend(q, k, v, tokens.log_size, bias, H)
-        join()
+        y, groups = attend_match(q, k, v, tokens.log_size, bias, found, H, r, P)
     else:
         y = attend(q, k, v, tokens.log_size, bias, H)
     if hasattr(attn, "norm"):

@@ -12,6 +12,7 @@ from tome_core.kernels.norms import Norm
 from tome_core.kernels.operators import (
     add_norm,
     attend,
+    attend_match,
     cut,
     match,
     merge_add_norm,
@@ -34,6 +35,7 @@ __all__ = [
     "accumulate",
     "add_norm",
     "attend",
+    "attend_match",
     "cut",
     "fits_head",
     "linear_gelu",

@@ -5,6 +5,8 @@ Counting how many come before is what a sort would find out, takes no order of i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,33 +16,22 @@ from tome_core.kernels.groups import Groups
 from tome_core.kernels.launch import Kernel, ceil_div, power_of_2
 
 
-@triton.jit(do_not_specialize=["N"])
-def _metric(
-    k, out, N,
-    K_TOKEN: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit
+def _compare(
+    k, metric, begin, N, H,
+    K_TOKEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the keys of BLOCK_N tokens, averaged over heads and scaled to length 1."""
-    image = tl.program_id(1).to(tl.int64)
-    rows, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, D_PAD)
+    """The metric of BLOCK tokens from `begin` on: their keys, averaged over heads and scaled to length 1."""
+    rows, d = begin + tl.arange(0, BLOCK), tl.arange(0, D_PAD)
     inside = (rows[:, None] < N) & (d[None, :] < D)
-    at = k + image * N * K_TOKEN + rows[:, None] * K_TOKEN + d[None, :]
-    total = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+    at = k + rows[:, None] * K_TOKEN + d[None, :]
+    total = tl.zeros([BLOCK, D_PAD], tl.float32)
     for head in range(H):
         total += tl.load(at + head * D, inside, 0.0).to(tl.float32)
     mean = total / H
     length = tl.sqrt(tl.sum(mean * mean, 1))
     mean = mean / tl.maximum(length, 1e-12)[:, None]
-    tl.store(out + (image * N + rows[:, None]) * D + d[None, :], mean, inside)
-
-
-def metric(k: Tensor, num_heads: int) -> Tensor:
-    """As `reference.metric`."""
-    B, N, C = k.shape
-    D, block = C // num_heads, 16
-    out = torch.empty(B, N, D, dtype=torch.float32, device=k.device)
-    constants = (k.stride(1), num_heads, D, power_of_2(D), block)
-    _launch_metric((ceil_div(N, block), B, 1), (k, out), (N,), constants, num_warps=2)
-    return out
+    tl.store(metric + rows[:, None] * D + d[None, :], mean, inside)
 
 
 @triton.jit
@@ -113,18 +104,13 @@ def _place(
     tl.store(first + i, tl.zeros([BLOCK_S], tl.int32), i < row)
 
 
-@triton.jit(do_not_specialize=["N", "r", "P", "first_src", "first_dst", "S", "T"])
-def _match(
-    metric, best, partner, rank, keep, src, first,
-    N, r, P, first_src, first_dst, S, T,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr, STAGE: tl.constexpr,
+@triton.jit
+def _match_image(
+    k, metric, best, partner, rank, keep, src, first, image,
+    N, H, r, P, first_src, first_dst, S, T, written,
+    K_TOKEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
-    """An image's S src against its T dst; best, partner and rank, (B, S), are notes between the three stages.
-
-    STAGE 0 is all of them by one program an image, which is enough where a block holds all src; 1, 2 and 3 are one
-    each, by a program for every block of src.
-    """
-    image, begin = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_S
+    """All of an image by one program; COMPARED says that its metric is there already."""
     metric += image * N * D
     best += image * S
     partner += image * S
@@ -132,44 +118,116 @@ def _match(
     keep += image * (N - r)
     src += image * r
     first += image * (N - r + 1)
-    if STAGE <= 1:
+    if not COMPARED:
+        for begin in range(0, N, 32):
+            _compare(k + image * N * K_TOKEN, metric, begin, N, H, K_TOKEN, D, D_PAD, 32)
+        tl.debug_barrier()
+    for begin in range(0, S, 64):
+        _propose(metric, best, partner, begin, first_src, first_dst, S, T, D, D_PAD, 64, 32)
+    tl.debug_barrier()
+    for begin in range(0, S, 64):
+        _count(best, rank, begin, S, 64, 32)
+    tl.debug_barrier()
+    for begin in range(0, written, 64):
+        _place(partner, rank, keep, src, first, begin, r, P, first_src, first_dst, S, T, 64, 32)
+
+
+@triton.jit(do_not_specialize=["N", "H"])
+def _metric(
+    k, out, N, H,
+    K_TOKEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK tokens of an image."""
+    image = tl.program_id(1).to(tl.int64)
+    begin = tl.program_id(0) * BLOCK
+    _compare(k + image * N * K_TOKEN, out + image * N * D, begin, N, H, K_TOKEN, D, D_PAD, BLOCK)
+
+
+@triton.jit(do_not_specialize=["N", "r", "P", "first_src", "first_dst", "S", "T"])
+def _match(
+    metric, best, partner, rank, keep, src, first,
+    N, r, P, first_src, first_dst, S, T,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr, STAGE: tl.constexpr,
+):  # fmt: skip
+    """One program: a stage of matching for BLOCK_S src of an image, and as many dst.
+
+    best, partner and rank, (B, S), are notes between the stages.
+    """
+    image, begin = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_S
+    metric += image * N * D
+    best += image * S
+    partner += image * S
+    rank += image * S
+    if STAGE == 0:
         _propose(metric, best, partner, begin, first_src, first_dst, S, T, D, D_PAD, BLOCK_S, BLOCK)
-    if STAGE == 0:
-        tl.debug_barrier()
-    if STAGE == 0 or STAGE == 2:
+    elif STAGE == 1:
         _count(best, rank, begin, S, BLOCK_S, BLOCK)
-    if STAGE == 0:
-        tl.debug_barrier()
-    if STAGE == 0 or STAGE == 3:
+    else:
+        keep += image * (N - r)
+        src += image * r
+        first += image * (N - r + 1)
         _place(partner, rank, keep, src, first, begin, r, P, first_src, first_dst, S, T, BLOCK_S, BLOCK)
+
+
+def metric(k: Tensor, num_heads: int) -> Tensor:
+    """As `reference.metric`."""
+    B, N, C = k.shape
+    D = C // num_heads
+    out = torch.empty(B, N, D, dtype=torch.float32, device=k.device)
+    constants = (k.stride(1), D, power_of_2(D), BLOCK)
+    _launch_metric((ceil_div(N, BLOCK), B, 1), (k, out), (N, num_heads), constants, num_warps=2)
+    return out
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
     """As `reference.match`."""
-    (B, N, D), P = metric.shape, num_prefix_tokens
-    first_src, first_dst = P + P % 2, P + 1 - P % 2
-    S, T = (N - first_src + 1) // 2, (N - first_dst + 1) // 2
-    widths = (N - r, r, N - r + 1, S, S)
-    keep, src, first, partner, rank = (metric.new_empty(B, width, dtype=torch.int32) for width in widths)
-    best = metric.new_empty(B, S)
-    written = max(P + S - r, T + 1)  # rows before the first dst, and dst: a block of src writes as many of each
-    stages = (0,) if max(S, written) <= ONE_PROGRAM else (1, 2, 3)
-    block = max(power_of_2(max(S, written)), 16) if stages == (0,) else SPREAD
-    for stage in stages:
+    B, N, D = metric.shape
+    halves = halves_of(N, num_prefix_tokens)
+    groups, notes = empty_groups(B, N, r, halves, metric.device)
+    constants = (D, max(power_of_2(D), 16), BLOCK_S, BLOCK_T)
+    for stage in range(3):
         _launch_match(
-            (ceil_div(max(S, written), block), B, 1),
-            (metric, best, partner, rank, keep, src, first),
-            (N, r, P, first_src, first_dst, S, T),
-            (D, max(power_of_2(D), 16), block, 32, stage),
+            (ceil_div(halves.written(r, num_prefix_tokens), BLOCK_S), B, 1),
+            (metric, *notes, *groups),
+            (N, r, num_prefix_tokens, *halves),
+            (*constants, stage),
             num_warps=4,
         )
-    return Groups(keep, src, first)
+    return groups
 
+
+BLOCK = 16
+"""Tokens of a program that makes the metric."""
+
+BLOCK_S, BLOCK_T = 64, 32
+"""Src of a program, and dst that it looks at in a step."""
 
 _launch_metric, _launch_match = Kernel(_metric), Kernel(_match)
 
-ONE_PROGRAM = 128
-"""Most src of an image that one program matches: more would leave most of a GPU idle."""
 
-SPREAD = 64
-"""Src of a program where an image is spread over several."""
+class Halves(NamedTuple):
+    """The tokens that may merge, in two halves: where src and dst begin, and how many there are of each."""
+
+    first_src: int
+    first_dst: int
+    S: int
+    T: int
+
+    def written(self, r: int, num_prefix_tokens: int) -> int:
+        """How many rows of each kind `_place` must reach: those before the first dst, and dst."""
+        return max(self.S, num_prefix_tokens + self.S - r, self.T + 1)
+
+
+def halves_of(N: int, P: int) -> Halves:
+    """Src and dst of N tokens with P prefix tokens: every other one, by the parity of the whole sequence."""
+    first_src, first_dst = P + P % 2, P + 1 - P % 2
+    return Halves(first_src, first_dst, (N - first_src + 1) // 2, (N - first_dst + 1) // 2)
+
+
+def empty_groups(B: int, N: int, r: int, halves: Halves, device: torch.device) -> tuple[Groups, tuple[Tensor, ...]]:
+    """What matching writes: the groups, and its notes best, partner and rank."""
+    keep, src, first, partner, rank = (
+        torch.empty(B, width, dtype=torch.int32, device=device) for width in (N - r, r, N - r + 1, halves.S, halves.S)
+    )
+    best = torch.empty(B, halves.S, dtype=torch.float32, device=device)
+    return Groups(keep, src, first), (best, partner, rank)

@@ -83,6 +83,52 @@ def _attend(
     return out
 
 
+def attend_match(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    bias: Bias | None,
+    found: Tensor | None,
+    num_heads: int,
+    r: int,
+    num_prefix_tokens: int,
+) -> tuple[Tensor, Groups]:
+    """`reference.attend_match`: attention, and the r most similar pairs that merge after it."""
+    requirements.for_attend(q, k, v, log_size, bias, num_heads)
+    requirements.for_attend_match(q, k, found, num_heads, r, num_prefix_tokens)
+    coded = (None, None, None) if bias is None else bias
+    out, *groups = _attend_match(q, k, v, log_size, *coded, found, num_heads, r, num_prefix_tokens)
+    return out, Groups(*groups)
+
+
+def _attended(q: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    B, N, _ = q.shape
+    r = others[-2]
+    return q.new_empty(q.shape), *(q.new_empty(B, width, dtype=torch.int32) for width in (N - r, r, N - r + 1))
+
+
+@_operator(_attended)
+def _attend_match(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    table: Tensor | None,
+    row_code: Tensor | None,
+    column_code: Tensor | None,
+    found: Tensor | None,
+    num_heads: int,
+    r: int,
+    num_prefix_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias = Bias(table, row_code, column_code) if table is not None else None  # type: ignore[arg-type]
+    out, (keep, src, first) = _implementation("attention", q).attend_match(
+        q, k, v, log_size, bias, found, num_heads, r, num_prefix_tokens
+    )
+    return out, keep, src, first
+
+
 def metric(k: Tensor, num_heads: int) -> Tensor:
     """`reference.metric`: what tokens are compared by."""
     requirements.for_metric(k, num_heads)

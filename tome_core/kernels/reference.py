@@ -102,6 +102,28 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
     return groups_of(match_plan(metric, r, num_prefix_tokens))
 
 
+def attend_match(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    bias: Bias | None,
+    found: Tensor | None,
+    num_heads: int,
+    r: int,
+    num_prefix_tokens: int,
+) -> tuple[Tensor, Groups]:
+    """Attention of all tokens, and what merges after it: neither waits for the other.
+
+    Args:
+        q, k, v, log_size, bias, num_heads: As for `attend`, with a query for each key.
+        found: The metric, where it is not that of the keys k, as `metric` gives it; or None.
+        r, num_prefix_tokens: As for `match`.
+    """
+    groups = match(metric(k, num_heads) if found is None else found, r, num_prefix_tokens)
+    return attend(q, k, v, log_size, bias, num_heads, q.dtype, 1.0), groups
+
+
 def norm(x: Tensor, offset: Tensor | None, norm: Norm, dtype: torch.dtype, multiplier: float) -> Tensor:
     """A norm of x + offset.
 

@@ -41,6 +41,18 @@ def for_attend(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: B
         _check("column_code", bias.column_code, k.shape[:2], torch.int32)
 
 
+def for_attend_match(
+    q: Tensor, k: Tensor, found: Tensor | None, num_heads: int, r: int, num_prefix_tokens: int
+) -> None:
+    """Checks what `attend_match` takes beside the operands of `attend`."""
+    B, N, C = k.shape
+    if q.shape[1] != N:
+        raise ValueError(f"there are {q.shape[1]} queries for {N} keys; tokens merge where all of them attend")
+    if found is not None:
+        _check("metric", found, (B, N, C // num_heads), torch.float32)
+    _check_r(r, N, num_prefix_tokens)
+
+
 def for_metric(k: Tensor, num_heads: int) -> None:
     """Checks the operands of `metric`."""
     _head_width(k, num_heads)
@@ -64,9 +76,7 @@ def for_match(metric: Tensor, r: int, num_prefix_tokens: int) -> None:
     if metric.ndim != 3:
         raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (B, N, D)")
     _check("metric", metric, metric.shape, torch.float32)
-    most = (metric.shape[1] - num_prefix_tokens) // 2
-    if not 0 < r <= most:
-        raise ValueError(f"r is {r}; it must be between 1 and {most}")
+    _check_r(r, metric.shape[1], num_prefix_tokens)
 
 
 def for_add_norm(
@@ -102,6 +112,12 @@ def for_cut(images: Tensor, patch: int) -> None:
     sides = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
     if any(side % patch for side in sides):
         raise ValueError(f"patches of {patch} pixels do not divide images of {tuple(sides)}")
+
+
+def _check_r(r: int, N: int, num_prefix_tokens: int) -> None:
+    most = (N - num_prefix_tokens) // 2
+    if not 0 < r <= most:
+        raise ValueError(f"r is {r}; it must be between 1 and {most}")
 
 
 def _head_width(k: Tensor, num_heads: int) -> int:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-WORTH_IT = 1 << 24
-"""Values of a tensor from which on a stream of its own is worth the host's time, where nothing is recorded."""
+WORTH_IT = 1 << 32
+"""Multiplications of a square product of x from which on a second stream is worth the host's time, if not recorded."""
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def beside(x: Tensor) -> Iterator[Callable[[], None]]:
     Args:
         x: What the block reads; its device and its size decide.
     """
-    if x.device.type != "cuda" or torch.compiler.is_compiling() or not (x.numel() >= WORTH_IT or _captured()):
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or not (x.numel() * x.shape[-1] >= WORTH_IT or _captured()):
         yield lambda: None
         return
     main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
