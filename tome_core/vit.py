@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tome_core import fused, schedule
+from tome_core import fp8, fused, schedule
 from tome_core.embedding import Normalisation, embed
 from tome_core.families import UnsupportedModelError, family_of
 from tome_core.families.parts import reason_against
+from tome_core.fp8 import Block8
 from tome_core.kernels import DTYPES, missing_on
 from tome_core.matching import match
 from tome_core.merging import merge, track_source, unmerge
@@ -79,6 +80,7 @@ class MergedViT(nn.Module):
         self.family = family_of(model)
         self._kernels = kernels
         self._normalisation: Normalisation | None = None
+        self._float8: list[Block8 | None] = []
         self._unfusable = reason_against(self.family, model)
         self._layers = [layer for block in self.family.blocks(model) for layer in block.modules()]
         if kernels == "fused" and self._unfusable:
@@ -135,7 +137,8 @@ class MergedViT(nn.Module):
         if not track and self.implementation(images).name == "fused":
             x, n, positions = embed(self.family, self.model, images, self._normalisation, self._dtype)
             per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
-            return Tokens(*fused.run_blocks(self.family, self.model, x, n, positions, per_block, prefix_only))
+            args = (self.family, self.model, x, n, positions, per_block, prefix_only, self._float8)
+            return Tokens(*fused.run_blocks(*args))
         (tokens,) = self._run(images, r, [self.num_blocks - 1], track=track, prefix_only=prefix_only)
         return tokens._replace(x=self.family.norm(self.model)(tokens.x))
 
@@ -153,6 +156,27 @@ class MergedViT(nn.Module):
         """The same model, over the same weights, that never runs fused."""
         model = copy(self)
         model._kernels = "plain"
+        return model
+
+    def in_float8(self) -> Self:
+        """The same model with most products of its blocks in float8 (e4m3), from its weights as they are now.
+
+        For GPUs of compute capability 9.0 (Hopper) and newer, and models in bfloat16 or float16 already where they
+        are to run. `tome_core.fp8` says what is multiplied so, and what it costs.
+
+        Raises:
+            UnsupportedModelError: The model or its device cannot; the message says why.
+        """
+        device = next(self.model.parameters()).device
+        against = self._unfusable or ("asked for plain" if self._kernels == "plain" else None)
+        if self._kernels == "auto":
+            against = against or fp8.missing_on(device)
+        if self._dtype not in (torch.bfloat16, torch.float16):
+            against = against or f"it is {self._dtype}, not bfloat16 or float16"
+        if against:
+            raise UnsupportedModelError(f"cannot multiply a {type(self.model).__name__} in float8: {against}")
+        model = copy(self)
+        model._float8 = fp8.quantise(self.family, self.model)
         return model
 
     def from_pixels(self, mean: Sequence[float], std: Sequence[float]) -> Self:

@@ -120,9 +120,20 @@ def project(attn: Any, x: Tensor, num_queries: int | None) -> tuple[Tensor, Tens
     """Queries (B, num_queries, num_heads D), keys and values (B, N, num_kv_heads D)."""
     if getattr(attn, "q_proj", None) is not None:
         return attn.q_proj(x[:, :num_queries]), attn.k_proj(x), attn.v_proj(x)
-    apart = (attn.q_bias, attn.k_bias, attn.v_bias) if getattr(attn, "q_bias", None) is not None else None
+    apart = _biases(attn)
     q, k, v = split(attn.qkv, x, [attn.qkv.out_features // 3] * 3, num_queries, apart)
     return q, k, v
+
+
+def joint_bias(attn: Any) -> Tensor | None:
+    """The bias of a joint projection, wherever the layer keeps it; None where there is none."""
+    apart, own = _biases(attn), attn.qkv.bias
+    return torch.cat(apart) if apart is not None else own
+
+
+def _biases(attn: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The biases of queries, keys and values, where the layer keeps them apart from the joint projection."""
+    return (attn.q_bias, attn.k_bias, attn.v_bias) if getattr(attn, "q_bias", None) is not None else None
 
 
 def _rotate(attn: Any, x: Tensor, rope: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from tome_core.kernels.groups import Groups
 from tome_core.kernels.launch import missing_on
 from tome_core.kernels.norms import Norm
 from tome_core.kernels.operators import (
+    accumulate8,
     add_norm,
     attend,
     attend_match,
     cut,
+    linear_gelu8,
     match,
     merge_add_norm,
     merge_sums,
@@ -21,24 +23,28 @@ from tome_core.kernels.operators import (
     norm,
     rotate,
 )
-from tome_core.kernels.products import accumulate, linear_gelu
+from tome_core.kernels.products import accumulate, linear8, linear_gelu
 from tome_core.kernels.relative import Bias
-from tome_core.kernels.requirements import DTYPES, LARGEST_HEAD, SMALLEST_HEAD, fits_head
+from tome_core.kernels.requirements import DTYPES, FLOAT8, LARGEST_HEAD, SMALLEST_HEAD, fits_head
 
 __all__ = [
     "DTYPES",
+    "FLOAT8",
     "LARGEST_HEAD",
     "SMALLEST_HEAD",
     "Bias",
     "Groups",
     "Norm",
     "accumulate",
+    "accumulate8",
     "add_norm",
     "attend",
     "attend_match",
     "cut",
     "fits_head",
+    "linear8",
     "linear_gelu",
+    "linear_gelu8",
     "match",
     "merge_add_norm",
     "merge_sums",

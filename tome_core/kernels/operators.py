@@ -22,11 +22,13 @@ from tome_core.kernels.relative import Bias
 P, R = ParamSpec("P"), TypeVar("R")
 
 
-def _operator(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a function an operator; `fake` gives empty results of the right shape."""
+def _operator(
+    fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a function an operator; `fake` gives empty results of the right shape, `mutates` names what it changes."""
 
     def made(function: Callable[P, R]) -> Callable[P, R]:
-        operator = torch.library.custom_op(f"tome::{function.__name__[1:]}", function, mutates_args=())
+        operator = torch.library.custom_op(f"tome::{function.__name__[1:]}", function, mutates_args=mutates)
         operator.register_fake(fake)
 
         @wraps(function)
@@ -315,3 +317,30 @@ def _rows_of(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
 def _cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     out: Tensor = _implementation("patches", images).cut(images, patch, dtype)
     return out
+
+
+def linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multiplier: float) -> Tensor:
+    """`reference.linear_gelu8`: a product in float8, and GELU of it in float8."""
+    requirements.for_product8(a, weight, bias, None)
+    return _linear_gelu8(a, weight, bias, factor, multiplier)
+
+
+@_operator(lambda a, weight, *_: a.new_empty(*a.shape[:-1], len(weight)))
+def _linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multiplier: float) -> Tensor:
+    out: Tensor = _implementation("products8", a).linear_gelu8(a, weight, bias, factor, multiplier)
+    return out
+
+
+def accumulate8(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float
+) -> None:
+    """`reference.accumulate8`: a product in float8, added to the residual in place."""
+    requirements.for_product8(a, weight, bias, scale)
+    _accumulate8(x, a, weight, bias, scale, factor)
+
+
+@_operator(lambda *_: None, mutates=("x",))
+def _accumulate8(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float
+) -> None:
+    _implementation("products8", a).accumulate8(x, a, weight, bias, scale, factor)

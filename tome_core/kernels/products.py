@@ -35,3 +35,22 @@ def accumulate(x: Tensor, y: Tensor, weight: Tensor) -> None:
         weight: (C, K).
     """
     x.view(-1, x.shape[2]).addmm_(y.flatten(0, 1), weight.t())
+
+
+def linear8(a: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """A product of float8 operands: a weight^T times both scales, and bias.
+
+    Args:
+        a: (B, N, K).
+        weight: (C, K).
+        bias: (C,), or None.
+        scales: What undoes the scales of a and of the weights, float32 scalars.
+        dtype: Of the result.
+    """
+    rows = a.flatten(0, 1)
+    if a.device.type != "cuda":
+        y = (F.linear(rows.float(), weight.float()) * scales[0] * scales[1]).to(dtype)
+        return (y if bias is None else y + bias).unflatten(0, a.shape[:2])
+    y = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    unflat: Tensor = y.unflatten(0, a.shape[:2])
+    return unflat

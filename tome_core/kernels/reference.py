@@ -223,6 +223,36 @@ def cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     return F.pad(rows, (0, -rows.shape[2] % 8))
 
 
+def linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multiplier: float) -> Tensor:
+    """multiplier gelu(factor a weight^T + bias) in float8, GELU in its tanh form.
+
+    Args:
+        a: (B, N, K) in float8.
+        weight: (C, K) in float8.
+        bias: (C,).
+        factor: What undoes the scales of both.
+        multiplier: The scale of the result.
+    """
+    y = F.gelu(F.linear(a.float(), weight.float()) * factor + bias.float(), approximate="tanh")
+    return (y * multiplier).to(a.dtype)
+
+
+def accumulate8(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float
+) -> None:
+    """x += scale (factor a weight^T + bias), in place.
+
+    Args:
+        x: (B, N, C), contiguous.
+        a, weight, factor: As for `linear_gelu8`.
+        bias: (C,), or None.
+        scale: LayerScale, (C,), or None.
+    """
+    y = F.linear(a.float(), weight.float()) * factor
+    y = y if bias is None else y + bias.float()
+    x.add_((y if scale is None else y * scale.float()).to(x.dtype))
+
+
 def _sum(x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
     added = widened(y) if scale is None else widened(y) * widened(scale)
     return widened(x) + F.pad(added, (0, 0, x.shape[1] - y.shape[1], 0))

@@ -18,6 +18,8 @@ from tome_core.kernels.relative import Bias
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels compute in; plain PyTorch takes float64 too."""
 
+FLOAT8 = torch.float8_e4m3fn
+
 SMALLEST_HEAD, LARGEST_HEAD = 16, 128
 """Channels of the heads that attention takes, in multiples of 8."""
 
@@ -120,6 +122,18 @@ def _check_r(r: int, N: int, num_prefix_tokens: int) -> None:
         raise ValueError(f"r is {r}; it must be between 1 and {most}")
 
 
+def for_product8(a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+    """Checks the operands of a product in float8."""
+    N, K = weight.shape
+    _check("weight", weight, (N, K), FLOAT8)
+    _check("a", a, (*a.shape[:-1], K), FLOAT8)
+    if N % 16 or K % 16:
+        raise ValueError(f"weights of {N} x {K} are no multiples of 16, which products in float8 need")
+    for name, vector in (("bias", bias), ("scale", scale)):
+        if vector is not None:
+            _check(name, vector, (N,), vector.dtype)
+
+
 def _head_width(k: Tensor, num_heads: int) -> int:
     D, rest = divmod(k.shape[-1], num_heads)
     if rest or not fits_head(D):
@@ -165,7 +179,7 @@ def _check_rows(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dt
 def _check_kind(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {dtype} of {tuple(shape)}")
-    if dtype not in DTYPES and dtype not in (torch.int32, torch.float64):
+    if dtype not in DTYPES and dtype not in (torch.int32, torch.float64, FLOAT8):
         raise ValueError(f"{name} is {dtype}; kernels take {', '.join(map(str, DTYPES))}")
     if dtype == torch.float64 and tensor.device.type == "cuda":
         raise ValueError(f"{name} is {dtype}; kernels take {', '.join(map(str, DTYPES))}")

@@ -14,27 +14,30 @@ WORTH_IT = 1 << 32
 """Multiplications of a square product of x from which on a second stream is worth the host's time, if not recorded."""
 
 
+def worth_a_stream(x: Tensor) -> bool:
+    """Whether work beside that on x is worth a stream: always in a recording, where streams cost the host nothing."""
+    return x.device.type == "cuda" and (
+        x.numel() * x.shape[-1] >= WORTH_IT or torch.cuda.is_current_stream_capturing()
+    )
+
+
 @contextmanager
 def beside(x: Tensor) -> Iterator[Callable[[], None]]:
-    """Launches what the block launches on a side stream; the function it gives makes the main stream wait for it.
+    """Launches what the block launches on a second stream; the function it gives makes the main stream wait for it.
 
-    Where a CUDA graph is captured this costs nothing; where kernels are launched one by one it is done for large x
-    alone. Tensors that the block reads must live until the main stream waits; what it makes may be read from then on.
+    Tensors that the block reads must live until the main stream waits; what it makes may be read from then on. Where
+    a stream is not worth it, all stays in line.
 
     Args:
         x: What the block reads; its device and its size decide.
     """
-    if x.device.type != "cuda" or torch.compiler.is_compiling() or not (x.numel() * x.shape[-1] >= WORTH_IT or _captured()):
+    if not worth_a_stream(x):
         yield lambda: None
         return
     main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         yield lambda: main.wait_stream(side)
-
-
-def _captured() -> bool:
-    return torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -1,0 +1,127 @@
+"""Block products in float8 (e4m3), by scales that cannot overflow and need no data.
+
+A LayerNorm of C channels gives nothing beyond sqrt(C) |weight| + |bias|, so by Cauchy and Schwarz a linear layer after
+it gives nothing beyond sqrt(C) times the length of its weights, and GELU makes nothing larger. Scaled so that these
+bounds become the largest float8, nothing is ever clipped; and since e4m3 is a float, a bound that is ten times too
+wide costs nothing either: its 3 bits of mantissa are what accuracy is lost by (docs/accuracy.md).
+
+Queries, keys and values and the MLP are multiplied in float8, where these products have inputs enough. The output of
+attention is not: its product is the smallest, and loses most for what it saves. The first blocks stay as they are: what
+is lost there, all others inherit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers.mlp import Mlp
+from torch import Tensor, nn
+
+from tome_core.families import Family, UnsupportedModelError
+from tome_core.families.parts import gelu_of, parts_of
+from tome_core.kernels import FLOAT8, Norm
+
+FIRST = 2
+"""The first block that is multiplied in float8."""
+
+NARROWEST = 384
+"""Inputs of a product below which it stays as it is: it is bound by its memory traffic, and averages over too little."""
+
+LARGEST = 448.0
+"""The largest e4m3."""
+
+
+class Product8(NamedTuple):
+    """The weights of a product, and how its operands are scaled.
+
+    Attributes:
+        weight: (C, K) in float8, scaled to its range.
+        multiplier: What its input is multiplied by when it is made float8.
+        factor: What the product of both is multiplied by, to undo that.
+        scales: The reciprocals whose product is `factor`, as torch's own product wants them: float32, on the device.
+    """
+
+    weight: Tensor
+    multiplier: float
+    factor: float
+    scales: tuple[Tensor, Tensor]
+
+
+class Block8(NamedTuple):
+    """The products of a block; None for one that stays as it is."""
+
+    qkv: Product8 | None
+    fc1: Product8 | None
+    fc2: Product8 | None
+
+
+def reason_against(family: Family, model: Any) -> str | None:
+    """Why a model whose blocks run fused cannot be multiplied in float8; None where it can."""
+    for i, block in enumerate(family.blocks(model)):
+        attn, mlp = block.attn, block.mlp
+        joint = getattr(attn, "qkv", None)
+        if type(joint) is not nn.Linear or getattr(attn, "gate", None) is not None:
+            return f"block {i} has no joint projection of queries, keys and values, or a gate"
+        if type(mlp) is not Mlp or gelu_of(mlp) is None or type(mlp.norm) is not nn.Identity:
+            return f"block {i} has a {type(mlp).__name__} that is not two products with GELU between them"
+        inputs = (joint.in_features, mlp.fc1.out_features)
+        if max(inputs) < NARROWEST or any(n % 16 for n in (*inputs, joint.out_features)):
+            return f"its products have {inputs[0]} and {inputs[1]} inputs; float8 takes multiples of 16 from {NARROWEST} on"
+    return None
+
+
+def missing_on(device: torch.device) -> str | None:
+    """Why a device cannot multiply in float8; None where it can."""
+    if device.type != "cuda":
+        return f"there is no float8 on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (9, 0) else f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
+
+
+@torch.no_grad()
+def quantise(family: Family, model: Any) -> list[Block8 | None]:
+    """The blocks' products in float8, as the weights are now; None for a block that stays as it is.
+
+    Raises:
+        UnsupportedModelError: The model cannot be multiplied in float8; the message says why.
+    """
+    against = reason_against(family, model)
+    if against:
+        raise UnsupportedModelError(f"cannot multiply a {type(model).__name__} in float8: {against}")
+    blocks = list(family.blocks(model))
+    return [None] * min(FIRST, len(blocks)) + [_block(block) for block in blocks[FIRST:]]
+
+
+def _block(block: Any) -> Block8:
+    parts, (fc1, fc2) = parts_of(block), (block.mlp.fc1, block.mlp.fc2)
+    hidden = _largest_output(parts.norm2, fc1)
+    return Block8(
+        _product(block.attn.qkv.weight, _largest(parts.norm1)),
+        _product(fc1.weight, _largest(parts.norm2)),
+        _product(fc2.weight, hidden),
+    )
+
+
+def _product(weight: Tensor, largest_input: float) -> Product8 | None:
+    if weight.shape[1] < NARROWEST:
+        return None
+    multiplier = LARGEST / largest_input
+    scale = LARGEST / max(weight.abs().max().item(), 1e-12)
+    quantised = (weight.float() * scale).to(FLOAT8).contiguous()
+    scales = tuple(torch.tensor(1 / s, dtype=torch.float32, device=weight.device) for s in (multiplier, scale))
+    return Product8(quantised, multiplier, 1 / (multiplier * scale), scales)  # type: ignore[arg-type]
+
+
+def _largest(norm: Norm) -> float:
+    """A bound on what a norm gives."""
+    bounds = norm.weight.float().abs() * len(norm.weight) ** 0.5
+    return float((bounds if norm.bias is None else bounds + norm.bias.float().abs()).max())
+
+
+def _largest_output(norm: Norm, linear: nn.Linear) -> float:
+    """A bound on what a linear layer makes of what a norm gives."""
+    weight = linear.weight.float()
+    bounds = (weight * norm.weight.float()).norm(dim=1) * len(norm.weight) ** 0.5
+    shift = 0.0 if norm.bias is None else weight @ norm.bias.float()
+    return float((bounds + (shift + linear.bias.float()).abs()).max())
