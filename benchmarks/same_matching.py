@@ -64,9 +64,9 @@ def replayed(plans: list[MergePlan]) -> Iterator[None]:
         return _on(plan, metric.device)
 
     def fused(q: Tensor, *others: Any) -> tuple[Tensor, Groups]:
-        *attention, _, num_heads, r, num_prefix_tokens = others
+        k, v, log_size, bias, _, num_heads, r, num_prefix_tokens = others
         groups = groups_of(plain(q, r, num_prefix_tokens))
-        return attend(q, *attention, num_heads), groups
+        return attend(q, k, v, log_size, bias, num_heads), groups
 
     with _matching(fused, plain):
         yield

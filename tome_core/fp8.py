@@ -6,7 +6,7 @@ bounds become the largest float8, nothing is ever clipped; and since e4m3 is a f
 wide costs nothing either: its 3 bits of mantissa are what accuracy is lost by (docs/accuracy.md).
 
 Queries, keys and values and the MLP are multiplied in float8, where these products have inputs enough. The output of
-attention is not: its product is the smallest, and loses most for what it saves. The first blocks stay as they are: what
+attention is not: its product is the smallest, and loses most for what it saves. The first block stays as it is: what
 is lost there, all others inherit.
 """
 
@@ -22,11 +22,11 @@ from tome_core.families import Family, UnsupportedModelError
 from tome_core.families.parts import gelu_of, parts_of
 from tome_core.kernels import FLOAT8, Norm
 
-FIRST = 2
+FIRST = 1
 """The first block that is multiplied in float8."""
 
 NARROWEST = 384
-"""Inputs of a product below which it stays as it is: it is bound by its memory traffic, and averages over too little."""
+"""Inputs below which a product stays as it is: it is bound by its memory traffic, and averages over too little."""
 
 LARGEST = 448.0
 """The largest e4m3."""
@@ -65,9 +65,9 @@ def reason_against(family: Family, model: Any) -> str | None:
             return f"block {i} has no joint projection of queries, keys and values, or a gate"
         if type(mlp) is not Mlp or gelu_of(mlp) is None or type(mlp.norm) is not nn.Identity:
             return f"block {i} has a {type(mlp).__name__} that is not two products with GELU between them"
-        inputs = (joint.in_features, mlp.fc1.out_features)
+        inputs: tuple[int, int] = (joint.in_features, mlp.fc1.out_features)  # type: ignore[assignment]
         if max(inputs) < NARROWEST or any(n % 16 for n in (*inputs, joint.out_features)):
-            return f"its products have {inputs[0]} and {inputs[1]} inputs; float8 takes multiples of 16 from {NARROWEST} on"
+            return f"its products have {inputs} inputs; float8 takes multiples of 16 from {NARROWEST} on"
     return None
 
 

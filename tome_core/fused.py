@@ -151,9 +151,7 @@ def _attention(
     return y, groups
 
 
-def _project8(
-    attn: Any, product: Product8, tokens: _Tokens, num_queries: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _project8(attn: Any, product: Product8, tokens: _Tokens, num_queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """As `project`, in float8."""
     C, dtype, bias = len(product.weight) // 3, tokens.x.dtype, joint_bias(attn)
     if num_queries is None:
@@ -212,9 +210,7 @@ def _endings(blocks: Sequence[Parts], last: Norm | None, float8: Sequence[Block8
     read8 = [product for block in float8 for product in ((block.qkv, block.fc1) if block else (None, None))]
     multipliers = [None if product is None else product.multiplier for product in read8[1:]] + [None]
     ended8 = [product for block in float8 for product in (None, block.fc2 if block else None)]
-    return [
-        _Ending(*ending) for ending in zip(linears, scales, offsets, norms, multipliers, ended8, strict=True)
-    ]
+    return [_Ending(*ending) for ending in zip(linears, scales, offsets, norms, multipliers, ended8, strict=True)]
 
 
 def _offsets(linears: Sequence[nn.Linear | None], scales: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -223,7 +219,7 @@ def _offsets(linears: Sequence[nn.Linear | None], scales: Sequence[Tensor | None
         linear.bias if linear is not None and scale is None else None
         for linear, scale in zip(linears, scales, strict=True)
     ]
-    biases = [bias for bias in lacking if bias is not None]
+    biases: list[Tensor] = [bias for bias in lacking if bias is not None]
     if not biases:
         return [None] * len(lacking)
     sums = torch.stack(biases).float().cumsum(dim=0).unbind()

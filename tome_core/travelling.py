@@ -58,7 +58,9 @@ def bias_at(position: Position, places: Tensor | None, size: Tensor | None, num_
     if position.bias is None or position.grid is None or places is None:
         return None
     size = places.new_ones(places.shape[:2]) if size is None else size
-    return bias_of(table_of(position.bias, position.grid, num_prefix_tokens), places, size, position.grid, num_prefix_tokens)
+    return bias_of(
+        table_of(position.bias, position.grid, num_prefix_tokens), places, size, position.grid, num_prefix_tokens
+    )
 
 
 def _with_prefix(rope: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -202,7 +202,9 @@ class MergedViT(nn.Module):
         if self._normalisation is not None:
             return self._normalisation(images, self._dtype)
         if images.dtype == torch.uint8:
-            raise ValueError("images are uint8; normalise them, or make a model that does: merged.from_pixels(mean, std)")
+            raise ValueError(
+                "images are uint8; normalise them, or make a model that does: merged.from_pixels(mean, std)"
+            )
         return images
 
     def _not_now(self, images: Tensor) -> str | None:

@@ -29,7 +29,7 @@ class EvaFamily(Family):
 
 
 def _with_exact_grid(model: Any) -> Any:
-    """The model, with the grid of a mixed rotary table in float32: timm up to 1.0.29 fails where it is half precision."""
+    """The model with the grid of a mixed rotary table in float32: in half precision timm fails, up to 1.0.29."""
     grid = getattr(model.rope, "t_x", None)
     if grid is None or not grid.is_floating_point() or grid.element_size() >= 4:
         return model

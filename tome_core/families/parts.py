@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from timm.layers.activations import GELUTanh
@@ -78,7 +77,7 @@ def hidden(mlp: Any, n: Tensor) -> Tensor:
         if tanh is None:
             h = mlp.act(mlp.fc1(n))
         else:
-            h = linear_gelu(n, mlp.fc1.weight, mlp.fc1.bias, tanh)
+            h = linear_gelu(n, mlp.fc1.weight, mlp.fc1.bias, tanh)  # type: ignore[arg-type]  # `gelu_of` saw a bias
     elif type(mlp) is SwiGLU:
         h = mlp.act(mlp.fc1_g(n)) * mlp.fc1_x(n)
     else:

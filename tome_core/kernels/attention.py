@@ -196,7 +196,7 @@ def attend_match(
     D = C // num_heads
     halves = matching.halves_of(N, num_prefix_tokens)
     written = halves.written(r, num_prefix_tokens)
-    if worth_a_stream(k) or written > FEW_SRC or D > 64 or bias is not None or q.dtype == torch.float32:
+    if worth_a_stream(k) or written > matching.FEW_SRC or D > 64 or bias is not None or q.dtype == torch.float32:
         with beside(k) as join:
             groups = matching.match(matching.metric(k, num_heads) if metric is None else metric, r, num_prefix_tokens)
         out = attend(q, k, v, log_size, bias, num_heads, q.dtype, 1.0)
@@ -224,9 +224,6 @@ def attend_match(
     )  # fmt: skip
     return out, groups
 
-
-FEW_SRC = 160
-"""Src of an image up to which one program matches it: that takes no longer than attention beside it."""
 
 _launch, _launch_match = Kernel(_attend), Kernel(_attend_match)
 

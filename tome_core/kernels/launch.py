@@ -57,7 +57,7 @@ class Kernel:
     def __call__(
         self,
         grid: tuple[int, int, int],
-        tensors: Sequence[Tensor | None],
+        tensors: Sequence[Any],
         numbers: Sequence[int | float],
         constants: Sequence[object],
         num_warps: int,
@@ -67,15 +67,15 @@ class Kernel:
 
         Args:
             grid: Programs along three axes.
-            tensors: Operands on one device, the first of them not None.
+            tensors: Operands on one device: tensors, descriptors of tensors, or None, but for the first.
             numbers: Integers and floats.
             constants: What is compiled into the kernel.
             num_warps: Warps of a program.
             num_stages: How many steps ahead loops load.
         """
-        dtypes = tuple([None if t is None else t.dtype for t in tensors])
-        aligned = not any([t is not None and t.data_ptr() % 16 for t in tensors])
-        key = (tensors[0].device, dtypes, *constants, num_warps, num_stages)  # type: ignore[union-attr]
+        held = [getattr(t, "base", t) for t in tensors]  # a descriptor's tensor; its block is among the constants
+        aligned = not any([t is not None and t.data_ptr() % 16 for t in held])
+        key = (held[0].device, *[None if t is None else t.dtype for t in held], *constants, num_warps, num_stages)
         compiled = self.compiled.get(key) if aligned else None
         if compiled is not None:
             compiled[grid](*tensors, *numbers, *constants)
@@ -87,11 +87,12 @@ class Kernel:
 
 def widen_products(x: Tensor) -> bool:
     """Whether operands must be float32 before a product: Triton's interpreter cannot multiply bfloat16."""
-    return _interpreted() and x.dtype == torch.bfloat16
+    return interpreted() and x.dtype == torch.bfloat16
 
 
 @cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, which has neither a GPU's instructions nor its compiler."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

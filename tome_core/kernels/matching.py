@@ -169,6 +169,20 @@ def _match(
         _place(partner, rank, keep, src, first, begin, r, P, first_src, first_dst, S, T, BLOCK_S, BLOCK)
 
 
+@triton.jit(do_not_specialize=["N", "r", "P", "first_src", "first_dst", "S", "T", "written"])
+def _match_whole(
+    metric, best, partner, rank, keep, src, first,
+    N, r, P, first_src, first_dst, S, T, written,
+    D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """One program: all of an image."""
+    image = tl.program_id(0).to(tl.int64)
+    _match_image(
+        metric, metric, best, partner, rank, keep, src, first, image,
+        N, 1, r, P, first_src, first_dst, S, T, written, 1, D, D_PAD, True,
+    )  # fmt: skip
+
+
 def metric(k: Tensor, num_heads: int) -> Tensor:
     """As `reference.metric`."""
     B, N, C = k.shape
@@ -184,14 +198,14 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
     B, N, D = metric.shape
     halves = halves_of(N, num_prefix_tokens)
     groups, notes = empty_groups(B, N, r, halves, metric.device)
-    constants = (D, max(power_of_2(D), 16), BLOCK_S, BLOCK_T)
+    tensors, numbers = (metric, *notes, *groups), (N, r, num_prefix_tokens, *halves)
+    written, constants = halves.written(r, num_prefix_tokens), (D, max(power_of_2(D), 16))
+    if written <= FEW_SRC and B >= MANY_IMAGES:
+        _launch_whole((B, 1, 1), tensors, (*numbers, written), constants, num_warps=4)
+        return groups
     for stage in range(3):
         _launch_match(
-            (ceil_div(halves.written(r, num_prefix_tokens), BLOCK_S), B, 1),
-            (metric, *notes, *groups),
-            (N, r, num_prefix_tokens, *halves),
-            (*constants, stage),
-            num_warps=4,
+            (ceil_div(written, BLOCK_S), B, 1), tensors, numbers, (*constants, BLOCK_S, BLOCK_T, stage), num_warps=4
         )
     return groups
 
@@ -202,7 +216,10 @@ BLOCK = 16
 BLOCK_S, BLOCK_T = 64, 32
 """Src of a program, and dst that it looks at in a step."""
 
-_launch_metric, _launch_match = Kernel(_metric), Kernel(_match)
+FEW_SRC, MANY_IMAGES = 128, 64
+"""Src of an image, and images, where one program an image keeps a GPU busy enough; else it is spread over several."""
+
+_launch_metric, _launch_match, _launch_whole = Kernel(_metric), Kernel(_match), Kernel(_match_whole)
 
 
 class Halves(NamedTuple):

@@ -135,9 +135,13 @@ def _launch(
 ) -> None:
     (B, M, C), N = n.shape, x.shape[1]
     num_added = 0 if y is None else y.shape[1]
+    keep, src, first = groups or (None, None, None)
     _launch_add_norm(
         (ceil_div(M, rows_of(C)), B, 1),
-        (x, y, scale, offset, norm.weight, norm.bias, *(groups or (None, None, None)), size, x_out, n, size_out, log_size_out),
+        (
+            x, y, scale, offset, norm.weight, norm.bias, keep, src, first, size,
+            x_out, n, size_out, log_size_out,
+        ),
         (N if len(x) == B else 0, num_added, N - num_added, N, M, N - M, norm.eps, multiplier),
         (
             C, power_of_2(C), rows_of(C), groups is not None, size is not None, y is not None, scale is not None,
@@ -179,9 +183,7 @@ def merge_sums(groups: Groups, sums: Tensor) -> Tensor:
     out = torch.empty(B, M, K, dtype=sums.dtype, device=sums.device)
     rows = min(max(2048 // power_of_2(K), 1), 64)
     numbers = (N if len(sums) == B else 0, M, N - M)
-    _launch_merge_sums(
-        (ceil_div(M, rows), B, 1), (sums, *groups, out), numbers, (K, power_of_2(K), rows), num_warps=4
-    )
+    _launch_merge_sums((ceil_div(M, rows), B, 1), (sums, *groups, out), numbers, (K, power_of_2(K), rows), num_warps=4)
     return out
 
 

@@ -19,12 +19,11 @@ from tome_core.kernels.groups import Groups
 from tome_core.kernels.norms import Norm
 from tome_core.kernels.relative import Bias
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _operator(
-    fake: Callable[..., Any], mutates: tuple[str, ...] = ()
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function an operator; `fake` gives empty results of the right shape, `mutates` names what it changes."""
 
     def made(function: Callable[P, R]) -> Callable[P, R]:
@@ -63,8 +62,8 @@ def attend(
 ) -> Tensor:
     """`reference.attend`: proportional attention over heads side by side."""
     requirements.for_attend(q, k, v, log_size, bias, num_heads)
-    coded = (None, None, None) if bias is None else bias
-    return _attend(q, k, v, log_size, *coded, num_heads, dtype or q.dtype, multiplier)
+    table, rows, columns = bias or (None, None, None)
+    return _attend(q, k, v, log_size, table, rows, columns, num_heads, dtype or q.dtype, multiplier)
 
 
 @_operator(lambda q, k, v, log_size, table, rows, columns, num_heads, dtype, _: q.new_empty(q.shape, dtype=dtype))
@@ -99,8 +98,8 @@ def attend_match(
     """`reference.attend_match`: attention, and the r most similar pairs that merge after it."""
     requirements.for_attend(q, k, v, log_size, bias, num_heads)
     requirements.for_attend_match(q, k, found, num_heads, r, num_prefix_tokens)
-    coded = (None, None, None) if bias is None else bias
-    out, *groups = _attend_match(q, k, v, log_size, *coded, found, num_heads, r, num_prefix_tokens)
+    table, rows, columns = bias or (None, None, None)
+    out, *groups = _attend_match(q, k, v, log_size, table, rows, columns, found, num_heads, r, num_prefix_tokens)
     return out, Groups(*groups)
 
 
@@ -256,7 +255,8 @@ def merge_add_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.merge_add_norm`: a residual sum, the merge of its tokens, and their norm."""
     requirements.for_add_norm(x, y, scale, offset, norm, groups)
-    return _merge_add_norm(*groups, x, y, size, scale, offset, *norm, dtype or x.dtype, multiplier)
+    keep, src, first = groups
+    return _merge_add_norm(keep, src, first, x, y, size, scale, offset, *norm, dtype or x.dtype, multiplier)
 
 
 def _merged(keep: Tensor, src: Tensor, first: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -331,9 +331,7 @@ def _linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multip
     return out
 
 
-def accumulate8(
-    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float
-) -> None:
+def accumulate8(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float) -> None:
     """`reference.accumulate8`: a product in float8, added to the residual in place."""
     requirements.for_product8(a, weight, bias, scale)
     _accumulate8(x, a, weight, bias, scale, factor)

@@ -16,7 +16,8 @@ ROWS = 4
 @triton.jit(do_not_specialize=["num_patches", "num_columns"])
 def _cut(
     images, out, num_patches, num_columns,
-    PLANE: tl.constexpr, LINE: tl.constexpr, PATCH: tl.constexpr, RUN: tl.constexpr, K: tl.constexpr, K_OUT: tl.constexpr, K_PAD: tl.constexpr,
+    PLANE: tl.constexpr, LINE: tl.constexpr, PATCH: tl.constexpr, RUN: tl.constexpr,
+    K: tl.constexpr, K_OUT: tl.constexpr, K_PAD: tl.constexpr,
     ROWS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS patches of an image, which lies in planes of lines; a patch has RUN values of a line."""

@@ -37,7 +37,9 @@ def accumulate(x: Tensor, y: Tensor, weight: Tensor) -> None:
     x.view(-1, x.shape[2]).addmm_(y.flatten(0, 1), weight.t())
 
 
-def linear8(a: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+def linear8(
+    a: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> Tensor:
     """A product of float8 operands: a weight^T times both scales, and bias.
 
     Args:
@@ -50,7 +52,8 @@ def linear8(a: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[Tensor
     rows = a.flatten(0, 1)
     if a.device.type != "cuda":
         y = (F.linear(rows.float(), weight.float()) * scales[0] * scales[1]).to(dtype)
-        return (y if bias is None else y + bias).unflatten(0, a.shape[:2])
-    y = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+        y = y if bias is None else y + bias
+    else:
+        y = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
     unflat: Tensor = y.unflatten(0, a.shape[:2])
     return unflat

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tome_core.kernels.launch import ceil_div
+from tome_core.kernels.launch import Kernel, ceil_div, interpreted
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
 """A tile of the result, and how much of both operands it takes in at a time."""
@@ -90,9 +90,7 @@ def linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multipl
     return out
 
 
-def accumulate8(
-    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float
-) -> None:
+def accumulate8(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float) -> None:
     """As `reference.accumulate8`."""
     _run(a, weight, bias, scale, x, factor, 1.0, gelu=False)
 
@@ -110,16 +108,36 @@ def _run(
     N, K = weight.shape
     rows, result = a.view(-1, K), out.view(-1, N)
     programs = min(_num_processors(a.device), ceil_div(len(rows), BLOCK_M) * ceil_div(N, BLOCK_N))
-    _multiply[(programs,)](
-        TensorDescriptor.from_tensor(rows, [BLOCK_M, BLOCK_K]),
-        TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
-        bias, scale,
-        TensorDescriptor.from_tensor(result, [BLOCK_M, BLOCK_N if gelu else BLOCK_N // 2]),
-        len(rows), factor, multiplier,
-        N, K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, programs,
-        gelu, not gelu, bias is not None, scale is not None, True,
-        num_warps=8, num_stages=3,
-    )  # fmt: skip
+    _launch(
+        (programs, 1, 1),
+        (
+            TensorDescriptor.from_tensor(rows, [BLOCK_M, BLOCK_K]),
+            TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
+            bias,
+            scale,
+            TensorDescriptor.from_tensor(result, [BLOCK_M, BLOCK_N if gelu else BLOCK_N // 2]),
+        ),
+        (len(rows), factor, multiplier),
+        (
+            N,
+            K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            GROUP,
+            programs,
+            gelu,
+            not gelu,
+            bias is not None,
+            scale is not None,
+            not interpreted(),
+        ),
+        num_warps=8,
+        num_stages=3,
+    )
+
+
+_launch = Kernel(_multiply)
 
 
 @cache

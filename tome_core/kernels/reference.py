@@ -88,7 +88,8 @@ def _turned(x: Tensor, table: Tensor, num_heads: int, halved: bool) -> Tensor:
     sine, cosine = table.unflatten(-1, (-1, 2 * heads.shape[-1])).chunk(2, dim=-1)
     wide = widened(heads)
     turned = wide * cosine + (rope_rotate_half(wide) if halved else rot(wide)) * sine
-    return turned.to(x.dtype).flatten(2)
+    by_token: Tensor = turned.to(x.dtype).flatten(2)
+    return by_token
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
@@ -218,7 +219,9 @@ def cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
         rows = images.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3).flatten(3).flatten(1, 2)
         rows = rows.to(dtype) - 128
     else:
-        rows = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).to(dtype)
+        rows = (
+            images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).to(dtype)
+        )
     rows = rows.flatten(2)
     return F.pad(rows, (0, -rows.shape[2] % 8))
 
@@ -237,9 +240,7 @@ def linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multipl
     return (y * multiplier).to(a.dtype)
 
 
-def accumulate8(
-    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float
-) -> None:
+def accumulate8(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float) -> None:
     """x += scale (factor a weight^T + bias), in place.
 
     Args:

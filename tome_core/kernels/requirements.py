@@ -64,7 +64,12 @@ def for_metric(k: Tensor, num_heads: int) -> None:
 def for_rotate(q: Tensor, k: Tensor, table: Tensor, size: Tensor | None, num_heads: int) -> None:
     """Checks the operands of `rotate`."""
     D, (B, N, _) = _check_heads(q, k, num_heads), k.shape
-    if table.ndim != 3 or len(table) not in (1, B) or table.shape[1] != N or table.shape[2] not in (2 * D, 2 * k.shape[2]):
+    if (
+        table.ndim != 3
+        or len(table) not in (1, B)
+        or table.shape[1] != N
+        or table.shape[2] not in (2 * D, 2 * k.shape[2])
+    ):
         raise ValueError(
             f"the rotary table has shape {tuple(table.shape)}; it must be (1 or {B}, {N}, {2 * D} or {2 * k.shape[2]})"
         )
@@ -138,8 +143,8 @@ def _head_width(k: Tensor, num_heads: int) -> int:
     D, rest = divmod(k.shape[-1], num_heads)
     if rest or not fits_head(D):
         raise ValueError(
-            f"{k.shape[-1]} channels are {num_heads} heads of {k.shape[-1] / num_heads:g}; heads must have a multiple of "
-            f"8 from {SMALLEST_HEAD} to {LARGEST_HEAD}"
+            f"{k.shape[-1]} channels are {num_heads} heads of {k.shape[-1] / num_heads:g}; heads must have a multiple "
+            f"of 8 from {SMALLEST_HEAD} to {LARGEST_HEAD}"
         )
     return D
 
@@ -173,12 +178,16 @@ def _check_rows(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dt
     _check_kind(name, tensor, shape, dtype)
     image, token, channel = tensor.stride()
     if channel != 1 or (image != shape[1] * token and shape[0] > 1):
-        raise ValueError(f"{name} of shape {tuple(shape)} has strides {tensor.stride()}; its tokens must follow each other")
+        raise ValueError(
+            f"{name} of shape {tuple(shape)} has strides {tensor.stride()}; its tokens must follow each other"
+        )
 
 
 def _check_kind(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     if tensor.shape != shape or tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {dtype} of {tuple(shape)}")
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {dtype} of {tuple(shape)}"
+        )
     if dtype not in DTYPES and dtype not in (torch.int32, torch.float64, FLOAT8):
         raise ValueError(f"{name} is {dtype}; kernels take {', '.join(map(str, DTYPES))}")
     if dtype == torch.float64 and tensor.device.type == "cuda":

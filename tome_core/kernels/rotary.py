@@ -30,7 +30,9 @@ def _joined(first, second, HALVED: tl.constexpr, ROWS: tl.constexpr, H: tl.const
 @triton.jit(do_not_specialize=["table_image", "M", "N"])
 def _rotate(
     q, k, table, size, q_out, k_out, metric,
-    table_image, M, N, Q_TOKEN: tl.constexpr, K_TOKEN: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+    table_image, M, N,
+    Q_TOKEN: tl.constexpr, K_TOKEN: tl.constexpr,
+    H: tl.constexpr, H_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
     SHARED: tl.constexpr, HALVED: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS tokens of an image, all heads at once."""

@@ -9,16 +9,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-
 WORTH_IT = 1 << 32
 """Multiplications of a square product of x from which on a second stream is worth the host's time, if not recorded."""
 
 
 def worth_a_stream(x: Tensor) -> bool:
     """Whether work beside that on x is worth a stream: always in a recording, where streams cost the host nothing."""
-    return x.device.type == "cuda" and (
-        x.numel() * x.shape[-1] >= WORTH_IT or torch.cuda.is_current_stream_capturing()
-    )
+    return x.device.type == "cuda" and (x.numel() * x.shape[-1] >= WORTH_IT or torch.cuda.is_current_stream_capturing())
 
 
 @contextmanager
