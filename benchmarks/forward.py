@@ -8,10 +8,10 @@ python -m benchmarks.forward --model vit_tiny_patch16_224 --batch 1,8,32 --r 0,1
 
 All of them run in turn on the same random images, weights are random too. What begins with "timm" is timm's model as
 it is; "unfused" merges by the paper's maths in plain PyTorch, "plain" and "ours" by tome_core without and with its
-kernels, "openvino" and "onnxruntime" are our model in those runtimes. "speed-up" is over the same one's r=0, "ideal"
-is what the arithmetic saved would give. `--replay` runs each as a recorded CUDA graph, without its launches;
-`--profile` shows where the time goes, of OpenVINO by one thread. The last line is JSON: {"rows": [{"impl", "r",
-"batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
+kernels, "ours-pixels" is "ours" from uint8 pixels, "ours-fp8" in float8; "openvino" and "onnxruntime" are our model in
+those runtimes. "speed-up" is over the same one's r=0, "ideal" is what the arithmetic saved would give. `--replay` runs
+each as a recorded CUDA graph, without its launches; `--profile` shows where the time goes, of OpenVINO by one thread.
+The last line is JSON: {"rows": [{"impl", "r", "batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import tome_core
 from benchmarks.unfused import Unfused
@@ -87,7 +88,7 @@ def main() -> None:
             )
         if args.profile:
             for contender in entered:
-                if contender.impl == "ours":
+                if contender.impl.startswith("ours"):
                     profile(contender)
                 if contender.impl == "openvino":
                     from benchmarks.runtimes import profile_openvino
@@ -109,11 +110,18 @@ def contenders(model: Any, names: Sequence[str], ladder: Sequence[int], images: 
             raise SystemExit(f"--impl names {name!r}; it must be of {', '.join(NAMES)}")
         for r in [0] if name.startswith("timm") else dict.fromkeys([0, *ladder]):
             if name in IMPLEMENTATIONS:
-                yield Contender(name, r, IMPLEMENTATIONS[name](model, r), images)
+                shown = pixels_like(images) if name == "ours-pixels" else images
+                yield Contender(name, r, IMPLEMENTATIONS[name](model, r), shown)
             else:
                 from benchmarks.runtimes import RUNNERS  # their packages are not on every machine
 
                 yield Contender(name, r, RUNNERS[name](model, r, images), images.float())
+
+
+def pixels_like(images: Tensor) -> Tensor:
+    """Random pixels, (B, H, W, 3) in uint8, of as many images of the same size."""
+    B, channels, H, W = images.shape
+    return torch.randint(0, 256, (B, H, W, channels), dtype=torch.uint8, device=images.device)
 
 
 def _timm(model: Any, r: int) -> Forward:
@@ -133,6 +141,15 @@ def _ours(model: Any, r: int) -> Forward:
     return tome_core.FixedR(tome_core.wrap(model), r)
 
 
+def _ours_fp8(model: Any, r: int) -> Forward:
+    return tome_core.FixedR(tome_core.wrap(model).in_float8(), r)
+
+
+def _ours_pixels(model: Any, r: int) -> Forward:
+    config = resolve_model_data_config(model)
+    return tome_core.FixedR(tome_core.wrap(model).from_pixels(config["mean"], config["std"]), r)
+
+
 def _plain(model: Any, r: int) -> Forward:
     return tome_core.FixedR(tome_core.wrap(model, "plain"), r)
 
@@ -143,6 +160,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Any, int], Forward]] = {
     "unfused": _unfused,
     "plain": _plain,
     "ours": _ours,
+    "ours-pixels": _ours_pixels,
+    "ours-fp8": _ours_fp8,
 }
 NAMES = (*IMPLEMENTATIONS, "timm-openvino", "openvino", "timm-onnxruntime", "onnxruntime")
 
@@ -179,7 +198,12 @@ def measure(model: nn.Module, entered: Sequence[Contender], runs: int, replay: b
 def work(model: nn.Module, contender: Contender) -> int:
     """Floating-point operations for an image; ours alone leaves out what the head does not read."""
     merged = tome_core.wrap(model)
-    sizes = dimensions(merged)
+    try:
+        sizes = dimensions(merged)
+    except tome_core.UnsupportedModelError:  # attention pooling and the like: count what runs
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            merged.plain()(contender.images[:1], contender.r)
+        return int(counter.get_total_flops())
     if contender.impl == "unfused" or contender.impl.startswith("timm"):
         sizes = replace(sizes, prefix_only_last=False)
     return flops(sizes, resolve(contender.r, merged.num_blocks))
@@ -213,7 +237,7 @@ def profile(contender: Contender, runs: int = 5) -> None:
     events = [e for e in profiler.key_averages() if not on_gpu or e.device_type.name == "CUDA"]
     took = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count) for e in events}
     total = sum(us for us, _ in took.values())
-    print(f"r={contender.r}: {total / runs / 1000:.3f} ms")
+    print(f"{contender.impl}, r={contender.r}: {total / runs / 1000:.3f} ms")
     for name, (us, count) in sorted(took.items(), key=lambda item: -item[1][0])[:14]:
         print(f"  {us / total:>6.1%} {us / runs / 1000:>9.3f} ms {count // runs:>4} x  {name[:80]}")
 

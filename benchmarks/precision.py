@@ -4,7 +4,8 @@ python -m benchmarks.precision --model vit_tiny_patch16_224 --weights FILE --dat
 
 FOLDER is as for benchmarks.accuracy. The error is that of the logits, over their length, on the first photos; the
 float64 model merges the pairs that the other chose. Agreement is with float32 at the same `r`, which chooses its own.
-The last line is JSON: {"rows": [{"impl", "r", "error", "agreement"}]}.
+"float8" is ours with its products in float8, where the model and dtype allow it. The last line is JSON: {"rows":
+[{"impl", "r", "error", "agreement"}]}.
 """
 
 from __future__ import annotations
@@ -58,21 +59,26 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(model: Any, images: Tensor, ladder: list[int], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """timm's own model first, then ours at each r."""
+    """timm's own model first, then ours at each r, and ours in float8 where it can be."""
     wide = copy.deepcopy(model).to(images.device)
     narrow = copy.deepcopy(wide).to(dtype)
     ours, exact = tome_core.wrap(narrow, "fused"), tome_core.wrap(wide, "plain")
     some = images[:IN_FLOAT64].to(dtype)
     in_float64 = tome_core.wrap(copy.deepcopy(narrow).double().cpu(), "fused")  # the weights as they were rounded
-    timm_answers = _answers(narrow, images.to(dtype))
-    for impl, r in [("timm", 0), *(("ours", r) for r in ladder)]:
-        answers = timm_answers if impl == "timm" else _answers(lambda x, r=r: ours(x, r), images.to(dtype))
+    models: dict[str, Any] = {"timm": lambda x, _: narrow(x), "ours": ours}
+    try:
+        models["float8"] = ours.in_float8()
+    except tome_core.UnsupportedModelError:  # for the model or in this dtype
+        pass
+    right = {r: _answers(lambda x, r=r: exact(x, r), images) for r in {0, *ladder}}
+    for impl, r in [("timm", 0), *((impl, r) for impl in list(models)[1:] for r in ladder)]:
+        answers = _answers(lambda x, impl=impl, r=r: models[impl](x, r), images.to(dtype))
         with recorded() as plans:
-            got = narrow(some) if impl == "timm" else ours(some, r)
+            got = models[impl](some, r)
         with replayed(plans), mock.patch("tome_core.vit.DTYPES", (torch.float64,)):
             wanted = in_float64(some.double().cpu(), r)
         error = (got.double().cpu() - wanted).norm() / wanted.norm()
-        same = answers == _answers(lambda x, r=r: exact(x, r), images)
+        same = answers == right[r]
         yield {"impl": impl, "r": r, "error": error.item(), "agreement": same.float().mean().item()}
 
 
