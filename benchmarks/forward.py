@@ -8,10 +8,11 @@ python -m benchmarks.forward --model vit_tiny_patch16_224 --batch 1,8,32 --r 0,1
 
 All of them run in turn on the same random images, weights are random too. What begins with "timm" is timm's model as
 it is; "unfused" merges by the paper's maths in plain PyTorch, "plain" and "ours" by tome_core without and with its
-kernels, "ours-pixels" is "ours" from uint8 pixels, "ours-fp8" in float8; "openvino" and "onnxruntime" are our model in
-those runtimes. "speed-up" is over the same one's r=0, "ideal" is what the arithmetic saved would give. `--replay` runs
-each as a recorded CUDA graph, without its launches; `--profile` shows where the time goes, of OpenVINO by one thread.
-The last line is JSON: {"rows": [{"impl", "r", "batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
+kernels, "ours-pixels" is "ours" from uint8 pixels, "ours-fp8" in float8; what ends with "-recorded" is replayed by
+`tome_core.Recorded`, its copies included; "openvino" and "onnxruntime" are our model in those runtimes. "speed-up" is
+over the same one's r=0, "ideal" is what the arithmetic saved would give. `--replay` runs each as a recorded CUDA graph,
+without its launches; `--profile` shows where the time goes, of OpenVINO by one thread. The last line is JSON: {"rows":
+[{"impl", "r", "batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
 """
 
 from __future__ import annotations
@@ -75,14 +76,14 @@ def main() -> None:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     how = "replayed" if args.replay else "launched"
     print(f"{args.model}, {args.dtype}, {how}, {machine}, torch {torch.__version__}")
-    print(f"{'batch':>5} {'':>13} {'r':>3} {'ms':>9} {'images/s':>9} {'speed-up':>9} {'ideal':>7} {'TFLOP/s':>8}")
+    print(f"{'batch':>5} {'':>17} {'r':>3} {'ms':>9} {'images/s':>9} {'speed-up':>9} {'ideal':>7} {'TFLOP/s':>8}")
     for batch in map(int, args.batch.split(",")):
         images = torch.randn(batch, *resolve_model_data_config(model)["input_size"], device=device, dtype=dtype)
         entered = list(contenders(model, args.impl.split(","), ladder, images))
         for row in measure(model, entered, args.runs, args.replay):
             rows.append(row)
             print(
-                f"{batch:>5} {row['impl']:>13} {row['r']:>3} {row['ms']:>9.3f} {row['images_per_s']:>9.1f} "
+                f"{batch:>5} {row['impl']:>17} {row['r']:>3} {row['ms']:>9.3f} {row['images_per_s']:>9.1f} "
                 f"{row['speedup']:>8.2f}x {row['flop_ideal']:>6.2f}x {row['tflops']:>8.2f}",
                 flush=True,
             )
@@ -141,8 +142,16 @@ def _ours(model: Any, r: int) -> Forward:
     return tome_core.FixedR(tome_core.wrap(model), r)
 
 
+def _ours_recorded(model: Any, r: int) -> Forward:
+    return tome_core.Recorded(tome_core.wrap(model), r)
+
+
 def _ours_fp8(model: Any, r: int) -> Forward:
     return tome_core.FixedR(tome_core.wrap(model).in_float8(), r)
+
+
+def _ours_fp8_recorded(model: Any, r: int) -> Forward:
+    return tome_core.Recorded(tome_core.wrap(model).in_float8(), r)
 
 
 def _ours_pixels(model: Any, r: int) -> Forward:
@@ -160,8 +169,10 @@ IMPLEMENTATIONS: dict[str, Callable[[Any, int], Forward]] = {
     "unfused": _unfused,
     "plain": _plain,
     "ours": _ours,
+    "ours-recorded": _ours_recorded,
     "ours-pixels": _ours_pixels,
     "ours-fp8": _ours_fp8,
+    "ours-fp8-recorded": _ours_fp8_recorded,
 }
 NAMES = (*IMPLEMENTATIONS, "timm-openvino", "openvino", "timm-onnxruntime", "onnxruntime")
 
@@ -201,8 +212,8 @@ def work(model: nn.Module, contender: Contender) -> int:
     try:
         sizes = dimensions(merged)
     except tome_core.UnsupportedModelError:  # attention pooling and the like: count what runs
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            merged.plain()(contender.images[:1], contender.r)
+        with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            merged.plain()(torch.zeros_like(contender.images[:1]), contender.r)
         return int(counter.get_total_flops())
     if contender.impl == "unfused" or contender.impl.startswith("timm"):
         sizes = replace(sizes, prefix_only_last=False)

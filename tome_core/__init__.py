@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tome_core.fixed import FixedR
     from tome_core.matching import MergePlan, match
     from tome_core.merging import merge, track_source, unmerge
+    from tome_core.recorded import Recorded
     from tome_core.schedule import Ramp
     from tome_core.vit import MergedViT, Tokens, wrap
 
@@ -22,6 +23,7 @@ _HOME = {
     "MergePlan": "matching",
     "MergedViT": "vit",
     "Ramp": "schedule",
+    "Recorded": "recorded",
     "Tokens": "vit",
     "UnsupportedModelError": "families",
     "export_onnx": "export",
@@ -39,6 +41,7 @@ __all__ = [
     "MergePlan",
     "MergedViT",
     "Ramp",
+    "Recorded",
     "Tokens",
     "UnsupportedModelError",
     "export_onnx",

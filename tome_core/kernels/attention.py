@@ -15,7 +15,7 @@ from tome_core.kernels.groups import Groups
 from tome_core.kernels.launch import Kernel, ceil_div, power_of_2, widen_products
 from tome_core.kernels.matching import _match_image
 from tome_core.kernels.relative import LOG2_E, Bias
-from tome_core.kernels.side import beside, worth_a_stream
+from tome_core.kernels.side import beside, is_recorded
 
 FEW_QUERIES = 16
 """Queries up to which a program takes them all; more, without sizes and biases, are left to torch's attention."""
@@ -191,12 +191,13 @@ def attend_match(
     r: int,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Groups]:
-    """As `reference.attend_match`: in two streams where the GPU is what takes long, in one launch where the host is."""
+    """As `reference.attend_match`: in one launch where the host launches, in two streams where launches are recorded."""
     B, N, C = k.shape
     D = C // num_heads
     halves = matching.halves_of(N, num_prefix_tokens)
     written = halves.written(r, num_prefix_tokens)
-    if worth_a_stream(k) or written > matching.FEW_SRC or D > 64 or bias is not None or q.dtype == torch.float32:
+    apart = written > matching.FEW_SRC or D > 64 or bias is not None or q.dtype == torch.float32
+    if apart or is_recorded(k):
         with beside(k) as join:
             groups = matching.match(matching.metric(k, num_heads) if metric is None else metric, r, num_prefix_tokens)
         out = attend(q, k, v, log_size, bias, num_heads, q.dtype, 1.0)

@@ -13,9 +13,9 @@ WORTH_IT = 1 << 32
 """Multiplications of a square product of x from which on a second stream is worth the host's time, if not recorded."""
 
 
-def worth_a_stream(x: Tensor) -> bool:
-    """Whether work beside that on x is worth a stream: always in a recording, where streams cost the host nothing."""
-    return x.device.type == "cuda" and (x.numel() * x.shape[-1] >= WORTH_IT or torch.cuda.is_current_stream_capturing())
+def is_recorded(x: Tensor) -> bool:
+    """Whether what is done with x goes into a CUDA graph, where a second stream costs the host nothing."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
@@ -28,7 +28,8 @@ def beside(x: Tensor) -> Iterator[Callable[[], None]]:
     Args:
         x: What the block reads; its device and its size decide.
     """
-    if not worth_a_stream(x):
+    worth_it = x.device.type == "cuda" and x.numel() * x.shape[-1] >= WORTH_IT
+    if not worth_it and not is_recorded(x):
         yield lambda: None
         return
     main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)

@@ -1,0 +1,107 @@
+"""A merging model at one `r` without its launches: recorded as a CUDA graph, and replayed.
+
+A forward pass launches some eighty kernels, and a host needs longer for that than a GPU for a small model or a few
+images. Token counts depend on the schedule alone, so one recording serves every batch of a shape.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tome_core.fixed import FixedR
+from tome_core.schedule import RLike
+from tome_core.vit import MergedViT
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share one memory pool, for no two of them run at once."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], Tensor]) -> CudaRecording:
+        """Records what `compute` does on the current device, after two calls that set up what is set up once."""
+        for _ in range(2):
+            compute()
+        torch.cuda.synchronize()
+        return CudaRecording(compute, self._pool)
+
+
+class CudaRecording:
+    """A function of fixed inputs, recorded.
+
+    Attributes:
+        output: Its result, which the next replay overwrites.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor], pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.output = compute()
+
+    def replay(self) -> None:
+        """Computes `output` anew from what the inputs hold now."""
+        self._graph.replay()
+
+
+class Recorded(nn.Module):
+    """A merging model at one `r`, replayed: `Recorded(merged, 13)(images)` is `merged(images, 13)`.
+
+    The first call with a shape of images records it, which takes some forward passes; every later one replays it.
+    Where nothing can be recorded (on a CPU, with gradients, in a graph of somebody else's) it calls the model. The
+    model's weights may change in place; they must not move. It may be called from several threads, which take turns.
+
+    Args:
+        merged: The merging model.
+        r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
+        max_shapes: Most shapes whose recordings are kept, each with its activations in the GPU's memory; the one unused
+            for longest goes first.
+
+    Raises:
+        ValueError: r is negative, or lists more blocks than there are.
+    """
+
+    def __init__(self, merged: MergedViT, r: RLike = 0, max_shapes: int = 4) -> None:
+        super().__init__()
+        self.fixed = FixedR(merged, r)
+        self.training = merged.training
+        self._max_shapes = max_shapes
+        self._lock = threading.Lock()
+        self._recorders: dict[torch.device, CudaRecorder] = {}
+        self._recordings: OrderedDict[tuple[Any, ...], tuple[Tensor, CudaRecording, torch.cuda.Event]] = OrderedDict()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classifies images, as `MergedViT.forward` takes them; gives logits (B, K)."""
+        if not _can_record(images):
+            return self.fixed(images)  # type: ignore[no-any-return]
+        with self._lock, torch.cuda.device(images.device):
+            held, recording, done = self._recorded(images)
+            done.wait()  # another thread's stream may still read what the replay overwrites
+            held.copy_(images)
+            recording.replay()
+            logits = recording.output.clone()
+            done.record()
+        return logits
+
+    def _recorded(self, images: Tensor) -> tuple[Tensor, CudaRecording, torch.cuda.Event]:
+        key = (images.shape, images.dtype, images.device)
+        if key not in self._recordings:
+            recorder = self._recorders.setdefault(images.device, CudaRecorder())
+            held = images.clone(memory_format=torch.contiguous_format)
+            self._recordings[key] = held, recorder(lambda: self.fixed(held)), torch.cuda.Event()
+            if len(self._recordings) > self._max_shapes:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end(key)
+        return self._recordings[key]
+
+
+def _can_record(images: Tensor) -> bool:
+    if images.device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
