@@ -191,7 +191,7 @@ def attend_match(
     r: int,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Groups]:
-    """As `reference.attend_match`: in one launch where the host launches, in two streams where launches are recorded."""
+    """As `reference.attend_match`: in one launch where the host launches, in two streams where a graph does."""
     B, N, C = k.shape
     D = C // num_heads
     halves = matching.halves_of(N, num_prefix_tokens)

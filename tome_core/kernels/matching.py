@@ -243,7 +243,8 @@ def halves_of(N: int, P: int) -> Halves:
 
 def empty_groups(B: int, N: int, r: int, halves: Halves, device: torch.device) -> tuple[Groups, tuple[Tensor, ...]]:
     """What matching writes: the groups, and its notes best, partner and rank."""
-    keep, src, first = (torch.empty(B, width, dtype=torch.int32, device=device) for width in (N - r, r, N - r + 1))
-    partner, rank = torch.empty(2, B, halves.S, dtype=torch.int32, device=device).unbind()
+    keep, src, first, partner, rank = (
+        torch.empty(B, width, dtype=torch.int32, device=device) for width in (N - r, r, N - r + 1, halves.S, halves.S)
+    )
     best = torch.empty(B, halves.S, dtype=torch.float32, device=device)
     return Groups(keep, src, first), (best, partner, rank)
