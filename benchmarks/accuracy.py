@@ -148,7 +148,7 @@ class Bench:
 
     def _run(self, case: Case, images: Sequence[bytes], first: int) -> list[int]:
         """The likeliest class of each image; `first` is the place of the first of them among all."""
-        info, model = self._infos[case.method], self._methods[case.method]
+        info, model = self._infos[case.method], self._runner.merged(case.method)
         if isinstance(model, Variant):
             model.first_image = first
         schedule = info.schedule(case.r)

@@ -35,9 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tome_core
 from benchmarks.unfused import Unfused
-from server.engine.graphs import CudaRecorder
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
+from tome_core.recorded import CudaRecorder
 from tome_core.schedule import resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

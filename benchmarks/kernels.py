@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
 
 from benchmarks.forward import DTYPES, timed
-from server.engine.graphs import CudaRecorder
 from tome_core import kernels
 from tome_core.kernels import reference
+from tome_core.recorded import CudaRecorder
 
 REPETITIONS = 20  # in a recording, so that its own start counts for little
 

@@ -31,7 +31,10 @@ class Normalisation(NamedTuple):
     def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Pixels (B, H, W, channels) in uint8 to images (B, channels, H, W)."""
         mean, std = (_vector(values, pixels.device)[:, None, None] for values in self)
-        return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype).contiguous()
+        B, H, W, channels = pixels.shape
+        images = torch.empty(B, channels, H, W, device=pixels.device)
+        images.copy_(pixels.permute(0, 3, 1, 2))  # widens and reorders in one pass
+        return torch.addcmul(-mean / std, images, 1 / (255 * std), out=images).to(dtype)
 
     def grey(self, device: torch.device) -> Tensor:
         """What the byte `GREY` becomes, (channels,) float32."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tome_core.families import Family, UnsupportedModelError
 from tome_core.families.parts import gelu_of, parts_of
 from tome_core.kernels import FLOAT8, Norm
+from tome_core.kernels import missing_on as kernels_missing_on
 
 FIRST = 1
 """The first block that is multiplied in float8."""
@@ -73,8 +74,9 @@ def reason_against(family: Family, model: Any) -> str | None:
 
 def missing_on(device: torch.device) -> str | None:
     """Why a device cannot multiply in float8; None where it can."""
-    if device.type != "cuda":
-        return f"there is no float8 on {device.type}"
+    against = kernels_missing_on(device)
+    if against:
+        return against
     capability = torch.cuda.get_device_capability(device)
     return None if capability >= (9, 0) else f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
 

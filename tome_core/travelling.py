@@ -2,12 +2,13 @@
 
 Three kinds, each the shape of its family's positions: sines and cosines of a rotary table that all blocks and heads
 share, (N, 2D); rows and columns of the grid, under a bias of relative positions, (N, 2); and, where each block and
-head has a rotary table of its own, the members themselves, (N, N0). `tome_core.positions` says what the means are.
+head has a rotary table of its own, the members themselves, (N, N0) and some zeros. `tome_core.positions` says what the means are.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tome_core.kernels.relative import Bias, bias_of, cells_of, table_of
@@ -28,7 +29,7 @@ def start(position: Position, x: Tensor, num_prefix_tokens: int) -> Tensor | Non
     if position.rope is not None and position.rope.ndim == 2:
         return _with_prefix(position.rope, num_prefix_tokens)[None].float()
     if position.rope is not None:
-        return torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None]
+        return torch.eye(x.shape[1], _padded(x.shape[1]), dtype=x.dtype, device=x.device)[None]
     if position.bias is not None and position.grid is not None:
         return cells_of(position.grid, num_prefix_tokens, x.device).expand(len(x), -1, -1).contiguous()
     return None
@@ -50,7 +51,9 @@ def table_at(rope: Tensor, places: Tensor | None, size: Tensor | None, num_prefi
     if rope.ndim == 2:
         return places
     table = _with_prefix(rope, num_prefix_tokens).transpose(0, 1).flatten(1)
-    return table[None].contiguous() if size is None else places @ table.to(places.dtype)
+    if size is None:
+        return table[None].contiguous()
+    return places @ F.pad(table.to(places.dtype), (0, 0, 0, places.shape[2] - len(table)))
 
 
 def bias_at(position: Position, places: Tensor | None, size: Tensor | None, num_prefix_tokens: int) -> Bias | None:
@@ -61,6 +64,11 @@ def bias_at(position: Position, places: Tensor | None, size: Tensor | None, num_
     return bias_of(
         table_of(position.bias, position.grid, num_prefix_tokens), places, size, position.grid, num_prefix_tokens
     )
+
+
+def _padded(n: int) -> int:
+    """The next multiple of 8, without which products are slow in half precision."""
+    return n + -n % 8
 
 
 def _with_prefix(rope: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -197,8 +197,12 @@ class MergedViT(nn.Module):
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        """Images as the timm model takes them."""
+    def normalised(self, images: Tensor) -> Tensor:
+        """What this model takes as what its timm model takes: images (B, 3, H, W) of its dtype.
+
+        Raises:
+            ValueError: images are pixels, which this model was not told to normalise.
+        """
         if self._normalisation is not None:
             return self._normalisation(images, self._dtype)
         if images.dtype == torch.uint8:
@@ -305,7 +309,7 @@ class MergedViT(nn.Module):
         self, images: Tensor, r: RLike, blocks: Sequence[int], *, track: bool = False, prefix_only: bool = False
     ) -> list[Tokens]:
         """The tokens as they leave some blocks, in order; the last of these is the last that runs."""
-        x, positions = self.family.embed(self.model, self._normalised(images))
+        x, positions = self.family.embed(self.model, self.normalised(images))
         x = self.family.norm_pre(self.model)(x)
         per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
         grad_checkpointing = self.family.trunk(self.model).grad_checkpointing

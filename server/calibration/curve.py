@@ -28,7 +28,7 @@ class Facts(_Frozen):
         weights: sha256 of the weights' file.
         backend: "torch" or "openvino".
         device: The processor by its name.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16", "fp16" or "fp8".
         threads: CPU threads of torch; 0 on a GPU.
         versions: Of tome-server, torch, timm and the backend.
     """
@@ -134,13 +134,16 @@ class Curve(_Frozen):
 
 
 def staleness(curve: Curve, facts: Facts) -> str | None:
-    """Why the agreement of a curve does not hold here, in words, or None where it does: the weights alone count.
+    """Why the agreement of a curve does not hold here, in words, or None where it does: weights count, and float8.
 
     Both the answers at `r` and those at r=0 are of one precision; in bfloat16 they agree as in float32 to half a point.
+    Float8 rounds so much more that its agreement is its own.
     """
     made = curve.facts
     if made.weights != facts.weights:
         return f"made with other weights ({made.weights[:12]}, not {facts.weights[:12]})"
+    if made.precision != facts.precision and "fp8" in (made.precision, facts.precision):
+        return f"made with precision {made.precision}, not {facts.precision}"
     return None
 
 

@@ -74,8 +74,11 @@ class Calibration:
 
     @torch.inference_mode()
     def _batch(self, schedule: Schedule | None, chosen: Sequence[int]) -> Tensor:
-        merged = self._loaded.merged
-        key = self._loaded.info.batch_key(schedule or ())
-        images = self._runner.images(key, [self._photos[index] for index in chosen])
-        logits: Tensor = merged.model(images) if schedule is None else merged(images, schedule)
+        info = self._loaded.info
+        merged = self._runner.merged(info.name)
+        pixels = self._runner.pixels(info.batch_key(schedule or ()), [self._photos[index] for index in chosen])
+        if schedule is None:
+            logits: Tensor = merged.model(merged.normalised(pixels))
+        else:
+            logits = merged(pixels, schedule)
         return logits.float().softmax(dim=1).cpu()  # which waits for the device

@@ -60,7 +60,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     key = info.batch_key(schedule)
     pixels = read_photo(args.photo, info.preprocessing, settings.max_image_pixels)
     (likeliest,) = runner.run_batch(key, [Job(info.name, pixels, schedule, 1, settings.deadline_s)])
-    found = sources(loaded.merged, runner.images(key, [pixels]), schedule, [block - 1 for block in blocks])
+    found = sources(runner.merged(info.name), runner.pixels(key, [pixels]), schedule, [block - 1 for block in blocks])
 
     height, width = info.preprocessing.input_size
     in_patches = (0, 0, grid[1] * patch, grid[0] * patch)  # less a rim that fills no patch, which the model ignores

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from server.dial import Schedule
-from server.engine.graphs import CudaRecorder
 from server.engine.torch_backend import RecordedBackend, TorchBackend
 from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import BackendInfo
+from tome_core import MergedViT
+from tome_core.recorded import CudaRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,14 @@ class Backend(Protocol):
 
     Attributes:
         info: Its name, precision, and why it was chosen.
-        dtype: What it wants its images in.
+        merged: The model as torch computes it, on the device, from pixels.
     """
 
     info: BackendInfo
-    dtype: torch.dtype
+    merged: MergedViT
 
-    def logits(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Normalised images (B, 3, H, W), on the device, to logits (B, K)."""
+    def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
+        """Pixels (B, H, W, 3) in uint8, on the device, to logits (B, K)."""
         ...
 
     def warm_up(self, schedule: Schedule) -> None:
@@ -63,11 +64,11 @@ def choose_backend(loaded: LoadedModel, device: torch.device, precision: str, op
     Args:
         loaded: The model; its weights are moved to the device, in the backend's dtype.
         device: Where it runs.
-        precision: "fp32", "bf16", "fp16" or "auto".
+        precision: "fp32", "bf16", "fp16", "fp8" or "auto".
         options: What was asked for.
 
     Raises:
-        SettingsError: OpenVINO was asked for, and cannot be had here; the message says why.
+        SettingsError: OpenVINO or fp8 was asked for, and cannot be had here; the message says why.
     """
     refusal = _refusal(device, precision)
     if options.name != "torch" and refusal is None:
@@ -81,19 +82,18 @@ def choose_backend(loaded: LoadedModel, device: torch.device, precision: str, op
     if options.name == "openvino":
         raise SettingsError(f"--backend openvino: {refusal}")
     reason = "asked for" if options.name == "torch" else str(refusal)
-    launched = TorchBackend(loaded.merged, device, precision, reason)
+    launched = TorchBackend(loaded, device, precision, reason)
     if device.type != "cuda":
         return _told(loaded, launched)
-    size = loaded.info.preprocessing.input_size
-    return _told(loaded, RecordedBackend(launched, size, device, options.max_batch_size, CudaRecorder()))
+    return _told(loaded, RecordedBackend(launched, options.max_batch_size, CudaRecorder()))
 
 
 def _refusal(device: torch.device, precision: str) -> str | None:
     """Why OpenVINO cannot be used, before anything of it is tried."""
     if device.type != "cpu":
         return f"OpenVINO is used on the CPU, not on {device.type}"
-    if precision == "fp16":
-        return "OpenVINO has no fp16 on CPUs here; it has fp32 and bf16"
+    if precision in ("fp16", "fp8"):
+        return f"OpenVINO has no {precision} on CPUs here; it has fp32 and bf16"
     try:
         import openvino  # noqa: F401
     except ImportError:

@@ -45,8 +45,8 @@ class Explainer:
         loaded = self._models[key.model]
         grid, patch = patches(loaded)
         with on(self._runner.device):
-            images = self._runner.images(key, [job.pixels for job in jobs])
-            found = sources(loaded.merged, images, key.schedule, range(loaded.info.num_blocks))
+            pixels = self._runner.pixels(key, [job.pixels for job in jobs])
+            found = sources(self._runner.merged(key.model), pixels, key.schedule, range(loaded.info.num_blocks))
         after = torch.stack([groups(source[:, loaded.info.num_prefix_tokens :]) for source in found], dim=1)
         top_ks = self._runner.run_batch(key, jobs)
         return [(top_k, Merges(grid, patch, each)) for top_k, each in zip(top_ks, after.tolist(), strict=True)]

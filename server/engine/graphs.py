@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,35 +34,12 @@ class Recording(Protocol):
 Record = Callable[[Callable[[], Tensor]], Recording]
 
 
-class CudaRecorder:
-    """Records CUDA graphs that share one memory pool, for no two of them run at once."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, compute: Callable[[], Tensor]) -> Recording:
-        for _ in range(2):  # kernels are compiled and libraries set up outside of the graph
-            compute()
-        torch.cuda.synchronize()
-        return _CudaRecording(compute, self._pool)
-
-
-class _CudaRecording:
-    def __init__(self, compute: Callable[[], Tensor], pool: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = compute()
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
 class Graphs:
     """A model's forward passes by schedule and batch size. Called from one thread.
 
     Args:
-        forward: Images (B, 3, H, W) and a schedule to logits (B, K).
-        image: An image as `forward` takes it, (3, H, W): its shape, dtype and device.
+        forward: Images (B, ...) and a schedule to logits (B, K).
+        image: An image as `forward` takes it: its shape, dtype and device.
         max_batch_size: Most images in a batch.
         record: Makes a recording.
         max_recordings: Most that are kept; the one unused for longest goes first.
@@ -97,7 +74,7 @@ class Graphs:
                 logger.warning("a batch of %d does not fit into the device's memory", bucket)
 
     def __call__(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Logits, (B, K), of images (B, 3, H, W), B at most `max_batch_size`."""
+        """Logits, (B, K), of images (B, ...), B at most `max_batch_size`."""
         bucket = next(size for size in self.buckets if size >= len(images))
         key = (schedule, bucket)
         if key not in self._recordings:

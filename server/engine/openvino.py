@@ -61,16 +61,15 @@ class OpenVINOBackend:
 
     Attributes:
         info: What it is.
-        dtype: What it wants its images in: float32, whatever it computes in.
+        merged: The model as torch computes it.
 
     Raises:
         RuntimeError: OpenVINO cannot translate or compile the model, or gets it wrong.
     """
 
-    dtype = torch.float32
-
     def __init__(self, loaded: LoadedModel, precision: str, options: BackendOptions) -> None:
-        self._torch = TorchBackend(loaded.merged, torch.device("cpu"), "fp32")
+        self._torch = TorchBackend(loaded, torch.device("cpu"), "fp32")
+        self.merged = self._torch.merged
         self._name = loaded.info.name
         self._compiler = Compiler(
             loaded.merged, loaded.info.preprocessing.input_size, options.threads, options.cache_dir
@@ -88,15 +87,15 @@ class OpenVINOBackend:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="openvino")
         self.warm_up(self._unmerged)  # a model that OpenVINO gets wrong is refused here
 
-    def logits(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, K)."""
+    def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
+        """Pixels (B, H, W, 3) in uint8 to logits (B, K)."""
         run = self._runs.get(schedule)
         if run is None:
             self._compile_later(schedule)
-            return self._torch.logits(images, schedule)
+            return self._torch.logits(pixels, schedule)
         if schedule not in self._warmed:
             self._runs[schedule] = self._runs.pop(schedule)  # the latest is the last
-        return run(images)
+        return run(self.merged.normalised(pixels))
 
     def warm_up(self, schedule: Schedule) -> None:
         """Compiles the schedule for every batch size, and keeps it for good."""
@@ -119,9 +118,10 @@ class OpenVINOBackend:
 
         Two pairs of tokens that are alike but for rounding may merge in either order: half of the images may differ.
         """
-        images = torch.randn(size, 3, *self._compiler.input_size, generator=torch.Generator().manual_seed(0))
-        wanted = self._torch.logits(images, schedule)
-        difference = float((run(images) - wanted).abs().amax(dim=1).quantile(0.5))
+        shape, generator = (size, *self._compiler.input_size, 3), torch.Generator().manual_seed(0)
+        pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        wanted = self._torch.logits(pixels, schedule)
+        difference = float((run(self.merged.normalised(pixels)) - wanted).abs().amax(dim=1).quantile(0.5))
         allowed = _TOLERANCES[self.info.precision] * float(wanted.abs().max())
         if not difference <= allowed:
             raise RuntimeError(

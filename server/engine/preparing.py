@@ -1,4 +1,4 @@
-"""Jobs to normalised images on the device, before they are computed: the stage that decodes. Called from one thread."""
+"""Jobs to pixels on the device, before they are computed: the stage that decodes. Called from one thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PART_PIXELS = 1 << 26
 
 
 class Preparer:
-    """Decodes, resizes and normalises; on a GPU in a stream of its own, beside the batch that computes.
+    """Decodes and resizes; on a GPU in a stream of its own, beside the batch that computes.
 
     Args:
         runner: Whose images they are.
@@ -43,8 +43,8 @@ class Preparer:
 
     def _prepare(self, key: BatchKey, jobs: Sequence[Job]) -> list[Prepared | ServerError]:
         preprocessing = self._models[key.model].preprocessing
-        images = torch.empty(len(jobs), 3, *key.input_size, device=self._runner.device)
-        pixels = {index: job.pixels for index, job in enumerate(jobs) if not job.jpeg_pixels}
+        batch = torch.empty(len(jobs), *key.input_size, 3, dtype=torch.uint8, device=self._runner.device)
+        by_pillow = {index: job.pixels for index, job in enumerate(jobs) if not job.jpeg_pixels}
         errors: dict[int, ServerError] = {}
         for part in _parts(jobs):
             decoded = decode_jpegs([jobs[index].pixels for index in part], self._runner.device)
@@ -54,19 +54,20 @@ class Preparer:
                 if image is not None and image[0].numel() == jobs[index].jpeg_pixels  # else two heads, two sizes
             }
             if known:
-                images[list(known)] = resize(list(known.values()), preprocessing)
+                batch[list(known)] = resize(list(known.values()), preprocessing)
             for index in set(part) - set(known):  # Pillow reads more, and else says what is wrong
                 try:
-                    pixels[index] = decode(jobs[index].pixels, preprocessing, self._max_pixels)
+                    by_pillow[index] = decode(jobs[index].pixels, preprocessing, self._max_pixels)
                 except ServerError as error:
                     errors[index] = error
             # The decoder writes to its images from a stream that does not wait for ours: what it is given next must
             # not still be read.
             self._finish()
-        if pixels:
-            images[list(pixels)] = self._runner.unpacked(key, list(pixels.values())).float()
+        if by_pillow:
+            batch[list(by_pillow)] = self._runner.pixels(key, list(by_pillow.values()))
         good = [index for index in range(len(jobs)) if index not in errors]
-        batch = self._runner.normalised(key, images[good] if errors else images)
+        if errors:
+            batch = batch[good]
         self._finish()
         rows = {index: row for row, index in enumerate(good)}
         return [Prepared(job, batch, rows[index]) if index in rows else errors[index] for index, job in enumerate(jobs)]

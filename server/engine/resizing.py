@@ -82,24 +82,25 @@ def resize(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
         preprocessing: Sizes, crop and interpolation of the model.
 
     Returns:
-        (N, 3, H, W), whole numbers from 0 to 255 in float32.
+        (N, H, W, 3) in uint8, contiguous.
     """
-    resized = torch.empty(len(images), 3, *preprocessing.input_size, device=images[0].device)
+    device = images[0].device
+    resized = torch.empty(len(images), *preprocessing.input_size, 3, dtype=torch.uint8, device=device)
     axes = [_axes(image.shape[2], image.shape[1], preprocessing) for image in images]
     for group in _groups([(x.high - x.low, y.high - y.low) for x, y in axes]):
         across, down = [axes[index][0] for index in group], [axes[index][1] for index in group]
         width, height = (max(axis.high - axis.low for axis in side) for side in (across, down))
         # Rows outermost, colours within: then either product is one matrix for each image.
-        padded = resized.new_zeros(len(group), height, 3, width)
+        padded = torch.zeros(len(group), height, 3, width, device=device)
         for row, index, x, y in zip(padded, group, across, down, strict=True):
             cut = images[index][:, y.low : y.high, x.low : x.high]
             row[: cut.shape[1], :, : cut.shape[2]] = cut.transpose(0, 1)
         to_height, to_width = preprocessing.input_size
-        by_columns = _weights(across, to_width, width, preprocessing.interpolation, padded.device)
-        by_rows = _weights(down, to_height, height, preprocessing.interpolation, padded.device)
+        by_columns = _weights(across, to_width, width, preprocessing.interpolation, device)
+        by_rows = _weights(down, to_height, height, preprocessing.interpolation, device)
         narrow = _rounded(padded.flatten(1, 2) @ by_columns.mT).view(len(group), height, 3 * to_width)
         small = _rounded(by_rows @ narrow).view(len(group), to_height, 3, to_width)
-        resized[group] = small.transpose(1, 2)
+        resized[group] = small.transpose(2, 3).to(torch.uint8)
     return resized
 
 

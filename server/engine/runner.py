@@ -17,13 +17,14 @@ from server.errors import EngineError
 from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import BackendInfo, BatchKey, Job, TopK
+from tome_core import MergedViT
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job whose image is ready: one row of a normalised batch (B, 3, H, W) on the device."""
+    """A job whose image is ready: one row of a batch of pixels (B, H, W, 3), uint8, on the device."""
 
     job: Job
     batch: Tensor
@@ -36,11 +37,11 @@ class Runner:
     Args:
         models: The models by name.
         device: A torch device, or "auto".
-        precision: "fp32", "bf16", "fp16", or "auto".
+        precision: "fp32", "bf16", "fp16", "fp8", or "auto".
         backend: What computes on the device; torch where nothing is said.
 
     Raises:
-        SettingsError: There is no such device, or the backend that was asked for cannot be had.
+        SettingsError: There is no such device, or the backend or precision that was asked for cannot be had.
     """
 
     def __init__(
@@ -62,25 +63,24 @@ class Runner:
             self._backends = {
                 name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
             }
-        self._scale = {name: self._normalisation(loaded) for name, loaded in models.items()}
 
     @torch.inference_mode()
     def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
         """Classifies the jobs' images, which are pixels, under the key's schedule."""
-        return self._classify(key, self.images(key, [job.pixels for job in jobs]), jobs)
+        return self._classify(key, self.pixels(key, [job.pixels for job in jobs]), jobs)
 
     @torch.inference_mode()
     def run_prepared(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[TopK]:
         """Classifies images that are ready under the key's schedule."""
-        images = prepared[0].batch
-        if len(prepared) < len(images) or any(each.batch is not images for each in prepared):  # a part, or of several
-            images = torch.stack([each.batch[each.row] for each in prepared])
-        return self._classify(key, images, [each.job for each in prepared])
+        pixels = prepared[0].batch
+        if len(prepared) < len(pixels) or any(each.batch is not pixels for each in prepared):  # a part, or of several
+            pixels = torch.stack([each.batch[each.row] for each in prepared])
+        return self._classify(key, pixels, [each.job for each in prepared])
 
-    def _classify(self, key: BatchKey, images: Tensor, jobs: Sequence[Job]) -> list[TopK]:
+    def _classify(self, key: BatchKey, pixels: Tensor, jobs: Sequence[Job]) -> list[TopK]:
         backend = self._backends[key.model]
         with on(self._device):
-            probabilities = backend.logits(images, key.schedule).float().softmax(dim=1)
+            probabilities = backend.logits(pixels, key.schedule).float().softmax(dim=1)
         scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
         if not scores.isfinite().all():
             raise EngineError(
@@ -92,6 +92,10 @@ class Runner:
     def backend(self, model: str) -> BackendInfo:
         """What computes a model's answers here, and why."""
         return self._backends[model].info
+
+    def merged(self, model: str) -> MergedViT:
+        """A model as torch computes it here, from pixels: to follow tokens, or to do without recordings."""
+        return self._backends[model].merged
 
     @property
     def device(self) -> torch.device:
@@ -115,30 +119,10 @@ class Runner:
             "%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, backend.info.precision, took_s
         )
 
-    def images(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
-        """Bytes of RGB rows to what the model sees: the normalised batch (B, 3, H, W), on its device."""
-        images = torch.empty(len(pixels), 3, *key.input_size, device=self._device)
-        images.copy_(self.unpacked(key, pixels))  # widens and reorders in one pass
-        return self.normalised(key, images)
-
-    def unpacked(self, key: BatchKey, pixels: Sequence[bytes]) -> Tensor:
-        """Bytes of RGB rows as images (B, 3, H, W) in uint8, on the device."""
-        packed = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8)
-        return packed.view(len(pixels), *key.input_size, 3).to(self._device).permute(0, 3, 1, 2)
-
-    def normalised(self, key: BatchKey, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) from 0 to 255 in float32, which are overwritten, to what the model sees."""
-        scale, offset = self._scale[key.model]
-        torch.addcmul(offset, images, scale, out=images)
-        return images.to(self._backends[key.model].dtype)
-
-    def _normalisation(self, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
-        """Scale and offset that take bytes to what the model was trained on: (byte / 255 - mean) / std."""
-        preprocessing = loaded.info.preprocessing
-        mean, std = (
-            torch.tensor(v, device=self._device)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
-        )
-        return 1 / (255 * std), -mean / std
+    def pixels(self, key: BatchKey, rows: Sequence[bytes]) -> Tensor:
+        """Bytes of RGB rows to what the model takes: the batch (B, H, W, 3) in uint8, on its device."""
+        joined = torch.frombuffer(bytearray().join(rows), dtype=torch.uint8)
+        return joined.view(len(rows), *key.input_size, 3).to(self._device)
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -9,42 +9,64 @@ from torch import Tensor
 
 from server.dial import Schedule
 from server.engine.graphs import Graphs, Record
+from server.models import LoadedModel
+from server.settings import SettingsError
 from server.types import BackendInfo
-from tome_core import MergedViT
+from tome_core import MergedViT, UnsupportedModelError
 
 CPU_PART = 16
 """Images that a CPU computes at a time: more do not fit its caches, and 32 at once take a fifth longer."""
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""What a model is brought to; fp8 then multiplies most products of its blocks in float8."""
 
 
 class TorchBackend:
     """Runs the merging model as it is.
 
     Args:
-        merged: The model; it is moved to the device.
+        loaded: The model; its weights are moved to the device.
         device: A torch device.
-        precision: "fp32", "bf16", "fp16", or "auto": bf16 on cuda, fp32 elsewhere.
+        precision: "fp32", "bf16", "fp16", "fp8", or "auto": bf16 on cuda, fp32 elsewhere.
         reason: Why it was chosen.
 
     Attributes:
         info: What it is.
-        dtype: The model's.
-        merged: The model on its device.
+        merged: The model on its device; it takes pixels.
+        black: A black image as it takes them, (H, W, 3) in uint8 on the device.
+        implementation: How it computes, and why so.
+
+    Raises:
+        SettingsError: The model or the device has no fp8; the message says why.
     """
 
-    def __init__(self, merged: MergedViT, device: torch.device, precision: str = "auto", reason: str = "") -> None:
+    def __init__(self, loaded: LoadedModel, device: torch.device, precision: str = "auto", reason: str = "") -> None:
         if precision == "auto":
             precision = "bf16" if device.type == "cuda" else "fp32"
         self.info = BackendInfo("torch", precision, reason)
-        self.dtype = _DTYPES[precision]
-        self.merged = merged.to(device, self.dtype).eval()
+        seen = loaded.info.preprocessing
+        self.merged = loaded.merged.from_pixels(seen.mean, seen.std).to(device, _DTYPES[precision]).eval()
+        self.black = torch.zeros(*seen.input_size, 3, dtype=torch.uint8, device=device)
+        with torch.inference_mode():
+            self.implementation = self.merged.implementation(self.black[None])
+        if precision == "fp8":
+            self.merged = self._in_float8(loaded.info.name)
         self._part = CPU_PART if device.type == "cpu" else None
 
-    def logits(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, K)."""
-        parts = images.split(self._part or len(images))
+    def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
+        """Pixels (B, H, W, 3) in uint8 to logits (B, K)."""
+        parts = pixels.split(self._part or len(pixels))
         return torch.cat([self.merged(part, schedule) for part in parts])
+
+    def _in_float8(self, name: str) -> MergedViT:
+        """The model in float8, or a SettingsError: what is asked for is computed, or nothing is."""
+        try:
+            merged = self.merged.in_float8()
+        except UnsupportedModelError as error:
+            raise SettingsError(f"--precision fp8: model {name}: {error}") from error
+        if self.implementation.name != "fused":  # the plain layers have no float8
+            raise SettingsError(f"--precision fp8: model {name}: it does not run fused: {self.implementation.reason}")
+        return merged
 
     def warm_up(self, schedule: Schedule) -> None:
         """Nothing: torch warms up by running."""
@@ -55,35 +77,23 @@ class RecordedBackend:
 
     Args:
         backend: What is recorded.
-        input_size: Height and width of its images.
-        device: Where it runs.
         max_batch_size: Most images in a batch.
         record: Makes a recording.
 
     Attributes:
         info: What it is.
-        dtype: The model's.
+        merged: The model that is recorded.
     """
 
-    def __init__(
-        self,
-        backend: TorchBackend,
-        input_size: tuple[int, int],
-        device: torch.device,
-        max_batch_size: int,
-        record: Record,
-    ) -> None:
-        self.dtype = backend.dtype
-        image = torch.zeros(3, *input_size, dtype=self.dtype, device=device)
-        self._graphs = Graphs(backend.logits, image, max_batch_size, record)
-        with torch.inference_mode():
-            implementation = backend.merged.implementation(image[None])
-        reason = f"{implementation.name} operations ({implementation.reason}), recorded as graphs"
+    def __init__(self, backend: TorchBackend, max_batch_size: int, record: Record) -> None:
+        self.merged = backend.merged
+        self._graphs = Graphs(backend.logits, backend.black, max_batch_size, record)
+        reason = f"{backend.implementation.name} operations ({backend.implementation.reason}), recorded as graphs"
         self.info = replace(backend.info, reason=f"{backend.info.reason}; {reason}")
 
-    def logits(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, K)."""
-        return self._graphs(images, schedule)
+    def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
+        """Pixels (B, H, W, 3) in uint8 to logits (B, K)."""
+        return self._graphs(pixels, schedule)
 
     @torch.inference_mode()
     def warm_up(self, schedule: Schedule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import settings
 from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.coverage import randomise
+from tome_core.kernels import launch
 
 settings.register_profile("core", deadline=None)
 settings.load_profile("core")
@@ -30,3 +31,11 @@ def build() -> Callable[..., VisionTransformer]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="module")
+def by_kernels() -> Iterator[None]:
+    """Operations by their Triton kernels, which a machine without a GPU runs by Triton's interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "missing_on", lambda device: None)
+        yield

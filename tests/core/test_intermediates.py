@@ -58,7 +58,7 @@ def test_every_patch_has_the_features_of_the_token_it_merged_into(merged: Merged
         assert isinstance(patches, Tensor)
         (tokens,) = merged.tokens_after([last], images, r)
         assert tokens.source is not None
-        expected = unmerge(merged.family.norm(merged.model, tokens.x), tokens.source)[:, merged.num_prefix_tokens :]
+        expected = unmerge(merged.family.norm(merged.model)(tokens.x), tokens.source)[:, merged.num_prefix_tokens :]
         torch.testing.assert_close(patches, expected)
         groups = [len(image.unique(dim=0)) for image in patches]
         assert groups == [36 - 6 * (last + 1)] * 2

@@ -29,17 +29,17 @@ def run_engine(folder: Path, settings: Settings, socket_path: str, ready: Event,
     """Runs the engine process, with a model that minds the folder."""
     compute = TorchBackend.logits
 
-    def logits(self: TorchBackend, images: Tensor, schedule: Schedule) -> Tensor:
+    def logits(self: TorchBackend, pixels: Tensor, schedule: Schedule) -> Tensor:
         with (folder / "batches").open("a") as file:
-            file.write(f"{len(images)} {os.getpid()}\n")
+            file.write(f"{len(pixels)} {os.getpid()}\n")
         while (folder / "hold").exists():
             time.sleep(0.01)
         room = folder / "room"
-        if room.exists() and len(images) > int(room.read_text()):
+        if room.exists() and len(pixels) > int(room.read_text()):
             raise torch.OutOfMemoryError("out of memory")
-        if (images == images.amax()).flatten(1).all(dim=1).any() and images.amax() > 0:
+        if (pixels == 255).flatten(1).all(dim=1).any():
             raise ValueError("a white image")
-        return compute(self, images, schedule)
+        return compute(self, pixels, schedule)
 
     TorchBackend.logits = logits  # type: ignore[method-assign]
     process.main(settings, socket_path, ready, pulse)

@@ -23,26 +23,28 @@ from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import Job, ModelInfo, Preprocessing
 from tests.server.test_graphs import Repeated
-from tome_core import wrap
+from tome_core import MergedViT, wrap
+from tome_core.vit import Implementation, Kernels
 
 CPU = torch.device("cpu")
-HALF = (0.5, 0.5, 0.5)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
-def loaded() -> LoadedModel:
+def loaded(kernels: Kernels = "auto", embed_dim: int = 48) -> LoadedModel:
     """A small model whose weights spread its tokens, so that rounding decides no match."""
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=7)
+    size: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": embed_dim, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **size)
     for weight in model.parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.1)
-    merged = wrap(model.eval())
+    merged = wrap(model.eval(), kernels)
     info = ModelInfo(
         name="small",
         architecture="vit",
         source="test",
         labels=tuple("abcdefg"),
-        preprocessing=Preprocessing((64, 64), (64, 64), "center", "bicubic", HALF, HALF),
+        preprocessing=Preprocessing((64, 64), (64, 64), "center", "bicubic", MEAN, STD),
         num_blocks=merged.num_blocks,
         num_tokens=merged.num_tokens,
         num_prefix_tokens=merged.num_prefix_tokens,
@@ -51,8 +53,13 @@ def loaded() -> LoadedModel:
     return LoadedModel(merged, info)
 
 
+def pixels(batch_size: int) -> Tensor:
+    return torch.randint(256, (batch_size, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
 def images(batch_size: int) -> Tensor:
-    return torch.randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    """The same pixels, normalised."""
+    return ((pixels(batch_size) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
 
 
 def test_a_gpu_is_the_one_of_the_thread_that_computes_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,9 +72,9 @@ def test_a_gpu_is_the_one_of_the_thread_that_computes_on_it(monkeypatch: pytest.
         yield
         entered.pop()
 
-    def logits(self: TorchBackend, images: Tensor, schedule: Schedule) -> Tensor:
+    def logits(self: TorchBackend, pixels: Tensor, schedule: Schedule) -> Tensor:
         calls.append(list(entered))
-        return torch.zeros(len(images), 7)
+        return torch.zeros(len(pixels), 7)
 
     calls: list[list[torch.device]] = []
     monkeypatch.setattr(runner, "on", on)
@@ -107,25 +114,104 @@ def test_without_the_package_openvino_refuses_to_start(monkeypatch: pytest.Monke
 @torch.inference_mode()
 def test_recordings_answer_as_launches_do_and_say_what_they_record() -> None:
     model = loaded()
-    launched = TorchBackend(model.merged, CPU, "fp32", "asked for")
-    recorded = RecordedBackend(launched, (64, 64), CPU, 8, Repeated)
+    launched = TorchBackend(model, CPU, "fp32", "asked for")
+    recorded = RecordedBackend(launched, 8, Repeated)
     recorded.warm_up((3, 3))
     for size in (1, 5, 8):
         for schedule in ((3, 3), (0, 2)):
-            wanted = launched.logits(images(size), schedule)
-            torch.testing.assert_close(recorded.logits(images(size), schedule), wanted, atol=1e-5, rtol=1e-5)
+            wanted = launched.logits(pixels(size), schedule)
+            torch.testing.assert_close(recorded.logits(pixels(size), schedule), wanted, atol=1e-5, rtol=1e-5)
+    assert recorded._graphs._held.dtype == torch.uint8  # a quarter of what normalised images take
     assert recorded.info.reason == "asked for; plain operations (there are no kernels for cpu), recorded as graphs"
 
 
-def test_openvino_is_not_for_fp16() -> None:
-    assert "fp16" in choose_backend(loaded(), CPU, "fp16", BackendOptions("auto")).info.reason
-    with pytest.raises(SettingsError, match="fp16"):
-        choose_backend(loaded(), CPU, "fp16", BackendOptions("openvino"))
+@torch.inference_mode()
+@pytest.mark.parametrize("kernels", ["plain", "fused"])
+def test_torch_takes_pixels_and_answers_as_for_their_normalised_images(kernels: Kernels) -> None:
+    model = loaded(kernels)
+    backend = TorchBackend(model, CPU, "fp32")
+    assert backend.implementation.name == kernels
+    for schedule in ((0, 0), (5, 2)):
+        wanted = model.merged(images(3), schedule)
+        torch.testing.assert_close(backend.logits(pixels(3), schedule), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_are_normalised_by_mean_and_std() -> None:
+    seen = loaded().info.preprocessing
+    normalised = Normalisation(tuple(seen.mean), tuple(seen.std))(pixels(2), torch.float32)
+    assert normalised.is_contiguous()
+    torch.testing.assert_close(normalised, images(2), atol=1e-6, rtol=1e-6)
+
+
+def test_a_backend_is_given_bytes_and_no_image_of_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    def logits(self: TorchBackend, pixels: Tensor, schedule: Schedule) -> Tensor:
+        given.append(pixels)
+        return torch.zeros(len(pixels), 7)
+
+    monkeypatch.setattr(TorchBackend, "logits", logits)
+    small = loaded()
+    jobs = [Job("small", image.numpy().tobytes(), (0, 0), 1, 1.0) for image in pixels(3)]
+    runner.Runner({"small": small}, "cpu", "fp32").run_batch(small.info.batch_key((0, 0)), jobs)
+    assert torch.equal(given[0], pixels(3)) and given[0].dtype == torch.uint8 and given[0].is_contiguous()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_openvino_is_not_for_half_precisions_but_bf16(precision: str) -> None:
+    with pytest.raises(SettingsError, match=f"^--backend openvino: OpenVINO has no {precision} on CPUs here"):
+        choose_backend(loaded("fused", 384), CPU, precision, BackendOptions("openvino"))
+    backend = choose_backend(loaded("fused", 384), CPU, precision, BackendOptions("auto"))
+    assert (backend.info.name, backend.info.precision) == ("torch", precision)
+    assert precision in backend.info.reason
 
 
 def test_torch_is_taken_where_it_is_asked_for() -> None:
     backend = choose_backend(loaded(), CPU, "bf16", BackendOptions("torch"))
-    assert (backend.info.name, backend.info.precision, backend.dtype) == ("torch", "bf16", torch.bfloat16)
+    assert (backend.info.name, backend.info.precision) == ("torch", "bf16")
+    assert {weight.dtype for weight in backend.merged.parameters()} == {torch.bfloat16}
+
+
+@torch.inference_mode()
+def test_fp8_is_near_bf16_and_something_else() -> None:
+    """The operations of a GPU, in plain PyTorch."""
+    of = {precision: TorchBackend(loaded("fused", 384), CPU, precision) for precision in ("bf16", "fp8", "auto")}
+    assert (of["fp8"].info.precision, of["auto"].info.precision) == ("fp8", "fp32")
+    for schedule in ((0, 0), (4, 0)):
+        bf16, fp8 = (of[precision].logits(pixels(4), schedule).float() for precision in ("bf16", "fp8"))
+        assert 0 < (fp8 - bf16).norm() / bf16.norm() < 0.2
+
+
+@torch.inference_mode()
+def test_the_model_that_a_runner_hands_out_is_the_one_that_answers() -> None:
+    """By it `tome-server schedule` searches: in fp8 it must be the one in fp8."""
+    small = loaded("fused", 384)
+    one, key = runner.Runner({"small": small}, "cpu", "fp8"), small.info.batch_key((4, 0))
+    rows = [image.numpy().tobytes() for image in pixels(3)]
+    answers = one.run_batch(key, [Job("small", row, (4, 0), 7, 1.0) for row in rows])
+    wanted = one.merged("small")(one.pixels(key, rows), (4, 0)).float().softmax(dim=1)
+    assert [answer.scores for answer in answers] == wanted.sort(dim=1, descending=True).values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "embed_dim", "reason"),
+    [
+        ("auto", 384, "there is no float8 on cpu"),
+        ("plain", 384, "asked for plain"),
+        ("fused", 48, "float8 takes multiples of 16 from 384 on"),
+    ],
+)
+def test_where_fp8_cannot_be_had_the_start_stops_with_one_line(kernels: Kernels, embed_dim: int, reason: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--precision fp8: model small: .*" + reason) as refusal:
+        runner.Runner({"small": loaded(kernels, embed_dim)}, "cpu", "fp8", BackendOptions("auto"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_fp8_is_refused_where_the_model_would_run_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose machine has no C compiler for Triton."""
+    monkeypatch.setattr(MergedViT, "implementation", lambda self, images: Implementation("plain", "no compiler"))
+    with pytest.raises(SettingsError, match="^--precision fp8: model small: it does not run fused: no compiler$"):
+        TorchBackend(loaded("fused", 384), CPU, "fp8")
 
 
 @pytest.fixture
@@ -143,7 +229,7 @@ def test_openvino_answers_as_torch_does_whatever_the_size_of_the_batch(openvino:
         backend.warm_up(schedule)
         for batch_size in (1, 3, 5, 6):
             wanted = model.merged(images(batch_size), schedule)
-            torch.testing.assert_close(backend.logits(images(batch_size), schedule), wanted, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(backend.logits(pixels(batch_size), schedule), wanted, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -159,13 +245,13 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
         return compile_now(schedule)
 
     monkeypatch.setattr(backend, "_compile", wait_and_compile)
-    wanted = model.merged(images(1), (3, 0))
-    assert torch.equal(backend.logits(images(1), (3, 0)), wanted)  # torch's own: bit for bit
+    wanted = model.merged.from_pixels(MEAN, STD)(pixels(1), (3, 0))
+    assert torch.equal(backend.logits(pixels(1), (3, 0)), wanted)  # torch's own: bit for bit
     assert (3, 0) not in backend._runs
     may_compile.set()
     backend._thread.submit(lambda: None).result()  # comes after the compiling
     assert (3, 0) in backend._runs
-    torch.testing.assert_close(backend.logits(images(1), (3, 0)), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(backend.logits(pixels(1), (3, 0)), wanted, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
@@ -173,9 +259,9 @@ def test_torch_answers_while_a_schedule_is_translated(openvino: Any) -> None:
     model = loaded()
     backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1))
     wanted = model.merged(images(1), (4, 0))
-    backend.logits(images(1), (4, 0))
+    backend.logits(pixels(1), (4, 0))
     while backend._compiling is not None:
-        torch.testing.assert_close(backend.logits(images(1), (4, 0)), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(backend.logits(pixels(1), (4, 0)), wanted, atol=1e-4, rtol=1e-4)
     assert (4, 0) in backend._runs
 
 

@@ -59,12 +59,22 @@ def test_what_is_no_curve_is_refused_with_the_place(text: str, named: str) -> No
         Curve.from_json(text)
 
 
-def test_agreement_holds_for_the_weights_alone() -> None:
+def test_agreement_holds_for_the_weights_whatever_computes_them() -> None:
     curve = fake_curve()
     assert staleness(curve, facts()) is None
     assert staleness(curve, facts(device="loom", backend="openvino", threads=9, versions={"torch": "3"})) is None
     assert staleness(curve, facts(precision="bf16")) is None
     assert staleness(curve, facts(weights="cd" * 32)) == "made with other weights (abababababab, not cdcdcdcdcdcd)"
+
+
+@pytest.mark.parametrize("other", ["fp32", "bf16", "fp16"])
+def test_agreement_in_fp8_is_of_fp8_alone(other: str) -> None:
+    in_fp8 = fake_curve(facts=facts(precision="fp8"))
+    assert staleness(in_fp8, facts(precision="fp8", device="loom")) is None
+    assert staleness(in_fp8, facts(precision=other)) == f"made with precision fp8, not {other}"
+    assert staleness(fake_curve(facts=facts(precision=other)), facts(precision="fp8")) == (
+        f"made with precision {other}, not fp8"
+    )
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,11 @@ def test_a_mixed_batch_is_ready_in_order_and_errors_are_those_of_their_own_jobs(
         assert isinstance(error, UndecodableError) and error.message == by_pillow.value.message
 
     pixels = [decode(files[index], loaded.info.preprocessing, MAX_PIXELS) for index in (0, 1, 3, 4)]
-    wanted = runner.images(key, pixels)
-    levels = (ready[0].batch - wanted).abs() * 255 / 2  # of a batch normalised by mean and std
-    assert levels.max() <= 4 and levels.mean() <= 0.2
+    batch = ready[0].batch
+    assert batch.dtype == torch.uint8 and batch.shape == (4, *key.input_size, 3) and batch.is_contiguous()
+    levels = (batch.int() - runner.pixels(key, pixels).int()).abs()
+    assert levels.max() <= 4 and levels.float().mean() <= 0.2
+    assert levels[1].max() == 0  # not decoded here
     whole = runner.run_prepared(key, ready)
     for parts in ([ready[:1], ready[1:]], [ready[::2], ready[1::2]]):
         scores = [top_k for part in parts for top_k in runner.run_prepared(key, part)]
@@ -158,7 +160,7 @@ def test_a_file_that_only_pillow_reads_is_answered(
     ready = Preparer(runner, {loaded.info.name: loaded.info}, MAX_PIXELS)(key, jobs_of(loaded, [jpeg(), jpeg(seed=1)]))
     pixels = [decode(jpeg(seed=seed), loaded.info.preprocessing, MAX_PIXELS) for seed in (0, 1)]
     (batch,) = {id(each.batch): each.batch for each in ready if isinstance(each, Prepared)}.values()
-    torch.testing.assert_close(batch, runner.images(key, pixels))
+    assert torch.equal(batch, runner.pixels(key, pixels))
 
 
 def test_files_are_decoded_in_parts_that_memory_holds(

@@ -126,7 +126,7 @@ def loaded(tiny_folder: Path) -> LoadedModel:
 def test_the_explainer_says_what_visualize_says(loaded: LoadedModel, schedule: Schedule) -> None:
     explainer, runner = Explainer({"tiny": loaded}, "cpu"), Runner({"tiny": loaded}, "cpu", "fp32")
     key, jobs = key_and_jobs(loaded, schedule)
-    found = sources(loaded.merged, runner.images(key, [job.pixels for job in jobs]), schedule, (0, 1))
+    found = sources(runner.merged("tiny"), runner.pixels(key, [job.pixels for job in jobs]), schedule, (0, 1))
     explained = explainer.explain_batch(key, jobs)
     assert [top_k for top_k, _ in explained] == runner.run_batch(key, jobs)
     for index, (_, merges) in enumerate(explained):

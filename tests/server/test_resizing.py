@@ -41,8 +41,19 @@ def by_decode(pixels: Pixels, wants: Preprocessing) -> Pixels:
 
 def by_us(images: list[Pixels], wants: Preprocessing) -> list[Pixels]:
     resized = resize([torch.from_numpy(each.copy()).permute(2, 0, 1) for each in images], wants)
-    assert torch.equal(resized, resized.round()) and resized.dtype == torch.float32
-    return list(resized.permute(0, 2, 3, 1).numpy().astype(np.uint8))
+    assert resized.dtype == torch.uint8 and resized.is_contiguous()
+    return list(resized.numpy())
+
+
+def test_halves_go_up_and_what_overshoots_is_clamped_as_in_pillow() -> None:
+    stripes = np.repeat(np.array([[0, 1, 254, 255]], np.uint8).T.repeat(8, 1)[..., None], 3, axis=2)
+    halved = Preprocessing((2, 2), (2, 2), "squash", "box", HALF, HALF)
+    assert by_us([stripes], halved)[0][:, 0, 0].tolist() == by_decode(stripes, halved)[:, 0, 0].tolist() == [1, 255]
+    edge = np.zeros((16, 16, 3), np.uint8)
+    edge[:, 8:] = 255
+    enlarged = Preprocessing((40, 40), (40, 40), "squash", "lanczos", HALF, HALF)
+    got = by_us([edge], enlarged)[0]
+    assert np.array_equal(got, by_decode(edge, enlarged)) and {0, 255} < set(got.flat)
 
 
 def any_tie(size: tuple[int, int], resized: tuple[int, int]) -> bool:

@@ -72,6 +72,12 @@ def test_every_field_has_help_text(name: str) -> None:
     assert len(Settings.model_fields[name].description or "") > 10
 
 
+def test_the_help_of_precision_names_each_and_says_that_fp8_is_a_choice() -> None:
+    field = Settings.model_fields["precision"]
+    assert all(name in (field.description or "") for name in ("fp32", "bf16", "fp8", "auto never takes"))
+    assert load_settings({"precision": "fp8"}).precision == "fp8"
+
+
 BAD = [
     ("port", "eighty", "port"),
     ("port", 65536, "port"),
