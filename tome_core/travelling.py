@@ -2,7 +2,8 @@
 
 Three kinds, each the shape of its family's positions: sines and cosines of a rotary table that all blocks and heads
 share, (N, 2D); rows and columns of the grid, under a bias of relative positions, (N, 2); and, where each block and
-head has a rotary table of its own, the members themselves, (N, N0) and some zeros. `tome_core.positions` says what the means are.
+head has a rotary table of its own, the members themselves, (N, N0) and some zeros. `tome_core.positions` says what the
+means are.
 """
 
 from __future__ import annotations

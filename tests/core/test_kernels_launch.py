@@ -122,9 +122,7 @@ def test_a_gpu_without_triton_or_a_compiler_has_no_kernels(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("capability", "missing"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
-def test_an_old_gpu_has_no_kernels(
-    capability: tuple[int, int], missing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_gpu_has_no_kernels(capability: tuple[int, int], missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "HAS_TRITON", True)
     monkeypatch.setattr(launch, "HAS_COMPILER", True)
     monkeypatch.setattr(launch, "_capability", lambda device: capability)

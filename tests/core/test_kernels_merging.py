@@ -1,4 +1,4 @@
-"""The kernels of residual sums, merges and norms against plain PyTorch, in every form that the forward loop asks for."""
+"""The kernels of residual sums, merges and norms against plain PyTorch, in every form that the loop asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from tome_core.schedule import max_r
 
 pytestmark = pytest.mark.usefixtures("by_kernels")
 
-KINDS = [(torch.float32, 192), (torch.float16, 192), (torch.bfloat16, 64), (torch.bfloat16, 192), (torch.bfloat16, 1152)]
+KINDS = [
+    (torch.float32, 192),
+    (torch.float16, 192),
+    (torch.bfloat16, 64),
+    (torch.bfloat16, 192),
+    (torch.bfloat16, 1152),
+]
 
 
 @pytest.fixture(params=["LayerNorm", "RMSNorm"])
@@ -95,7 +101,7 @@ def test_sum_merge_and_norm(dtype: torch.dtype, C: int, form: str) -> None:
 
 @pytest.mark.gpu
 def test_norms_in_float8() -> None:
-    """Within one step of float8, for a value may lie on the other side of a middle. The interpreter rounds it wrongly."""
+    """Within one step, for a value may lie on the other side of a middle. The interpreter rounds to float8 wrongly."""
     x, y = random(2, 37, 192, dtype=torch.bfloat16), random(2, 37, 192, dtype=torch.bfloat16)
     norm, groups = random_norm(192, True, torch.bfloat16), groups_of(2, 37, 9)
     pairs = [

@@ -117,15 +117,13 @@ def _attend(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["N", "H", "num_codes", "scale", "B", "r", "P", "first_src", "first_dst", "S", "T", "written"]
-)
+@triton.jit(do_not_specialize=["N", "H", "scale", "B", "r", "P", "first_src", "first_dst", "S", "T", "written"])
 def _attend_match(
-    q, k, v, log_size, table, row_code, column_code, out, metric, best, partner, rank, keep, src, first,
-    N, H, num_codes, scale, B, r, P, first_src, first_dst, S, T, written,
+    q, k, v, log_size, out, metric, best, partner, rank, keep, src, first,
+    N, H, scale, B, r, P, first_src, first_dst, S, T, written,
     Q_TOKEN: tl.constexpr, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
-    SIZED: tl.constexpr, BIASED: tl.constexpr, WIDEN: tl.constexpr, COMPARED: tl.constexpr,
+    SIZED: tl.constexpr, WIDEN: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
     """As `_attend`; the first programs match an image each, while the others attend.
 
@@ -141,10 +139,10 @@ def _attend_match(
             )  # fmt: skip
     else:
         _attend_rows(
-            q, k, v, log_size, table, row_code, column_code, out,
+            q, k, v, log_size, None, None, None, out,
             (tl.program_id(2) - matching).to(tl.int64), tl.program_id(1), tl.program_id(0) * BLOCK_M,
-            N, N, H, num_codes, scale, 1.0,
-            Q_TOKEN, K_TOKEN, V_TOKEN, D, D_PAD, BLOCK_M, BLOCK_N, ONE_TILE, SIZED, BIASED, WIDEN,
+            N, N, H, 0, scale, 1.0,
+            Q_TOKEN, K_TOKEN, V_TOKEN, D, D_PAD, BLOCK_M, BLOCK_N, ONE_TILE, SIZED, False, WIDEN,
         )  # fmt: skip
 
 
@@ -207,18 +205,15 @@ def attend_match(
     compared = metric is not None
     metric = metric if compared else torch.empty(B, N, D, dtype=torch.float32, device=q.device)
     groups, notes = matching.empty_groups(B, N, r, halves, q.device)
-    cut = blocks_of(N, N, D, q.dtype, bias is not None)
+    cut = blocks_of(N, N, D, q.dtype, biased=False)
     programs = ceil_div(N, cut.block_m)
     _launch_match(
         (programs, num_heads, B + ceil_div(B, programs * num_heads)),
-        (q, k, v, log_size, *(bias or (None, None, None)), out, metric, *notes, *groups),
-        (
-            N, num_heads, 0 if bias is None else bias.table.shape[1], D**-0.5 * LOG2_E,
-            B, r, num_prefix_tokens, *halves, written,
-        ),
+        (q, k, v, log_size, out, metric, *notes, *groups),
+        (N, num_heads, D**-0.5 * LOG2_E, B, r, num_prefix_tokens, *halves, written),
         (
             q.stride(1), k.stride(1), v.stride(1), D, power_of_2(D), cut.block_m, cut.block_n, cut.block_n >= N,
-            log_size is not None, bias is not None, widen_products(q), compared,
+            log_size is not None, widen_products(q), compared,
         ),
         cut.num_warps,
         cut.num_stages,
