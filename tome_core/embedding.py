@@ -7,7 +7,6 @@ taken, in one pass. Pixels go in as bytes: their normalisation is a factor on th
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from tome_core.families.family import Family
 from tome_core.families.parts import norm_of, parts_of
+from tome_core.kept import kept
 from tome_core.kernels import add_norm, cut, norm
 
 GREY = 128
@@ -86,7 +86,7 @@ def embed(
     return x, norm(x, None, first), positions
 
 
-@cache
+@kept
 def _vector(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A value for each channel; kept, for a recorded graph can copy nothing from the host."""
+    """A value for each channel."""
     return torch.tensor(values, dtype=torch.float32, device=device)

@@ -254,7 +254,7 @@ def merge_add_norm(
     multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.merge_add_norm`: a residual sum, the merge of its tokens, and their norm."""
-    requirements.for_add_norm(x, y, scale, offset, norm, groups)
+    requirements.for_merge_add_norm(groups, x, y, size, scale, offset, norm)
     keep, src, first = groups
     return _merge_add_norm(keep, src, first, x, y, size, scale, offset, *norm, dtype or x.dtype, multiplier)
 
@@ -321,7 +321,7 @@ def _cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
 
 def linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multiplier: float) -> Tensor:
     """`reference.linear_gelu8`: a product in float8, and GELU of it in float8."""
-    requirements.for_product8(a, weight, bias, None)
+    requirements.for_product8(a, weight, bias)
     return _linear_gelu8(a, weight, bias, factor, multiplier)
 
 
@@ -333,7 +333,7 @@ def _linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multip
 
 def accumulate8(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float) -> None:
     """`reference.accumulate8`: a product in float8, added to the residual in place."""
-    requirements.for_product8(a, weight, bias, scale)
+    requirements.for_product8(a, weight, bias, scale, x)
     _accumulate8(x, a, weight, bias, scale, factor)
 
 

@@ -7,12 +7,12 @@ row and the code of its column. A token that merged stands at a cell too: it nee
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tome_core.kept import kept
 from tome_core.positions import nearest_cell
 
 LOG2_E = 1.4426950408889634
@@ -74,7 +74,7 @@ def bias_of(table: Tensor, sums: Tensor, size: Tensor, grid: tuple[int, int], nu
     return Bias(table, row, column)
 
 
-@cache
+@kept
 def _codes(grid: tuple[int, int], P: int, device: torch.device) -> _Codes:
     """Sums of two codes: patch and patch from 0 on, then prefix and patch, patch and prefix, prefix and prefix."""
     width = 2 * grid[1] - 1
@@ -87,7 +87,7 @@ def _codes(grid: tuple[int, int], P: int, device: torch.device) -> _Codes:
     return _Codes(width, largest, first_row + prefix * step, first_column + prefix * P * step, num_codes)
 
 
-@cache
+@kept
 def _pairs(grid: tuple[int, int], num_prefix_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each sum of two codes a row and a column that have it; 0 and 0 where there are none."""
     sums = cells_of(grid, num_prefix_tokens, torch.device("cpu"))

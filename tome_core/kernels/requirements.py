@@ -86,10 +86,8 @@ def for_match(metric: Tensor, r: int, num_prefix_tokens: int) -> None:
     _check_r(r, metric.shape[1], num_prefix_tokens)
 
 
-def for_add_norm(
-    x: Tensor, y: Tensor | None, scale: Tensor | None, offset: Tensor | None, norm: Norm, groups: Groups | None = None
-) -> None:
-    """Checks the operands of `norm`, `add_norm` and `merge_add_norm`."""
+def for_add_norm(x: Tensor, y: Tensor | None, scale: Tensor | None, offset: Tensor | None, norm: Norm) -> None:
+    """Checks the operands of `norm` and `add_norm`."""
     B, N, C = x.shape
     _check("x", x, x.shape, x.dtype)
     if y is not None:
@@ -101,8 +99,23 @@ def for_add_norm(
             _check(name, vector, (C,), vector.dtype)
     if offset is not None:
         _check("offset", offset, (C,), torch.float32)
-    if groups is not None:
-        _check_groups(groups, B, N)
+
+
+def for_merge_add_norm(
+    groups: Groups,
+    x: Tensor,
+    y: Tensor | None,
+    size: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    norm: Norm,
+) -> None:
+    """Checks the operands of `merge_add_norm`."""
+    for_add_norm(x, y, scale, offset, norm)
+    B, N, _ = x.shape
+    _check_groups(groups, B, N)
+    if size is not None:
+        _check("size", size, (B, N), torch.float32)
 
 
 def for_merge_sums(groups: Groups, sums: Tensor) -> None:
@@ -127,9 +140,15 @@ def _check_r(r: int, N: int, num_prefix_tokens: int) -> None:
         raise ValueError(f"r is {r}; it must be between 1 and {most}")
 
 
-def for_product8(a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
-    """Checks the operands of a product in float8."""
+def for_product8(
+    a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, x: Tensor | None = None
+) -> None:
+    """Checks the operands of a product in float8, and the residual that it adds to."""
     N, K = weight.shape
+    if x is not None:
+        _check("x", x, (*a.shape[:-1], N), x.dtype)
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"x is {x.dtype}; a residual is {', '.join(map(str, DTYPES))}")
     _check("weight", weight, (N, K), FLOAT8)
     _check("a", a, (*a.shape[:-1], K), FLOAT8)
     if N % 16 or K % 16:
