@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tome_core.families.family import Embedded, Family, UnsupportedModelError
+from tome_core.families.rope import place
 from tome_core.positions import Position
 
 try:
@@ -37,8 +38,7 @@ class VisionTowerFamily(Family):
             )
 
     def place(self, model: Any, patches: Tensor) -> Embedded:
-        x, rope = model.encoder._pos_embed(patches)
-        return Embedded(x, rope)
+        return place(model.encoder, patches)
 
     def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
         return Position(rope=positions)

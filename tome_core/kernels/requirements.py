@@ -134,12 +134,6 @@ def for_cut(images: Tensor, patch: int) -> None:
         raise ValueError(f"patches of {patch} pixels do not divide images of {tuple(sides)}")
 
 
-def _check_r(r: int, N: int, num_prefix_tokens: int) -> None:
-    most = (N - num_prefix_tokens) // 2
-    if not 0 < r <= most:
-        raise ValueError(f"r is {r}; it must be between 1 and {most}")
-
-
 def for_product8(
     a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, x: Tensor | None = None
 ) -> None:
@@ -162,24 +156,6 @@ def _check_r(r: int, N: int, num_prefix_tokens: int) -> None:
     most = (N - num_prefix_tokens) // 2
     if not 0 < r <= most:
         raise ValueError(f"r is {r}; it must be between 1 and {most}")
-
-
-def for_product8(
-    a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, x: Tensor | None = None
-) -> None:
-    """Checks the operands of a product in float8, and the residual that it adds to."""
-    N, K = weight.shape
-    if x is not None:
-        _check("x", x, (*a.shape[:-1], N), x.dtype)
-        if not x.dtype.is_floating_point:
-            raise ValueError(f"x is {x.dtype}; a residual is {', '.join(map(str, DTYPES))}")
-    _check("weight", weight, (N, K), FLOAT8)
-    _check("a", a, (*a.shape[:-1], K), FLOAT8)
-    if N % 16 or K % 16:
-        raise ValueError(f"weights of {N} x {K} are no multiples of 16, which products in float8 need")
-    for name, vector in (("bias", bias), ("scale", scale)):
-        if vector is not None:
-            _check(name, vector, (N,), vector.dtype)
 
 
 def _head_width(k: Tensor, num_heads: int) -> int:
