@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
@@ -63,7 +64,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "norms inside": {"scale_attn_norm": True, "scale_mlp_norm": True},
     "ReLU": {"act_layer": nn.ReLU},
     "GELU by tanh": {"act_layer": partial(nn.GELU, approximate="tanh")},
-    "SwiGLU": {"mlp_layer": timm.layers.SwiGLUPacked},
+    "SwiGLU": {"mlp_layer": SwiGLUPacked},
     "no norm at the end": {"final_norm": False},
     "no class token": {"class_token": False, "global_pool": "avg"},
     "one block": {"depth": 1},
@@ -214,7 +215,8 @@ def reason(merged: MergedViT, images: Tensor) -> str:
 
 def test_says_why_it_is_plain(build: Build) -> None:
     images = torch.randn(1, 3, 96, 96)
-    merged = tome_core.wrap(build(), "fused")
+    model = build()
+    merged = tome_core.wrap(model, "fused")
     assert "gradients" in reason(merged, images)
     with torch.no_grad():
         assert merged.implementation(images) == ("fused", "nothing is against it")
@@ -222,14 +224,14 @@ def test_says_why_it_is_plain(build: Build) -> None:
         assert reason(tome_core.wrap(build(), "plain"), images) == reason(merged.plain(), images) == "asked for"
         with torch.autocast("cpu"):
             assert "autocast" in reason(merged, images)
-        merged.model.blocks[1].train()
+        model.blocks[1].train()
         assert "training" in reason(merged, images)
         merged.eval().double()
         assert "the model is torch.float64" in reason(merged, images.double())
         merged.float()
         assert "the images are torch.float16" in reason(merged, images.half())
         assert "the images are torch.uint8" in reason(merged, images.byte())
-        handle = merged.model.blocks[1].attn.proj.register_forward_hook(lambda *_: None)
+        handle = model.blocks[1].attn.proj.register_forward_hook(lambda *_: None)
         assert "hooks" in reason(merged, images)
         handle.remove()
         assert merged.implementation(images).name == "fused"

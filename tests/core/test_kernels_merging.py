@@ -164,6 +164,6 @@ def test_the_same_input_gives_the_same_bits() -> None:
     for _ in range(3):
         again = operators.merge_add_norm(groups, x, y, size, None, None, norm)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    one = Groups(*(index[1:] for index in groups))
-    alone = operators.merge_add_norm(one, x[1:], y[1:], size[1:], None, None, norm)
+    one = Groups(*(index[1:].clone() for index in groups))
+    alone = operators.merge_add_norm(one, x[1:], y[1:], size[1:].clone(), None, None, norm)
     assert all(torch.equal(a[1:], b) for a, b in zip(first, alone, strict=True))

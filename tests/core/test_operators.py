@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import tome_core
-from tome_core import FixedR, embedding, kernels
-from tome_core.kernels import FLOAT8, relative
+from tome_core import FixedR, kernels
+from tome_core.kernels import FLOAT8
 
 Build = Callable[..., Any]
 ops = torch.ops.tome
@@ -55,7 +55,10 @@ def close(got: Tensor, wanted: Tensor) -> None:
 
 @pytest.mark.parametrize(("operator", "args"), CALLS.values(), ids=CALLS)
 def test_operators_are_what_they_say(operator: str, args: tuple[Any, ...]) -> None:
-    torch.library.opcheck(getattr(ops, operator).default, args)
+    # The check of the schema compares clones by arithmetic that torch has not for float8.
+    schema = () if operator.endswith("8") else ("test_schema",)
+    kinds = (*schema, "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(ops, operator).default, args, test_utils=kinds)
 
 
 def test_every_operator_is_checked() -> None:
@@ -89,36 +92,34 @@ def test_compiles_with_weights_that_change(build: Build) -> None:
     close(compiled(images), tome_core.wrap(model, "plain")(images, 5))
 
 
-def forget() -> None:
-    for cached in (relative._codes, relative._pairs, embedding._vector):
-        getattr(cached, "cache_clear", lambda: None)()
-
-
-@pytest.fixture
-def nothing_cached() -> Iterator[None]:
-    """What was kept by earlier calls is gone, and what this test keeps does not reach others."""
-    forget()
-    yield
-    forget()
-
-
 @torch.no_grad()
-@pytest.mark.usefixtures("nothing_cached")
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_relpos_small_patch16_224"])
-@pytest.mark.xfail(reason="relative._codes keeps the fake tensors of an export for later calls", strict=True)
-def test_an_export_leaves_nothing_behind(build: Build, name: str) -> None:
-    model, images = build(name, depth=1), torch.randn(2, 3, 96, 96)
+@pytest.mark.parametrize(
+    ("name", "size"), [("beit_base_patch16_224", (64, 80)), ("vit_relpos_small_patch16_224", (80, 48))]
+)
+def test_an_export_leaves_nothing_behind(build: Build, name: str, size: tuple[int, int]) -> None:
+    """What is kept between calls, here of a grid that no other test has, holds no tensors of a trace."""
+    model, images = build(name, depth=1, img_size=size), torch.randn(2, 3, *size)
     fused = tome_core.wrap(model, "fused")
-    torch.export.export(FixedR(fused, 5), (images,))
+    program = torch.export.export(FixedR(fused, 5), (images,))
+    wanted = tome_core.wrap(model, "plain")(images, 5)
     assert type(fused(images, 5)) is Tensor
+    close(fused(images, 5), wanted)
+    close(program.module()(images), wanted)
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("nothing_cached")
-@pytest.mark.xfail(reason="embedding._vector keeps fake tensors", strict=True)
 def test_a_model_of_pixels_exports(build: Build) -> None:
-    model, images = build(depth=1), torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8)
-    fused = tome_core.wrap(model, "fused").from_pixels((0.5,) * 3, (0.25,) * 3)
-    program = torch.export.export(FixedR(fused, 5), (images,))
-    assert type(fused(images, 5)) is Tensor
-    close(program.module()(images), fused(images, 5))
+    model, pixels = build(depth=1), torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8)
+    fused = tome_core.wrap(model, "fused").from_pixels((0.41, 0.42, 0.43), (0.21, 0.22, 0.23))
+    program = torch.export.export(FixedR(fused, 5), (pixels,))
+    assert type(fused(pixels, 5)) is Tensor
+    close(program.module()(pixels), fused(pixels, 5))
+
+
+def test_what_inference_mode_kept_meets_gradients(build: Build) -> None:
+    model, pixels = build(depth=1), torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8)
+    merged = tome_core.wrap(model, "fused").from_pixels((0.31, 0.32, 0.33), (0.24, 0.25, 0.26))
+    with torch.inference_mode():
+        merged(pixels, 5)
+    merged(pixels, 5).sum().backward()
+    assert model.head.weight.grad is not None

@@ -134,7 +134,7 @@ def test_the_other_processes_end_when_the_supervisor_is_killed(start_service: St
     [
         (("--r", "1000"), "each r must lie between 0 and 128"),
         (("--model", "resnet18,weights=random"), "cannot merge tokens in a ResNet"),
-        (("--precision", "fp8", "--device", "cpu"), "in float8: there is no float8 on cpu\n"),
+        (("--precision", "fp8", "--device", "cpu"), "in float8: there are no kernels for cpu\n"),
     ],
 )
 def test_what_the_engine_cannot_start_with_stops_the_service_with_a_message(

@@ -24,6 +24,7 @@ from server.settings import SettingsError
 from server.types import Job, ModelInfo, Preprocessing
 from tests.server.test_graphs import Repeated
 from tome_core import MergedViT, wrap
+from tome_core.embedding import Normalisation
 from tome_core.vit import Implementation, Kernels
 
 CPU = torch.device("cpu")
@@ -196,7 +197,7 @@ def test_the_model_that_a_runner_hands_out_is_the_one_that_answers() -> None:
 @pytest.mark.parametrize(
     ("kernels", "embed_dim", "reason"),
     [
-        ("auto", 384, "there is no float8 on cpu"),
+        ("auto", 384, "there are no kernels for cpu"),
         ("plain", 384, "asked for plain"),
         ("fused", 48, "float8 takes multiples of 16 from 384 on"),
     ],

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tome_core.kernels.launch import Kernel, ceil_div, interpreted
+from tome_core.kernels.launch import Kernel, interpreted
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
 """A tile of the result, and how much of both operands it takes in at a time."""
@@ -107,7 +107,9 @@ def _run(
 ) -> None:
     N, K = weight.shape
     rows, result = a.view(-1, K), out.view(-1, N)
-    programs = min(_num_processors(a.device), ceil_div(len(rows), BLOCK_M) * ceil_div(N, BLOCK_N))
+    programs = _num_processors(
+        a.device
+    )  # however few tiles there are: their number is none that kernels are compiled for
     _launch(
         (programs, 1, 1),
         (
