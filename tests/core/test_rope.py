@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import tome_core
 from tome_core.families import rope
@@ -18,10 +19,13 @@ def test_a_recording_takes_the_table_of_the_call_before(build: Any, name: str, m
     before = fused(images, 5)
     embedding: Any = fused.model.rope
     asked: list[object] = []
-    get_embed = type(embedding).get_embed
-    monkeypatch.setattr(
-        embedding, "get_embed", lambda *args, **kwargs: asked.append(args) or get_embed(embedding, **kwargs)
-    )
+
+    def get_embed(*args: Any, **kwargs: Any) -> Tensor:
+        asked.append(args)
+        table: Tensor = type(embedding).get_embed(embedding, *args, **kwargs)
+        return table
+
+    monkeypatch.setattr(embedding, "get_embed", get_embed)
     monkeypatch.setattr(rope, "is_recorded", lambda patches: True)
     assert torch.equal(fused(images, 5), before)
     learnt = next(embedding.parameters(), None) is not None
