@@ -15,11 +15,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from tome_core.families import Family, UnsupportedModelError
-from tome_core.families.parts import gelu_of, parts_of
+from tome_core.families.parts import is_gelu_mlp, parts_of
 from tome_core.kernels import FLOAT8, Norm
 from tome_core.kernels import missing_on as kernels_missing_on
 
@@ -63,13 +62,14 @@ class Block8(NamedTuple):
 def reason_against(family: Family, model: Any) -> str | None:
     """Why a model whose blocks run fused cannot be multiplied in float8; None where it can."""
     for i, block in enumerate(family.blocks(model)):
-        attn, mlp = block.attn, block.mlp
+        attn: Any = block.attn
+        mlp: Any = block.mlp
         joint = getattr(attn, "qkv", None)
         if type(joint) is not nn.Linear or getattr(attn, "gate", None) is not None:
             return f"block {i} has no joint projection of queries, keys and values, or a gate"
-        if type(mlp) is not Mlp or gelu_of(mlp) is None or type(mlp.norm) is not nn.Identity:
+        if not is_gelu_mlp(mlp):
             return f"block {i} has a {type(mlp).__name__} that is not two products with GELU between them"
-        inputs: tuple[int, int] = (joint.in_features, mlp.fc1.out_features)  # type: ignore[assignment]
+        inputs = (joint.in_features, mlp.fc1.out_features)
         if max(inputs) < NARROWEST or any(n % 16 for n in (*inputs, joint.out_features)):
             return f"its products have {inputs} inputs; float8 takes multiples of 16 from {NARROWEST} on"
     return None

@@ -97,6 +97,11 @@ def gelu_of(mlp: Any) -> bool | None:
     return True if type(act) is GELUTanh else None
 
 
+def is_gelu_mlp(mlp: Any) -> bool:
+    """Whether an MLP is two products with GELU between them, and nothing else."""
+    return type(mlp) is Mlp and gelu_of(mlp) is not None and type(mlp.norm) is nn.Identity
+
+
 def reason_against(family: Family, model: Any) -> str | None:
     """Why a model's blocks cannot run fused; None where they can."""
     for i, block in enumerate(family.blocks(model)):

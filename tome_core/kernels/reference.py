@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_sincos import rope_rotate_half, rot
 from torch import Tensor
 
 from tome_core.attention import proportional_attention
@@ -87,9 +86,17 @@ def _turned(x: Tensor, table: Tensor, num_heads: int, halved: bool) -> Tensor:
     heads = x.unflatten(-1, (num_heads, -1))
     sine, cosine = table.unflatten(-1, (-1, 2 * heads.shape[-1])).chunk(2, dim=-1)
     wide = widened(heads)
-    turned = wide * cosine + (rope_rotate_half(wide) if halved else rot(wide)) * sine
+    turned = wide * cosine + _quarter_turn(wide, halved) * sine
     by_token: Tensor = turned.to(x.dtype).flatten(2)
     return by_token
+
+
+def _quarter_turn(x: Tensor, halved: bool) -> Tensor:
+    """Each pair of channels (a, b) as (-b, a)."""
+    pairs = x.unflatten(-1, (2, -1)) if halved else x.unflatten(-1, (-1, 2)).transpose(-2, -1)
+    first, second = pairs.unbind(dim=-2)
+    turned = torch.stack([-second, first], dim=-2)
+    return (turned if halved else turned.transpose(-2, -1)).flatten(-2)
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
