@@ -41,7 +41,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Bias | None = None) -> Tensor:
-    return reference.attend(q.float(), k.float(), v.float(), log_size, bias, H, torch.float32, 1.0)
+    return reference.attend(q.float(), k.float(), v.float(), log_size, bias, H)
 
 
 @pytest.mark.parametrize(("N", "D", "dtype"), CASES, ids=str)

@@ -27,8 +27,8 @@ norm = (vector, vector, 1e-6, True)
 nothing = (None, None, None)
 
 CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "attend": ("attend", (q, k, v, None, *nothing, 2, torch.float32, 1.0)),
-    "attend biased, few queries": ("attend", (q[:, :1].contiguous(), k, v, log_size, *bias, 2, torch.bfloat16, 2.0)),
+    "attend": ("attend", (q, k, v, None, *nothing, 2)),
+    "attend biased, few queries": ("attend", (q[:, :1].contiguous(), k, v, log_size, *bias, 2)),
     "attend_match": ("attend_match", (q, k, v, None, *nothing, None, 2, 3, 1)),
     "attend_match by a metric": ("attend_match", (q, k, v, log_size, *bias, metric, 2, 3, 1)),
     "metric": ("metric", (k, 2)),

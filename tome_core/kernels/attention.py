@@ -24,7 +24,7 @@ FEW_QUERIES = 16
 @triton.jit
 def _attend_rows(
     q, k, v, log_size, table, row_code, column_code, out, image, head, begin,
-    M, N, H, num_codes, scale, multiplier,
+    M, N, H, num_codes, scale,
     Q_TOKEN: tl.constexpr, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
     SIZED: tl.constexpr, BIASED: tl.constexpr, WIDEN: tl.constexpr,
@@ -63,7 +63,7 @@ def _attend_rows(
             queries, k, v, log_size, table, codes, column_code, whole, N, scale, highest, total, acc,
             K_TOKEN, V_TOKEN, D, D_PAD, BLOCK_N, True, SIZED, BIASED, WIDEN,
         )  # fmt: skip
-    acc = acc * (multiplier / total[:, None])
+    acc = acc / total[:, None]
     at = out + (image * M + rows[:, None]) * (H * D) + head * D + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), inside)
 
@@ -100,10 +100,10 @@ def _tile(
     return higher, total, acc
 
 
-@triton.jit(do_not_specialize=["M", "N", "H", "num_codes", "scale", "multiplier"])
+@triton.jit(do_not_specialize=["M", "N", "H", "num_codes", "scale"])
 def _attend(
     q, k, v, log_size, table, row_code, column_code, out,
-    M, N, H, num_codes, scale, multiplier,
+    M, N, H, num_codes, scale,
     Q_TOKEN: tl.constexpr, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
     SIZED: tl.constexpr, BIASED: tl.constexpr, WIDEN: tl.constexpr,
@@ -112,7 +112,7 @@ def _attend(
     image, head, begin = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0) * BLOCK_M
     _attend_rows(
         q, k, v, log_size, table, row_code, column_code, out, image, head, begin,
-        M, N, H, num_codes, scale, multiplier,
+        M, N, H, num_codes, scale,
         Q_TOKEN, K_TOKEN, V_TOKEN, D, D_PAD, BLOCK_M, BLOCK_N, ONE_TILE, SIZED, BIASED, WIDEN,
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def _attend_match(
         _attend_rows(
             q, k, v, log_size, None, None, None, out,
             (tl.program_id(2) - matching).to(tl.int64), tl.program_id(1), tl.program_id(0) * BLOCK_M,
-            N, N, H, 0, scale, 1.0,
+            N, N, H, 0, scale,
             Q_TOKEN, K_TOKEN, V_TOKEN, D, D_PAD, BLOCK_M, BLOCK_N, ONE_TILE, SIZED, False, WIDEN,
         )  # fmt: skip
 
@@ -153,21 +153,19 @@ def attend(
     log_size: Tensor | None,
     bias: Bias | None,
     num_heads: int,
-    dtype: torch.dtype,
-    multiplier: float,
 ) -> Tensor:
     """As `reference.attend`."""
     (B, M, C), N = q.shape, k.shape[1]
-    if log_size is None and bias is None and M > FEW_QUERIES and dtype == q.dtype and multiplier == 1:
+    if log_size is None and bias is None and M > FEW_QUERIES:
         q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    out = torch.empty(B, M, C, dtype=dtype, device=q.device)
+    out = torch.empty(B, M, C, dtype=q.dtype, device=q.device)
     D = C // num_heads
     cut = blocks_of(M, N, D, q.dtype, bias is not None)
     _launch(
         (ceil_div(M, cut.block_m), num_heads, B),
         (q, k, v, log_size, *(bias or (None, None, None)), out),
-        (M, N, num_heads, 0 if bias is None else bias.table.shape[1], D**-0.5 * LOG2_E, multiplier),
+        (M, N, num_heads, 0 if bias is None else bias.table.shape[1], D**-0.5 * LOG2_E),
         (
             q.stride(1), k.stride(1), v.stride(1), D, power_of_2(D), cut.block_m, cut.block_n, cut.block_n >= N,
             log_size is not None, bias is not None, widen_products(q),
@@ -198,7 +196,7 @@ def attend_match(
     if apart or is_recorded(k):
         with beside(k) as join:
             groups = matching.match(matching.metric(k, num_heads) if metric is None else metric, r, num_prefix_tokens)
-        out = attend(q, k, v, log_size, bias, num_heads, q.dtype, 1.0)
+        out = attend(q, k, v, log_size, bias, num_heads)
         join()
         return out, groups
     out = torch.empty(B, N, C, dtype=q.dtype, device=q.device)

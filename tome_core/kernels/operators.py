@@ -57,16 +57,14 @@ def attend(
     log_size: Tensor | None,
     bias: Bias | None,
     num_heads: int,
-    dtype: torch.dtype | None = None,
-    multiplier: float = 1.0,
 ) -> Tensor:
     """`reference.attend`: proportional attention over heads side by side."""
     requirements.for_attend(q, k, v, log_size, bias, num_heads)
     table, rows, columns = bias or (None, None, None)
-    return _attend(q, k, v, log_size, table, rows, columns, num_heads, dtype or q.dtype, multiplier)
+    return _attend(q, k, v, log_size, table, rows, columns, num_heads)
 
 
-@_operator(lambda q, k, v, log_size, table, rows, columns, num_heads, dtype, _: q.new_empty(q.shape, dtype=dtype))
+@_operator(lambda q, *_: q.new_empty(q.shape))
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -76,11 +74,9 @@ def _attend(
     row_code: Tensor | None,
     column_code: Tensor | None,
     num_heads: int,
-    dtype: torch.dtype,
-    multiplier: float,
 ) -> Tensor:
     bias = Bias(table, row_code, column_code) if table is not None else None  # type: ignore[arg-type]
-    out: Tensor = _implementation("attention", q).attend(q, k, v, log_size, bias, num_heads, dtype, multiplier)
+    out: Tensor = _implementation("attention", q).attend(q, k, v, log_size, bias, num_heads)
     return out
 
 

@@ -22,8 +22,6 @@ def attend(
     log_size: Tensor | None,
     bias: Bias | None,
     num_heads: int,
-    dtype: torch.dtype,
-    multiplier: float,
 ) -> Tensor:
     """Proportional attention over heads that lie side by side: softmax(q k^T / sqrt(D) + log s + bias) v.
 
@@ -34,8 +32,6 @@ def attend(
         log_size: log2 of the sizes s of the tokens, (B, N) float32, or None for sizes of 1.
         bias: Bias by relative position, or None.
         num_heads: Heads.
-        dtype: Of the result.
-        multiplier: What the result is multiplied by.
 
     Returns:
         (B, M, C).
@@ -48,8 +44,7 @@ def attend(
         code = bias.row_code[:, : q.shape[1], None] + bias.column_code[:, None, :]
         pairs = (bias.table / LOG2_E)[:, code].transpose(0, 1)
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    out = proportional_attention(q, k, v, size, pairs).transpose(1, 2).flatten(2)
-    return _stored(out, dtype, multiplier)
+    return proportional_attention(q, k, v, size, pairs).transpose(1, 2).flatten(2)
 
 
 def metric(k: Tensor, num_heads: int) -> Tensor:
@@ -129,7 +124,7 @@ def attend_match(
         r, num_prefix_tokens: As for `match`.
     """
     groups = match(metric(k, num_heads) if found is None else found, r, num_prefix_tokens)
-    return attend(q, k, v, log_size, bias, num_heads, q.dtype, 1.0), groups
+    return attend(q, k, v, log_size, bias, num_heads), groups
 
 
 def norm(x: Tensor, offset: Tensor | None, norm: Norm, dtype: torch.dtype, multiplier: float) -> Tensor:
