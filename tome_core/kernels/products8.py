@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tome_core.kernels.launch import Kernel, interpreted
+from tome_core.kernels.launch import Kernel, ceil_div, interpreted
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
 """A tile of the result, and how much of both operands it takes in at a time."""
@@ -107,36 +107,23 @@ def _run(
 ) -> None:
     N, K = weight.shape
     rows, result = a.view(-1, K), out.view(-1, N)
-    programs = _num_processors(
-        a.device
-    )  # however few tiles there are: their number is none that kernels are compiled for
+    tiles, processors = ceil_div(len(rows), BLOCK_M) * ceil_div(N, BLOCK_N), _num_processors(a.device)
     _launch(
-        (programs, 1, 1),
+        (min(tiles, processors), 1, 1),
         (
             TensorDescriptor.from_tensor(rows, [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
-            bias,
-            scale,
+            bias, scale,
             TensorDescriptor.from_tensor(result, [BLOCK_M, BLOCK_N if gelu else BLOCK_N // 2]),
         ),
         (len(rows), factor, multiplier),
         (
-            N,
-            K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            GROUP,
-            programs,
-            gelu,
-            not gelu,
-            bias is not None,
-            scale is not None,
-            not interpreted(),
+            N, K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, processors,
+            gelu, not gelu, bias is not None, scale is not None, not interpreted(),
         ),
         num_warps=8,
         num_stages=3,
-    )
+    )  # fmt: skip
 
 
 _launch = Kernel(_multiply)
