@@ -30,11 +30,20 @@ class Normalisation(NamedTuple):
 
     def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Pixels (B, H, W, channels) in uint8 to images (B, channels, H, W)."""
+        self.check(pixels)
         mean, std = (_vector(values, pixels.device)[:, None, None] for values in self)
         B, H, W, channels = pixels.shape
         images = torch.empty(B, channels, H, W, device=pixels.device)
         images.copy_(pixels.permute(0, 3, 1, 2))  # widens and reorders in one pass
         return torch.addcmul(-mean / std, images, 1 / (255 * std), out=images).to(dtype)
+
+    def check(self, pixels: Tensor) -> None:
+        """Raises a ValueError that says why these are no pixels of as many channels."""
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != len(self.mean):
+            raise ValueError(
+                f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}; they must be torch.uint8 of shape "
+                f"(B, H, W, {len(self.mean)})"
+            )
 
     def grey(self, device: torch.device) -> Tensor:
         """What the byte `GREY` becomes, (channels,) float32."""
@@ -62,9 +71,12 @@ def embed(
         The tokens, (B, N, C), contiguous and new; the first block's norm of them; positions as `Family.embed` has them.
     """
     pixels = normalisation is not None
+    if normalisation is not None:
+        normalisation.check(images)
     image_size = (images.shape[1], images.shape[2]) if pixels else (images.shape[2], images.shape[3])
     weight, norm_pre = family.projection(model, image_size), family.norm_pre(model)
-    if weight is None:
+    channels = images.shape[3 if pixels else 1]
+    if weight is None or weight.shape[1] != channels:  # timm says what is wrong with the channels
         x, positions = family.embed(model, images if normalisation is None else normalisation(images, dtype))
         x = norm_pre(x).contiguous()
         return x, norm(x, None, parts_of(family.blocks(model)[0]).norm1), positions

@@ -12,6 +12,7 @@ is lost there, all others inherit.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ NARROWEST = 384
 
 LARGEST = 448.0
 """The largest e4m3."""
+
+SMALLEST = 1e-12
+"""What is taken for the largest value where all are zero."""
 
 ROUNDED = (1 + 2**-4) ** 2
 """By how much rounding to e4m3 can enlarge the product of an input and a weight: half a step of 3 bits for each."""
@@ -101,18 +105,21 @@ def quantise(family: Family, model: Any) -> list[Block8 | None]:
 def _block(block: Any) -> Block8:
     parts, (fc1, fc2) = parts_of(block), (block.mlp.fc1, block.mlp.fc2)
     hidden = _largest_output(parts.norm2, fc1)
+    second = _product(fc2.weight, hidden)
     return Block8(
         _product(block.attn.qkv.weight, _largest(parts.norm1)),
-        _product(fc1.weight, _largest(parts.norm2)),
-        _product(fc2.weight, hidden),
+        None if second is None else _product(fc1.weight, _largest(parts.norm2)),
+        second,
     )
 
 
 def _product(weight: Tensor, largest_input: float) -> Product8 | None:
     if weight.shape[1] < NARROWEST:
         return None
-    multiplier = LARGEST / largest_input
-    scale = LARGEST / max(weight.abs().max().item(), 1e-12)
+    largest_weight = weight.abs().max().item()
+    if not (math.isfinite(largest_input) and math.isfinite(largest_weight)):
+        raise UnsupportedModelError("cannot multiply in float8: a norm or a product has weights that are not finite")
+    multiplier, scale = (LARGEST / max(largest, SMALLEST) for largest in (largest_input, largest_weight))
     quantised = (weight.float() * scale).to(FLOAT8).contiguous()
     scales = tuple(torch.tensor(1 / s, dtype=torch.float32, device=weight.device) for s in (multiplier, scale))
     return Product8(quantised, multiplier, 1 / (multiplier * scale), scales)  # type: ignore[arg-type]

@@ -72,36 +72,57 @@ class Recorded(nn.Module):
         self.fixed = FixedR(merged, r)
         self.training = merged.training
         self._max_shapes = max_shapes
-        self._lock = threading.Lock()
-        self._recorders: dict[torch.device, CudaRecorder] = {}
-        self._recordings: OrderedDict[tuple[Any, ...], tuple[Tensor, CudaRecording, torch.cuda.Event]] = OrderedDict()
+        self._forget()
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies images, as `MergedViT.forward` takes them; gives logits (B, K)."""
-        if not _can_record(images):
+        merged = self.fixed.merged
+        if not _can_record(images) or self.training or any(layer.training for layer in merged.model.modules()):
             return self.fixed(images)  # type: ignore[no-any-return]
-        with self._lock, torch.cuda.device(images.device):
-            held, recording, done = self._recorded(images)
-            done.wait()  # another thread's stream may still read what the replay overwrites
+        # Hooks and autocast make another graph of the same images: the implementation and its reason tell them apart.
+        key = (images.shape, images.dtype, images.device, merged.implementation(images), _autocast(images))
+        with self._lock, torch.cuda.device(images.device), torch.inference_mode(False), torch.no_grad():
+            done = self._done.setdefault(images.device, torch.cuda.Event())
+            done.wait()  # recordings share memory, and another thread's stream may still use it
+            held, recording = self._recorded(key, images)
             held.copy_(images)
             recording.replay()
             logits = recording.output.clone()
             done.record()
         return logits
 
-    def _recorded(self, images: Tensor) -> tuple[Tensor, CudaRecording, torch.cuda.Event]:
-        key = (images.shape, images.dtype, images.device)
+    def _recorded(self, key: tuple[Any, ...], images: Tensor) -> tuple[Tensor, CudaRecording]:
         if key not in self._recordings:
             recorder = self._recorders.setdefault(images.device, CudaRecorder())
             held = images.clone(memory_format=torch.contiguous_format)
-            self._recordings[key] = held, recorder(lambda: self.fixed(held)), torch.cuda.Event()
+            self._recordings[key] = held, recorder(lambda: self.fixed(held))
             if len(self._recordings) > self._max_shapes:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end(key)
         return self._recordings[key]
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._recorders: dict[torch.device, CudaRecorder] = {}
+        self._done: dict[torch.device, torch.cuda.Event] = {}
+        self._recordings: OrderedDict[tuple[Any, ...], tuple[Tensor, CudaRecording]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_lock", "_recorders", "_done", "_recordings")  # a copy records for itself
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
 
 
 def _can_record(images: Tensor) -> bool:
     if images.device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return not torch.cuda.is_current_stream_capturing()
+
+
+def _autocast(images: Tensor) -> torch.dtype | None:
+    """What autocast brings products on the images' device to; None where it is off."""
+    kind = images.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

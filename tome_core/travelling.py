@@ -32,7 +32,7 @@ def start(position: Position, x: Tensor, num_prefix_tokens: int) -> Tensor | Non
     if position.rope is not None:
         return torch.eye(x.shape[1], _padded(x.shape[1]), dtype=x.dtype, device=x.device)[None]
     if position.bias is not None and position.grid is not None:
-        return cells_of(position.grid, num_prefix_tokens, x.device).expand(len(x), -1, -1).contiguous()
+        return cells_of(position.grid, num_prefix_tokens, x.device).expand(x.shape[0], -1, -1).contiguous()
     return None
 
 

@@ -66,7 +66,7 @@ class MergedViT(nn.Module):
         kernels: As for `wrap`.
 
     Attributes:
-        model: The wrapped timm model, untouched. Its size and its number of blocks must stay as they were.
+        model: The wrapped timm model, untouched. Its size and its layers must stay as they were; weights may change.
         num_blocks: Blocks of the model.
         num_prefix_tokens: Leading tokens that never merge.
         num_tokens: Tokens that enter the first block at the model's own input size, prefix included.
@@ -82,7 +82,7 @@ class MergedViT(nn.Module):
         self._normalisation: Normalisation | None = None
         self._float8: list[Block8 | None] = []
         self._unfusable = reason_against(self.family, model)
-        self._layers = [layer for block in self.family.blocks(model) for layer in block.modules()]
+        self._layers = list(model.modules())[1:]
         if kernels == "fused" and self._unfusable:
             raise UnsupportedModelError(f"cannot run a {type(model).__name__} by fused kernels: {self._unfusable}")
         self.model = model
@@ -134,6 +134,10 @@ class MergedViT(nn.Module):
         """
         if prefix_only and (track or not self.family.reads_prefix_only(self.model)):
             raise ValueError("prefix_only leaves nothing to track, and needs a head that reads prefix tokens alone")
+        on_gpu = images.is_cuda and not torch.compiler.is_compiling()
+        if on_gpu and images.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(images.device):  # Triton launches on the current one
+                return self.forward_features(images, r, track=track, prefix_only=prefix_only)
         if not track and self.implementation(images).name == "fused":
             x, n, positions = embed(self.family, self.model, images, self._normalisation, self._dtype)
             per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
@@ -154,7 +158,7 @@ class MergedViT(nn.Module):
 
     def plain(self) -> Self:
         """The same model, over the same weights, that never runs fused."""
-        model = copy(self)
+        model = self._twin()
         model._kernels = "plain"
         return model
 
@@ -175,7 +179,7 @@ class MergedViT(nn.Module):
             against = against or f"it is {self._dtype}, not bfloat16 or float16"
         if against:
             raise UnsupportedModelError(f"cannot multiply a {type(self.model).__name__} in float8: {against}")
-        model = copy(self)
+        model = self._twin()
         model._float8 = fp8.quantise(self.family, self.model)
         return model
 
@@ -189,9 +193,19 @@ class MergedViT(nn.Module):
             mean: Of each channel, as the model was trained with.
             std: Of each channel.
         """
-        model = copy(self)
+        if len(mean) != len(std):
+            raise ValueError(f"mean has {len(mean)} channels, std {len(std)}")
+        model = self._twin()
         model._normalisation = Normalisation(tuple(mean), tuple(std))
         return model
+
+    def _twin(self) -> Self:
+        """A model over the same timm model, with attributes and hooks of its own."""
+        twin = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                twin.__dict__[name] = copy(value)
+        return twin
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -216,8 +230,8 @@ class MergedViT(nn.Module):
         dtype = self._dtype
         if torch.is_grad_enabled():
             return "gradients are on; call it under torch.inference_mode() or no_grad()"
-        if any(block.training for block in self.family.blocks(self.model)):
-            return "the model is in training mode"
+        if any(layer.training for layer in self._layers):
+            return "the model is in training mode, or a layer of it"
         if torch.is_autocast_enabled(images.device.type):
             return "autocast is on; convert the model instead"
         if dtype not in DTYPES or images.dtype != (dtype if self._normalisation is None else torch.uint8):

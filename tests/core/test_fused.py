@@ -277,6 +277,6 @@ def test_a_layer_that_was_replaced_is_not_run_as_what_it_was(build: Build) -> No
     with pytest.raises(tome_core.UnsupportedModelError, match="block 1 projects the output of attention by a Doubled"):
         tome_core.wrap(model, "fused")
     model = build()
-    model.blocks[1].mlp.fc2 = Doubled(192, 48)
+    model.blocks[1].mlp.fc2 = Doubled(192, 48).eval()
     with torch.inference_mode():
         equal(model, torch.randn(2, 3, 96, 96))

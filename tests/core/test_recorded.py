@@ -87,6 +87,31 @@ def test_threads_take_turns(build: Any, recorder: Calls) -> None:
             torch.testing.assert_close(logits, merged(batch, 5))
 
 
+def test_a_recording_serves_whichever_mode(build: Any, recorder: Calls) -> None:
+    merged, images = wrap(build()), torch.randn(2, 3, 96, 96)
+    fast = Recorded(merged, 5)
+    with torch.inference_mode():
+        first = fast(images)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), first)
+    assert len(recorder.shapes) == 1
+
+
+@torch.no_grad()
+def test_hooks_and_training_are_not_replayed_away(build: Any, recorder: Calls) -> None:
+    merged, images, calls = wrap(build(), "fused"), torch.randn(2, 3, 96, 96), []
+    fast = Recorded(merged, 5)
+    fast(images)
+    model: Any = merged.model
+    handle = model.norm.register_forward_hook(lambda *_: calls.append(1))
+    fast(images)
+    assert calls
+    handle.remove()
+    fast.train()
+    fast(images)
+    assert len(recorder.shapes) == 2  # in training mode nothing is recorded
+
+
 def test_gradients_are_the_models_own(build: Any, recorder: Calls) -> None:
     model = build()
     Recorded(wrap(model), 5)(torch.randn(2, 3, 96, 96)).sum().backward()

@@ -23,7 +23,8 @@ class BeitFamily(Family):
         x = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         if model.pos_embed is not None:
             x = x + model.pos_embed
-        return Embedded(model.pos_drop(x), model.rel_pos_bias() if model.rel_pos_bias is not None else None)
+        shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None
+        return Embedded(model.pos_drop(x), shared[None] if shared is not None and shared.ndim == 3 else shared)
 
     def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
         attn, bias = model.blocks[i].attn, positions

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models.naflexvit import NaFlexVit
+from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 from torch import Tensor, nn
 
 from tome_core.families.family import Embedded, Family, UnsupportedModelError
+from tome_core.families.rope import with_table
 from tome_core.positions import Position
 
 
@@ -37,11 +38,16 @@ class NaFlexFamily(Family):
         return rows * columns + self.num_prefix_tokens(model)
 
     def embed(self, model: Any, images: Tensor) -> Embedded:
-        embedded = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
-        return Embedded(embedded["patches"], embedded["rope_embeds"])
+        def embedded(model: Any) -> tuple[Tensor, Tensor | None]:
+            made = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
+            return made["patches"], made["rope_embeds"]
+
+        return with_table(model, images, embedded)
 
     def projection(self, model: Any, image_size: tuple[int, int]) -> Tensor | None:
         embeds = model.embeds
+        if type(embeds) is not NaFlexEmbeds or type(embeds.proj) is not nn.Linear:
+            return None
         weight, (patch, width) = embeds.proj.weight, embeds.patch_size
         normed = any(type(norm) is not nn.Identity for norm in (embeds.norm, model.norm_pre))
         if normed or not embeds.is_linear or embeds.norm_input is not None or patch != width:

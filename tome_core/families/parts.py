@@ -8,7 +8,7 @@ from timm.layers.activations import GELUTanh
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
-from timm.layers.norm import RmsNorm, RmsNormFp32
+from timm.layers.norm import LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32
 from timm.models import beit
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
@@ -57,10 +57,13 @@ def parts_of(block: Any) -> Parts:
 
 def norm_of(norm: nn.Module) -> Norm | None:
     """What a norm is made of; None where it is no LayerNorm or RMSNorm with weights."""
-    if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
-        return Norm(norm.weight, norm.bias, norm.eps)
-    if type(norm) in (RmsNorm, RmsNormFp32) and norm.weight is not None:
-        return Norm(norm.weight, None, norm.eps, centred=False)  # type: ignore[arg-type]
+    weight: Any = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    if type(norm) in (nn.LayerNorm, LayerNorm, LayerNormFp32):
+        return Norm(weight, norm.bias, float(norm.eps))  # type: ignore[arg-type]
+    if type(norm) in (RmsNorm, RmsNormFp32):
+        return Norm(weight, None, float(norm.eps), centred=False)  # type: ignore[arg-type]
     return None
 
 

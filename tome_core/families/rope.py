@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,24 +26,41 @@ class _Table:
         return self._table
 
 
-_LATEST: WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = WeakKeyDictionary()
-"""By rotary embedding: the kind of patches that it was last asked for, and the table that it gave."""
+MOST_KINDS = 16
+"""Kinds of input whose tables are kept for a rotary embedding; the oldest makes room."""
+
+_TABLES: WeakKeyDictionary[nn.Module, OrderedDict[object, Tensor]] = WeakKeyDictionary()
+"""The tables that a rotary embedding gave, by the kind of input."""
 
 
 def place(trunk: Any, patches: Tensor) -> Embedded:
-    """The trunk's `_pos_embed`: patches, as the patch embedding leaves them, to tokens and a rotary table.
+    """The trunk's `_pos_embed`: patches, as the patch embedding leaves them, to tokens and a rotary table."""
+    return with_table(trunk, patches, lambda trunk: trunk._pos_embed(patches))
 
-    Some tables are made on the host at every call (DINOv3's), which a recorded graph cannot do. There the table of the
+
+def with_table(trunk: Any, inputs: Tensor, embed: Callable[[Any], tuple[Tensor, Tensor | None]]) -> Embedded:
+    """What `embed` gives of a trunk, by a rotary embedding that can be recorded.
+
+    Some tables are made on the host at every call (DINOv3's), which a recorded graph cannot do. There the table of a
     call before stands in, which warmed the recording up: without parameters, it is the same.
+
+    Args:
+        trunk: Has the rotary embedding, or None, as `rope`.
+        inputs: What the table follows from: their shape, dtype and device.
+        embed: Gives tokens and table of the trunk that it is called with.
     """
-    rope, kind = trunk.rope, (patches.shape[1:], patches.dtype, patches.device)
+    rope, kind = trunk.rope, (inputs.shape[1:], inputs.dtype, inputs.device)
     if rope is None or torch.compiler.is_compiling() or next(rope.parameters(), None) is not None:
-        return Embedded(*_with_exact_grid(trunk)._pos_embed(patches))
-    latest, table = _LATEST.get(rope, (None, None))
-    if is_recorded(patches) and latest == kind:
-        return Embedded(*_with_rope(trunk, _Table(table))._pos_embed(patches))  # type: ignore[arg-type]
-    x, table = trunk._pos_embed(patches)
-    _LATEST[rope] = kind, table
+        return Embedded(*embed(_with_exact_grid(trunk)))
+    tables = _TABLES.setdefault(rope, OrderedDict())
+    known = tables.get(kind)
+    if known is not None and is_recorded(inputs):
+        return Embedded(*embed(_with_rope(trunk, _Table(known))))
+    x, table = embed(trunk)
+    if type(table) is Tensor:
+        tables[kind] = table
+        if len(tables) > MOST_KINDS:
+            tables.popitem(last=False)
     return Embedded(x, table)
 
 

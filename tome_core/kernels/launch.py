@@ -23,6 +23,8 @@ def missing_on(device: torch.device) -> str | None:
     """Why there are no Triton kernels for a device; None where there are."""
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA's GPUs"
     if not HAS_TRITON:
         return "the package triton is not installed"
     if not HAS_COMPILER:

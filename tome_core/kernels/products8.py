@@ -106,6 +106,8 @@ def _run(
     gelu: bool,
 ) -> None:
     N, K = weight.shape
+    if not a.numel():
+        return
     rows, result = a.view(-1, K), out.view(-1, N)
     tiles, processors = ceil_div(len(rows), BLOCK_M) * ceil_div(N, BLOCK_N), _num_processors(a.device)
     _launch(

@@ -196,7 +196,7 @@ def merge_add_norm(
 def merge_sums(groups: Groups, sums: Tensor) -> Tensor:
     """What belongs to the tokens' members, added up over those that merge: (1 or B, N, K) to (B, M, K)."""
     plan = plan_of(groups)
-    sums = sums.expand(len(groups.keep), -1, -1)
+    sums = sums.expand(groups.keep.shape[0], -1, -1)
     rows = torch.arange(plan.keep.shape[1], device=sums.device)
     with full_precision(sums.device):
         joins = (plan.dst[:, None, :] == rows[:, None]).to(sums.dtype)

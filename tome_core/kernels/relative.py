@@ -91,11 +91,12 @@ def _codes(grid: tuple[int, int], P: int, device: torch.device) -> _Codes:
 def _pairs(grid: tuple[int, int], num_prefix_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each sum of two codes a row and a column that have it; 0 and 0 where there are none."""
     sums = cells_of(grid, num_prefix_tokens, torch.device("cpu"))
-    unused = torch.zeros(1, 1)
-    bias = bias_of(unused, sums, torch.ones(1, sums.shape[1]), grid, num_prefix_tokens)
+    unused = torch.zeros(1, 1, device="cpu")
+    bias = bias_of(unused, sums, torch.ones_like(sums[..., 0]), grid, num_prefix_tokens)
     at = (bias.row_code[0][:, None] + bias.column_code[0]).flatten().long()
-    pairs = torch.zeros(2, _codes(grid, num_prefix_tokens, torch.device("cpu")).num_codes, dtype=torch.long)
-    tokens = torch.arange(sums.shape[1])
+    num_codes = _codes(grid, num_prefix_tokens, torch.device("cpu")).num_codes
+    pairs = torch.zeros(2, num_codes, dtype=torch.long, device="cpu")
+    tokens = torch.arange(sums.shape[1], device="cpu")
     pairs[0, at] = tokens.repeat_interleave(len(tokens))
     pairs[1, at] = tokens.repeat(len(tokens))
     rows, columns = pairs.to(device)

@@ -66,7 +66,7 @@ def for_rotate(q: Tensor, k: Tensor, table: Tensor, size: Tensor | None, num_hea
     D, (B, N, _) = _check_heads(q, k, num_heads), k.shape
     if (
         table.ndim != 3
-        or len(table) not in (1, B)
+        or table.shape[0] not in (1, B)
         or table.shape[1] != N
         or table.shape[2] not in (2 * D, 2 * k.shape[2])
     ):
@@ -91,9 +91,9 @@ def for_add_norm(x: Tensor, y: Tensor | None, scale: Tensor | None, offset: Tens
     B, N, C = x.shape
     _check("x", x, x.shape, x.dtype)
     if y is not None:
-        if y.ndim != 3 or y.shape[1] > N or B not in (1, len(y)):
+        if y.ndim != 3 or y.shape[1] > N or B not in (1, y.shape[0]):
             raise ValueError(f"y has shape {tuple(y.shape)}, which does not go with x of {tuple(x.shape)}")
-        _check("y", y, (len(y), y.shape[1], C), y.dtype)
+        _check("y", y, (y.shape[0], y.shape[1], C), y.dtype)
     for name, vector in (("scale", scale), ("weight", norm.weight), ("bias", norm.bias)):
         if vector is not None:
             _check(name, vector, (C,), vector.dtype)
@@ -122,7 +122,7 @@ def for_merge_sums(groups: Groups, sums: Tensor) -> None:
     """Checks the operands of `merge_sums`."""
     B, N, K = sums.shape
     _check("sums", sums, sums.shape, sums.dtype)
-    _check_groups(groups, len(groups.keep) if B == 1 else B, N)
+    _check_groups(groups, groups.keep.shape[0] if B == 1 else B, N)
 
 
 def for_cut(images: Tensor, patch: int) -> None:
