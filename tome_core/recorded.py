@@ -77,7 +77,7 @@ class Recorded(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Classifies images, as `MergedViT.forward` takes them; gives logits (B, K)."""
         merged = self.fixed.merged
-        if not _can_record(images) or self.training or any(layer.training for layer in merged.model.modules()):
+        if self.training or merged.has_training_layers() or not _can_record(images):
             return self.fixed(images)  # type: ignore[no-any-return]
         # Hooks and autocast make another graph of the same images: the implementation and its reason tell them apart.
         key = (images.shape, images.dtype, images.device, merged.implementation(images), _autocast(images))

@@ -156,6 +156,10 @@ class MergedViT(nn.Module):
         against = against or self._not_now(images)
         return Implementation("plain", against) if against else Implementation("fused", "nothing is against it")
 
+    def has_training_layers(self) -> bool:
+        """Whether any layer of the timm model is in training mode, a dropout alone perhaps."""
+        return any(layer.training for layer in self._layers)
+
     def plain(self) -> Self:
         """The same model, over the same weights, that never runs fused."""
         model = self._twin()
@@ -230,7 +234,7 @@ class MergedViT(nn.Module):
         dtype = self._dtype
         if torch.is_grad_enabled():
             return "gradients are on; call it under torch.inference_mode() or no_grad()"
-        if any(layer.training for layer in self._layers):
+        if self.has_training_layers():
             return "the model is in training mode, or a layer of it"
         if torch.is_autocast_enabled(images.device.type):
             return "autocast is on; convert the model instead"
