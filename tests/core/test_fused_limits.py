@@ -59,6 +59,14 @@ def test_a_norm_of_another_class_is_not_read_as_a_norm(build: Build) -> None:
     torch.testing.assert_close(wrap(model, "fused")(images, 5), wrap(model, "plain")(images, 5), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("half", ["ls1", "ls2"])
+def test_a_scale_of_another_class_is_named(build: Build, half: str) -> None:
+    model = build()
+    setattr(model.blocks[1], half, nn.Tanh())
+    with pytest.raises(UnsupportedModelError, match="block 1 has a Tanh, not LayerScale"):
+        wrap(model, "fused")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["patch_embed", "patch_embed.proj", "norm", "norm_pre", "blocks.1.mlp.act"])
 def test_a_hook_on_a_layer_that_would_not_run_is_heard(build: Build, where: str) -> None:

@@ -131,8 +131,9 @@ def _unlike(block: Any) -> str | None:
     D = attn.proj.in_features // attn.num_heads
     if not fits_head(D):
         return f"has heads of {D} channels; fused: multiples of 8 from {SMALLEST_HEAD} to {LARGEST_HEAD}"
-    if any(type(getattr(block, name, nn.Identity())) not in (nn.Identity, LayerScale) for name in ("ls1", "ls2")):
-        return f"has a {type(block.ls1).__name__}"
+    for scale in (getattr(block, "ls1", None), getattr(block, "ls2", None)):
+        if scale is not None and type(scale) not in (nn.Identity, LayerScale):
+            return f"has a {type(scale).__name__}, not LayerScale"
     return None
 
 
