@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.variants import CHOICES, METHODS, Variant
-from server.api.decode import decode
-from server.calibration.intervals import paired_difference
-from server.engine.runner import Runner
-from server.models import LoadedModel, load_model
+from server.device.models import LoadedModel, load_model
+from server.device.runner import Runner
+from server.images.pillow import decode
+from server.intervals import paired_difference
 from server.settings import ModelSpec
 from server.types import Job, ModelInfo
 from tome_core import MergedViT

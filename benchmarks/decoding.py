@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from server.api.decode import decode, decode_for
-from server.commands.photo import choose_photos
-from server.engine.decoding import decode_jpegs, engine_decodes
-from server.engine.preparing import Preparer
-from server.engine.runner import Prepared, Runner
-from server.engine.torch_backend import set_threads
+from server.device.models import LoadedModel, load_model
+from server.device.preparing import Preparer
+from server.device.runner import Prepared, Runner
+from server.device.torch_backend import set_threads
 from server.errors import ServerError
-from server.models import LoadedModel, load_model
+from server.images.nvjpeg import decode_jpegs, engine_decodes
+from server.images.photos import choose_photos
+from server.images.pillow import decode, decode_for
 from server.settings import ModelSpec, SettingsError
 from server.types import Job
 

@@ -32,12 +32,12 @@ from typing import Any
 
 from PIL import Image
 
+from server.batching.policy import Rung
 from server.bench.client import Answer, Client, Target
 from server.bench.load import Reply, Request, closed_loop, open_loop, poisson
 from server.bench.rows import is_good, percentile
 from server.calibration.simulator import simulate
 from server.dial import AutoR
-from server.engine.knob import Rung
 
 MOST_CLIENTS = 32
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import read_photos, share
-from server.models import LoadedModel, load_model
+from server.device.models import LoadedModel, load_model
+from server.images.preprocessing import Preprocessing
 from server.settings import ModelSpec
-from server.types import Preprocessing
 from tome_core import FixedR, export_onnx
 
 Answer = Callable[[Tensor], Tensor]

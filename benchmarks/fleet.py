@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from server.calibration.curve import Curve
+from server.calibration.ladder import steps_of
 from server.calibration.simulator import Served, replay
+from server.curve import Curve
 from server.dial import AutoR, Schedule, r_of, text_of
-from server.engine.ladder import steps_of
 
 PHASE_S = 30.0
 PHASES = ("three zones", "two zones", "three again")

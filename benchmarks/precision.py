@@ -25,7 +25,7 @@ import tome_core
 from benchmarks.accuracy import read_photos
 from benchmarks.forward import DTYPES
 from benchmarks.same_matching import recorded, replayed
-from server.models import load_model
+from server.device.models import load_model
 from server.settings import ModelSpec
 
 IN_FLOAT64 = 16  # photos

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import tome_core
-from server.engine.openvino import Compiler
-from server.engine.openvino_graphs import any_batch, config_of, run_of
+from server.device.openvino import Compiler
+from server.device.openvino_graphs import any_batch, config_of, run_of
 
 Run = Callable[[Tensor], object]
 WARM_UP = 5

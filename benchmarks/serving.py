@@ -34,15 +34,15 @@ from typing import IO, Any
 
 from PIL import Image
 
-from server.api.decode import decode
 from server.bench.client import BrokenError, Client, Target
 from server.bench.load import Request, Run, closed_loop
 from server.bench.rows import Row, row_of
-from server.commands.photo import choose_photos
-from server.engine.backend import BackendOptions
-from server.engine.runner import Runner
-from server.engine.torch_backend import set_threads
-from server.models import LoadedModel, load_model
+from server.device.backend import BackendOptions
+from server.device.models import LoadedModel, load_model
+from server.device.runner import Runner
+from server.device.torch_backend import set_threads
+from server.images.photos import choose_photos
+from server.images.pillow import decode
 from server.settings import ModelSpec
 from server.types import Job
 

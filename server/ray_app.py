@@ -79,8 +79,8 @@ class Replica:
     """
 
     def __init__(self, settings: Settings) -> None:
-        from server.engine.process import build_engine  # imports torch: here, and not where `build` runs
-        from server.engine.torch_backend import set_threads
+        from server.device.torch_backend import set_threads
+        from server.engine_process import build_engine  # imports torch: here, and not where `build` runs
 
         _log_as_serve_does(settings.log_level)
         self._settings = settings.model_copy(update={"threads": settings.threads or _assigned_cpus()})

@@ -169,9 +169,9 @@ def _end(children: Sequence[Child], within_s: float) -> None:
 
 
 def _run_engine(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
-    from server.engine import process  # imports torch: in the engine process alone
+    from server import engine_process  # imports torch: in the engine process alone
 
-    process.main(settings, socket_path, ready, pulse)
+    engine_process.main(settings, socket_path, ready, pulse)
 
 
 def _run_http(settings: Settings, listener: socket.socket, socket_paths: Sequence[str], pulse: Pulse) -> None:

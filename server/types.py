@@ -9,41 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from server.dial import AutoR, RSetting, Schedule, schedule_of, setting_from_json, setting_to_json
 from server.errors import InvalidError, NotFoundError, shown
+from server.images.preprocessing import Preprocessing
 from tome_core.schedule import token_counts
 
 if TYPE_CHECKING:
-    from server.calibration.curve import Curve
+    from server.curve import Curve
 
 
 _token_counts = functools.lru_cache(4096)(token_counts)
-
-
-@dataclass(frozen=True, slots=True)
-class Preprocessing:
-    """How a model wants its images, from its own configuration; sizes in pixels."""
-
-    input_size: tuple[int, int]
-    resize_size: tuple[int, int]
-    crop_mode: Literal["center", "squash"]
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height to which an image of these is brought before the crop; rounds as torchvision does."""
-        to_height, to_width = self.resize_size
-        if self.crop_mode == "squash":
-            return to_width, to_height
-        short = min(width, height)
-        scaled_width, scaled_height = (
-            to_height if side == short else int(to_height * side / short) for side in (width, height)
-        )
-        return scaled_width, scaled_height
-
-    def crop_corner(self, width: int, height: int) -> tuple[int, int]:
-        """Left and top of the crop in a resized image, below zero where that is smaller; rounds as torchvision does."""
-        to_height, to_width = self.input_size
-        return round((width - to_width) / 2), round((height - to_height) / 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import uvloop
 
-from server.types import BatchKey, Job, Merges, ModelInfo, Preprocessing, TopK
+from server.images.preprocessing import Preprocessing
+from server.types import BatchKey, Job, Merges, ModelInfo, TopK
 
 SIDE = 32  # pixels
 
@@ -53,9 +54,9 @@ def _engine(socket_path: str) -> None:
 
 
 async def _serve(socket_path: str) -> None:
+    from server.batching.engine import LocalEngine
     from server.config.local import LocalConfig
-    from server.engine.engine import LocalEngine
-    from server.engine.transport import serve_engine
+    from server.ipc.transport import serve_engine
 
     told_to_end = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)

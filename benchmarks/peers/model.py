@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from server.api.decode import decode
-from server.engine.runner import pick_device
-from server.engine.torch_backend import set_threads
-from server.models import load_model
+from server.device.models import load_model
+from server.device.runner import pick_device
+from server.device.torch_backend import set_threads
+from server.images.pillow import decode
 from server.settings import ModelSpec
 
 MAX_PIXELS = 89_000_000

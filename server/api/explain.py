@@ -10,12 +10,13 @@ from fastapi import APIRouter, Request
 
 from server.api.access import ERRORS, ForUsers, Service
 from server.api.body import Upload, read_request
-from server.api.decode import decode
 from server.api.patience import at_most, unless_client_leaves
 from server.api.routes import ASKED, classes, resolve
 from server.api.schemas import BlockGroups, Merging, Seen, TimingsMs
 from server.dial import r_of
-from server.types import Explanation, Job, Preprocessing
+from server.images.pillow import decode
+from server.images.preprocessing import Preprocessing
+from server.types import Explanation, Job
 
 router = APIRouter(responses=ERRORS)
 

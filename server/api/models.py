@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
+from server import curve as curves
 from server.api.access import ERRORS, ForAdmins, ForUsers
 from server.api.body import parse, read_json
 from server.api.config import expected_version, setting_of, tag
@@ -22,7 +23,6 @@ from server.api.schemas import (
     ModelSummary,
     PatchModel,
 )
-from server.calibration import curve as curves
 from server.dial import AutoR, r_of
 from server.types import Configuration, Engine, ModelInfo, find_model
 

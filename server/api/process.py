@@ -15,8 +15,8 @@ from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.api.connection import Connection
-from server.engine.devices import Devices
-from server.engine.transport import RemoteEngine
+from server.ipc.devices import Devices
+from server.ipc.transport import RemoteEngine
 from server.lifetime import Pulse, configure_logging, end_with_parent
 from server.settings import Settings
 

@@ -12,11 +12,11 @@ from fastapi import APIRouter, Request, Response
 from server import metrics
 from server.api.access import ERRORS, ForUsers, Service
 from server.api.body import Upload, read_request
-from server.api.decode import decode_for
 from server.api.patience import at_most, unless_client_leaves
 from server.api.schemas import AutoChoice, Class, Classification, ImageResult, JsonBody, Parameters, RSource, TimingsMs
 from server.dial import AutoR, RSetting, Schedule, label_of, parse_setting, r_of, text_of
 from server.errors import InvalidError, ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.images.pillow import decode_for
 from server.types import Choice, Job, ModelInfo, Prediction, TopK, find_model
 
 router = APIRouter(responses=ERRORS)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.calibration.intervals import wilson
+from server.intervals import wilson
 
 ALLOWED = 0.01  # of the requests may take longer than the bound: that is what p99 means
 MOST_RUNS, ENOUGH = 3, 400  # of one rate: from 381 requests on, none over the bound is a verdict at 95 %

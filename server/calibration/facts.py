@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from server import __version__
-from server.calibration.curve import Facts
-from server.engine.runner import Runner
-from server.models import LoadedModel
+from server.curve import Facts
+from server.device.models import LoadedModel
+from server.device.runner import Runner
 
 
 def facts_of(loaded: LoadedModel, runner: Runner) -> Facts | None:

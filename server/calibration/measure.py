@@ -11,11 +11,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from server.calibration.curve import CurveRow
-from server.calibration.intervals import wilson
+from server.curve import CurveRow
+from server.device.models import LoadedModel
+from server.device.runner import Runner
 from server.dial import Schedule
-from server.engine.runner import Runner
-from server.models import LoadedModel
+from server.intervals import wilson
 from server.types import Job
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions

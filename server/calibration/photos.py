@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from server.commands.photo import read_photo
+from server.device.models import LoadedModel
+from server.device.runner import Runner
 from server.dial import Schedule
-from server.engine.runner import Runner
-from server.models import LoadedModel
+from server.images.photos import read_photo
 from server.types import ModelInfo
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server.calibration.curve import Curve, CurveError, Facts, speed_staleness, staleness
-from server.models import BUNDLED
+from server.curve import Curve, CurveError, Facts, speed_staleness, staleness
+from server.device.models import BUNDLED
 from server.settings import ModelSpec, SettingsError
 from server.types import ModelInfo
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from server.batching.auto import AutoDial
+from server.batching.batcher import Batcher
+from server.batching.policy import Rung
 from server.dial import AutoR, Schedule
-from server.engine.auto import AutoDial
-from server.engine.batcher import Batcher
-from server.engine.knob import Rung
 from server.errors import ServerError
 from server.types import BatchKey
 

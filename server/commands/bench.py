@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.bench.client import Target
     from server.bench.session import Session
-    from server.commands.photo import choose_photos
+    from server.images.photos import choose_photos
 
     _check(args)
     try:

@@ -15,8 +15,8 @@ from server.errors import InvalidError
 from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from server.calibration.curve import Curve
-    from server.models import LoadedModel
+    from server.curve import Curve
+    from server.device.models import LoadedModel
 
 HELP = "measure what each r costs and keeps on this machine, for r=auto and for you"
 SETTINGS: tuple[str, ...] = (
@@ -57,16 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.calibration import places
-    from server.calibration.curve import Curve
     from server.calibration.facts import facts_of
     from server.calibration.labels import read_labels
     from server.calibration.measure import measure
     from server.calibration.photos import read_photos
-    from server.commands.photo import choose_photos
-    from server.engine.backend import BackendOptions
-    from server.engine.runner import Runner
-    from server.engine.torch_backend import set_threads
-    from server.models import load_model
+    from server.curve import Curve
+    from server.device.backend import BackendOptions
+    from server.device.models import load_model
+    from server.device.runner import Runner
+    from server.device.torch_backend import set_threads
+    from server.images.photos import choose_photos
 
     if args.photos < 2:
         raise SettingsError(f"--photos is {args.photos}; it must be 2 or more")
@@ -110,7 +110,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
 def _ladder(loaded: LoadedModel, args: argparse.Namespace) -> list[Schedule]:
     """What to measure: r=0 first, then numbers, then lists."""
-    from server.engine.ladder import schedules
+    from server.calibration.ladder import schedules
 
     asked: list[FixedR] = [0]
     try:

@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.commands.photo import read_photo
-    from server.engine.runner import Runner
-    from server.engine.torch_backend import set_threads
-    from server.models import load_model
+    from server.device.models import load_model
+    from server.device.runner import Runner
+    from server.device.torch_backend import set_threads
+    from server.images.photos import read_photo
     from server.types import Job
 
     set_threads(settings.threads)

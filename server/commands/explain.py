@@ -38,11 +38,11 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     import torch
     from PIL import Image
 
-    from server.commands.photo import read_photo
-    from server.engine.explainer import patches
-    from server.engine.runner import Runner
-    from server.engine.torch_backend import set_threads
-    from server.models import load_model
+    from server.device.explainer import patches
+    from server.device.models import load_model
+    from server.device.runner import Runner
+    from server.device.torch_backend import set_threads
+    from server.images.photos import read_photo
     from server.types import Job
     from tome_core.visualize import paint, sources
 

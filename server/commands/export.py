@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.models import load_model
+    from server.device.models import load_model
     from tome_core import ExportError, export_onnx
 
     spec = settings.specs()[0]

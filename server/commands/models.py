@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.models import load_model
+    from server.device.models import load_model
 
     for spec in settings.specs():
         loaded = load_model(spec)

@@ -15,7 +15,7 @@ from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from server.calibration.photos import Calibration
-    from server.models import LoadedModel
+    from server.device.models import LoadedModel
     from server.types import ModelInfo
 
 HELP = "look for a better schedule than a constant r, on photos without labels"
@@ -65,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.calibration.photos import Calibration, read_photos
-    from server.commands.photo import choose_photos
-    from server.engine.runner import Runner
-    from server.engine.torch_backend import set_threads
-    from server.models import load_model
+    from server.device.models import load_model
+    from server.device.runner import Runner
+    from server.device.torch_backend import set_threads
+    from server.images.photos import choose_photos
 
     for name, least in (("photos", 2), ("rounds", 1), ("trials", PARTS)):
         if getattr(args, name) < least:
@@ -176,8 +176,8 @@ def _judge(
     cost: Callable[[Schedule], float] | None,
 ) -> list[Row]:
     """Agreement on photos that the search has not seen; cost None means latency, measured once more."""
-    from server.calibration.intervals import paired_difference, wilson
     from server.calibration.latency import measure
+    from server.intervals import paired_difference, wilson
 
     costs = measure(calibration.seconds, list(dict.fromkeys(kinds.values()))) if cost is None else {}
     agreements = {kind: calibration.agreements(schedule, report_on) for kind, schedule in kinds.items()}

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from server import cli, supervisor
+from server import engine_process as process
+from server.device.torch_backend import TorchBackend
 from server.dial import Schedule
-from server.engine import process
-from server.engine.torch_backend import TorchBackend
 from server.lifetime import Pulse
 from server.settings import Settings
 

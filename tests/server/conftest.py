@@ -23,13 +23,14 @@ from hypothesis import settings as hypothesis_settings
 from PIL import Image
 
 from server.api.app import create_app
-from server.calibration.curve import Curve, CurveRow, Facts
+from server.batching.engine import LocalEngine
+from server.batching.policy import Rung
 from server.config.local import LocalConfig
+from server.curve import Curve, CurveRow, Facts
 from server.dial import RSetting
-from server.engine.engine import LocalEngine
-from server.engine.knob import Rung
+from server.images.preprocessing import Preprocessing
 from server.settings import Settings
-from server.types import BatchKey, Engine, Job, Merges, ModelInfo, Preprocessing, TopK
+from server.types import BatchKey, Engine, Job, Merges, ModelInfo, TopK
 
 hypothesis_settings.register_profile("server", deadline=None)
 hypothesis_settings.load_profile("server")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 
 from server.api.admission import LONGEST_TURN_S, Admission
+from server.batching.batcher import Batcher
 from server.bench.load import poisson
 from server.calibration.simulator import _in_virtual_time
-from server.engine.batcher import Batcher
 from server.errors import QueueFullError, ServerError, TooLargeError
 
 FOREVER = 1e6

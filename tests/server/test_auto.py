@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from server.batching.policy import Rung
 from server.dial import AutoR
-from server.engine.knob import Rung
 from tests.server.conftest import (
     FakeDevice,
     Service,

@@ -15,13 +15,14 @@ import timm
 import torch
 from torch import Tensor
 
+from server.device import runner
+from server.device.backend import BackendOptions, choose_backend
+from server.device.models import LoadedModel
+from server.device.torch_backend import RecordedBackend, TorchBackend
 from server.dial import Schedule
-from server.engine import runner
-from server.engine.backend import BackendOptions, choose_backend
-from server.engine.torch_backend import RecordedBackend, TorchBackend
-from server.models import LoadedModel
+from server.images.preprocessing import Preprocessing
 from server.settings import SettingsError
-from server.types import Job, ModelInfo, Preprocessing
+from server.types import Job, ModelInfo
 from tests.server.test_graphs import Repeated
 from tome_core import MergedViT, wrap
 from tome_core.embedding import Normalisation
@@ -217,7 +218,7 @@ def test_fp8_is_refused_where_the_model_would_run_plain(monkeypatch: pytest.Monk
 
 @pytest.fixture
 def openvino() -> Any:
-    return pytest.importorskip("server.engine.openvino", reason="the package openvino is not installed")
+    return pytest.importorskip("server.device.openvino", reason="the package openvino is not installed")
 
 
 @torch.inference_mode()
@@ -351,7 +352,7 @@ def test_auto_takes_bf16_only_where_it_is_faster(
 def test_a_batch_is_cut_so_that_every_thread_has_a_part(
     num_images: int, threads: int, wanted: list[tuple[int, int]], openvino: Any
 ) -> None:
-    from server.engine.openvino_graphs import groups_of
+    from server.device.openvino_graphs import groups_of
 
     assert groups_of(num_images, [1, 2, 4], threads) == wanted
 

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from server.api.decode import FORMATS
+from server.images.pillow import FORMATS
 from tests.server.conftest import Service, assert_is_error, class_of_grey, encode, grey_png, serving
 
 LIMITS: dict[str, Any] = {"max_images": 4, "max_body_bytes": 200_000, "max_image_pixels": 250_000, "deadline_s": 10.0}
@@ -223,7 +223,7 @@ def test_there_are_at_least_200_distinct_bad_inputs() -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as server.api.decode does when it loads
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as server.images.pillow does when it loads
 @pytest.mark.filterwarnings(
     "ignore:Unclosed file <tempfile.Spooled:ResourceWarning"
 )  # Starlette's, of a form cut short

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.batcher import Answer, Batcher, Open
-from server.engine.knob import Load
+from server.batching.batcher import Answer, Batcher, Open
+from server.batching.policy import Load
 from server.errors import DeadlineError, EngineError, QueueFullError, UnavailableError
 from tests.server.conftest import until
 

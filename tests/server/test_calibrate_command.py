@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from server.calibration.curve import Curve
+from server.batching.engine import LocalEngine
 from server.cli import main
 from server.commands import calibrate
-from server.engine.engine import LocalEngine
-from server.engine.process import build_engine
+from server.curve import Curve
+from server.engine_process import build_engine
 from server.errors import NotFoundError
 from server.settings import Settings
 from tests.server.conftest import encode

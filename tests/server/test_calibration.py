@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.calibration.intervals import paired_difference, wilson
 from server.calibration.latency import Latency, measure
 from server.calibration.photos import Calibration, read_photos
-from server.commands.photo import choose_photos
+from server.device.models import LoadedModel, load_model
+from server.device.runner import Runner
 from server.dial import Schedule
-from server.engine.runner import Runner
-from server.models import LoadedModel, load_model
+from server.images.photos import choose_photos
+from server.intervals import paired_difference, wilson
 from server.settings import ModelSpec, SettingsError
 from tests.server.conftest import encode, model_info
 

@@ -19,8 +19,8 @@ from PIL import Image
 from pydantic import BaseModel
 
 from server.api import schemas
+from server.batching.policy import Rung
 from server.client import Answer, AsyncClient, Client, answers
-from server.engine.knob import Rung
 from server.errors import (
     ConflictError,
     DeadlineError,

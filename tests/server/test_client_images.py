@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.api.decode import decode
 from server.client.images import Encoded, encode
 from server.errors import UndecodableError
+from server.images.pillow import decode
 from tests.server.conftest import encode as file_of
 from tests.server.conftest import model_info
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.calibration import places
-from server.calibration.curve import Curve, CurveError, speed_staleness, staleness
+from server.calibration.ladder import steps_of
 from server.calibration.measure import batch_sizes, fit
 from server.calibration.places import find, save
-from server.engine.ladder import steps_of
-from server.models import BUNDLED, load_model
+from server.curve import Curve, CurveError, speed_staleness, staleness
+from server.device.models import BUNDLED, load_model
 from server.settings import ModelSpec, SettingsError
 from tests.server.conftest import assert_is_error, curve_row, facts, fake_curve, grey_png, model_info, serving
 

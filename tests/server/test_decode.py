@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from server.api import decode as decode_module
-from server.api.decode import FORMATS, decode, decode_for
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
-from server.types import Preprocessing
+from server.images import pillow as decode_module
+from server.images.pillow import FORMATS, decode, decode_for
+from server.images.preprocessing import Preprocessing
 from tests.server.conftest import encode, model_info
 
 MAX_PIXELS = 1_000_000
@@ -238,7 +238,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(10**5, 10**5), (1001, 1000), (2**31 - 1, 2**31 - 1), (10_000, 12_000)])
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as server.api.decode does when it loads
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as server.images.pillow does when it loads
 def test_too_many_pixels_are_refused_from_the_header(width: int, height: int) -> None:
     tracemalloc.start()
     with pytest.raises(TooLargeError, match="1000000"):

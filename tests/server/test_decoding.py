@@ -13,14 +13,15 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from server.api.decode import decode
-from server.engine import decoding, preparing
-from server.engine.decoding import decode_jpegs, engine_decodes
-from server.engine.preparing import Preparer
-from server.engine.process import build_engine
-from server.engine.runner import Prepared, Runner
+from server.device import preparing
+from server.device.models import LoadedModel, load_model
+from server.device.preparing import Preparer
+from server.device.runner import Prepared, Runner
+from server.engine_process import build_engine
 from server.errors import ServerError, UndecodableError
-from server.models import LoadedModel, load_model
+from server.images import nvjpeg as decoding
+from server.images.nvjpeg import decode_jpegs, engine_decodes
+from server.images.pillow import decode
 from server.settings import ModelSpec, Settings, SettingsError
 from server.types import Job
 from tests.server.conftest import encode, serving

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.calibration.curve import Curve
+from server.curve import Curve
 from server.dial import AutoR, RSetting
-from server.engine.devices import Devices
 from server.errors import EngineError, ServerError, UnavailableError
+from server.ipc.devices import Devices
 from server.types import Choice, Configuration, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 from tests.server.conftest import class_of, fake_curve, grey_png, model_info, serving, until
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from server.calibration.curve import Curve
-from server.calibration.intervals import wilson
+from server.batching.batcher import Answer, Batcher
+from server.batching.drift import FEWEST, KEPT, WINDOW, DriftWatch, LiveAgreement, Z
 from server.calibration.simulator import _in_virtual_time
+from server.curve import Curve
 from server.dial import Schedule
-from server.engine.batcher import Answer, Batcher
-from server.engine.drift import FEWEST, KEPT, WINDOW, DriftWatch, LiveAgreement, Z
+from server.intervals import wilson
 from server.settings import Settings, SettingsError, load_settings
 from server.types import BatchKey, Job, ModelInfo, TopK
 from tests.server.conftest import FakeDevice, curve_row, fake_curve, local_engine, model_info, until

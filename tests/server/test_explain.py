@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.api.decode import decode
 from server.cli import main
 from server.commands.explain import CAPTION, GAP, PANEL, _blocks
-from server.models import load_model
+from server.device.models import load_model
+from server.images.pillow import decode
 from server.settings import ModelSpec
 from tests.server.conftest import encode
 

@@ -9,11 +9,11 @@ import httpx
 import pytest
 import torch
 
+from server.device.explainer import Explainer
+from server.device.models import LoadedModel, load_model
+from server.device.runner import Runner
 from server.dial import Schedule
-from server.engine.explainer import Explainer
-from server.engine.runner import Runner
 from server.errors import InvalidError
-from server.models import LoadedModel, load_model
 from server.settings import ModelSpec
 from server.types import BatchKey, Job
 from tests.server.conftest import SIDE, assert_is_error, class_of_grey, grey_png, groups_of, serving, until

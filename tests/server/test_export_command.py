@@ -14,7 +14,7 @@ import torch
 
 from server import __version__
 from server.cli import main
-from server.models import load_model
+from server.device.models import load_model
 from server.settings import ModelSpec
 
 

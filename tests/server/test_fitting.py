@@ -8,7 +8,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from server.engine.fitting import REMEMBERED_S, Fitting
+from server.device.fitting import REMEMBERED_S, Fitting
 from server.types import BatchKey, Job
 from tests.server.conftest import model_info
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.graphs import SEEN_OFTEN, Graphs, buckets
+from server.device.graphs import SEEN_OFTEN, Graphs, buckets
 from tome_core.recorded import CudaRecorder
 
 IMAGE = torch.zeros(3, 4, 4)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIGHT = ["server.api.app", "server.api.process", "server.cli", "server.supervisor", "server.engine.transport"]
-LIGHT += ["server.bench.session", "server.bench.rate", "server.commands.photo"]
+LIGHT = ["server.api.app", "server.api.process", "server.cli", "server.supervisor", "server.ipc.transport"]
+LIGHT += ["server.bench.session", "server.bench.rate", "server.images.photos"]
 LIST = "import sys, importlib; importlib.import_module(sys.argv[1]); print(*sorted(sys.modules))"
 
 
@@ -33,7 +33,7 @@ def test_the_client_loads_neither_the_server_nor_what_makes_pixels() -> None:
     assert not loaded & {"torch", "timm", "numpy", "PIL", "fastapi", "starlette", "prometheus_client", "server.api"}
 
 
-@pytest.mark.parametrize("module", ["server.engine.batcher"])
+@pytest.mark.parametrize("module", ["server.batching.batcher"])
 def test_the_batcher_loads_neither_http_nor_torch(module: str) -> None:
     assert not loaded_by(module) & {"torch", "fastapi", "starlette", "pydantic", "prometheus_client", "server.api"}
 

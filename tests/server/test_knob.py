@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.batching.policy import BUSY, HOLD_S, Load, Rung, Stance, highest, keeps_up, turn
 from server.dial import AutoR
-from server.engine.knob import BUSY, HOLD_S, Load, Rung, Stance, highest, keeps_up, turn
 
 LADDER = [
     Rung((0, 0), 0.004, 0.010, 1.0),

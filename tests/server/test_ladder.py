@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import timm
 
-from server.calibration.curve import Curve, CurveRow
+from server.calibration.ladder import RUNGS, schedules, timed, timed_steps
+from server.curve import Curve, CurveRow
+from server.device.models import LoadedModel
 from server.dial import Schedule
-from server.engine.ladder import RUNGS, schedules, timed, timed_steps
-from server.models import LoadedModel
-from server.types import ModelInfo, Preprocessing
+from server.images.preprocessing import Preprocessing
+from server.types import ModelInfo
 from tests.server.conftest import facts
 from tome_core import wrap
 from tome_core.cost import flops
@@ -43,7 +44,7 @@ def test_r_0_is_timed_and_the_others_follow_their_arithmetic(
         ran.add(schedule)
         now[0] += 0.01 + 0.002 * images
 
-    monkeypatch.setattr("server.engine.ladder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("server.calibration.ladder.time.perf_counter", lambda: now[0])
     ladder = schedules(loaded)
     steps = timed_steps(loaded, ladder, run, 32)
     assert ran == {ladder[0]}
@@ -59,7 +60,7 @@ def test_batches_of_one_are_timed_too(loaded: LoadedModel, monkeypatch: pytest.M
         assert images == 1
         now[0] += 0.05
 
-    monkeypatch.setattr("server.engine.ladder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("server.calibration.ladder.time.perf_counter", lambda: now[0])
     assert timed_steps(loaded, schedules(loaded), run, 1)[0].image_s == pytest.approx(0.05)
 
 
@@ -71,7 +72,7 @@ def test_a_curve_of_another_device_keeps_its_agreement_and_gets_the_speeds_of_th
     def run(schedule: Schedule, images: int) -> None:
         now[0] += 0.01 + 0.002 * images
 
-    monkeypatch.setattr("server.engine.ladder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("server.calibration.ladder.time.perf_counter", lambda: now[0])
     rows = tuple(
         CurveRow(r=(r,) * 4, tokens=197 - 4 * r, agreement=agreement, agreement_interval=(0.5, 1.0))
         for r, agreement in ((0, 1.0), (16, 0.9), (8, 0.95))
@@ -88,7 +89,7 @@ def test_where_operations_cannot_be_counted_tokens_are(loaded: LoadedModel, monk
     def refuse(merged: object) -> None:
         raise UnsupportedModelError("parallel blocks")
 
-    monkeypatch.setattr("server.engine.ladder.dimensions", refuse)
+    monkeypatch.setattr("server.calibration.ladder.dimensions", refuse)
     ladder = schedules(loaded)
     tokens = [sum(loaded.info.token_counts(schedule)[1:]) for schedule in ladder]
     assert len(ladder) == RUNGS and tokens[-1] <= tokens[0] / 2

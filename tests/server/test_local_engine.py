@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from server.batching import engine as engine_module
+from server.batching.engine import LocalEngine
 from server.dial import Schedule
-from server.engine import engine as engine_module
-from server.engine.engine import LocalEngine
 from server.errors import ConflictError, EngineError, InvalidError, NotFoundError, QueueFullError, UnavailableError
 from server.types import Configuration, Job
 from tests.server.conftest import FakeDevice, class_of, local_engine, model_info, until

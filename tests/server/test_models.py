@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data.imagenet_info import ImageNetInfo
 
-from server import models
-from server.engine.runner import Runner
+from server.device import models
+from server.device.models import load_model
+from server.device.runner import Runner
 from server.errors import EngineError
-from server.models import load_model
+from server.images.preprocessing import Preprocessing
 from server.settings import ModelSpec, SettingsError
-from server.types import BatchKey, Job, Preprocessing
+from server.types import BatchKey, Job
 
 SMALL = "vit_tiny_patch16_224"
 

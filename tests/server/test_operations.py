@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.transport import RemoteEngine
 from server.errors import ServerError
+from server.ipc.transport import RemoteEngine
 from tests.server.conftest import (
     assert_is_error,
     grey_png,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import engine as engine_module
-from server.engine.batcher import Answer, Batcher
+from server.batching import engine as engine_module
+from server.batching.batcher import Answer, Batcher
 from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
 from server.errors import UndecodableError as BrokenFileError
 from server.types import BatchKey, Job

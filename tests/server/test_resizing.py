@@ -1,4 +1,4 @@
-"""Resizing on the device: the pixels of `server.api.decode`, which are Pillow's, for images of many sizes together."""
+"""Resizing on the device: the pixels of `images.pillow`, which are Pillow's, for images of many sizes together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.api.decode import decode
-from server.engine import resizing
-from server.engine.resizing import resize
-from server.types import Preprocessing
+from server.images import resizing
+from server.images.pillow import decode
+from server.images.preprocessing import Preprocessing
+from server.images.resizing import resize
 from tests.server.conftest import encode
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")

@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from server.api import routes
-from server.api.decode import decode_for
-from server.engine.engine import LocalEngine
+from server.batching.engine import LocalEngine
+from server.images.pillow import decode_for
 from server.types import Job, Prediction
 from tests.server.conftest import (
     NUM_CLASSES,

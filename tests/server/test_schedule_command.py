@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from server.cli import main
+from server.device.models import load_model
 from server.dial import parse_r
-from server.models import load_model
 from server.settings import ModelSpec
 from tests.server.conftest import encode
 from tome_core.cost import flops

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from server.batching.policy import Rung
 from server.calibration.simulator import Outcome, simulate
 from server.dial import AutoR, Schedule
-from server.engine.knob import Rung
 
 STEPS = [
     Rung((0,) * 12, 0.004, 1 / 66, 1.0),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.splitting import HOPELESS, run_split
+from server.batching.splitting import HOPELESS, run_split
 from server.errors import EngineError, UnavailableError
 
 

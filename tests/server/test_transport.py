@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from server.calibration.curve import Curve
+from server.curve import Curve
 from server.dial import AutoR, RSetting
-from server.engine import transport
-from server.engine.frames import Frames
-from server.engine.transport import RemoteEngine, serve_engine
 from server.errors import DeadlineError, EngineError, NotFoundError, QueueFullError, ServerError, UnavailableError
+from server.ipc import transport
+from server.ipc.frames import Frames
+from server.ipc.transport import RemoteEngine, serve_engine
 from server.types import Choice, Configuration, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 from tests.server.conftest import FakeDevice, class_of, fake_curve, groups_of, local_engine, model_info, until
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.models import LoadedModel, load_model
+from server.device.models import LoadedModel, load_model
 from server.settings import ModelSpec
 from tests.training.conftest import NAMES, STEPS, DataSet, said_by
 from training import export, train

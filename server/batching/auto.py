@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from server.batching.batcher import Open
+from server.batching.policy import Load, Rung, Stance, allows, highest, turn
+from server.batching.speed import Speed
 from server.dial import AutoR, Schedule
-from server.engine.batcher import Open
-from server.engine.knob import Load, Rung, Stance, allows, highest, turn
-from server.engine.speed import Speed
 from server.types import BatchKey, Reason
 
 

@@ -9,10 +9,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from server.calibration.curve import Curve, CurveRow
+from server.batching.policy import Rung
+from server.curve import Curve, CurveRow
+from server.device.models import LoadedModel
 from server.dial import Schedule
-from server.engine.knob import Rung
-from server.models import LoadedModel
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
 from tome_core.families.family import UnsupportedModelError

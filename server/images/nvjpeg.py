@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from server.engine.fitting import is_out_of_memory
+from server.device.fitting import is_out_of_memory
 from server.settings import SettingsError
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.device.backend import BackendOptions, choose_backend
+from server.device.models import LoadedModel
 from server.dial import r_of, text_of
-from server.engine.backend import BackendOptions, choose_backend
 from server.errors import EngineError
-from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import BackendInfo, BatchKey, Job, TopK
 from tome_core import MergedViT

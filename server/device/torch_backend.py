@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from server.device.graphs import Graphs, Record
+from server.device.models import LoadedModel
 from server.dial import Schedule
-from server.engine.graphs import Graphs, Record
-from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import BackendInfo
 from tome_core import MergedViT, UnsupportedModelError

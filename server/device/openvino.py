@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import multiprocessing
-import os
 import pickle
 import shutil
 import tempfile
@@ -27,17 +25,18 @@ import torch
 from torch import Tensor
 
 import tome_core
+from server.cpus import available_cpus
+from server.device.models import LoadedModel
+from server.device.openvino_graphs import BATCH_SIZES, AnyBatch, Run, any_batch, config_of, run_of
+from server.device.torch_backend import TorchBackend
 from server.dial import Schedule, r_of, text_of
-from server.engine.openvino_graphs import BATCH_SIZES, AnyBatch, Run, any_batch, config_of, run_of
-from server.engine.torch_backend import TorchBackend
 from server.lifetime import end_with_parent
-from server.models import LoadedModel
 from server.types import BackendInfo
 from tome_core.openvino import save, to_openvino
 from tome_core.openvino_operator import build_operator, to_bfloat16
 
 if TYPE_CHECKING:
-    from server.engine.backend import BackendOptions
+    from server.device.backend import BackendOptions
 
 logger = logging.getLogger(__name__)
 
@@ -300,16 +299,6 @@ def _translate(
         save(model, written)
         written.with_suffix(".bin").replace(file.with_suffix(".bin"))
         written.replace(file)  # last: where it is, all is
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: those it may run on, and no more than its cgroup's share of time."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):  # no cgroup, or one of the first version
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))
 
 
 def _fingerprint(merged: tome_core.MergedViT, input_size: tuple[int, int], operator: Path | None) -> str:

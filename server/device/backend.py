@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from server.device.models import LoadedModel
+from server.device.torch_backend import RecordedBackend, TorchBackend
 from server.dial import Schedule
-from server.engine.torch_backend import RecordedBackend, TorchBackend
-from server.models import LoadedModel
 from server.settings import SettingsError
 from server.types import BackendInfo
 from tome_core import MergedViT
@@ -72,7 +72,7 @@ def choose_backend(loaded: LoadedModel, device: torch.device, precision: str, op
     """
     refusal = _refusal(device, precision)
     if options.name != "torch" and refusal is None:
-        from server.engine.openvino import OpenVINOBackend
+        from server.device.openvino import OpenVINOBackend
 
         try:
             return _told(loaded, OpenVINOBackend(loaded, precision, options))

@@ -17,12 +17,13 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 import tome_core
+from server.images.preprocessing import Preprocessing
 from server.settings import ModelSpec, SettingsError
-from server.types import ModelInfo, Preprocessing
+from server.types import ModelInfo
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parents[1] / "bundled"
 WEIGHTS_FILE = "model.safetensors"
 
 

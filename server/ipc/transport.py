@@ -13,10 +13,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from server.calibration.curve import Curve
+from server.curve import Curve
 from server.dial import AutoR, RSetting, Schedule, setting_from_json, setting_to_json
-from server.engine.frames import Frames
 from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
+from server.ipc.frames import Frames
 from server.metrics import ENGINE_UP
 from server.types import Choice, Configuration, Engine, Explanation, Job, Merges, ModelInfo, Prediction, TopK
 

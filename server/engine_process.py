@@ -15,27 +15,27 @@ from pathlib import Path
 
 import uvloop
 
-from server.calibration.curve import Curve, speed_staleness
+from server.batching.engine import LocalEngine
+from server.batching.policy import Rung
 from server.calibration.facts import facts_of
+from server.calibration.ladder import schedules, steps_of, timed, timed_steps
 from server.calibration.places import find
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
+from server.curve import Curve, speed_staleness
+from server.device.backend import BackendOptions
+from server.device.explainer import Explainer
+from server.device.fitting import Fitting
+from server.device.models import LoadedModel, load_model
+from server.device.preparing import Preparer
+from server.device.runner import Runner
+from server.device.torch_backend import set_threads
 from server.dial import AutoR, RSetting, Schedule
-from server.engine.backend import BackendOptions
-from server.engine.decoding import engine_decodes
-from server.engine.engine import LocalEngine
-from server.engine.explainer import Explainer
-from server.engine.fitting import Fitting
-from server.engine.knob import Rung
-from server.engine.ladder import schedules, steps_of, timed, timed_steps
-from server.engine.preparing import Preparer
-from server.engine.runner import Runner
-from server.engine.torch_backend import set_threads
-from server.engine.transport import serve_engine
 from server.errors import EngineError, InvalidError
+from server.images.nvjpeg import engine_decodes
+from server.ipc.transport import serve_engine
 from server.lifetime import Pulse, configure_logging, end_with_parent
 from server.metrics import ENGINE_STARTS
-from server.models import LoadedModel, load_model
 from server.settings import ModelSpec, Settings, SettingsError
 from server.types import Job, find_model
 

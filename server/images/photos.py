@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from server.api.decode import decode
 from server.errors import ServerError
+from server.images.pillow import decode
+from server.images.preprocessing import Preprocessing
 from server.settings import SettingsError
-from server.types import Preprocessing
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from server.calibration.curve import Curve
+from server.curve import Curve
 from server.dial import AutoR, RSetting
 from server.errors import EngineError, UnavailableError
 from server.types import Choice, Configuration, Engine, Explanation, Job, ModelInfo, Prediction

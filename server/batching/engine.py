@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from server.calibration.curve import Curve
+from server.batching.auto import AutoDial
+from server.batching.batcher import Answer, Batcher
+from server.batching.drift import DriftWatch
+from server.batching.policy import Rung
 from server.config.store import ConfigStore
+from server.curve import Curve
 from server.dial import AutoR, RSetting, Schedule
-from server.engine.auto import AutoDial
-from server.engine.batcher import Answer, Batcher
-from server.engine.drift import DriftWatch
-from server.engine.knob import Rung
 from server.errors import DeadlineError, NotFoundError, ServerError, UnavailableError
 from server.metrics import BatchMetrics
 from server.types import (

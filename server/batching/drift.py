@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from server.calibration.curve import Curve, CurveRow
-from server.calibration.intervals import wilson
+from server.curve import Curve, CurveRow
 from server.dial import label_of
+from server.intervals import wilson
 from server.metrics import DRIFT, DRIFT_AGREED, DRIFT_CHECKED, LIVE_AGREEMENT
 from server.types import BatchKey, Job, TopK
 

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 
 import torch
 
-from server.api.decode import decode
-from server.engine.decoding import decode_jpegs, simplest_jpeg
-from server.engine.resizing import resize
-from server.engine.runner import Prepared, Runner
+from server.device.runner import Prepared, Runner
 from server.errors import ServerError
+from server.images.nvjpeg import decode_jpegs, simplest_jpeg
+from server.images.pillow import decode
+from server.images.resizing import resize
 from server.types import BatchKey, Job, ModelInfo
 
 PART_PIXELS = 1 << 26

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from server.engine.runner import Runner, on
+from server.device.models import LoadedModel
+from server.device.runner import Runner, on
 from server.errors import InvalidError
-from server.models import LoadedModel
 from server.types import BatchKey, Job, Merges, TopK
 from tome_core import MergedViT
 from tome_core.visualize import groups, sources

@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from server.engine.knob import Load
-from server.engine.speed import Rate, Speed
-from server.engine.splitting import run_split
+from server.batching.policy import Load
+from server.batching.speed import Rate, Speed
+from server.batching.splitting import run_split
 from server.errors import DeadlineError, QueueFullError, ServerError, UnavailableError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
-from server.types import ModelInfo, Preprocessing
+from server.images.preprocessing import Preprocessing
+from server.types import ModelInfo
 
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.types import Preprocessing
+from server.images.preprocessing import Preprocessing
 
 GROUP_PIXELS = 1 << 24
 """Of images that are padded to one size and resized together: 200 MB in float32."""
@@ -75,7 +75,7 @@ class _Axis:
 
 
 def resize(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
-    """Brings images to a model's input size, as `server.api.decode` does.
+    """Brings images to a model's input size, as `server.images.pillow` does.
 
     Args:
         images: Each (3, H, W) in uint8, of any size, on one device.

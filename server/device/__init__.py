@@ -1,0 +1,1 @@
+"""What computes: runners, backends, graphs, and the stage that prepares. The room that needs torch."""

@@ -1,0 +1,1 @@
+"""What crosses between processes, and both ends of the socket. It knows neither HTTP nor torch."""

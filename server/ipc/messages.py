@@ -1,0 +1,214 @@
+"""What crosses between an HTTP process and an engine: every request, every answer, and both as bytes.
+
+A new operation is a new kind of `Request`, with the kind of its results, in this file; beside it stand its endpoint and
+its computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from server.curve import Curve
+from server.dial import AutoR, RSetting, Schedule
+from server.errors import ServerError
+from server.images.image import Image
+from server.types import Configuration, ModelInfo
+
+T = TypeVar("T")
+
+
+class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
+    """Images for one model, which share one `r`. `T` is what each image is answered with.
+
+    Attributes:
+        model: Its name.
+        images: At least one.
+        r: `r` of each block as asked, or the bounds of `auto`; None takes the deployment's.
+        deadline: When the answer is worth nothing, in seconds of `time.monotonic()`, which all processes share.
+    """
+
+    model: str
+    images: list[Image]
+    r: Schedule | AutoR | None = None
+    deadline: float
+
+    @property
+    def operation(self) -> str:
+        """What is to be computed."""
+        return str(type(self).__struct_config__.tag)
+
+
+class TopK(Struct, frozen=True, array_like=True, tag="top_k"):
+    """The likeliest classes of one image, best first, with their probabilities."""
+
+    indices: list[int]
+    scores: list[float]
+
+
+class Merges(Struct, frozen=True, array_like=True, tag="merges"):
+    """The likeliest classes of one image, and which of its patches merged.
+
+    Attributes:
+        top_k: The classes.
+        grid: Rows and columns of patches.
+        patch: Side of a patch in pixels of the model's input.
+        groups: For each block, for each patch row by row, the first patch of the group that it is in after that block.
+    """
+
+    top_k: TopK
+    grid: tuple[int, int]
+    patch: int
+    groups: list[list[int]]
+
+
+class Classify(Request[TopK], frozen=True, tag="classify"):
+    """Asks for the `top_k` likeliest classes of each image."""
+
+    top_k: int
+
+
+class Explain(Request[Merges], frozen=True, tag="explain"):
+    """Asks as `Classify` does, and for what merged in every block."""
+
+    top_k: int
+
+
+class Item(NamedTuple):
+    """One image of a request: what waits in a queue, and shares a batch with those of other requests."""
+
+    request: Classify | Explain
+    index: int
+
+    @property
+    def image(self) -> Image:
+        return self.request.images[self.index]
+
+
+Reason = Literal["idle", "load", "bounds", "shared"]
+
+
+class Choice(Struct, frozen=True, array_like=True):
+    """A schedule that `auto` chose.
+
+    Attributes:
+        schedule: `r` of each block.
+        reason: "idle": nothing asked for more than r=0. "load": what waited and came. "bounds": the load asked for more
+            than the request allows. "shared": it filled up a batch that merges otherwise.
+        expected_agreement: Share of images that keep the answer of r=0, or None where nobody measured it.
+    """
+
+    schedule: Schedule
+    reason: Reason
+    expected_agreement: float | None
+
+
+class Answered(Struct, Generic[T], frozen=True, array_like=True, tag="answered"):
+    """A request's results, one for each image in order, and how they were computed.
+
+    Attributes:
+        results: Of the images.
+        schedule: `r` of each block.
+        config_version: The configuration that held when the request came.
+        batch_size: Images in the batch; of several batches the largest.
+        queue_s: Seconds in the queue; of several images the longest.
+        inference_s: Seconds from there to the answer; of several images the longest.
+        auto: What `auto` chose, where it was to choose.
+    """
+
+    results: list[T]
+    schedule: Schedule
+    config_version: int
+    batch_size: int
+    queue_s: float
+    inference_s: float
+    auto: Choice | None = None
+
+
+class Probe(Struct, frozen=True, array_like=True, tag="probe"):
+    """Asks whether the batch loop and the device work. It waits in no queue."""
+
+
+class GetCurve(Struct, frozen=True, array_like=True, tag="get_curve"):
+    """Asks for what was measured of a model."""
+
+    model: str
+
+
+class GetConfiguration(Struct, frozen=True, array_like=True, tag="get_configuration"):
+    """Asks for the deployment `r` of every model."""
+
+
+class Configure(Struct, frozen=True, array_like=True, tag="configure"):
+    """Changes the deployment `r` of some models, all or none."""
+
+    changes: Mapping[str, RSetting]
+    expected_version: int | None
+
+
+class Withdraw(Struct, frozen=True, array_like=True, tag="withdraw"):
+    """Gives up the call of the same id."""
+
+
+class Failure(Struct, frozen=True, array_like=True, tag="failure"):
+    """A `ServerError` on its way."""
+
+    code: str
+    message: str
+    retry_after_s: float | None
+    details: dict[str, Any]
+
+    @staticmethod
+    def of(error: ServerError) -> Failure:
+        """What crosses instead of the error."""
+        return Failure(error.code, error.message, error.retry_after_s, error.details)
+
+    def error(self) -> ServerError:
+        """The same error on the other side."""
+        kind = next((kind for kind in ServerError.__subclasses__() if kind.code == self.code), ServerError)
+        return kind(self.message, retry_after_s=self.retry_after_s, **self.details)
+
+
+class Alive(Struct, frozen=True, array_like=True, tag="alive"):
+    """Answers a probe: the batch loop and the device work."""
+
+
+class Measured(Struct, frozen=True, array_like=True, tag="measured"):
+    """A model's curve, at the speeds of this moment."""
+
+    curve: Curve
+
+
+class Deployed(Struct, frozen=True, array_like=True, tag="deployed"):
+    """The configuration that holds now."""
+
+    configuration: Configuration
+
+
+class Catalog(Struct, frozen=True, array_like=True, tag="catalog"):
+    """The loaded models, the default first; the engine sends it before all else."""
+
+    models: list[ModelInfo]
+
+
+class Call(Struct, frozen=True, array_like=True):
+    """What an HTTP process asks, under an id of its own."""
+
+    id: int
+    ask: Classify | Explain | Probe | GetCurve | GetConfiguration | Configure | Withdraw
+
+
+class Reply(Struct, frozen=True, array_like=True):
+    """What the engine says to the call of that id. The catalog answers no call."""
+
+    id: int
+    answer: Answered[TopK | Merges] | Alive | Measured | Deployed | Failure | Catalog
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=lambda curve: curve.model_dump())
+_decoders = {
+    kind: msgspec.msgpack.Decoder(kind, dec_hook=lambda model, said: model.model_validate(said)) for kind in (Call, Reply)
+}
