@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 from benchmarks.variants import CHOICES, METHODS, Variant
 from server.device.models import LoadedModel, load_model
+from server.device.prepared import stacked
 from server.device.runner import Runner
 from server.images.pillow import decode
 from server.intervals import paired_difference
 from server.settings import ModelSpec
-from server.types import Job, ModelInfo
+from server.types import ModelInfo
 from tome_core import MergedViT
 
 MAX_PIXELS = 89_000_000
@@ -152,8 +153,9 @@ class Bench:
         if isinstance(model, Variant):
             model.first_image = first
         schedule = info.schedule(case.r)
-        jobs = [Job(info.name, image, schedule, 1, 0.0) for image in images]
-        return [answer.indices[0] for answer in self._runner.run_batch(info.batch_key(schedule), jobs)]
+        key = info.batch_key(schedule)
+        answers = self._runner.top_k(key, stacked(images, key.input_size, self._runner.device), 1)
+        return [indices[0] for indices, _ in answers]
 
     def _to_tome(
         self, case: Case, guesses: Mapping[Case, Sequence[int]], labels: Sequence[int]

@@ -3,9 +3,10 @@
 python -m benchmarks.decoding --photos FOLDER --model NAME --weights FILE --device cuda --batch 32,128
 
 Of the JPEGs that the engine takes as they come; the others are counted. Pillow decodes and resizes as an HTTP process
-does. The device decodes alone, and then decodes, resizes and normalises, as the engine's first stage does. CPU ms are
-those of all threads for one photo. Agreement is of the likeliest class at r=0. The last line is JSON: {"rows":
-[{"path", "batch", "images_per_s", "cpu_ms"}], "photos", "left_to_pillow", "agreement"}.
+does. The device decodes alone, by torchvision, which is there to compare; and then decodes, resizes and crops, as the
+engine's first stage does. CPU ms are those of all threads for one photo. Agreement is of the likeliest class at r=0,
+"same" the share of photos whose pixels are all the same. The last line is JSON: {"rows": [{"path", "batch",
+"images_per_s", "cpu_ms"}], "photos", "left_to_pillow", "agreement", "same"}.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from server.device.models import LoadedModel, load_model
+from server.device.prepared import PixelBatch, Prepared, rows, stacked
 from server.device.preparing import Preparer
-from server.device.runner import Prepared, Runner
+from server.device.runner import Runner
 from server.device.torch_backend import set_threads
 from server.errors import ServerError
-from server.images.nvjpeg import decode_jpegs, engine_decodes
+from server.images.image import JpegFile
+from server.images.nvjpeg import engine_decodes
 from server.images.photos import choose_photos
-from server.images.pillow import decode, decode_for
+from server.images.pillow import decode, read
+from server.ipc.messages import Classify, Item
 from server.settings import ModelSpec, SettingsError
-from server.types import Job
 
 MAX_PIXELS = 89_000_000
 ROUNDS = 5
@@ -59,62 +61,65 @@ def main() -> None:
     except SettingsError as error:
         parser.error(str(error))
     files = [file.read_bytes() for file in choose_photos(args.photos, args.limit, seed=0)]
-    jobs = list(taken(loaded, files))
-    if not jobs:
+    items = list(taken(loaded, files))
+    if not items:
         parser.error(f"the engine takes none of the {len(files)} photos as they come: {args.photos}")
-    mean_kb, others = sum(len(job.pixels) for job in jobs) / len(jobs) / 1e3, len(files) - len(jobs)
-    print(f"{len(jobs)} photos of {mean_kb:.0f} kB on average, on {runner.device}; {others} are left to Pillow")
+    mean_kb, others = sum(len(item.image.data) for item in items) / len(items) / 1e3, len(files) - len(items)
+    print(f"{len(items)} photos of {mean_kb:.0f} kB on average, on {runner.device}; {others} are left to Pillow")
     print(f"{'':<26} {'batch':>6} {'images/s':>9} {'CPU ms':>7}")
-    rows = []
-    for row in measure(loaded, runner, jobs, [int(size) for size in args.batch.split(",")]):
-        rows.append(row)
+    measured = []
+    for row in measure(loaded, runner.device, items, [int(size) for size in args.batch.split(",")]):
+        measured.append(row)
         print(
             f"{row['path']:<26} {row['batch'] or '':>6} {row['images_per_s']:>9.0f} {row['cpu_ms']:>7.2f}", flush=True
         )
-    same = agreement(loaded, runner, jobs)
-    print(f"top-1 agreement at r=0: {100 * same:.1f} % (goal: 99 %)")
-    told = {"photos": len(jobs), "left_to_pillow": others, "agreement": same}
-    print(json.dumps({"model": args.model, "device": str(runner.device), "rows": rows, **told}))
+    agreed, same = agreement(loaded, runner, items)
+    print(f"top-1 agreement at r=0: {100 * agreed:.1f} % (goal: 99 %); the same pixels: {100 * same:.1f} %")
+    told = {"photos": len(items), "left_to_pillow": others, "agreement": agreed, "same": same}
+    print(json.dumps({"model": args.model, "device": str(runner.device), "rows": measured, **told}))
 
 
-def taken(loaded: LoadedModel, files: Sequence[bytes]) -> Iterator[Job]:
+def taken(loaded: LoadedModel, files: Sequence[bytes]) -> Iterator[Item]:
     """The files that an engine which decodes gets as they came."""
-    info = replace(loaded.info, decodes_jpeg=True)
+    info = loaded.info
     for file in files:
-        pixels, jpeg_pixels = decode_for(info, file, MAX_PIXELS)
-        if jpeg_pixels:
-            yield Job(info.name, pixels, info.schedule(0), 1, 0.0, jpeg_pixels)
+        image = read(file, info.preprocessing, MAX_PIXELS, decodes_jpeg=True)
+        if isinstance(image, JpegFile):
+            yield Item(Classify(model=info.name, images=[image], deadline=0.0, top_k=1), 0)
 
 
 def measure(
-    loaded: LoadedModel, runner: Runner, jobs: Sequence[Job], batches: Sequence[int]
+    loaded: LoadedModel, device: torch.device, items: Sequence[Item], batches: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """A row for each path and batch size."""
-    info, device = loaded.info, runner.device
-    prepare = Preparer(runner, {info.name: info}, MAX_PIXELS)
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    info = loaded.info
+    prepare = Preparer(device, {info.name: info}, MAX_PIXELS)
     key = info.batch_key(info.schedule(0))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def by_pillow() -> None:
-            list(pool.map(lambda job: decode(job.pixels, info.preprocessing, MAX_PIXELS), jobs))
+            list(pool.map(lambda item: decode(item.image.data, info.preprocessing, MAX_PIXELS), items))
 
-        yield {"path": "Pillow, all cores", "batch": None, **_speed(by_pillow, len(jobs))}
+        yield {"path": "Pillow, all cores", "batch": None, **_speed(by_pillow, len(items))}
     for size in batches:
-        parts = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
 
-        def by_device(parts: Sequence[Sequence[Job]] = parts) -> None:
+        def by_torchvision(parts: Sequence[Sequence[Item]] = parts) -> None:
             for part in parts:
-                decode_jpegs([job.pixels for job in part], device)
+                files = [torch.frombuffer(bytearray(item.image.data), dtype=torch.uint8) for item in part]
+                decode_jpeg(files, ImageReadMode.RGB, device)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
 
-        def all_of_it(parts: Sequence[Sequence[Job]] = parts) -> None:
+        def all_of_it(parts: Sequence[Sequence[Item]] = parts) -> None:
             for part in parts:
                 prepare(key, part)
 
-        yield {"path": "device, decoded", "batch": size, **_speed(by_device, len(jobs))}
-        yield {"path": "device, decoded and resized", "batch": size, **_speed(all_of_it, len(jobs))}
+        yield {"path": "device, decoded", "batch": size, **_speed(by_torchvision, len(items))}
+        yield {"path": "device, decoded and resized", "batch": size, **_speed(all_of_it, len(items))}
 
 
 def _speed(work: Callable[[], None], images: int) -> dict[str, float]:
@@ -129,19 +134,22 @@ def _speed(work: Callable[[], None], images: int) -> dict[str, float]:
     return {"images_per_s": images / statistics.median(seconds), "cpu_ms": 1e3 * statistics.median(of_cpu) / images}
 
 
-def agreement(loaded: LoadedModel, runner: Runner, jobs: Sequence[Job], size: int = 32) -> float:
-    """Share of photos whose likeliest class at r=0 is the same, decoded by Pillow and by the device."""
+def agreement(loaded: LoadedModel, runner: Runner, items: Sequence[Item], size: int = 32) -> tuple[float, float]:
+    """Shares of photos whose likeliest class at r=0, and whose pixels, are the same by Pillow and by the device."""
     info = loaded.info
-    prepare = Preparer(runner, {info.name: info}, MAX_PIXELS)
+    prepare = Preparer(runner.device, {info.name: info}, MAX_PIXELS)
     key = info.batch_key(info.schedule(0))
-    same = 0
-    for start in range(0, len(jobs), size):
-        part = jobs[start : start + size]
-        pixels = [decode(job.pixels, info.preprocessing, MAX_PIXELS) for job in part]
-        by_pillow = runner.run_batch(key, [replace(job, pixels=each) for job, each in zip(part, pixels, strict=True)])
-        by_device = runner.run_prepared(key, [_ready(each) for each in prepare(key, part)])
-        same += sum(one.indices == other.indices for one, other in zip(by_pillow, by_device, strict=True))
-    return same / len(jobs)
+    agreed = same = 0
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
+        pixels = [decode(item.image.data, info.preprocessing, MAX_PIXELS) for item in part]
+        batch = PixelBatch(stacked(pixels, key.input_size, runner.device))
+        by_pillow = [Prepared(item, batch, row) for row, item in enumerate(part)]
+        by_device = [_ready(each) for each in prepare(key, part)]
+        answers = zip(runner.classify(key, by_pillow), runner.classify(key, by_device), strict=True)
+        agreed += sum(one.indices == other.indices for one, other in answers)
+        same += int((rows(by_device) == batch.pixels).flatten(1).all(1).sum())
+    return agreed / len(items), same / len(items)
 
 
 def _ready(outcome: Prepared | ServerError) -> Prepared:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from server.calibration.ladder import steps_of
+from server.batching.ladder import steps_of
 from server.calibration.simulator import Served, replay
 from server.curve import Curve
 from server.dial import AutoR, Schedule, r_of, text_of

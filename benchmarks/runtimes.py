@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import tome_core
-from server.device.openvino import Compiler
+from server.device.openvino_compiler import Compiler
 from server.device.openvino_graphs import any_batch, config_of, run_of
 
 Run = Callable[[Tensor], object]

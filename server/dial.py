@@ -13,7 +13,7 @@ from tome_core.schedule import Ramp, resolve
 Schedule = tuple[int, ...]
 """`r` for each block of a model."""
 
-FixedR = int | Schedule
+PlainR = int | Schedule
 """An `r` that stands: a number for all blocks, or a list of one per block."""
 
 
@@ -30,7 +30,10 @@ class AutoR:
     min_agreement: float | None = None
 
 
-RSetting = FixedR | AutoR
+MOST_MAX_R = 2**31 - 1
+"""The highest bound of `auto`. It is stored whatever the model merges, and Python writes no integer of any length."""
+
+RSetting = PlainR | AutoR
 """A deployment's `r` as people set it."""
 
 
@@ -44,9 +47,11 @@ def parse_setting(value: object, max_r: object = None, min_agreement: object = N
         if max_r is not None or min_agreement is not None:
             raise InvalidError(f"max_r and min_agreement go with r=auto, not with r={shown(value)}")
         return parse_r(value)
-    if max_r is not None and (not isinstance(max_r, int) or isinstance(max_r, bool) or max_r < 0):
-        raise InvalidError(f"max_r is {shown(max_r)}; it must be an integer from 0")
-    if min_agreement is not None and (not isinstance(min_agreement, int | float) or not 0 <= min_agreement <= 1):
+    if max_r is not None and (not isinstance(max_r, int) or isinstance(max_r, bool) or not 0 <= max_r <= MOST_MAX_R):
+        raise InvalidError(f"max_r is {shown(max_r)}; it must be an integer from 0 to {MOST_MAX_R}")
+    if min_agreement is not None and (
+        not isinstance(min_agreement, int | float) or isinstance(min_agreement, bool) or not 0 <= min_agreement <= 1
+    ):
         raise InvalidError(f"min_agreement is {shown(min_agreement)}; it must lie between 0 and 1")
     return AutoR(max_r, min_agreement)
 
@@ -69,7 +74,7 @@ def setting_from_json(value: Any) -> RSetting:
     return parse_r(value)
 
 
-def parse_r(value: object) -> FixedR:
+def parse_r(value: object) -> PlainR:
     """Reads `8`, `"8"`, `[16, 14]`, `"[16,14]"` or `"16,14"`.
 
     Raises:
@@ -91,7 +96,7 @@ def parse_r(value: object) -> FixedR:
 
 
 @functools.lru_cache(4096)
-def schedule_of(r: FixedR, num_blocks: int, max_r: int, inflect: float | None = None) -> Schedule:
+def schedule_of(r: PlainR, num_blocks: int, max_r: int, inflect: float | None = None) -> Schedule:
     """The `r` of each block, for a model with so many blocks.
 
     Raises:
@@ -110,7 +115,7 @@ def schedule_of(r: FixedR, num_blocks: int, max_r: int, inflect: float | None = 
     return tuple(min(number, max_r) for number in Ramp(r, inflect).per_block(num_blocks))
 
 
-def r_of(schedule: Schedule) -> FixedR:
+def r_of(schedule: Schedule) -> PlainR:
     """The shortest way to say a schedule: one number where all blocks merge alike."""
     return schedule[0] if len(set(schedule)) == 1 else schedule
 

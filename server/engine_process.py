@@ -13,31 +13,32 @@ from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import torch
 import uvloop
 
 from server.batching.engine import LocalEngine
+from server.batching.ladder import steps_of
 from server.batching.policy import Rung
 from server.calibration.facts import facts_of
-from server.calibration.ladder import schedules, steps_of, timed, timed_steps
 from server.calibration.places import find
+from server.calibration.timing import LARGER_BATCH, schedules, timed, timed_steps
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.curve import Curve, speed_staleness
 from server.device.backend import BackendOptions
+from server.device.device import Device
 from server.device.explainer import Explainer
-from server.device.fitting import Fitting
 from server.device.models import LoadedModel, load_model
-from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
 from server.dial import AutoR, RSetting, Schedule
 from server.errors import EngineError, InvalidError
 from server.images.nvjpeg import engine_decodes
-from server.ipc.transport import serve_engine
-from server.lifetime import Pulse, configure_logging, end_with_parent
+from server.ipc.server import serve_engine
+from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
 from server.metrics import ENGINE_STARTS
 from server.settings import ModelSpec, Settings, SettingsError
-from server.types import Job, find_model
+from server.types import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,9 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
     )
     preparer = None
     if engine_decodes(settings.decode, runner.device):
-        preparer = Preparer(runner, infos, settings.max_image_pixels)
+        from server.device.preparing import Preparer
+
+        preparer = Preparer(runner.device, infos, settings.max_image_pixels)
     curves: dict[str, Curve] = {}
     steps: dict[str, list[Rung]] = {}
     for spec in settings.specs():
@@ -120,13 +123,10 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
             name: replace(model.info, backend=runner.backend(name), decodes_jpeg=preparer is not None)
             for name, model in loaded.items()
         },
-        Fitting(runner.run_prepared if preparer else runner.run_batch),
+        Device(runner, explainer, preparer),
         store,
-        prepare_batch=Fitting(preparer) if preparer else None,
-        explain_batch=Fitting(explainer.explain_batch),
         steps=steps,
         curves=curves,
-        check_device=runner.check,
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
@@ -159,11 +159,10 @@ def _curve(spec: ModelSpec, loaded: LoadedModel, runner: Runner, settings: Setti
 def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]:
     """Computes a batch of so many black images."""
     info = loaded.info
-    height, width = info.preprocessing.input_size
-    black = bytes(height * width * 3)
+    largest = torch.zeros(LARGER_BATCH, *info.preprocessing.input_size, 3, dtype=torch.uint8, device=runner.device)
 
     def run(schedule: Schedule, images: int) -> None:
-        runner.run_batch(info.batch_key(schedule), [Job(info.name, black, schedule, 1, 0.0)] * images)
+        runner.top_k(info.batch_key(schedule), largest[:images], 1)
 
     return run
 
@@ -181,6 +180,8 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pul
         os.unlink(socket_path)
     engine.start()
     server = await serve_engine(engine, socket_path)
+    spare_the_collector()
+    take_turns_quickly()
     ENGINE_STARTS.inc()
     ready.set()
     logger.info("serving %s", ", ".join(engine.catalog()))

@@ -25,11 +25,17 @@ from typing import Any, ClassVar
 
 _quote = reprlib.Repr()
 _quote.maxstring = _quote.maxother = 80
+_quote.maxlevel = 3
+_LONGEST = 200
 
 
 def shown(value: object) -> str:
     """What a client sent, as a message may quote it: printable, and never long."""
-    return _quote.repr(value)
+    try:
+        text = _quote.repr(value)
+    except ValueError:  # an integer of more digits than Python writes, as YAML makes of a long hexadecimal one
+        return "a number that is too long to be shown"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class ServerError(Exception):
@@ -50,20 +56,11 @@ class ServerError(Exception):
         self.retry_after_s = retry_after_s
         self.details = details
 
-    def to_wire(self) -> dict[str, Any]:
-        """As it crosses from the engine process to the HTTP side."""
-        return {
-            "code": self.code,
-            "message": self.message,
-            "retry_after_s": self.retry_after_s,
-            "details": self.details,
-        }
-
     @staticmethod
-    def from_wire(wire: Mapping[str, Any]) -> ServerError:
-        """The same error on the other side."""
-        kind = next((kind for kind in ServerError.__subclasses__() if kind.code == wire["code"]), ServerError)
-        return kind(wire["message"], retry_after_s=wire["retry_after_s"], **wire["details"])
+    def of(code: str, message: str, retry_after_s: float | None, details: Mapping[str, Any]) -> ServerError:
+        """The error of a code, as another process tells of it."""
+        kind = next((kind for kind in ServerError.__subclasses__() if kind.code == code), ServerError)
+        return kind(message, retry_after_s=retry_after_s, **details)
 
 
 class UndecodableError(ServerError):

@@ -6,7 +6,9 @@ by the supervisor before it starts any process), so that a scrape of one process
 
 from __future__ import annotations
 
+import bisect
 import os
+from collections import Counter as Counts
 from collections.abc import Hashable, Sequence
 
 from prometheus_client import REGISTRY as OWN_REGISTRY
@@ -64,16 +66,23 @@ class BatchMetrics:
     """The batcher's observer: its batches and drops as metrics."""
 
     def batch_ran(self, key: Hashable, waits_s: Sequence[float], run_s: float) -> None:
-        if not isinstance(key, BatchKey):  # a health check
+        if not isinstance(key, BatchKey) or key.operation != "classify":
             return
         labels = (key.model, label_of(key.schedule))
         BATCH_SIZE.labels(*labels).observe(len(waits_s))
         INFERENCE_S.labels(*labels).observe(run_s)
-        for wait_s in waits_s:
-            QUEUE_S.labels(*labels).observe(wait_s)
+        _observe_all(QUEUE_S.labels(*labels), waits_s)
 
     def job_dropped(self, reason: str) -> None:
         DROPPED.labels(reason).inc()
+
+
+def _observe_all(histogram: Histogram, values: Sequence[float]) -> None:
+    """Observes each value. To add them up first takes a tenth of the time: a value is written to a shared file."""
+    counts = Counts(bisect.bisect_left(histogram._upper_bounds, value) for value in values)
+    histogram._sum.inc(sum(values))
+    for place, count in counts.items():
+        histogram._buckets[place].inc(count)
 
 
 def exposition() -> bytes:

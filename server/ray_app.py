@@ -25,7 +25,7 @@ from server.config.pushed import PushedConfig
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.dial import RSetting
-from server.errors import InvalidError, ServerError, shown
+from server.errors import InvalidError, shown
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.settings import Settings, SettingsError, load_settings
 from server.types import ModelInfo, find_model
@@ -134,7 +134,7 @@ class Replica:
                 self._config.take_over(models)
             elif models:
                 raise InvalidError(f"r is kept in {self._settings.shared_config}; user_config must say nothing of it")
-        except ServerError as error:
+        except Exception as error:  # ServerError, and what nobody has foreseen
             if not self._has_served:
                 raise
             if self._config is not None:
@@ -156,7 +156,7 @@ def read_user_config(user_config: Any, catalog: Mapping[str, ModelInfo]) -> dict
     """
     if not isinstance(user_config, dict):
         raise InvalidError(f"user_config is {shown(user_config)}; it must be a mapping like {{r: 8}}")
-    said = {str(key): value for key, value in user_config.items()}
+    said = {key if isinstance(key, str) else shown(key): value for key, value in user_config.items()}
     changes = parse(PatchConfig, {"models": said.pop("models", {})}).models
     if said:
         changes = {find_model(catalog, None).name: parse(PatchModel, said), **changes}

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from server.dial import AutoR, RSetting, parse_setting
-from server.errors import InvalidError
+from server.dial import MOST_MAX_R, AutoR, RSetting, parse_setting
+from server.documents import read_yaml
+from server.errors import InvalidError, shown
 
 PREFIX = "TOME_"
 _OF_KUBERNETES = re.compile(
@@ -75,7 +75,7 @@ def _default_name(source: str) -> str:
 class Settings(BaseModel):
     """What `tome-server serve` can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -91,7 +91,9 @@ class Settings(BaseModel):
     r: R = Field(
         0, description="tokens merged in each block where a request names none: a number, a list like 16,14,12, or auto"
     )
-    max_r: int | None = Field(None, ge=0, description="with r auto: the most tokens that it may merge in a block")
+    max_r: int | None = Field(
+        None, ge=0, le=MOST_MAX_R, description="with r auto: the most tokens that it may merge in a block"
+    )
     min_agreement: float | None = Field(
         None, ge=0, le=1, description="with r auto: the least expected share of answers that are those of r=0"
     )
@@ -127,7 +129,7 @@ class Settings(BaseModel):
         description="who decodes JPEG: the HTTP processes (cpu), or the engine on its device, in batches; auto: the "
         "engine on cuda",
     )
-    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0 takes what the container may use")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads of an engine; 0 takes what the container may use")
     max_batch_size: int = Field(
         32, ge=1, le=4096, description="most images in a batch; larger is faster until latency hurts"
     )
@@ -246,9 +248,11 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(Path(path).read_bytes())
+    except (OSError, ValueError, InvalidError) as error:  # ValueError: a path that can be none
         raise SettingsError(f"config file {path}: {error}") from None
+    if content is None:  # an empty file
+        return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise SettingsError(f"config file {path}: it must hold one setting a line, like 'port: 8000'")
     return {key.replace("-", "_"): value for key, value in content.items()}
@@ -259,4 +263,4 @@ def _line(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"there is no setting {where!r}; 'tome-server serve --help' lists them"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {problem['input']!r})" if where else message
+    return f"{where}: {message} (got {shown(problem['input'])})" if where else message

@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 from prometheus_client import multiprocess as shared_metrics
 
+from server.api.accept import Places
 from server.lifetime import Pulse, configure_logging
 from server.settings import Settings, SettingsError
 
@@ -128,7 +130,11 @@ def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
     for name, device, path in zip(names, devices, sockets, strict=True):
         ready = _spawn.Event()
         engines[Child(name, _run_engine, settings.model_copy(update={"device": device}), path, ready)] = ready
-    workers = [Child(f"http-{index}", _run_http, settings, listener, sockets) for index in range(settings.http_workers)]
+    places = Places(settings.http_workers)
+    workers = {
+        Child(f"http-{index}", _run_http, settings, listener, sockets, places, index): index
+        for index in range(settings.http_workers)
+    }
     children = [*engines, *workers]
     address, port = listener.getsockname()[:2]
     logger.info("http://%s:%d; try: curl -F image=@photo.jpg 'http://%s:%d/classify?r=8'", address, port, address, port)
@@ -146,7 +152,13 @@ def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
                 child.watch(passed_s)
                 if child.process and not child.process.is_alive():
                     child.bury()
-                    if child in engines and not engines[child].is_set():  # starting it again would not help
+                    if child in engines:
+                        has_been_ready = engines[child].is_set()
+                    else:
+                        places.leave(workers[child])
+                        has_been_ready = places.was_ever_open(workers[child])
+                    if not has_been_ready and not told_to_end:
+                        logger.error("the service ends: what has never been ready is not started again")
                         told_to_end.append(signal.SIGTERM)
                         status = 1
                 elif child.process is None and time.monotonic() >= child.restart_at:
@@ -154,7 +166,7 @@ def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
     finally:
         logger.info("shutting down")
         listener.close()  # the HTTP processes have it too, and close it when they accept no more
-        _end(workers, settings.drain_delay_s + _DRAIN_S)
+        _end(list(workers), settings.drain_delay_s + _DRAIN_S)
         _end(list(engines), _DRAIN_S)  # after the HTTP processes: they answer what those still hold
     return status
 
@@ -174,10 +186,24 @@ def _run_engine(settings: Settings, socket_path: str, ready: Event, pulse: Pulse
     engine_process.main(settings, socket_path, ready, pulse)
 
 
-def _run_http(settings: Settings, listener: socket.socket, socket_paths: Sequence[str], pulse: Pulse) -> None:
-    from server.api import process
+def _run_http(
+    settings: Settings,
+    listener: socket.socket,
+    socket_paths: Sequence[str],
+    places: Places,
+    index: int,
+    pulse: Pulse,
+) -> None:
+    configure_logging(settings.log_level)
+    try:
+        from server.api import process  # imports FastAPI: in the HTTP processes alone
 
-    process.main(settings, listener, socket_paths, pulse)
+        process.main(settings, listener, socket_paths, places, index, pulse)
+    except Exception as error:
+        if places.was_ever_open(index):
+            raise
+        logger.critical("an HTTP process cannot start: %s: %s", type(error).__name__, error)
+        sys.exit(1)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -30,7 +30,11 @@ class CudaRecorder:
         for _ in range(2):
             compute()
         torch.cuda.synchronize()
-        return CudaRecording(compute, self._pool)
+        try:
+            return CudaRecording(compute, self._pool)
+        except Exception:
+            self._pool = torch.cuda.graph_pool_handle()  # a pool that a recording was broken off in takes no other
+            raise
 
 
 class CudaRecording:

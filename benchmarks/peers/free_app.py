@@ -1,4 +1,7 @@
-"""Ours around a model that costs nothing: what HTTP, decoding, the queue and the socket between processes take."""
+"""Ours around a model that costs nothing: what HTTP, decoding, the queue and the socket between processes take.
+
+With PEER_DECODES=1 its engine takes JPEG files as they come, as one on a GPU does: then nothing is decoded at all.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from collections.abc import Sequence
 
 import uvloop
 
+from server.api.accept import Places
 from server.images.preprocessing import Preprocessing
-from server.types import BatchKey, Job, Merges, ModelInfo, TopK
+from server.ipc.messages import Item, TopK
+from server.types import BatchKey, ModelInfo
 
 SIDE = 32  # pixels
 
@@ -27,26 +32,29 @@ def main() -> None:
         socket_path = os.path.join(folder, "engine.sock")
         told_to_end: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, frame: told_to_end.append(number))
-        processes = [
-            spawn.Process(target=_engine, args=(socket_path,)),
-            spawn.Process(target=_http, args=(listener, socket_path)),
-        ]
+        processes = [spawn.Process(name="engine", target=_engine, args=(socket_path,))]
+        places = Places(int(os.environ.get("PEER_HTTP", "1")))
+        for number in range(len(places.held())):
+            args = (listener, socket_path, places, number)
+            processes.append(spawn.Process(name=f"http-{number}", target=_http, args=args))
         for process in processes:
             process.start()
+            print(f"{process.name} is process {process.pid}", flush=True)
         while not told_to_end:
             if multiprocessing.connection.wait([process.sentinel for process in processes], timeout=0.2):
-                break  # one died, and the other is worth nothing without it
+                break  # one died, and the others are worth nothing without it
         for process in reversed(processes):
             process.terminate()
             process.join()
 
 
-def _http(listener: socket.socket, socket_path: str) -> None:
+def _http(listener: socket.socket, socket_path: str, places: Places, index: int) -> None:
     from server.api import process
     from server.lifetime import Pulse
     from server.settings import Settings
 
-    process.main(Settings.model_validate({"log_level": "warning"}), listener, [socket_path], Pulse())
+    settings = Settings.model_validate({"log_level": "warning"})
+    process.main(settings, listener, [socket_path], places, index, Pulse())
 
 
 def _engine(socket_path: str) -> None:
@@ -56,7 +64,7 @@ def _engine(socket_path: str) -> None:
 async def _serve(socket_path: str) -> None:
     from server.batching.engine import LocalEngine
     from server.config.local import LocalConfig
-    from server.ipc.transport import serve_engine
+    from server.ipc.server import serve_engine
 
     told_to_end = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
@@ -71,8 +79,9 @@ async def _serve(socket_path: str) -> None:
         num_tokens=197,
         num_prefix_tokens=1,
         max_r=16,
+        decodes_jpeg=os.environ.get("PEER_DECODES") == "1",
     )
-    engine = LocalEngine({"free": info}, _classify, LocalConfig({"free": 0}), explain_batch=_explain)
+    engine = LocalEngine({"free": info}, _Free(), LocalConfig({"free": 0}))
     engine.start()
     server = await serve_engine(engine, socket_path)
     await told_to_end.wait()
@@ -80,12 +89,22 @@ async def _serve(socket_path: str) -> None:
     await engine.close()
 
 
-def _classify(key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
-    return [TopK(list(range(job.top_k)), [1 / job.top_k] * job.top_k) for job in jobs]
+class _Free:
+    """A device that answers without looking."""
 
+    prepares = False
 
-def _explain(key: BatchKey, jobs: Sequence[Job]) -> list[tuple[TopK, Merges]]:
-    raise NotImplementedError("nothing merges in a model that is none")
+    def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Item]:
+        return items
+
+    def compute(self, key: BatchKey, work: Sequence[Item]) -> list[TopK]:
+        return [TopK(list(range(k)), [1 / k] * k) for k in (item.request.top_k for item in work)]
+
+    def check(self) -> None:
+        pass
+
+    def warm_further(self) -> bool:
+        return False
 
 
 if __name__ == "__main__":

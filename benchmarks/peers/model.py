@@ -1,6 +1,7 @@
 """What all peers serve: timm's model as it is, under our preprocessing, so that only the servers differ.
 
-Variables: PEER_PORT, PEER_MODEL, PEER_WEIGHTS, PEER_DEVICE, PEER_PRECISION (fp32, bf16 or fp16), PEER_THREADS.
+Variables: PEER_PORT, PEER_MODEL, PEER_WEIGHTS, PEER_DEVICE, PEER_PRECISION (fp32, bf16 or fp16), PEER_THREADS, and
+PEER_BATCH, the most images in a batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from server.images.pillow import decode
 from server.settings import ModelSpec
 
 MAX_PIXELS = 89_000_000
-BATCH = 32
+BATCH = int(os.environ.get("PEER_BATCH", "32"))
 TOP_K = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,8 +12,8 @@ from fastapi import Depends, Request
 from server.api.admission import Admission
 from server.api.schemas import ErrorBody
 from server.errors import ForbiddenError, UnauthorizedError
+from server.ipc.engine import Engine
 from server.settings import Settings
-from server.types import Engine
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,10 +18,12 @@ from server.api import config, explain, health, models, page, routes
 from server.api.access import Service
 from server.api.admission import Admission
 from server.api.body import invalid
-from server.api.middleware import BodyLimit, RequestId
+from server.api.direct import Direct, Handlers
+from server.api.middleware import Front
+from server.cpus import available_cpus
 from server.errors import ServerError
+from server.ipc.engine import Engine
 from server.settings import Settings
-from server.types import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +49,25 @@ def create_app(
         version=__version__,
         description="Image classification with a speed/accuracy dial: `r` tokens are merged in every block.",
         lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # what asks for it costs each request 0.01 ms
     )
     app.state.is_draining = False
     # An executor, since its threads stay as few when callers leave; more of them would only hold more memory.
-    decoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+    decoders = ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode")
     app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
     ours = (routes.router, explain.router, models.router, config.router, health.router, page.router)
     for router in (*instead, *ours):
         app.include_router(router)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
-    app.add_middleware(RequestId)
-    app.add_exception_handler(ServerError, _answer_server_error)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, _answer_http_error)  # type: ignore[arg-type]
-    app.add_exception_handler(RequestValidationError, _answer_invalid)  # type: ignore[arg-type]
+    handlers: Handlers = {
+        ServerError: _answer_server_error,
+        HTTPException: _answer_http_error,
+        RequestValidationError: _answer_invalid,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
     app.add_exception_handler(Exception, _answer_unforeseen)
+    app.add_middleware(Direct, routers=(*instead, *ours), handlers=handlers)
+    app.add_middleware(Front, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
     return app
 
 
@@ -93,5 +99,5 @@ async def _answer_invalid(request: Request, error: RequestValidationError) -> JS
 async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
     logger.error("request %s failed", request.state.request_id, exc_info=error)
     response = _answer(500, "internal", "something broke on our side; the log has it under this request's x-request-id")
-    response.headers["x-request-id"] = request.state.request_id  # this answer bypasses the middleware
+    response.headers["x-request-id"] = request.state.request_id  # this answer bypasses `Front`
     return response

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from server.api.patience import CLIENT
 
 _LONGEST_HEAD = 64 << 10
 """Bytes that may come in a row and are no part of a body: heads, what stands between chunks, and trailers."""
@@ -21,13 +24,20 @@ class Connection(HttpToolsProtocol):
     Bytes do not extend that time. It also holds for the rest of a body whose request is answered already, as one that
     was refused: that is read away so that the client sees the answer, but not for long. Nor is more held of a
     connection than one body, one head and a few requests more; trailers, which nobody reads, are not kept at all.
+
+    Args:
+        args: As uvicorn's.
+        on_lost: Is called when the connection is lost.
+        kwargs: As uvicorn's.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_lost: Callable[[], None] = lambda: None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._on_lost = on_lost
         self._is_in_body = False
         self._head_bytes = 0
         self._running: RequestResponseCycle | None = None
+        self._tell_gone: Callable[[], None] | None = None
         self._awaited: str | None = None
         self._patience: asyncio.TimerHandle | None = None
 
@@ -55,6 +65,11 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
+        held: bytes | bytearray = self.cycle.body
+        if not held and not self.cycle.response_complete:
+            self.cycle.body, body = body, b""  # type: ignore[assignment]  # as it is: uvicorn copies a bytearray twice
+        elif isinstance(held, bytes):
+            self.cycle.body = bytearray(held)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -68,17 +83,38 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        cycle.scope["extensions"] = {CLIENT: self}  # type: ignore[dict-item]
         super()._start_asgi_task(cycle, app)
+
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether nothing of the request that is being answered is still to come."""
+        return self._running is not None and not self._running.more_body
+
+    def when_gone(self, tell: Callable[[], None] | None) -> None:
+        """Calls a function when the client has left, soon where it has already; or, with None, calls none any more."""
+        self._tell_gone = tell
+        if tell is None or self._running is None:
+            return
+        self.flow.resume_reading()  # else it would not be seen
+        if self._running.disconnected:
+            self.loop.call_soon(self._tell)
+
+    def _tell(self) -> None:
+        if self._tell_gone is not None:
+            self._tell_gone()
 
     def connection_lost(self, exc: Exception | None) -> None:
         # uvicorn tells the newest request alone that its client has left; that one may not have begun.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
+            self._tell()
         self.pipeline.clear()
         super().connection_lost(exc)
         if self._patience is not None:
             self._patience.cancel()
+        self._on_lost()
 
     def _watch(self) -> None:
         """Starts to count when something else is awaited of the client than before."""

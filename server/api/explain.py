@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 
 from server.api.access import ERRORS, ForUsers, Service
-from server.api.body import Upload, read_request
-from server.api.patience import at_most, unless_client_leaves
-from server.api.routes import ASKED, classes, resolve
-from server.api.schemas import BlockGroups, Merging, Seen, TimingsMs
+from server.api.body import Upload
+from server.api.patience import unless_client_leaves
+from server.api.reading import name_file, read_images
+from server.api.routes import ASKED, classes
+from server.api.schemas import BlockGroups, Merging, Seen
+from server.api.terms import Terms, read_terms, timings_of
 from server.dial import r_of
-from server.images.pillow import decode
-from server.images.preprocessing import Preprocessing
-from server.types import Explanation, Job
+from server.errors import ServerError
+from server.ipc.messages import Answered, Explain, Merges
 
 router = APIRouter(responses=ERRORS)
 
@@ -24,25 +24,19 @@ router = APIRouter(responses=ERRORS)
 @router.post("/v1/explain", openapi_extra=ASKED)
 async def explain(request: Request, service: ForUsers) -> Merging:
     """Says which patches of one image merge. Asked as /classify is, and computed in float32 whatever that takes."""
-    start = time.perf_counter()
-    settings = service.settings
-    async with at_most(settings.deadline_s):
-        (upload,), parameters = await read_request(request, max_images=1)
-    info, job = resolve(parameters, service.engine.catalog(), settings.deadline_s)
-    seen = info.preprocessing
-    with service.admission.permit(1, job.timeout_s):
-        async with at_most(job.timeout_s):
-            work = _decode_and_explain(upload, job, seen, service)
-            decode_s, explanation = await unless_client_leaves(request, work)
-    prediction, merges = explanation.prediction, explanation.merges
-    counts = info.token_counts(prediction.schedule)
+    start = time.monotonic()
+    uploads, terms = await read_terms(request, service, start, max_images=1)
+    with service.admission.permit(1, terms.left_s):
+        decode_s, answered = await unless_client_leaves(request, _explain(uploads, terms, service))
+    info, (merges,) = terms.info, answered.results
+    seen, counts = info.preprocessing, info.token_counts(answered.schedule)
     return Merging(
         model=info.name,
-        r=r_of(prediction.schedule),
-        r_source="deployment" if parameters.r is None else "request",
-        config_version=prediction.config_version,
-        filename=upload.filename,
-        top_k=classes(info, prediction.top_k),
+        r=r_of(answered.schedule),
+        r_source=terms.r_source,
+        config_version=answered.config_version,
+        filename=uploads[0].filename,
+        top_k=classes(info, merges.top_k),
         seen=Seen(input_size=seen.input_size, resize_size=seen.resize_size, crop_mode=seen.crop_mode),
         grid=merges.grid,
         patch=merges.patch,
@@ -52,22 +46,17 @@ async def explain(request: Request, service: ForUsers) -> Merging:
             BlockGroups(block=block, tokens=tokens, groups=groups)
             for block, (tokens, groups) in enumerate(zip(counts[1:], merges.groups, strict=True), 1)
         ],
-        timings_ms=TimingsMs(
-            decode=1e3 * decode_s,
-            queue=1e3 * prediction.queue_s,
-            inference=1e3 * prediction.inference_s,
-            total=1e3 * (time.perf_counter() - start),
-        ),
+        timings_ms=timings_of(answered, decode_s, start),
     )
 
 
-async def _decode_and_explain(
-    upload: Upload, job: Job, seen: Preprocessing, service: Service
-) -> tuple[float, Explanation]:
+async def _explain(uploads: Sequence[Upload], terms: Terms, service: Service) -> tuple[float, Answered[Merges]]:
     """Seconds of decoding, and what merged."""
-    start = time.perf_counter()
-    loop, max_pixels = asyncio.get_running_loop(), service.settings.max_image_pixels
-    pixels = await loop.run_in_executor(service.decoders, decode, upload.encoded, seen, max_pixels)
-    decode_s = time.perf_counter() - start
-    left_s = max(job.timeout_s - decode_s, 0.0)
-    return decode_s, await service.engine.explain(replace(job, pixels=pixels, timeout_s=left_s))
+    try:
+        async with terms.in_time():
+            images, decode_s = await read_images(uploads, terms.info, service)
+            asked = Explain(model=terms.info.name, images=images, r=terms.r, deadline=terms.deadline, top_k=terms.top_k)
+            return decode_s, await service.engine.answer(asked)
+    except ServerError as error:
+        name_file(error, uploads)
+        raise

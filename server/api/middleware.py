@@ -6,12 +6,12 @@ import asyncio
 import random
 import re
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.patience import Client, client_of
 from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 LARGEST_BODIES = 8
 """How many bodies of the largest size are held at once."""
@@ -20,29 +20,11 @@ LEAST_BYTES_PER_S = 1024
 """A body that comes more slowly than this, on average, is not waited for."""
 
 
-class RequestId:
-    """Gives every request an id, the client's own where it sent a plain one, and returns it as `x-request-id`."""
+class Front:
+    """Stands before every request of this process. One for all of that, since each layer costs each request.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        borne = Headers(scope=scope).get("x-request-id", "")
-        request_id = borne if _REQUEST_ID.fullmatch(borne) else f"{random.getrandbits(128):032x}"
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, named)
-
-
-class BodyLimit:
-    """Guards the bodies of this process while they arrive: how long each is, how fast it comes, how much all hold.
+    It gives the request an id, the client's own where it sent a plain one, and returns it as `x-request-id`. And it
+    guards the bodies while they arrive: how long each is, how fast it comes, how much all hold.
 
     Args:
         app: What is guarded.
@@ -51,50 +33,84 @@ class BodyLimit:
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, client_timeout_s: float) -> None:
-        self._app, self._max_bytes, self._client_timeout_s = app, max_bytes, client_timeout_s
-        self._held = 0
+        self._app = app
+        self.max_bytes, self.client_timeout_s = max_bytes, client_timeout_s
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        announced = Headers(scope=scope).get("content-length", "0")
-        is_too_long = announced.isascii() and announced.isdigit() and int(announced[:20]) > self._max_bytes
-        start, received, is_complete = asyncio.get_running_loop().time(), 0, False
+        borne = announced = None
+        for name, value in scope["headers"]:
+            if name == b"content-length" and announced is None:
+                announced = value
+            elif name == b"x-request-id" and borne is None:
+                borne = value
+        request_id = borne if borne and _REQUEST_ID.fullmatch(borne) else b"%032x" % random.getrandbits(128)
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
 
-        async def limited() -> Message:
-            nonlocal received, is_complete
-            if is_complete:
-                return await receive()  # how a client that leaves is noticed: waits for as long as that takes
-            message = await self._patiently(receive, start + received / LEAST_BYTES_PER_S)
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError("the client hung up before its body was complete")
-            is_complete = not message.get("more_body", False)
-            size = len(message.get("body", b""))
-            received += size
-            self._held += size
-            if is_too_long or received > self._max_bytes:
-                limit = self._max_bytes
-                raise TooLargeError(f"the body is larger than {limit} bytes", max_body_bytes=limit)
-            if self._held > LARGEST_BODIES * self._max_bytes:
-                raise QueueFullError(
-                    f"requests hold {self._held} bytes; at most {LARGEST_BODIES * self._max_bytes} may be held at once",
-                    retry_after_s=1,
-                )
-            return message
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                message["headers"] = [*headers, (b"x-request-id", request_id)]
+            await send(message)
 
+        body = _Body(receive, self, announced, client_of(scope))
         try:
-            await self._app(scope, limited, send)
+            await self._app(scope, body.receive, named)
         finally:
-            self._held -= received
+            self.held -= body.received
 
-    async def _patiently(self, receive: Receive, due: float) -> Message:
-        """The next piece of a body; `due` is when, on the loop's clock, what is there already had to be there."""
-        now = asyncio.get_running_loop().time()
+
+class _Body:
+    """A body while it arrives.
+
+    Args:
+        receive: Where it comes from.
+        limits: Limits, and how much all bodies hold.
+        announced: Its length, as its client says.
+        client: Who sends it, where that is known.
+    """
+
+    __slots__ = ("_began_at", "_client", "_is_complete", "_is_too_long", "_limits", "_receive", "received")
+
+    def __init__(self, receive: Receive, limits: Front, announced: bytes | None, client: Client | None) -> None:
+        self._receive, self._limits, self._client = receive, limits, client
+        self._began_at = asyncio.get_running_loop().time()
+        self._is_too_long = announced is not None and announced.isdigit() and int(announced[:20]) > limits.max_bytes
+        self._is_complete = False
+        self.received = 0
+
+    async def receive(self) -> Message:
+        """The next piece, as ASGI has it; after the last, that the client has left."""
+        if self._is_complete:
+            return await self._receive()  # waits for as long as that takes
+        if self._client is not None and self._client.has_sent_all:
+            message = await self._receive()  # at once
+        else:
+            message = await self._patiently(self._began_at + self.received / LEAST_BYTES_PER_S)
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError("the client hung up before its body was complete")
+        self._is_complete = not message.get("more_body", False)
+        size, limits = len(message.get("body", b"")), self._limits
+        self.received += size
+        limits.held += size
+        if self._is_too_long or self.received > limits.max_bytes:
+            raise TooLargeError(f"the body is larger than {limits.max_bytes} bytes", max_body_bytes=limits.max_bytes)
+        if limits.held > LARGEST_BODIES * limits.max_bytes:
+            raise QueueFullError(
+                f"requests hold {limits.held} bytes; at most {LARGEST_BODIES * limits.max_bytes} may be held at once",
+                retry_after_s=1,
+            )
+        return message
+
+    async def _patiently(self, due: float) -> Message:
+        """The next piece; `due` is when, on the loop's clock, what is there already had to be there."""
+        now, timeout_s = asyncio.get_running_loop().time(), self._limits.client_timeout_s
         try:
-            async with asyncio.timeout_at(min(now, due) + self._client_timeout_s):
-                return await receive()
+            async with asyncio.timeout_at(min(now, due) + timeout_s):
+                return await self._receive()
         except TimeoutError:
             raise TooSlowError(
-                f"the body stopped arriving for {self._client_timeout_s:g} s, or comes at less than "
-                f"{LEAST_BYTES_PER_S} bytes/s"
+                f"the body stopped arriving for {timeout_s:g} s, or comes at less than {LEAST_BYTES_PER_S} bytes/s"
             ) from None

@@ -24,7 +24,8 @@ from server.api.schemas import (
     PatchModel,
 )
 from server.dial import AutoR, r_of
-from server.types import Configuration, Engine, ModelInfo, find_model
+from server.ipc.engine import Engine
+from server.types import Configuration, ModelInfo, find_model
 
 router = APIRouter(prefix="/v1/models", responses=ERRORS)
 

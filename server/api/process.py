@@ -1,4 +1,4 @@
-"""An HTTP process: uvicorn on the port that all HTTP processes share, and a connection to each engine process."""
+"""An HTTP process: uvicorn for its share of the clients, and a connection to each engine process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Message
 
+from server.api.accept import Acceptor, Places
 from server.api.app import create_app
 from server.api.connection import Connection
+from server.ipc.client import RemoteEngine
 from server.ipc.devices import Devices
-from server.ipc.transport import RemoteEngine
 from server.lifetime import Pulse, configure_logging, end_with_parent
 from server.settings import Settings
 
@@ -24,8 +26,24 @@ _DRAIN_S = 25
 _CLOSE = (b"connection", b"close")
 
 
-def main(settings: Settings, listener: socket.socket, socket_paths: Sequence[str], pulse: Pulse) -> None:
-    """Runs one HTTP process until it is told to end, and answers what it has accepted before it does."""
+def main(
+    settings: Settings,
+    listener: socket.socket,
+    socket_paths: Sequence[str],
+    places: Places,
+    index: int,
+    pulse: Pulse,
+) -> None:
+    """Runs one HTTP process until it is told to end, and answers what it has accepted before it does.
+
+    Args:
+        settings: Limits and keys.
+        listener: The socket that all HTTP processes share.
+        socket_paths: Where the engines are.
+        places: What the HTTP processes know of each other.
+        index: The place of this one.
+        pulse: Beats while it serves.
+    """
     configure_logging(settings.log_level)
     end_with_parent()
     engines = [RemoteEngine(path, index) for index, path in enumerate(socket_paths)]
@@ -50,7 +68,7 @@ def main(settings: Settings, listener: socket.socket, socket_paths: Sequence[str
         timeout_keep_alive=settings.client_timeout_s,
         timeout_graceful_shutdown=_DRAIN_S,
     )
-    _Server(config, app, settings.drain_delay_s).run(sockets=[listener])
+    _Server(config, app, settings.drain_delay_s, places, index).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -60,12 +78,32 @@ class _Server(uvicorn.Server):
         config: uvicorn's.
         app: The application, which has /readyz.
         drain_delay_s: Time between the two, in which a load balancer turns to other servers.
+        places: What the HTTP processes know of each other.
+        index: The place of this one.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_delay_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_delay_s: float, places: Places, index: int) -> None:
         super().__init__(config)
         self._app, self._drain_delay_s = app, drain_delay_s
+        self._places, self._index = places, index
         self._closes_at = float("inf")
+        self._acceptor: Acceptor | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])  # none for uvicorn: it would take all that waits as soon as it wakes
+        assert sockets is not None
+        await _warm_up(self._app)
+        self._acceptor = Acceptor(sockets[0], self._places, self._index, self._connection)
+        self._acceptor.open()
+
+    def _connection(self, on_lost: Callable[[], None]) -> Connection:
+        """The protocol of a connection, as uvicorn would make it."""
+        return Connection(self.config, self.server_state, self.lifespan.state, on_lost=on_lost)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._acceptor is not None:
+            await self._acceptor.close()  # before uvicorn tells the connections: none must come after that
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Is told to end; called as a signal handler."""
@@ -80,3 +118,16 @@ class _Server(uvicorn.Server):
         if self._app.state.is_draining and _CLOSE not in self.server_state.default_headers:
             self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
         return should_exit
+
+
+async def _warm_up(app: FastAPI) -> None:
+    """Asks for what costs nothing: FastAPI builds its routes for the first request, in a tenth of a second."""
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/livez", "headers": [], "query_string": b"", "root_path": ""}
+    await app(scope, receive, send)

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.dial import FixedR
-from server.types import Reason
+from server.dial import PlainR
+from server.ipc.messages import Reason
 
 RSource = Literal["request", "deployment"]
 
@@ -58,7 +58,7 @@ class PatchConfig(BaseModel):
 class DeployedR(BaseModel):
     """What requests get that name no r."""
 
-    r: FixedR | Literal["auto"]
+    r: PlainR | Literal["auto"]
     max_r: int | None = Field(None, description="With auto: the most tokens that it may merge in a block.")
     min_agreement: float | None = Field(None, description="With auto: the least expected agreement with r=0.")
 
@@ -106,7 +106,7 @@ class Classification(BaseModel):
     """The answer: what is in each image, and how it was computed."""
 
     model: str
-    r: FixedR = Field(description="Tokens merged in each block; a list where the blocks differ.")
+    r: PlainR = Field(description="Tokens merged in each block; a list where the blocks differ.")
     r_source: RSource = Field(description="Who said so, or said auto.")
     auto: AutoChoice | None = Field(None, description="With auto, why it took that r.")
     tokens: int = Field(description="Tokens left after the last block.")
@@ -139,7 +139,7 @@ class Merging(BaseModel):
     """The answer to one photo, and which of its patches are one token after every block."""
 
     model: str
-    r: FixedR = Field(description="Tokens merged in each block; a list where the blocks differ.")
+    r: PlainR = Field(description="Tokens merged in each block; a list where the blocks differ.")
     r_source: RSource = Field(description="Who chose that r.")
     config_version: int
     filename: str | None = None
@@ -165,7 +165,7 @@ class ModelSummary(BaseModel):
     architecture: str
     source: str
     is_default: bool
-    r: FixedR | Literal["auto"] = Field(description="The deployment's r, for requests that name none.")
+    r: PlainR | Literal["auto"] = Field(description="The deployment's r, for requests that name none.")
     auto: AutoBounds | None = Field(None, description="With auto, what it must keep to.")
     config_version: int
 
@@ -203,7 +203,7 @@ class BatchSeconds(BaseModel):
 class CurveRow(BaseModel):
     """What one r costs, and what it keeps."""
 
-    r: FixedR
+    r: PlainR
     schedule: list[int] = Field(description="r of each block.")
     tokens: int = Field(description="Tokens left after the last block.")
     gflops: float | None = Field(description="Of one image; null where they cannot be counted.")

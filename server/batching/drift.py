@@ -11,13 +11,17 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import inf
+from typing import Any
 
 from server.curve import Curve, CurveRow
 from server.dial import label_of
+from server.images.image import Image
 from server.intervals import wilson
+from server.ipc.messages import Classify, Item, TopK
 from server.metrics import DRIFT, DRIFT_AGREED, DRIFT_CHECKED, LIVE_AGREEMENT
-from server.types import BatchKey, Job, TopK
+from server.types import BatchKey
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +42,10 @@ LONGEST_QUIET_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """An answered image: the job, the key that it was computed under, and its likeliest class."""
+    """An answered image, the key that it was computed under, and its likeliest class."""
 
     key: BatchKey
-    job: Job
+    image: Image
     index: int
 
 
@@ -88,21 +92,21 @@ class LiveAgreement:
 
 
 class DriftWatch:
-    """Samples answered jobs, and computes them again at r=0, one at a time, while the device is idle.
+    """Samples answered images, and computes them again at r=0, one at a time, while the device is idle.
 
     A list of `r` is counted under the label that all lists share, and so is never compared with a curve.
 
     Args:
-        run_batch: Computes jobs on the device, as for the batcher; nothing else may run there meanwhile.
+        run_batch: Classifies images on the device; nothing else may run there meanwhile.
         curves: What was measured of the models, those that have a curve.
-        share: Of the jobs answered with r > 0, those that are checked: from 0, none, to 1, all.
+        share: Of the images answered with r > 0, those that are checked: from 0, none, to 1, all.
         random: Uniform numbers from 0 up to 1.
         clock: Seconds, as those of the event loop.
     """
 
     def __init__(
         self,
-        run_batch: Callable[[BatchKey, Sequence[Job]], Awaitable[Sequence[TopK]]],
+        run_batch: Callable[[BatchKey, Sequence[Item]], Awaitable[Sequence[TopK]]],
         curves: Mapping[str, Curve],
         share: float,
         *,
@@ -123,12 +127,12 @@ class DriftWatch:
         """Samples that wait for an idle device."""
         return len(self._samples)
 
-    def offer(self, key: BatchKey, jobs: Sequence[Job], answers: Sequence[TopK]) -> None:
-        """Tells of a batch that was computed; some of its jobs may be kept for a check."""
+    def offer(self, key: BatchKey, images: Sequence[Image], answers: Sequence[Any]) -> None:
+        """Tells of a request that was classified; some of its images may be kept for a check."""
         if max(key.schedule) > 0:
-            for job, answer in zip(jobs, answers, strict=False):
+            for image, answer in zip(images, answers, strict=True):
                 if self._random() < self._share:
-                    self._samples.append(_Sample(key, job, answer.indices[0]))
+                    self._samples.append(_Sample(key, image, answer.indices[0]))
 
     async def idle(self, arrived: asyncio.Event) -> None:
         """Spends the time until something arrives: what the batcher does while nothing waits.
@@ -143,8 +147,9 @@ class DriftWatch:
     async def _check(self, sample: _Sample) -> None:
         started = self._clock()
         try:
-            unmerged = replace(sample.key, schedule=(0,) * len(sample.key.schedule))
-            (answer,) = await self._run_batch(unmerged, [replace(sample.job, top_k=1)])
+            unmerged = sample.key._replace(schedule=(0,) * len(sample.key.schedule))
+            asked = Classify(model=sample.key.model, images=[sample.image], deadline=inf, top_k=1)
+            (answer,) = await self._run_batch(unmerged, [Item(asked, 0)])
             self._count(sample.key, answer.indices[0] == sample.index)
         except Exception:  # nobody waits for it, and the batch loop must go on
             logger.exception("an image of %s could not be checked at r=0", sample.key.model)

@@ -1,48 +1,31 @@
-"""The engine: deployment `r`, batcher and device thread behind the `Engine` protocol, in whichever process holds it."""
+"""The engine: deployment `r`, batcher and device threads behind the `Engine` protocol, in whatever process."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from server.batching.auto import AutoDial
-from server.batching.batcher import Answer, Batcher
+from server.batching.batcher import Batcher
 from server.batching.drift import DriftWatch
+from server.batching.jobs import Batched, Open
 from server.batching.policy import Rung
 from server.config.store import ConfigStore
 from server.curve import Curve
-from server.dial import AutoR, RSetting, Schedule
-from server.errors import DeadlineError, NotFoundError, ServerError, UnavailableError
+from server.dial import AutoR, PlainR, RSetting, Schedule
+from server.errors import NotFoundError, ServerError, UnavailableError
+from server.ipc.messages import Answered, Choice, Item, Request
 from server.metrics import BatchMetrics
-from server.types import (
-    BatchKey,
-    Choice,
-    Configuration,
-    Explanation,
-    Job,
-    Merges,
-    ModelInfo,
-    Prediction,
-    TopK,
-    find_model,
-)
+from server.types import BatchKey, Configuration, ModelInfo, find_model
 
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
-RunBatch = Callable[[BatchKey, Sequence[Any]], Sequence[TopK]]
-"""Computes one batch on the device under the key's model and schedule, of jobs or of what was prepared of them; answers
-in order."""
-
-PrepareBatch = Callable[[BatchKey, Sequence[Job]], Sequence[Any]]
-"""What `RunBatch` gets of each job instead of it, or the ServerError of that job alone; in order."""
-
-ExplainBatch = Callable[[BatchKey, Sequence[Job]], Sequence[tuple[TopK, Merges]]]
-"""The same for jobs that ask what merged."""
+T = TypeVar("T")
 
 CHECK_TIMEOUT_S = 10.0
 
@@ -50,19 +33,29 @@ HANGS_AFTER_S = 300.0
 """A device that works on one batch for so long hangs; compiling a schedule for the first time takes less."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Explaining:
-    """What jobs to explain are batched by: never with jobs to classify, which take another way through the device."""
+class Device(Protocol):
+    """What computes. A function of its input is enough for a test."""
 
-    key: BatchKey
+    @property
+    def prepares(self) -> bool:
+        """Batches are prepared before they are computed, each by a thread of its own."""
+        ...
 
+    def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
+        """What `compute` gets of each image instead of the item, or the ServerError of that image; in order."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A job to classify, and what the device gets of it."""
+    def compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
+        """A batch under the key's model, schedule and operation: the result of each image, in order."""
+        ...
 
-    job: Job
-    work: Any
+    def check(self) -> None:
+        """Raises when the device no longer works; called on the thread that computes."""
+        ...
+
+    def warm_further(self) -> bool:
+        """Does one short piece of what makes later batches faster; False where nothing is left. As `check`."""
+        ...
 
 
 class LocalEngine:
@@ -72,10 +65,7 @@ class LocalEngine:
 
     Args:
         models: The loaded models, the default first.
-        run_batch: The device; a function of its input is enough for a test.
-        explain_batch: The device for jobs that ask what merged.
-        prepare_batch: Makes jobs ready for `run_batch`; None where it takes them as they are.
-        check_device: Raises when the device no longer works; called on the device's thread.
+        device: What computes.
         store: The deployment `r` of each model.
         steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
         curves: What was measured of the models, those that have a curve.
@@ -91,37 +81,35 @@ class LocalEngine:
     def __init__(
         self,
         models: Mapping[str, ModelInfo],
-        run_batch: RunBatch,
+        device: Device,
         store: ConfigStore,
         *,
-        explain_batch: ExplainBatch,
-        prepare_batch: PrepareBatch | None = None,
         steps: Mapping[str, Sequence[Rung]] | None = None,
         curves: Mapping[str, Curve] | None = None,
-        check_device: Callable[[], None] = lambda: None,
         max_batch_size: int = 32,
         max_queue_size: int = 256,
         batch_timeout_s: float = 0.1,
         drift_sample: float = 0.0,
     ) -> None:
         self._models = dict(models)
-        self._compute, self._explain, self._prepare = run_batch, explain_batch, prepare_batch
-        self._check_device = check_device
+        self._device = device
         self._broken = asyncio.Event()
+        self._is_warming = True
         self._store = store
+        self._configuration: Configuration | None = None
+        self._batch_key = functools.lru_cache(1024)(self._made_key)
         self._following: asyncio.Task[None] | None = None
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._computing = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # has a thread once it is asked for one
-        self._drift = DriftWatch(self._run_batch, curves or {}, drift_sample)
-        # A key, a job and an answer are of one kind: classification, explanation, or a health check's None.
-        self._batcher = Batcher[Any, Job | None, Any](
-            self._run_batch if prepare_batch is None else self._compute_batch,
-            prepare=None if prepare_batch is None else self._prepare_batch,
+        self._drift = DriftWatch(self._prepare_and_compute, curves or {}, drift_sample)
+        self._batcher = Batcher[BatchKey, Item, Any](
+            self._compute,
+            prepare=self._prepare if device.prepares else None,
             max_batch_size=max_batch_size,
             max_queue_size=max_queue_size,
             batch_timeout_s=batch_timeout_s,
             observer=BatchMetrics(),
-            idle=self._drift.idle,
+            idle=self._idle,
         )
         for name, info in self._models.items():
             info.check(store.configuration.models[name])
@@ -152,42 +140,58 @@ class LocalEngine:
             await asyncio.wait([self._following])
         await self._batcher.close()
         self._preparing.shutdown()
-        self._device.shutdown()
+        self._computing.shutdown()
 
     def catalog(self) -> dict[str, ModelInfo]:
         return self._models
 
-    async def classify(self, job: Job) -> Prediction:
-        info, version, r = self._asked(job)
-        if isinstance(r, AutoR):
-            answer = await self._batcher.submit(self._auto[info.name].open(r), job, job.timeout_s)
-        else:
-            answer = await self._batcher.submit(info.batch_key(info.schedule(r)), job, job.timeout_s)
-        assert isinstance(answer.key, BatchKey)  # only a health check is answered without one
-        auto = self._choice(info.name, answer.key.schedule, r) if isinstance(r, AutoR) else None
-        return _prediction(answer, answer.result, answer.key.schedule, version, auto)
+    def answer(self, request: Request[T]) -> asyncio.Future[Answered[T]]:
+        """As of `Engine`. Here `r` and the version of the configuration are resolved, once for all of the images."""
+        info, configuration = find_model(self._models, request.model), self._configuration_now()
+        r = configuration.models[info.name] if request.r is None else request.r
+        key, auto = self._key(info, r, request)
 
-    async def explain(self, job: Job) -> Explanation:
-        info, version, r = self._asked(job)
-        auto = await self.choose(info.name, r) if isinstance(r, AutoR) else None
-        schedule = auto.schedule if auto else info.schedule(r)
-        answer = await self._batcher.submit(_Explaining(info.batch_key(schedule)), job, job.timeout_s)
-        top_k, merges = answer.result
-        return Explanation(_prediction(answer, top_k, schedule, version, auto), merges)
+        def finish(batched: Batched[BatchKey, T]) -> Answered[T]:
+            if batched.key.operation == "classify":
+                self._drift.offer(batched.key, request.images, batched.results)
+            return Answered(
+                results=batched.results,
+                schedule=batched.key.schedule,
+                config_version=configuration.version,
+                batch_size=batched.batch_size,
+                queue_s=batched.wait_s,
+                inference_s=batched.run_s,
+                auto=auto or batched.note,
+            )
 
-    def _asked(self, job: Job) -> tuple[ModelInfo, int, RSetting]:
-        """The job's model, the version of the configuration at this moment, and the `r` that holds for the job."""
-        info, configuration = find_model(self._models, job.model), self._store.configuration
-        return info, configuration.version, configuration.models[job.model] if job.r is None else job.r
+        items = [Item(cast(Any, request), index) for index in range(len(request.images))]
+        return self._batcher.submit(key, items, request.deadline, finish)
 
-    async def choose(self, model: str, bounds: AutoR) -> Choice:
-        info = find_model(self._models, model)
-        schedule = self._auto[info.name].choose(self._batcher.load(), bounds).schedule
-        return self._choice(info.name, schedule, bounds)
+    def _configuration_now(self) -> Configuration:
+        """What holds in this turn of the event loop; to ask takes a system call, and many requests come in one turn."""
+        if self._configuration is None:
+            self._configuration = self._store.configuration
+            asyncio.get_running_loop().call_soon(self._forget_configuration)
+        return self._configuration
 
-    def _choice(self, model: str, schedule: Schedule, bounds: AutoR) -> Choice:
-        auto = self._auto[model]
-        return Choice(schedule, auto.why(schedule, bounds), auto.expected_agreement(schedule))
+    def _forget_configuration(self) -> None:
+        self._configuration = None
+
+    def _key(
+        self, info: ModelInfo, r: RSetting, request: Request[Any]
+    ) -> tuple[BatchKey | Open[BatchKey], Choice | None]:
+        """What a request is queued by. One image under `auto` is left open; several share a choice made now."""
+        if not isinstance(r, AutoR):
+            return self._batch_key(info.name, r, request.operation), None
+        auto = self._auto[info.name]
+        if len(request.images) == 1 and request.operation == "classify":
+            return auto.open(r), None
+        choice = auto.choose(self._batcher.load(), r)
+        return info.batch_key(choice.schedule, request.operation), choice
+
+    def _made_key(self, model: str, r: PlainR, operation: str) -> BatchKey:
+        info = self._models[model]
+        return info.batch_key(info.schedule(r), operation)
 
     async def curve(self, model: str) -> Curve:
         info = find_model(self._models, model)
@@ -210,7 +214,10 @@ class LocalEngine:
     async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
         for name, r in changes.items():
             find_model(self._models, name).check(r)
-        return await self._store.change(changes, expected_version)
+        try:
+            return await self._store.change(changes, expected_version)
+        finally:
+            self._forget_configuration()
 
     async def _follow(self) -> None:
         try:
@@ -220,57 +227,56 @@ class LocalEngine:
 
     async def check(self) -> None:
         try:
-            await self._batcher.submit(None, None, CHECK_TIMEOUT_S, urgent=True)
-        except DeadlineError as error:
-            raise UnavailableError(f"the engine does not answer: {error.message}", retry_after_s=1) from None
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                await self._batcher.between_batches(self._probe)
+        except TimeoutError:
+            raise UnavailableError(
+                f"the engine does not answer: no answer within {CHECK_TIMEOUT_S:.3g} s", retry_after_s=1
+            ) from None
 
-    async def _run_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Any]) -> Sequence[Any]:
-        """A batch from its jobs to its answers, whatever else is prepared or computed meanwhile."""
-        ready = await self._prepare_batch(key, jobs)
-        for each in ready:
+    async def _idle(self, arrived: asyncio.Event) -> None:
+        """Spends the time until something arrives on what makes the device faster, then on checks."""
+        while self._is_warming and not arrived.is_set():
+            try:
+                self._is_warming = await self._in_time(self._computing, self._device.warm_further)
+            except Exception:  # the device is as fast as it was
+                logger.exception("the device could not be warmed further")
+                self._is_warming = False
+        await self._drift.idle(arrived)
+
+    async def _prepare_and_compute(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
+        """A batch from its images to its results, whatever else is prepared or computed meanwhile."""
+        work = await self._prepare(key, items) if self._device.prepares else items
+        for each in work:
             if isinstance(each, ServerError):
                 raise each
-        return await self._compute_batch(key, ready)
+        return await self._on_device(self._computing, key, work, self._device.compute)
 
-    async def _prepare_batch(self, key: BatchKey | _Explaining | None, jobs: Sequence[Any]) -> Sequence[Any]:
-        """What is computed of each job. Those to explain, and health checks, are taken as they are."""
-        if not isinstance(key, BatchKey):
-            return jobs
-        prepare = self._prepare
-        if prepare is None:
-            return [_Ready(job, job) for job in jobs]
-        works = await self._guarded(key, len(jobs), self._preparing, lambda: prepare(key, jobs))
-        return [
-            work if isinstance(work, ServerError) else _Ready(job, work) for job, work in zip(jobs, works, strict=True)
-        ]
+    async def _prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
+        return await self._on_device(self._preparing, key, items, self._device.prepare)
 
-    async def _compute_batch(self, key: BatchKey | _Explaining | None, ready: Sequence[Any]) -> Sequence[Any]:
-        """A batch on the device thread; without a key it is a health check, which a working device answers."""
-        if key is None:
-            await self._probe()
-            return [None] * len(ready)
-        if isinstance(key, _Explaining):
-            return await self._guarded(key, len(ready), self._device, lambda: self._explain(key.key, ready))
-        works = [each.work for each in ready]
-        answers = await self._guarded(key, len(ready), self._device, lambda: self._compute(key, works))
-        self._drift.offer(key, [each.job for each in ready], answers)
-        return answers
+    async def _compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
+        return await self._on_device(self._computing, key, work, self._device.compute)
 
-    async def _guarded(
-        self, key: BatchKey | _Explaining, num_jobs: int, thread: ThreadPoolExecutor, work: Callable[[], A]
+    async def _on_device(
+        self,
+        thread: ThreadPoolExecutor,
+        key: BatchKey,
+        batch: Sequence[Any],
+        work: Callable[[BatchKey, Sequence[Any]], A],
     ) -> A:
-        """The result of a batch's work; when that fails, the device shows that it still does the simplest."""
+        """The result of work on a batch; when that fails, the device shows that it still does the simplest."""
         try:
-            return await self._on_device(work, thread)
+            return await self._in_time(thread, lambda: work(key, batch))
         except UnavailableError:
             raise
-        except Exception as error:  # the batch will be split: one job alone is the culprit, and has the traceback
-            logger.error("a batch of %d for %s failed: %r", num_jobs, key, error, exc_info=num_jobs == 1)
+        except Exception as error:  # the batch will be split: one image alone is the culprit, and has the traceback
+            logger.error("a batch of %d for %s failed: %r", len(batch), key, error, exc_info=len(batch) == 1)
             await self._probe()
             raise
 
-    async def _on_device(self, work: Callable[[], A], thread: ThreadPoolExecutor) -> A:
-        """The result of work on one of the threads; gives this engine up when that takes longer than any batch can."""
+    async def _in_time(self, thread: ThreadPoolExecutor, work: Callable[[], A]) -> A:
+        """The result of work on a thread; gives this engine up when that takes longer than any batch can."""
         working = asyncio.get_running_loop().run_in_executor(thread, work)
         await asyncio.wait([working], timeout=HANGS_AFTER_S)
         if not working.done():
@@ -282,24 +288,10 @@ class LocalEngine:
     async def _probe(self) -> None:
         """Raises UnavailableError, and gives this engine up, when the device fails at the simplest work."""
         try:
-            await self._on_device(self._check_device, self._device)
+            await self._in_time(self._computing, self._device.check)
         except UnavailableError:
             raise
         except Exception as error:
             logger.critical("the device works no more", exc_info=error)
             self._broken.set()
             raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
-
-
-def _prediction(
-    answer: Answer[Any, Any], top_k: TopK, schedule: Schedule, version: int, auto: Choice | None
-) -> Prediction:
-    return Prediction(
-        top_k=top_k,
-        schedule=schedule,
-        batch_size=answer.batch_size,
-        config_version=version,
-        queue_s=answer.wait_s,
-        inference_s=answer.run_s,
-        auto=auto,
-    )

@@ -7,10 +7,15 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from server.recent import Recent
+
 K = TypeVar("K", bound=Hashable)
 
 FORGET = 0.97
 """What each new batch leaves of the weight of those before it: the last thirty or so count."""
+
+MOST_LEARNED = 256
+"""Keys whose lines were learned from batches alone: any client may name another list of `r`."""
 
 
 @dataclass(slots=True)
@@ -46,20 +51,21 @@ class _Sums:
 class Speed(Generic[K]):
     """Seconds of a batch of n jobs, a + b n for each key.
 
-    Where a line is known beforehand, batches that run tell by what factor the device is now off it; else they are all
-    that the line is fitted to.
+    Where a line is known beforehand, batches that run tell by what factor the device is now off it, and that is kept
+    for good; else they are all that the line is fitted to, and the key that ran longest ago is forgotten.
     """
 
     def __init__(self) -> None:
         self._known: dict[K, tuple[float, float]] = {}
         self._factors: dict[K, float] = {}
         self._overall = 1.0
-        self._sums: dict[K, _Sums] = {}
+        self._sums = Recent[K, _Sums](MOST_LEARNED)
 
     def expect(self, key: K, a: float, b: float) -> None:
         """Tells the line of a key as it was measured, in seconds."""
         self._known[key] = (a, b)
         self._factors.pop(key, None)
+        self._sums.pop(key, None)
 
     def observe(self, key: K, n: int, seconds: float) -> None:
         """Learns that a batch of n took so long."""
@@ -69,7 +75,9 @@ class Speed(Generic[K]):
             self._factors[key] = _nearer(self._factors.get(key, self._overall), factor)
             self._overall = _nearer(self._overall, factor)
         else:
-            self._sums.setdefault(key, _Sums()).add(n, seconds)
+            sums = self._sums.get(key) or _Sums()
+            sums.add(n, seconds)
+            self._sums[key] = sums
 
     def line(self, key: K) -> tuple[float, float] | None:
         """a and b in seconds, or None for a key of which nothing is known."""

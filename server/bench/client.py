@@ -1,12 +1,19 @@
-"""An HTTP client that costs little: one POST after the other over connections that are kept, in plain HTTP/1.1."""
+"""An HTTP client that costs little: one POST after the other over connections that are kept, in plain HTTP/1.1.
+
+It often shares its cores with the server that it measures, so it goes without streams: a request is two pieces of
+bytes, and an answer is read where it arrives.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 from urllib.parse import urlsplit
+
+from server.bench.answer import Answer as Answer
+from server.bench.answer import read
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +47,12 @@ class Target:
         return f"http://{host}:{self.port}{self.prefix}"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a server said; names of headers in small letters."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
 class BrokenError(Exception):
     """There is no answer: nobody listens, the connection broke, time is up, or what came is not HTTP."""
+
+
+class _SilentError(BrokenError):
+    """The connection was closed before anything was said on it."""
 
 
 class Client:
@@ -67,7 +69,8 @@ class Client:
         host = str(target).removeprefix("http://").removesuffix(target.prefix)
         said = {"host": host, "content-type": "application/octet-stream"} | dict(headers or {})
         self._lines = [f"{name}: {value}" for name, value in said.items()]
-        self._kept: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._heads: dict[str, bytes] = {}
+        self._kept: list[_Connection] = []
 
     async def post(self, path: str, body: bytes) -> Answer:
         """Sends a body and reads the whole answer.
@@ -75,46 +78,49 @@ class Client:
         Raises:
             BrokenError: No answer came.
         """
-        lines = [f"POST {self._target.prefix}{path} HTTP/1.1", *self._lines, f"content-length: {len(body)}", "", ""]
-        request = "\r\n".join(lines).encode() + body
+        head = b"%b%d\r\n\r\n" % (self._heads.get(path) or self._head(path), len(body))
+        while self._kept:
+            connection = self._kept.pop()
+            try:
+                return await self._exchange(connection, head, body)
+            except _SilentError:
+                continue  # A server may close a kept connection at any time; where it has said nothing, ask again.
         try:
             async with asyncio.timeout(self._timeout_s):
-                while self._kept:
-                    connection = self._kept.pop()
-                    try:
-                        return await self._exchange(*connection, request)
-                    except (ConnectionError, asyncio.IncompleteReadError) as error:
-                        # A server may close a kept connection at any time; where it has said nothing, ask again.
-                        if getattr(error, "partial", b""):
-                            raise
-                connection = await asyncio.open_connection(self._target.host, self._target.port)
-                return await self._exchange(*connection, request)
+                return await self._exchange(await self._connect(), head, body)
         except TimeoutError:
-            raise BrokenError(f"no answer in {self._timeout_s:g} s") from None
-        except asyncio.IncompleteReadError:
-            raise BrokenError("the connection ended before the answer did") from None
+            raise BrokenError(_silent_for(self._timeout_s)) from None
         except OSError as error:
             raise BrokenError(error.strerror or str(error)) from None
-        except (ValueError, IndexError, asyncio.LimitOverrunError):
-            raise BrokenError("what came is not HTTP") from None
 
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> Answer:
-        keep = False
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(_Connection, self._target.host, self._target.port)
+        return connection
+
+    async def _exchange(self, connection: _Connection, head: bytes, body: bytes) -> Answer:
         try:
-            writer.write(request)  # and read at once: a refusal may come before all of the body has left
-            answer, keep = await _read(reader)
-        finally:
-            if keep:
-                self._kept.append((reader, writer))
-            else:
-                writer.close()
+            answer = await connection.ask(head, body, self._timeout_s)
+        except BaseException:
+            connection.close()
+            raise
+        if connection.is_kept:
+            self._kept.append(connection)
+        else:
+            connection.close()
         return answer
+
+    def _head(self, path: str) -> bytes:
+        """All of a request before its length."""
+        lines = [f"POST {self._target.prefix}{path} HTTP/1.1", *self._lines, "content-length: "]
+        self._heads[path] = head = "\r\n".join(lines).encode()
+        return head
 
     async def close(self) -> None:
         """Closes the connections that are kept."""
-        for _, writer in self._kept:
-            writer.close()
-        await asyncio.gather(*(writer.wait_closed() for _, writer in self._kept), return_exceptions=True)
+        for connection in self._kept:
+            connection.close()
+        await asyncio.gather(*(connection.gone for connection in self._kept))
         self._kept.clear()
 
     async def __aenter__(self) -> Self:
@@ -124,32 +130,78 @@ class Client:
         await self.close()
 
 
-async def _read(reader: asyncio.StreamReader) -> tuple[Answer, bool]:
-    """An answer, and whether the connection can be kept."""
-    status = 100
-    while status < 200:  # 1xx announce another one
-        start, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        version, code = start.split(maxsplit=2)[:2]
-        if not version.startswith("HTTP/"):
-            raise ValueError(start)
-        status = int(code)
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
-    keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
-    if status in (204, 304):
-        body = b""
-    elif headers.get("transfer-encoding", "").lower() == "chunked":
-        body = await _read_chunks(reader)
-    elif "content-length" in headers:
-        body = await reader.readexactly(int(headers["content-length"]))
-    else:
-        body, keep = await reader.read(), False
-    return Answer(status, headers, body), keep
+class _Connection(asyncio.Protocol):
+    """One request at a time, and what has come of its answer.
+
+    Attributes:
+        is_kept: Whether another request may follow.
+        gone: Done once the connection is closed.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._answer: asyncio.Future[Answer] | None = None
+        self._come = b""
+        self._needed = 0  # bytes, before it pays to look at them
+        self.is_kept = False
+        self.gone: asyncio.Future[None] = self._loop.create_future()
+
+    async def ask(self, head: bytes, body: bytes, within_s: float) -> Answer:
+        """Sends a request and reads its answer; raises BrokenError where none comes."""
+        if self._transport.is_closing():
+            raise _SilentError("closed")
+        self._come, self._needed, self.is_kept = b"", 0, False
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        self._answer = answer
+        timer = self._loop.call_later(within_s, self._fail, BrokenError(_silent_for(within_s)))
+        try:
+            self._transport.writelines((head, body))  # and listen: a refusal may come before all of the body has left
+            return await answer
+        finally:
+            timer.cancel()
+            self._answer = None
+
+    def close(self) -> None:
+        """Ends the connection, whatever is still on its way."""
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._answer is None:
+            self.close()  # nobody asked
+            return
+        self._come = self._come + data if self._come else data
+        if len(self._come) >= self._needed:
+            self._look()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._come and error is None:
+            self._look(ended=True)
+        broken = BrokenError if self._come else _SilentError
+        self._fail(broken("the connection ended before the answer did"))
+        if not self.gone.done():
+            self.gone.set_result(None)
+
+    def _look(self, ended: bool = False) -> None:
+        """Takes the answer, if it is all there."""
+        try:
+            found = read(self._come, ended)
+        except ValueError:
+            self._fail(BrokenError("what came is not HTTP"))
+            return
+        if isinstance(found, int):
+            self._needed = found
+        elif self._answer is not None and not self._answer.done():
+            answer, self.is_kept = found
+            self._answer.set_result(answer)
+
+    def _fail(self, error: BrokenError) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
 
 
-async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
-    chunks = []
-    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-        chunks.append((await reader.readexactly(size + 2))[:-2])
-    while await reader.readuntil(b"\r\n") != b"\r\n":
-        pass  # trailers
-    return b"".join(chunks)
+def _silent_for(seconds: float) -> str:
+    return f"no answer in {seconds:g} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import random
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.bench.client import Answer, BrokenError, Client
+from server.bench.answer import Answer
+from server.bench.client import BrokenError, Client
 
 PAUSE_S = 0.1  # a client that waits for answers would otherwise send as fast as it can where nobody answers
 TICK_S = 0.01
@@ -70,7 +72,12 @@ def poisson(per_s: float, seconds: float, seed: int) -> Iterator[float]:
 
 def mean_r(answer: Answer) -> float | None:
     """The `r` that an answer was computed with, over its blocks; None where a server names none."""
-    numbers = answer.headers.get("x-r", "").split(",")
+    return _mean(answer.header(b"x-r"))
+
+
+@functools.lru_cache(256)
+def _mean(schedule: str) -> float | None:
+    numbers = schedule.split(",")
     return sum(map(int, numbers)) / len(numbers) if numbers[0] else None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from urllib.parse import urlencode
+
+import uvloop
 
 from server.bench.client import BrokenError, Client, Target
 from server.bench.load import Request, Run, closed_loop, message_of, open_loop, poisson
@@ -51,7 +52,7 @@ class Session:
             return None if answer.status == 200 else f"{answer.status} {message_of(answer)}"
 
         try:
-            return asyncio.run(ask())
+            return uvloop.run(ask())
         except BrokenError as error:
             return str(error)
 
@@ -66,7 +67,7 @@ class Session:
                 return await open_loop(client, self._requests(r), due, watch=progress)
 
         try:
-            run = asyncio.run(send())
+            run = uvloop.run(send())
         finally:
             progress.end()
         return replace(run, seconds=max(run.seconds, seconds))  # the last request may be due long before the end
@@ -80,7 +81,7 @@ class Session:
                 return await closed_loop(client, self._requests(r), clients, seconds, watch=progress)
 
         try:
-            return asyncio.run(send())
+            return uvloop.run(send())
         finally:
             progress.end()
 

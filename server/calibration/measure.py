@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from server.curve import CurveRow
 from server.device.models import LoadedModel
+from server.device.prepared import stacked
 from server.device.runner import Runner
 from server.dial import Schedule
 from server.intervals import wilson
-from server.types import Job
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
 from tome_core.families.family import UnsupportedModelError
@@ -111,10 +111,10 @@ def _classes(
     loaded: LoadedModel, runner: Runner, schedule: Schedule, photos: Sequence[bytes]
 ) -> tuple[list[int], float]:
     """The likeliest class of each photo, and the seconds that took."""
-    jobs = [Job(loaded.info.name, photo, schedule, 1, 0.0) for photo in photos]
+    key = loaded.info.batch_key(schedule)
     start = time.perf_counter()
-    answers = runner.run_batch(loaded.info.batch_key(schedule), jobs)
-    return [answer.indices[0] for answer in answers], time.perf_counter() - start
+    answers = runner.top_k(key, stacked(photos, key.input_size, runner.device), 1)
+    return [indices[0] for indices, _ in answers], time.perf_counter() - start
 
 
 def _row(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from server.device.models import LoadedModel
+from server.device.prepared import stacked
 from server.device.runner import Runner
 from server.dial import Schedule
 from server.images.photos import read_photo
@@ -76,7 +77,8 @@ class Calibration:
     def _batch(self, schedule: Schedule | None, chosen: Sequence[int]) -> Tensor:
         info = self._loaded.info
         merged = self._runner.merged(info.name)
-        pixels = self._runner.pixels(info.batch_key(schedule or ()), [self._photos[index] for index in chosen])
+        photos = [self._photos[index] for index in chosen]
+        pixels = stacked(photos, info.preprocessing.input_size, self._runner.device)
         if schedule is None:
             logits: Tensor = merged.model(merged.normalised(pixels))
         else:

@@ -73,10 +73,12 @@ def find(spec: ModelSpec, info: ModelInfo, facts: Facts, state_dir: Path | None)
     """
     curves, refusals = [], []
     for file in (beside(spec), in_state(spec.name, facts.weights, state_dir)):
-        if file is None or not file.is_file():
+        if file is None:
             continue
         try:
             curve = Curve.from_json(file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except (OSError, CurveError) as error:
             refusals.append(f"{file} cannot be used: {error}")
             continue

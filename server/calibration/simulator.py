@@ -119,13 +119,12 @@ async def _serve(
     cost = {step.schedule: step for step in steps}
     order: list[Schedule] = []
 
-    async def run_batch(key: BatchKey | None, jobs: Sequence[None]) -> Sequence[None]:
-        assert key is not None
+    async def run_batch(key: BatchKey, jobs: Sequence[None]) -> Sequence[None]:
         order.append(key.schedule)
         await asyncio.sleep(cost[key.schedule].batch_s(len(jobs)))
         return jobs
 
-    batcher = Batcher[BatchKey | None, None, None](
+    batcher = Batcher[BatchKey, None, None](
         run_batch,
         max_batch_size=max_batch_size,
         max_queue_size=max_queue_size,
@@ -139,12 +138,10 @@ async def _serve(
     async def request(at: float) -> Served | None:
         await asyncio.sleep(at - loop.time())
         try:
-            answer = await batcher.submit(key, None, deadline_s)
+            schedule = await batcher.submit(key, [None], loop.time() + deadline_s, lambda done: done.key.schedule)
         except ServerError:
             return None
-        assert answer.key is not None
-        schedule = answer.key.schedule
-        return Served(loop.time() - at, schedule, auto.expected_agreement(schedule))
+        return Served(loop.time() - at, schedule, cost[schedule].agreement if max(schedule) else 1.0)
 
     served = await asyncio.gather(*map(request, arrivals))
     await batcher.close()

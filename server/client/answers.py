@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from server.dial import FixedR
+from server.dial import PlainR
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Answer:
     filename: str | None
     top_k: tuple[Class, ...]
     model: str
-    r: FixedR
+    r: PlainR
     r_source: str
     auto: AutoChoice | None
     tokens: int
@@ -94,7 +94,7 @@ class ModelSummary:
     architecture: str
     source: str
     is_default: bool
-    r: FixedR | Literal["auto"]
+    r: PlainR | Literal["auto"]
     auto: AutoBounds | None
     config_version: int
 
@@ -143,7 +143,7 @@ class BatchSeconds:
 class CurveRow:
     """What one r costs, and what it keeps: shares are 0 to 1, the interval is one of 95 %."""
 
-    r: FixedR
+    r: PlainR
     schedule: tuple[int, ...]
     tokens: int
     gflops: float | None

@@ -60,7 +60,7 @@ def error_of(response: httpx.Response) -> ServerError:
     asked_s = retry_after_s(response.headers.get("retry-after"), time.time())
     try:
         told = response.json()["error"]
-        error = ServerError.from_wire({**told, "retry_after_s": asked_s})
+        error = ServerError.of(told["code"], told["message"], asked_s, told["details"])
     except (ValueError, KeyError, TypeError):
         kind = _BY_STATUS.get(response.status_code, ServerError)
         answered = f"{response.url} answered {response.status_code} {response.reason_phrase}"

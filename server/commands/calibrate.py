@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.dial import FixedR, Schedule, parse_r, r_of, text_of
+from server.dial import PlainR, Schedule, parse_r, r_of, text_of
 from server.errors import InvalidError
 from server.settings import Settings, SettingsError
 
@@ -110,9 +110,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
 def _ladder(loaded: LoadedModel, args: argparse.Namespace) -> list[Schedule]:
     """What to measure: r=0 first, then numbers, then lists."""
-    from server.calibration.ladder import schedules
+    from server.calibration.timing import schedules
 
-    asked: list[FixedR] = [0]
+    asked: list[PlainR] = [0]
     try:
         if args.ladder is not None:
             numbers = parse_r(args.ladder)

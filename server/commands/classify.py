@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.device.models import load_model
+    from server.device.prepared import stacked
     from server.device.runner import Runner
     from server.device.torch_backend import set_threads
     from server.images.photos import read_photo
-    from server.types import Job
 
     set_threads(settings.threads)
     spec = settings.specs()[0]
@@ -36,10 +36,10 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     key = info.batch_key(schedule)
     for photo in args.photos:
         pixels = read_photo(photo, info.preprocessing, settings.max_image_pixels)
-        (likeliest,) = runner.run_batch(key, [Job(info.name, pixels, schedule, top_k, settings.deadline_s)])
+        ((likeliest, scores),) = runner.top_k(key, stacked([pixels], key.input_size, runner.device), top_k)
         classes = [
             {"label": info.labels[index], "index": index, "score": score}
-            for index, score in zip(likeliest.indices, likeliest.scores, strict=True)
+            for index, score in zip(likeliest, scores, strict=True)
         ]
         if args.json:
             print(json.dumps({"file": photo, "model": info.name, "r": list(schedule), "top_k": classes}))

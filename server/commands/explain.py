@@ -40,10 +40,10 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
     from server.device.explainer import patches
     from server.device.models import load_model
+    from server.device.prepared import stacked
     from server.device.runner import Runner
     from server.device.torch_backend import set_threads
     from server.images.photos import read_photo
-    from server.types import Job
     from tome_core.visualize import paint, sources
 
     output = Path(args.output)
@@ -59,8 +59,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     key = info.batch_key(schedule)
     pixels = read_photo(args.photo, info.preprocessing, settings.max_image_pixels)
-    (likeliest,) = runner.run_batch(key, [Job(info.name, pixels, schedule, 1, settings.deadline_s)])
-    found = sources(runner.merged(info.name), runner.pixels(key, [pixels]), schedule, [block - 1 for block in blocks])
+    batch = stacked([pixels], key.input_size, runner.device)
+    (((likeliest,), (score,)),) = runner.top_k(key, batch, 1)
+    found = sources(runner.merged(info.name), batch, schedule, [block - 1 for block in blocks])
 
     height, width = info.preprocessing.input_size
     in_patches = (0, 0, grid[1] * patch, grid[0] * patch)  # less a rim that fills no patch, which the model ignores
@@ -73,7 +74,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         _side_by_side([photo, *map(_picture, painted)], captions).save(output, "PNG", optimize=True)
     except OSError as error:
         raise SettingsError(f"-o is {args.output}: {error.strerror}") from None
-    label, score = info.labels[likeliest.indices[0]], likeliest.scores[0]
+    label = info.labels[likeliest]
     print(f"{args.photo}: {score:.1%} {label}; tokens {counts[0]}, after each block {' '.join(map(str, counts[1:]))}")
     return 0
 

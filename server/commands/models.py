@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 from server.settings import Settings
 
@@ -23,7 +24,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         info, counts = loaded.info, loaded.merged.token_counts
         ladder = {r: counts(r)[-1] for r in (0, 4, 8, 12, 16, 20) if r <= info.max_r}
         if args.json:
-            described = {name: value for name, value in info.to_wire().items() if name != "labels"}
+            described = {name: value for name, value in asdict(info).items() if name != "labels"}
             print(json.dumps({**described, "num_classes": len(info.labels), "tokens_left": ladder}))
             continue
         height, width = info.preprocessing.input_size

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from server.config.local import refuse_stale
 from server.config.shared import Check, SharedConfig
+from server.config.stored import read_configuration
 from server.dial import RSetting
 from server.errors import InvalidError, ServerError, UnavailableError
 from server.settings import SettingsError
@@ -51,7 +52,7 @@ class RedisConfig(SharedConfig):
         with redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S) as client:
             try:
                 self._take_over(client.get(KEY))
-            except (redis.RedisError, OSError) as error:
+            except (redis.RedisError, OSError, ValueError) as error:  # ValueError: of a URL with decode_responses
                 self._say_reached(str(error))
 
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
@@ -82,6 +83,9 @@ class RedisConfig(SharedConfig):
                 except (redis.RedisError, OSError, TimeoutError) as error:
                     self._say_reached(str(error) or "no answer")
                     await asyncio.sleep(RETRY_S)
+                except Exception as error:  # the next document may be a good one
+                    self._say_refused(error)
+                    await asyncio.sleep(RETRY_S)
 
     async def _catch_up(self) -> None:
         """Reads the document; one that is older than what it said once, or gone, is written again."""
@@ -110,7 +114,7 @@ class RedisConfig(SharedConfig):
                 document = Configuration(newest.version + bool(changes), {**newest.models, **changes})
                 self._check(document.models)
                 transaction.multi()  # type: ignore[no-untyped-call]
-                transaction.set(KEY, json.dumps(document.to_wire()))
+                transaction.set(KEY, json.dumps(document.to_json()))
                 transaction.publish(KEY, document.version)
                 try:
                     await transaction.execute()
@@ -124,6 +128,6 @@ def _document(raw: bytes | str | None) -> Configuration:
     if raw is None:
         return Configuration(0, {})
     try:
-        return Configuration.from_wire(json.loads(raw))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InvalidError(f"{KEY} holds no configuration ({error!r}); remove it") from error
+        return read_configuration(raw)
+    except InvalidError as error:
+        raise InvalidError(f"{KEY} holds no configuration ({error}); remove it") from error

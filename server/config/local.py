@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
+from server.config.stored import read_versioned
 from server.dial import RSetting, setting_from_json, setting_to_json
-from server.errors import ConflictError, EngineError, InvalidError, UnavailableError
+from server.errors import ConflictError, EngineError, InvalidError, UnavailableError, shown
 from server.metrics import CONFIG_VERSION
 from server.settings import SettingsError
 from server.types import Configuration
@@ -42,13 +43,19 @@ class LocalConfig:
     Args:
         start: Each model's `r` from the settings.
         path: JSON file that keeps live changes; None keeps them in memory.
+        check: Raises InvalidError where the models cannot merge as the file says.
 
     Raises:
         SettingsError: The file is there and cannot be read, or not written.
     """
 
-    def __init__(self, start: Mapping[str, RSetting], path: Path | None = None) -> None:
-        self._start, self._path = dict(start), path
+    def __init__(
+        self,
+        start: Mapping[str, RSetting],
+        path: Path | None = None,
+        check: Callable[[Mapping[str, RSetting]], None] = lambda models: None,
+    ) -> None:
+        self._start, self._path, self._check = dict(start), path, check
         self._stamp: _Stamp | None = None
         self._problem: str | None = None
         self._take_over(1, {})
@@ -135,25 +142,26 @@ class LocalConfig:
         try:
             if _stamp(os.stat(path)) == self._stamp:
                 return
-            with path.open() as file:
-                stamp, content = _stamp(os.fstat(file.fileno())), json.loads(file.read())
-            version = int(content["version"])
-            changes = {
-                name: (setting_from_json(entry["r"]), setting_from_json(entry["start"]))
-                for name, entry in content["models"].items()
-            }
+            with path.open("rb") as file:
+                stamp, content = _stamp(os.fstat(file.fileno())), file.read()
+            version, said = read_versioned(content)
+            changes = {name: _change(name, entry) for name, entry in said.items()}
+            self._check(self._in_force(changes))
         except (FileNotFoundError, NotADirectoryError):
             return  # nothing has been changed yet, or somebody removed it
-        except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError, InvalidError) as error:
+        except (OSError, InvalidError) as error:
             raise SettingsError(f"state file {path} cannot be read ({error}); mend or remove it") from error
         self._stamp = stamp
         self._take_over(version, changes)
 
     def _take_over(self, version: int, changes: dict[str, Change]) -> None:
         self._changes = changes
-        live = {name: r for name, (r, replaced) in changes.items() if self._start.get(name) == replaced}
-        self._configuration = Configuration(version, self._start | live)
+        self._configuration = Configuration(version, self._start | self._in_force(changes))
         CONFIG_VERSION.set(version)
+
+    def _in_force(self, changes: Mapping[str, Change]) -> dict[str, RSetting]:
+        """Of the changes those that were made over the `r` that this server was started with."""
+        return {name: r for name, (r, replaced) in changes.items() if self._start.get(name) == replaced}
 
     def _write(self, path: Path, version: int, changes: Mapping[str, Change]) -> None:
         models = {
@@ -161,6 +169,12 @@ class LocalConfig:
             for name, (r, replaced) in changes.items()
         }
         replace_file(path, json.dumps({"version": version, "models": models}))
+
+
+def _change(name: str, entry: object) -> Change:
+    if not isinstance(entry, dict) or not entry.keys() >= {"r", "start"}:
+        raise InvalidError(f"of {shown(name)} it says {shown(entry)}, and not r and start")
+    return setting_from_json(entry["r"]), setting_from_json(entry["start"])
 
 
 _Stamp = tuple[int, int, int]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from server.config.shared import SharedConfig
 from server.dial import RSetting
-from server.errors import ConflictError, ServerError
+from server.errors import ConflictError
 from server.types import Configuration
 
 
@@ -30,6 +30,6 @@ class PushedConfig(SharedConfig):
         else:
             self._say_taken()
 
-    def refuse(self, error: ServerError) -> None:
+    def refuse(self, error: Exception) -> None:
         """Says that what came is not taken over."""
         self._say_refused(error)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from server.config.local import replace_file
+from server.config.stored import read_configuration
 from server.dial import RSetting
 from server.errors import ServerError
 from server.metrics import CONFIG_REFUSED, CONFIG_SOURCE_UP, CONFIG_VERSION
@@ -55,7 +56,7 @@ class SharedConfig:
         logger.info("configuration %d of %s is in force", shared.version, self._source)
         if self._cache is not None:
             try:
-                replace_file(self._cache, json.dumps(shared.to_wire()))
+                replace_file(self._cache, json.dumps(shared.to_json()))
             except OSError as error:
                 logger.warning("it cannot be kept in %s for the next start: %s", self._cache, error.strerror)
 
@@ -64,11 +65,12 @@ class SharedConfig:
         self._refusal = None
         CONFIG_REFUSED.set(0)
 
-    def _say_refused(self, error: ServerError) -> None:
-        """Says it once for each cause."""
-        if error.message != self._refusal:
-            logger.error("what %s says is refused: %s", self._source, error.message)
-        self._refusal = error.message
+    def _say_refused(self, error: Exception) -> None:
+        """Says it once for each cause; where nobody has foreseen it, with the traceback."""
+        cause, unforeseen = (error.message, None) if isinstance(error, ServerError) else (repr(error), error)
+        if cause != self._refusal:
+            logger.error("what %s says is refused: %s", self._source, cause, exc_info=unforeseen)
+        self._refusal = cause
         CONFIG_REFUSED.set(1)
 
     def _say_reached(self, problem: str | None = None) -> None:
@@ -82,12 +84,14 @@ class SharedConfig:
         self._problem = problem
 
     def _read_cache(self) -> Configuration | None:
-        if self._cache is None or not self._cache.exists():
+        if self._cache is None:
             return None
         try:
-            cached = Configuration.from_wire(json.loads(self._cache.read_text()))
+            cached = read_configuration(self._cache.read_bytes())
             self._check(cached.models)
-        except (OSError, ValueError, LookupError, TypeError, ServerError) as error:
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ServerError) as error:
             logger.warning("what %s keeps of %s is not used: %s", self._cache, self._source, error)
             return None
         return cached

@@ -51,7 +51,7 @@ def open_store(settings: Settings, check: Check, otherwise: Path | None = None) 
     start = {spec.name: spec.r or 0 for spec in settings.specs()}
     shared, file = settings.shared_config, settings.state_file() or otherwise
     if shared is None:
-        return LocalConfig(start, file)
+        return LocalConfig(start, file, check)
     cache = file.with_name(f"shared-{settings.port}.json") if file else None
     if "://" not in shared:
         return WatchedFile(start, shared, cache, check)

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from server.config.pushed import PushedConfig
 from server.config.shared import Check
 from server.dial import RSetting, parse_setting
-from server.errors import InvalidError, ServerError
+from server.documents import read_yaml
+from server.errors import InvalidError, ServerError, shown
 from server.settings import SettingsError
 
 POLL_S = 0.3
@@ -35,7 +34,7 @@ class WatchedFile(PushedConfig):
         try:
             self._seen = self._path.read_bytes()
             self.take_over(_models(self._seen))
-        except (OSError, ServerError) as error:
+        except (OSError, ValueError, ServerError) as error:  # ValueError: a path that can be none
             raise SettingsError(f"shared configuration {path}: {error}") from error
 
     async def follow(self) -> None:
@@ -43,31 +42,32 @@ class WatchedFile(PushedConfig):
             await asyncio.sleep(POLL_S)
             try:
                 content = await asyncio.to_thread(self._path.read_bytes)
-            except OSError as error:
-                self._say_reached(error.strerror)
+            except Exception as error:  # the next look may find what is good
+                self._say_reached(str(error) or repr(error))
                 continue
             if content != self._seen:
                 self._seen = content
                 try:
                     self.take_over(_models(content))
-                except ServerError as error:
+                except Exception as error:  # so may the next content be
                     self.refuse(error)
             self._say_reached()
 
 
 def _models(content: bytes) -> dict[str, RSetting]:
     """Raises InvalidError for anything but a mapping of models to what may be set of them."""
-    try:
-        document = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidError(f"it is no YAML: {error}") from error
+    document = read_yaml(content)
     models = document.get("models") if isinstance(document, dict) and document.keys() == {"models"} else None
     if not isinstance(models, dict):
         raise InvalidError("it must hold 'models:' and nothing else, and below that each model's name with its r")
-    return {str(name): _setting(name, entry) for name, entry in models.items()}
+    return dict(_setting(name, entry) for name, entry in models.items())
 
 
-def _setting(name: Any, entry: Any) -> RSetting:
+def _setting(name: Any, entry: Any) -> tuple[str, RSetting]:
     if not isinstance(entry, dict) or "r" not in entry or not entry.keys() <= {"r", "max_r", "min_agreement"}:
-        raise InvalidError(f"of {name} it may say r, and with r: auto max_r and min_agreement, not {entry!r}")
-    return parse_setting(entry["r"], entry.get("max_r"), entry.get("min_agreement"))
+        raise InvalidError(
+            f"of {shown(name)} it may say r, and with r: auto max_r and min_agreement, not {shown(entry)}"
+        )
+    return (name if isinstance(name, str) else shown(name)), parse_setting(
+        entry["r"], entry.get("max_r"), entry.get("min_agreement")
+    )

@@ -1,1 +1,18 @@
-"""What computes: runners, backends, graphs, and the stage that prepares. The room that needs torch."""
+"""What computes. The room that needs torch.
+
+`Device` (device.py) has the computation of each operation, behind the stage that prepares. Where the engine decodes,
+`Preparer` makes pixels of JPEG files in a thread and a stream of its own, and the batch is launched at once behind the
+one that computes: the GPU never waits for Python. Otherwise images come as pixels, and are joined on the thread that
+computes. `Fitting` halves what does not fit into memory. `Runner` classifies: logits by a backend, one copy back a
+batch. `Explainer` follows tokens, by torch in float32 on the model's own weights, whatever answers the others.
+
+On cuda the backend is torch, replayed from CUDA graphs (graphs.py): one for each schedule and each of a few batch
+sizes, in one memory pool. Before the engine is ready the largest batch and a lone image are recorded; the other sizes
+while nothing is asked. A schedule that was asked for three times is recorded too.
+
+On the CPU the backend is OpenVINO where that is installed and takes the model, else torch. OpenVINO compiles static
+shapes, so there are graphs for each schedule: one for a lone image, by all threads, and those of several images that
+run side by side, a thread each. At the start the graphs of r=0 and of the deployment's `r` are compiled; a schedule
+that comes later is answered by torch, at once, while a thread compiles it for the next time. Every graph is compared
+with torch on random images before it is used.
+"""

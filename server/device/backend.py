@@ -37,7 +37,15 @@ class Backend(Protocol):
         ...
 
     def warm_up(self, schedule: Schedule) -> None:
-        """Does what is done once for a schedule."""
+        """Does what is done once for a schedule, as far as its first batches need it."""
+        ...
+
+    def is_quick(self, num_images: int, schedule: Schedule) -> bool:
+        """Whether `logits` of such a batch only begins what the device does then, in no time."""
+        ...
+
+    def warm_further(self) -> bool:
+        """Does one piece more of that, while there is nothing else to do; False where nothing is left."""
         ...
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from server.device.models import LoadedModel
+from server.device.prepared import Prepared, rows
 from server.device.runner import Runner, on
 from server.errors import InvalidError
-from server.types import BatchKey, Job, Merges, TopK
+from server.ipc.messages import Merges
+from server.types import BatchKey
 from tome_core import MergedViT
 from tome_core.visualize import groups, sources
 
@@ -36,8 +38,8 @@ class Explainer:
         self._runner = Runner(self._models, device, "fp32")
 
     @torch.inference_mode()
-    def explain_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[tuple[TopK, Merges]]:
-        """Classifies the jobs' images under the key's schedule, and says what merged in each.
+    def explain(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[Merges]:
+        """Classifies images under the key's schedule, and says what merged in each.
 
         Raises:
             InvalidError: The model's patches are no grid of squares.
@@ -45,11 +47,10 @@ class Explainer:
         loaded = self._models[key.model]
         grid, patch = patches(loaded)
         with on(self._runner.device):
-            pixels = self._runner.pixels(key, [job.pixels for job in jobs])
-            found = sources(self._runner.merged(key.model), pixels, key.schedule, range(loaded.info.num_blocks))
+            found = sources(self._runner.merged(key.model), rows(prepared), key.schedule, range(loaded.info.num_blocks))
         after = torch.stack([groups(source[:, loaded.info.num_prefix_tokens :]) for source in found], dim=1)
-        top_ks = self._runner.run_batch(key, jobs)
-        return [(top_k, Merges(grid, patch, each)) for top_k, each in zip(top_ks, after.tolist(), strict=True)]
+        top_ks = self._runner.classify(key, prepared)
+        return [Merges(top_k, grid, patch, each) for top_k, each in zip(top_ks, after.tolist(), strict=True)]
 
 
 def patches(loaded: LoadedModel) -> tuple[tuple[int, int], int]:

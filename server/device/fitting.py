@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from server.metrics import OUT_OF_MEMORY
+from server.recent import Recent
 from server.types import BatchKey
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,9 @@ A = TypeVar("A")
 
 REMEMBERED_S = 60.0
 """How long a size that was found to fit holds; then a whole batch is tried, for others may have left the device."""
+
+MOST_REMEMBERED = 256
+"""Keys whose size is remembered: any client may name another list of `r`."""
 
 
 class Fitting(Generic[P, A]):
@@ -33,7 +37,7 @@ class Fitting(Generic[P, A]):
         self, run_batch: Callable[[BatchKey, Sequence[P]], Sequence[A]], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._run_batch, self._clock = run_batch, clock
-        self._fits: dict[BatchKey, tuple[int, float]] = {}
+        self._fits = Recent[BatchKey, tuple[int, float]](MOST_REMEMBERED)
 
     def __call__(self, key: BatchKey, jobs: Sequence[P]) -> list[A]:
         """Computes a batch; raises what the device raises, and that it is out of memory for one image alone."""

@@ -6,7 +6,8 @@ Token counts depend on the schedule alone, so every batch of one bucket under on
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor
 
 from server.dial import Schedule
+from server.recent import Recent
 
 logger = logging.getLogger(__name__)
 
 SEEN_OFTEN = 3
 """Batches after which a schedule that nobody warmed is recorded too; until then it runs launch by launch."""
+
+MOST_SEEN = 1024
+"""Schedules and sizes that are counted towards a recording: any client may name others."""
 
 
 class Recording(Protocol):
@@ -35,7 +40,7 @@ Record = Callable[[Callable[[], Tensor]], Recording]
 
 
 class Graphs:
-    """A model's forward passes by schedule and batch size. Called from one thread.
+    """A model's forward passes by schedule and batch size. Threads take turns.
 
     Args:
         forward: Images (B, ...) and a schedule to logits (B, K).
@@ -60,41 +65,64 @@ class Graphs:
         self.buckets = buckets(max_batch_size)
         self._held = torch.zeros(max_batch_size, *image.shape, dtype=image.dtype, device=image.device)
         self._recordings: OrderedDict[tuple[Schedule, int], Recording] = OrderedDict()
-        self._seen: Counter[tuple[Schedule, int]] = Counter()
+        self._later: deque[tuple[Schedule, int]] = deque()
+        self._turn = threading.Lock()
+        self._seen = Recent[tuple[Schedule, int], int](MOST_SEEN)
 
     def __len__(self) -> int:
         return len(self._recordings)
 
     def warm_up(self, schedule: Schedule) -> None:
-        """Records a schedule at every batch size that fits into memory."""
-        for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
-            try:
-                self._recorded(schedule, bucket)
-            except torch.OutOfMemoryError:
-                logger.warning("a batch of %d does not fit into the device's memory", bucket)
+        """Records a schedule at the largest batch size and at 1; `record_next` has the others to do."""
+        first = list(dict.fromkeys([self.buckets[-1], self.buckets[0]]))
+        for bucket in first:  # the largest first: the others fit into its memory
+            self._try_to_record(schedule, bucket)
+        self._later.extend((schedule, bucket) for bucket in reversed(self.buckets) if bucket not in first)
+
+    def record_next(self) -> bool:
+        """Records one of the batch sizes that `warm_up` left; False where it left none."""
+        if not self._later:
+            return False
+        self._try_to_record(*self._later.popleft())
+        return True
+
+    def has(self, num_images: int, schedule: Schedule) -> bool:
+        """Whether a batch would be replayed: then its launch takes no time."""
+        return (schedule, self._bucket(num_images)) in self._recordings
 
     def __call__(self, images: Tensor, schedule: Schedule) -> Tensor:
         """Logits, (B, K), of images (B, ...), B at most `max_batch_size`."""
-        bucket = next(size for size in self.buckets if size >= len(images))
-        key = (schedule, bucket)
+        key = (schedule, self._bucket(len(images)))
         if key not in self._recordings:
-            self._seen[key] += 1
-            if self._seen[key] < SEEN_OFTEN:
+            self._seen[key] = seen = self._seen.get(key, 0) + 1
+            if seen == SEEN_OFTEN:  # and not again where that fails
+                self._try_to_record(*key)
+        with self._turn:
+            recording = self._recordings.get(key)
+            if recording is None:
                 return self._forward(images, schedule)
-        recording = self._recorded(schedule, bucket)
-        self._held[: len(images)] = images  # what a longer batch left behind it changes no other image
-        recording.replay()
-        return recording.output[: len(images)].clone()  # the next replay of any graph may take its memory
+            self._recordings.move_to_end(key)
+            self._held[: len(images)] = images  # what a longer batch left behind it changes no other image
+            recording.replay()
+            return recording.output[: len(images)].clone()  # the next replay of any graph may take its memory
 
-    def _recorded(self, schedule: Schedule, bucket: int) -> Recording:
-        key = (schedule, bucket)
-        if key not in self._recordings:
-            self._recordings[key] = self._record(lambda: self._forward(self._held[:bucket], schedule))
-            self._seen.pop(key, None)
-            if len(self._recordings) > self._max_recordings:
-                self._recordings.popitem(last=False)
-        self._recordings.move_to_end(key)
-        return self._recordings[key]
+    def _try_to_record(self, schedule: Schedule, bucket: int) -> None:
+        """Records a batch size, or says why not: it is launched then, as one that nobody recorded."""
+        if (schedule, bucket) in self._recordings:
+            self._recordings.move_to_end((schedule, bucket))
+            return
+        try:
+            with self._turn:
+                self._recordings[schedule, bucket] = self._record(lambda: self._forward(self._held[:bucket], schedule))
+        except torch.OutOfMemoryError:
+            logger.warning("a batch of %d does not fit into the device's memory", bucket)
+        except Exception:
+            logger.exception("a batch of %d cannot be recorded", bucket)
+        if len(self._recordings) > self._max_recordings:
+            self._recordings.popitem(last=False)
+
+    def _bucket(self, num_images: int) -> int:
+        return next(size for size in self.buckets if size >= num_images)
 
 
 def buckets(max_batch_size: int) -> list[int]:

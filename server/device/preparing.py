@@ -1,18 +1,20 @@
-"""Jobs to pixels on the device, before they are computed: the stage that decodes. Called from one thread."""
+"""Items to pixels on the device, before they are computed: the stage that decodes. Called from one thread."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from time import monotonic
 
 import torch
 
-from server.device.runner import Prepared, Runner
+from server.device.prepared import PixelBatch, Prepared, stacked
 from server.errors import ServerError
-from server.images.nvjpeg import decode_jpegs, simplest_jpeg
+from server.images.image import JpegFile, Pixels
+from server.images.nvjpeg import decoder_on, simplest_jpeg
 from server.images.pillow import decode
-from server.images.resizing import resize
-from server.types import BatchKey, Job, ModelInfo
+from server.ipc.messages import Classify, Item
+from server.types import BatchKey, ModelInfo
 
 PART_PIXELS = 1 << 26
 """Of JPEGs that are decoded together, so that memory is bounded: 200 MB of bytes."""
@@ -22,55 +24,54 @@ class Preparer:
     """Decodes and resizes; on a GPU in a stream of its own, beside the batch that computes.
 
     Args:
-        runner: Whose images they are.
+        device: That of the pixels.
         models: The models by name.
         max_pixels: Largest width x height of a file.
+
+    Raises:
+        OSError: There is no decoder for the device.
     """
 
-    def __init__(self, runner: Runner, models: Mapping[str, ModelInfo], max_pixels: int) -> None:
-        self._runner, self._models, self._max_pixels = runner, models, max_pixels
-        self._stream = torch.cuda.Stream(runner.device) if runner.device.type == "cuda" else None
+    def __init__(self, device: torch.device, models: Mapping[str, ModelInfo], max_pixels: int) -> None:
+        self._device, self._models, self._max_pixels = device, models, max_pixels
+        self._decode = decoder_on(device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode()
-    def __call__(self, key: BatchKey, jobs: Sequence[Job]) -> list[Prepared | ServerError]:
-        """A batch of jobs, ready to be computed, and the errors of those whose files cannot be decoded."""
+    def __call__(self, key: BatchKey, items: Sequence[Item]) -> list[Prepared | ServerError]:
+        """A batch of items, ready to be computed, and the errors of those whose files cannot be decoded."""
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return self._prepare(key, jobs)
+            return self._prepare(key, items)
 
     def warm_up(self, key: BatchKey) -> None:
         """Prepares one image, so that no request pays for what is done once."""
-        self(key, [Job(key.model, simplest_jpeg(), key.schedule, 1, 0.0, jpeg_pixels=64 * 48)])
+        self(key, [Item(Classify(model=key.model, images=[simplest_jpeg()], deadline=monotonic(), top_k=1), 0)])
 
-    def _prepare(self, key: BatchKey, jobs: Sequence[Job]) -> list[Prepared | ServerError]:
+    def _prepare(self, key: BatchKey, items: Sequence[Item]) -> list[Prepared | ServerError]:
         preprocessing = self._models[key.model].preprocessing
-        batch = torch.empty(len(jobs), *key.input_size, 3, dtype=torch.uint8, device=self._runner.device)
-        by_pillow = {index: job.pixels for index, job in enumerate(jobs) if not job.jpeg_pixels}
+        batch = torch.empty(len(items), *key.input_size, 3, dtype=torch.uint8, device=self._device)
+        images = [item.image for item in items]
+        pixels = {index: image.data for index, image in enumerate(images) if isinstance(image, Pixels)}
         errors: dict[int, ServerError] = {}
-        for part in _parts(jobs):
-            decoded = decode_jpegs([jobs[index].pixels for index in part], self._runner.device)
-            known = {
-                index: image
-                for index, image in zip(part, decoded, strict=True)
-                if image is not None and image[0].numel() == jobs[index].jpeg_pixels  # else two heads, two sizes
-            }
-            if known:
-                batch[list(known)] = resize(list(known.values()), preprocessing)
-            for index in set(part) - set(known):  # Pillow reads more, and else says what is wrong
-                try:
-                    by_pillow[index] = decode(jobs[index].pixels, preprocessing, self._max_pixels)
-                except ServerError as error:
-                    errors[index] = error
-            # The decoder writes to its images from a stream that does not wait for ours: what it is given next must
-            # not still be read.
+        for part, files in _parts(images):
+            refused = self._decode(files, preprocessing, batch, part)
+            # The memory of a part is that of the next one, which nvJPEG fills from streams of its own; and the files
+            # must stay until they are read.
             self._finish()
-        if by_pillow:
-            batch[list(by_pillow)] = self._runner.pixels(key, list(by_pillow.values()))
-        good = [index for index in range(len(jobs)) if index not in errors]
+            for position in refused:  # Pillow reads more, and else says what is wrong
+                index = part[position]
+                try:
+                    pixels[index] = decode(files[position].data, preprocessing, self._max_pixels)
+                except ServerError as error:
+                    error.details["image"] = items[index].index
+                    errors[index] = error
+        if pixels:
+            batch[list(pixels)] = stacked(list(pixels.values()), key.input_size, self._device)
         if errors:
-            batch = batch[good]
+            batch = batch[[index for index in range(len(items)) if index not in errors]]
         self._finish()
-        rows = {index: row for row, index in enumerate(good)}
-        return [Prepared(job, batch, rows[index]) if index in rows else errors[index] for index, job in enumerate(jobs)]
+        prepared, rows = PixelBatch(batch), iter(range(len(batch)))
+        return [errors.get(index) or Prepared(item, prepared, next(rows)) for index, item in enumerate(items)]
 
     def _finish(self) -> None:
         """Returns when the device has done what it was told."""
@@ -78,16 +79,19 @@ class Preparer:
             self._stream.synchronize()
 
 
-def _parts(jobs: Sequence[Job]) -> Iterator[list[int]]:
-    """Indices of JPEGs that are decoded together."""
-    part: list[int] = []
+def _parts(images: Sequence[Pixels | JpegFile]) -> Iterator[tuple[list[int], list[JpegFile]]]:
+    """JPEGs that are decoded together, with their indices."""
+    indices: list[int] = []
+    files: list[JpegFile] = []
     pixels = 0
-    for index, job in enumerate(jobs):
-        if job.jpeg_pixels:
-            if part and pixels + job.jpeg_pixels > PART_PIXELS:
-                yield part
-                part, pixels = [], 0
-            part.append(index)
-            pixels += job.jpeg_pixels
-    if part:
-        yield part
+    for index, image in enumerate(images):
+        if isinstance(image, JpegFile):
+            size = image.width * image.height
+            if files and pixels + size > PART_PIXELS:
+                yield indices, files
+                indices, files, pixels = [], [], 0
+            indices.append(index)
+            files.append(image)
+            pixels += size
+    if files:
+        yield indices, files

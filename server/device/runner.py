@@ -6,29 +6,53 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from server.device.backend import BackendOptions, choose_backend
 from server.device.models import LoadedModel
+from server.device.prepared import Prepared, is_whole, rows
 from server.dial import r_of, text_of
 from server.errors import EngineError
+from server.ipc.messages import TopK
 from server.settings import SettingsError
-from server.types import BackendInfo, BatchKey, Job, TopK
+from server.types import BackendInfo, BatchKey
 from tome_core import MergedViT
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A job whose image is ready: one row of a batch of pixels (B, H, W, 3), uint8, on the device."""
+class Launched:
+    """A batch on its way through the device.
 
-    job: Job
-    batch: Tensor
-    row: int
+    Args:
+        name: What computes it.
+        found: Classes and probabilities of each image, (2, B, k) float32, where they will be.
+        pixels: What it is computed from, and so must stay.
+    """
+
+    def __init__(self, name: str, found: Tensor, pixels: Tensor) -> None:
+        self._name, self._found, self._pixels = name, found, pixels
+        self._done: torch.cuda.Event | None = None
+        if found.is_cuda:
+            self._found = torch.empty(found.shape, pin_memory=True)
+            self._found.copy_(found, non_blocking=True)
+            self._done = torch.cuda.Event(blocking=True)  # the thread that waits keeps no core busy
+            self._done.record()
+
+    def result(self) -> list[tuple[list[int], list[float]]]:
+        """The likeliest classes of each image, and their probabilities, once they are there.
+
+        Raises:
+            EngineError: The model gives no numbers.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        if not self._found.isfinite().all():
+            raise EngineError(f"{self._name} gives numbers that are none; try another --precision")
+        indices, scores = self._found
+        return list(zip(indices.to(torch.int64).tolist(), scores.tolist(), strict=True))
 
 
 class Runner:
@@ -65,29 +89,47 @@ class Runner:
             }
 
     @torch.inference_mode()
-    def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
-        """Classifies the jobs' images, which are pixels, under the key's schedule."""
-        return self._classify(key, self.pixels(key, [job.pixels for job in jobs]), jobs)
+    def classify(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[TopK]:
+        """The likeliest classes of images under the key's schedule, as many as the request of each wants.
+
+        Raises:
+            EngineError: The model gives no numbers.
+        """
+        top_ks = [each.item.request.top_k for each in prepared]
+        launched = prepared[0].batch.launched
+        if launched is None or not is_whole(prepared):
+            launched = self.launch(key, rows(prepared), max(top_ks))
+        return [TopK(indices[:k], scores[:k]) for k, (indices, scores) in zip(top_ks, launched.result(), strict=True)]
+
+    def top_k(self, key: BatchKey, pixels: Tensor, k: int) -> list[tuple[list[int], list[float]]]:
+        """The k likeliest classes of each image, and their probabilities.
+
+        Args:
+            key: Model and schedule.
+            pixels: (B, H, W, 3) in uint8, on the device.
+            k: How many.
+
+        Raises:
+            EngineError: The model gives no numbers.
+        """
+        return self.launch(key, pixels, k).result()
 
     @torch.inference_mode()
-    def run_prepared(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[TopK]:
-        """Classifies images that are ready under the key's schedule."""
-        pixels = prepared[0].batch
-        if len(prepared) < len(pixels) or any(each.batch is not pixels for each in prepared):  # a part, or of several
-            pixels = torch.stack([each.batch[each.row] for each in prepared])
-        return self._classify(key, pixels, [each.job for each in prepared])
+    def launch(self, key: BatchKey, pixels: Tensor, k: int) -> Launched:
+        """Begins what `top_k` does. On a GPU that takes no time: it is computed after all that was launched before.
 
-    def _classify(self, key: BatchKey, pixels: Tensor, jobs: Sequence[Job]) -> list[TopK]:
+        The device must be done with the pixels.
+        """
         backend = self._backends[key.model]
         with on(self._device):
             probabilities = backend.logits(pixels, key.schedule).float().softmax(dim=1)
-        scores, indices = probabilities.topk(max(job.top_k for job in jobs), dim=1)
-        if not scores.isfinite().all():
-            raise EngineError(
-                f"{key.model} gives numbers that are none in {backend.info.precision}; try another --precision"
-            )
-        rows = zip(jobs, indices.tolist(), scores.tolist(), strict=True)
-        return [TopK(indices[: job.top_k], scores[: job.top_k]) for job, indices, scores in rows]
+            scores, indices = probabilities.topk(k, dim=1)
+            # One copy back for all: a whole number up to 2^24 is itself in float32.
+            return Launched(f"{key.model} in {backend.info.precision}", torch.stack([indices.float(), scores]), pixels)
+
+    def is_quick(self, key: BatchKey, num_images: int) -> bool:
+        """Whether `launch` only begins what the device does then, in no time."""
+        return self._backends[key.model].is_quick(num_images, key.schedule)
 
     def backend(self, model: str) -> BackendInfo:
         """What computes a model's answers here, and why."""
@@ -112,17 +154,16 @@ class Runner:
         backend = self._backends[key.model]
         with on(self._device):
             backend.warm_up(key.schedule)
-        height, width = key.input_size
-        self.run_batch(key, [Job(key.model, bytes(height * width * 3), key.schedule, 1, 0.0)])
+        self.top_k(key, torch.zeros(1, *key.input_size, 3, dtype=torch.uint8, device=self._device), 1)
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
         logger.info(
             "%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, backend.info.precision, took_s
         )
 
-    def pixels(self, key: BatchKey, rows: Sequence[bytes]) -> Tensor:
-        """Bytes of RGB rows to what the model takes: the batch (B, H, W, 3) in uint8, on its device."""
-        joined = torch.frombuffer(bytearray().join(rows), dtype=torch.uint8)
-        return joined.view(len(rows), *key.input_size, 3).to(self._device)
+    def warm_further(self) -> bool:
+        """Does one piece more of what makes later batches faster; False where nothing is left."""
+        with on(self._device):
+            return any(backend.warm_further() for backend in self._backends.values())
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

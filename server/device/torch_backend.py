@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from server.cpus import available_cpus
 from server.device.graphs import Graphs, Record
 from server.device.models import LoadedModel
 from server.dial import Schedule
@@ -71,6 +72,14 @@ class TorchBackend:
     def warm_up(self, schedule: Schedule) -> None:
         """Nothing: torch warms up by running."""
 
+    def is_quick(self, num_images: int, schedule: Schedule) -> bool:
+        """Whether the launch of a batch takes no time: never."""
+        return False
+
+    def warm_further(self) -> bool:
+        """Nothing is left."""
+        return False
+
 
 class RecordedBackend:
     """torch by recorded forward passes: on a GPU small batches are bound by launches, which a CUDA graph has not.
@@ -97,11 +106,24 @@ class RecordedBackend:
 
     @torch.inference_mode()
     def warm_up(self, schedule: Schedule) -> None:
-        """Records the schedule at every batch size."""
+        """Records the schedule at the batch sizes that are likely first."""
         self._graphs.warm_up(schedule)
+
+    def is_quick(self, num_images: int, schedule: Schedule) -> bool:
+        """Whether the launch of a batch takes no time: it is recorded."""
+        return self._graphs.has(num_images, schedule)
+
+    @torch.inference_mode()
+    def warm_further(self) -> bool:
+        """Records one more batch size; False where all are."""
+        return self._graphs.record_next()
 
 
 def set_threads(threads: int) -> None:
-    """Gives torch that many CPU threads; 0 leaves the choice to it."""
-    if threads:
-        torch.set_num_threads(threads)
+    """Gives torch that many CPU threads; 0 leaves the choice to it, up to what the container may use.
+
+    Its own choice is the machine's cores, of which a container has a share; and it is fewer than CPUs where a core has
+    two, so it is never raised.
+    """
+    if threads or torch.get_num_threads() > available_cpus():
+        torch.set_num_threads(threads or available_cpus())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 
-class Pixels(Struct, frozen=True, array_like=True, tag="pixels"):
+class Pixels(Struct, frozen=True, array_like=True, gc=False, tag="pixels"):
     """An image as a model's preprocessing leaves it, not yet normalised.
 
     Attributes:
@@ -15,7 +15,7 @@ class Pixels(Struct, frozen=True, array_like=True, tag="pixels"):
     data: bytes
 
 
-class JpegFile(Struct, frozen=True, array_like=True, tag="jpeg"):
+class JpegFile(Struct, frozen=True, array_like=True, gc=False, tag="jpeg"):
     """A JPEG file as it came; its header has been read.
 
     Attributes:

@@ -11,8 +11,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.images.image import JpegFile, Pixels
+from server.images.jpeg import END, ENGINE_BYTES, ENGINE_PIXELS, SAMPLINGS, usual_jpeg
 from server.images.preprocessing import Preprocessing
-from server.types import ModelInfo
 
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
@@ -23,11 +24,6 @@ _ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
 _LYING = (5, 6, 7, 8)  # EXIF orientations of images whose rows stand upright as columns
 _LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-
-ENGINE_PIXELS = 1 << 24
-ENGINE_BYTES = 1 << 22
-"""The largest JPEG that is left to the engine: a photo of 16 megapixels, and what a full queue of them may weigh."""
-_END_OF_JPEG = b"\xff\xd9"
 
 # The header check below is stricter than Pillow's warning and gives the client an answer.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -55,36 +51,56 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
         return _pixels(image, preprocessing, max_pixels)
 
 
-def decode_for(info: ModelInfo, encoded: bytes, max_pixels: int) -> tuple[bytes, int]:
+def read(encoded: bytes, preprocessing: Preprocessing, max_pixels: int, decodes_jpeg: bool) -> Pixels | JpegFile:
     """What the engine is to get of an image file: pixels as of `decode`, or a JPEG that it decodes itself.
 
     Of such a JPEG nothing but the header is read. What the engine's decoder may not know, or would take for something
     else, is decoded here all the same: four colours, RGB that is not YCbCr, EXIF orientations, several pictures in one
     file, and files that are cut off, which it would fill with grey.
 
-    Returns:
-        `Job.pixels` and `Job.jpeg_pixels`.
+    Args:
+        encoded: A whole image file.
+        preprocessing: As for `decode`.
+        max_pixels: As for `decode`.
+        decodes_jpeg: The engine decodes.
 
     Raises:
         UndecodableError, UnsupportedError, TooLargeError: As `decode`.
     """
+    if decodes_jpeg and (file := as_it_came(encoded, preprocessing, max_pixels)):
+        return file
     with _opened(encoded, max_pixels) as image:
-        if info.decodes_jpeg and _is_for_the_engine(encoded, image):
-            _resized_size(image.size, info.preprocessing, max_pixels)
-            return encoded, image.width * image.height
-        return _pixels(image, info.preprocessing, max_pixels), 0
+        if decodes_jpeg and _is_for_the_engine(encoded, image):
+            _resized_size(image.size, preprocessing, max_pixels)
+            return JpegFile(encoded, *image.size)
+        return Pixels(_pixels(image, preprocessing, max_pixels))
+
+
+def as_it_came(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> JpegFile | None:
+    """A file for an engine that decodes, where its header says so plainly: in microseconds. `read` looks at all others.
+
+    Raises:
+        TooLargeError: As `decode`.
+    """
+    size = usual_jpeg(encoded)
+    if size is None or size[0] * size[1] > max_pixels:
+        return None
+    _resized_size(size, preprocessing, max_pixels)
+    return JpegFile(encoded, *size)
 
 
 def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
     return (
         isinstance(image, JpegImageFile)
         and image.format == "JPEG"  # and not MPO, a JPEG with more behind it
+        and bool(image.tile)  # nvJPEG takes a header without a scan for an image
         and image.mode in ("L", "RGB")
+        and bytes(16 * columns + rows for _, columns, rows, _ in image.layer) in SAMPLINGS
         and image.info.get("adobe_transform") != 0
         and bytes(component[0] for component in image.layer) != b"RGB"
         and image.width * image.height <= ENGINE_PIXELS
         and len(encoded) <= ENGINE_BYTES
-        and encoded.endswith(_END_OF_JPEG)
+        and encoded.endswith(END)
         and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     )
 

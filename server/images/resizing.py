@@ -1,4 +1,6 @@
-"""Resizing with antialiasing as Pillow does it, many images of different sizes by two matrix products.
+"""Resizing with antialiasing as Pillow does it, in plain PyTorch: images of different sizes by two matrix products.
+
+For what is decoded on the CPU; `server.images.resize_kernel` does it on a GPU, and is held against this.
 
 Pillow's rule (the filter is stretched by the factor of shrinking, its weights sum to one) is linear along each axis, so
 an axis is a matrix of weights: across first, then down, and whole numbers after both, as in Pillow. (Pillow 13 goes
@@ -46,7 +48,7 @@ def _lanczos(x: Tensor) -> Tensor:
     return torch.where((x >= -3) & (x < 3), torch.sinc(x) * torch.sinc(x / 3), 0)
 
 
-_FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
+FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "box": (0.5, _box),
     "bilinear": (1.0, _triangle),
     "hamming": (1.0, _hamming),
@@ -57,7 +59,7 @@ _FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Axis:
+class Axis:
     """One axis of one image: which of its pixels count, and for what.
 
     Attributes:
@@ -86,9 +88,9 @@ def resize(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
     """
     device = images[0].device
     resized = torch.empty(len(images), *preprocessing.input_size, 3, dtype=torch.uint8, device=device)
-    axes = [_axes(image.shape[2], image.shape[1], preprocessing) for image in images]
-    for group in _groups([(x.high - x.low, y.high - y.low) for x, y in axes]):
-        across, down = [axes[index][0] for index in group], [axes[index][1] for index in group]
+    placed = [axes(image.shape[2], image.shape[1], preprocessing) for image in images]
+    for group in _groups([(x.high - x.low, y.high - y.low) for x, y in placed]):
+        across, down = [placed[index][0] for index in group], [placed[index][1] for index in group]
         width, height = (max(axis.high - axis.low for axis in side) for side in (across, down))
         # Rows outermost, colours within: then either product is one matrix for each image.
         padded = torch.zeros(len(group), height, 3, width, device=device)
@@ -104,22 +106,22 @@ def resize(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
     return resized
 
 
-def _axes(width: int, height: int, preprocessing: Preprocessing) -> tuple[_Axis, _Axis]:
-    """Across and down."""
+def axes(width: int, height: int, preprocessing: Preprocessing) -> tuple[Axis, Axis]:
+    """Across and down, of an image of this size."""
     resized = preprocessing.resized(width, height)
     corner, kept = preprocessing.crop_corner(*resized), preprocessing.input_size[::-1]
-    half = _FILTERS.get(preprocessing.interpolation, (0.5, _box))[0]
+    half = FILTERS.get(preprocessing.interpolation, (0.5, _box))[0]
     across, down = (_axis(*each, half=half) for each in zip((width, height), resized, corner, kept, strict=True))
     return across, down
 
 
-def _axis(size: int, resized: int, start: int, kept: int, half: float) -> _Axis:
+def _axis(size: int, resized: int, start: int, kept: int, half: float) -> Axis:
     scale = size / resized
     reach = half * max(scale, 1.0) + 1  # one more than the rule's, whatever the rounding
     first, last = max(start, 0), min(start + kept, resized)
     low = max(int((first + 0.5) * scale - reach), 0)
     high = min(math.ceil((last - 0.5) * scale + reach), size)
-    return _Axis(size, resized, start, low, high)
+    return Axis(size, resized, start, low, high)
 
 
 def _groups(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
@@ -138,7 +140,7 @@ def _groups(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
     yield group
 
 
-def _weights(axes: Sequence[_Axis], kept: int, width: int, interpolation: str, device: torch.device) -> Tensor:
+def _weights(axes: Sequence[Axis], kept: int, width: int, interpolation: str, device: torch.device) -> Tensor:
     """What each pixel of the file (N, kept, width), from `low` on, gives to each that is kept; what lies outside is 0.
 
     In float64 as in Pillow, so that a pixel at the edge of a filter falls on the same side of it.
@@ -153,7 +155,7 @@ def _weights(axes: Sequence[_Axis], kept: int, width: int, interpolation: str, d
     if interpolation == "nearest":  # where that is the edge of two pixels, Pillow, which adds up, may take the other
         weights = (inputs == centre.floor()).to(torch.float64)
     else:
-        half, shape = _FILTERS[interpolation]
+        half, shape = FILTERS[interpolation]
         stretch = scale.clamp(min=1)
         first = (centre - half * stretch + 0.5).trunc().clamp(min=0)
         end = torch.minimum((centre + half * stretch + 0.5).trunc(), size)

@@ -1,4 +1,4 @@
-"""Several engines as one, a device each: a job goes to the one with the least to do."""
+"""Several engines as one, a device each: a request goes to the one with the least to do."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from server.curve import Curve
-from server.dial import AutoR, RSetting
+from server.dial import RSetting
 from server.errors import EngineError, UnavailableError
-from server.types import Choice, Configuration, Engine, Explanation, Job, ModelInfo, Prediction
+from server.images.image import JpegFile
+from server.ipc.client import LostEngineError
+from server.ipc.engine import Engine
+from server.ipc.messages import Answered, Request
+from server.types import Configuration, ModelInfo
+
+T = TypeVar("T")
 
 FAILED_COUNTS_S = 1.0
 
@@ -41,9 +47,9 @@ class Device(Engine, Protocol):
 class Devices:
     """The engines of one server behind the `Engine` protocol.
 
-    While one is down the others serve. What it held when it went down fails and is not tried on another: an image that
-    ends a process would end them all. One that hangs answers nothing, has soon the most to do, and gets no more. One
-    that fails would always have the least to do, so what it has failed at counts for a second more.
+    While one is down the others serve. What it held when it went down goes to another one, once: an image that ends two
+    processes would end them all, and is refused. One that hangs answers nothing, has soon the most to do, and gets no
+    more. One that fails would always have the least to do, so what it has failed at counts for a second more.
     All have the same models and the same configuration, so any is asked for those. A JPEG goes to one that decodes.
 
     Args:
@@ -74,19 +80,24 @@ class Devices:
                 pass  # it has not been up yet
         return up_first[-1].catalog()
 
-    async def classify(self, job: Job) -> Prediction:
-        engine = self._least_loaded(job)
+    async def answer(self, request: Request[T]) -> Answered[T]:
+        first = self._least_loaded(request)
         try:
-            return await engine.classify(job)
+            return await self._answer(first, request)
+        except LostEngineError:
+            if not any(engine.is_up for engine in self._engines if engine is not first):
+                raise
+        try:
+            return await self._answer(self._least_loaded(request, besides=first), request)
+        except LostEngineError:
+            raise EngineError("two engines went down while they held this request; it is not tried again") from None
+
+    async def _answer(self, engine: Device, request: Request[T]) -> Answered[T]:
+        try:
+            return await engine.answer(request)
         except (EngineError, UnavailableError):
             self._failed[engine].append(self._clock())
             raise
-
-    async def explain(self, job: Job) -> Explanation:
-        return await self._least_loaded().explain(job)
-
-    async def choose(self, model: str, bounds: AutoR) -> Choice:
-        return await self._least_loaded().choose(model, bounds)
 
     async def curve(self, model: str) -> Curve:
         return await self._least_loaded().curve(model)
@@ -119,12 +130,12 @@ class Devices:
             raise UnavailableError("no engine is running", retry_after_s=1)
         return up
 
-    def _least_loaded(self, job: Job | None = None) -> Device:
-        up = self._up()
-        if job is not None and job.jpeg_pixels:
-            up = [engine for engine in up if engine.catalog()[job.model].decodes_jpeg]
-            if not up:
-                raise UnavailableError("the engine that decodes went down", retry_after_s=1)
+    def _least_loaded(self, request: Request[Any] | None = None, besides: Device | None = None) -> Device:
+        up = [engine for engine in self._up() if engine is not besides]
+        if request is not None and any(isinstance(image, JpegFile) for image in request.images):
+            up = [engine for engine in up if engine.catalog()[request.model].decodes_jpeg]
+        if not up:
+            raise UnavailableError("the engine that decodes went down", retry_after_s=1)
         engine = min(up, key=self._load)  # of equals the first
         self._turns.remove(engine)
         self._turns.append(engine)

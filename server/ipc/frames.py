@@ -1,57 +1,66 @@
-"""Frames on a stream: two lengths, a JSON head and raw bytes, which are received in one piece however long they are."""
+"""Frames on a stream: a length, and a message. What is sent in one turn of the event loop leaves in one write."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, TypeVar
+
+from server.ipc.messages import Call, Reply, to_bytes
 
 logger = logging.getLogger(__name__)
 
-_LENGTHS = struct.Struct("!II")
-_ROOM = 64 << 10
-"""Bytes received at once, of heads and small bodies: many frames where many wait."""
+_LENGTH = struct.Struct("!I")
+_ROOM = 256 << 10
+"""Bytes received at once: as many as a Unix socket holds, so that one turn takes all messages that have come."""
+
+Received = TypeVar("Received")
 
 
-class Frames(asyncio.BufferedProtocol):
-    """One end of a connection that carries frames both ways.
+class Frames(asyncio.BufferedProtocol, Generic[Received]):
+    """One end of a connection that carries messages both ways.
 
     Args:
-        received: Gets every frame that has come: its head, and its body.
+        decode: Bytes to a message; what it makes shares no memory with them.
+        received: Gets every message that has come.
         lost: Called once, when the connection is gone, or given up for what came over it.
-        greeting: The head of a frame that is sent before all others.
+        greeting: A message that is sent before all others.
     """
 
     def __init__(
         self,
-        received: Callable[[dict[str, Any], bytes], None],
+        decode: Callable[[memoryview], Received],
+        received: Callable[[Received], None],
         lost: Callable[[], None],
-        greeting: dict[str, Any] | None = None,
+        greeting: Reply | None = None,
     ) -> None:
-        self._received, self._lost, self._greeting = received, lost, greeting
+        self._decode, self._received, self._lost, self._greeting = decode, received, lost, greeting
         self._transport: asyncio.Transport | None = None
         self._is_gone = False
+        self._unsent = bytearray()
         self._room, self._filled = bytearray(_ROOM), 0
-        self._head: dict[str, Any] = {}
-        self._body: bytearray | None = None  # of the frame that is under way, where it is longer than what has come
-        self._body_filled = 0
 
-    def send(self, head: dict[str, Any], body: bytes = b"") -> None:
-        """Queues one frame for sending; one for a connection that is gone is lost."""
-        assert self._transport is not None
+    def send(self, message: Call | Reply) -> None:
+        """Queues a message for sending; one for a connection that is gone is lost."""
         if self._is_gone:
             return  # uvloop's transports would raise
-        encoded = json.dumps(head).encode()
-        self._transport.write(_LENGTHS.pack(len(encoded), len(body)) + encoded)
-        if body:
-            self._transport.write(body)
+        start = len(self._unsent)
+        if start == 0:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent += bytes(_LENGTH.size)
+        try:
+            to_bytes(message, self._unsent)
+        except Exception:  # the messages beside it still arrive
+            del self._unsent[start:]
+            raise
+        _LENGTH.pack_into(self._unsent, start, len(self._unsent) - start - _LENGTH.size)
 
     def close(self) -> None:
         """Leaves, after what is queued is sent."""
         assert self._transport is not None
+        self._flush()
         self._transport.close()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -64,43 +73,38 @@ class Frames(asyncio.BufferedProtocol):
         self._lost()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._body is not None:
-            return memoryview(self._body)[self._body_filled :]
         return memoryview(self._room)[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        self._filled += nbytes
         try:
-            if self._body is None:
-                self._filled += nbytes
-                self._take_frames()
-                return
-            self._body_filled += nbytes
-            if self._body_filled == len(self._body):
-                body, self._body = bytes(self._body), None
-                self._received(self._head, body)
+            self._take_messages()
         except Exception:  # whatever came over it: a new connection may do better
             logger.exception("a connection is given up for what came over it")
             assert self._transport is not None
             self._transport.abort()
 
-    def _take_frames(self) -> None:
-        """Hands over the frames that are whole, and makes room for the rest of the one that is not."""
-        start, came = 0, memoryview(self._room)[: self._filled]
-        while len(came) - start >= _LENGTHS.size:
-            head_length, body_length = _LENGTHS.unpack_from(came, start)
-            body_at = start + _LENGTHS.size + head_length
-            if body_at > len(came):
-                if body_at - start > len(self._room):
-                    self._room = bytearray(body_at - start)
+    def _flush(self) -> None:
+        assert self._transport is not None
+        unsent, self._unsent = self._unsent, bytearray()
+        if unsent and not self._is_gone and not self._transport.is_closing():
+            self._transport.write(unsent)
+
+    def _take_messages(self) -> None:
+        """Hands over the messages that are whole, and makes room for the rest of the one that is not."""
+        start, came, wanted = 0, memoryview(self._room)[: self._filled], _ROOM
+        while len(came) - start >= _LENGTH.size:
+            begin = start + _LENGTH.size
+            end = begin + int(_LENGTH.unpack_from(came, start)[0])
+            if end > len(came):
+                wanted = max(_ROOM, end - start)
                 break
-            head = json.loads(bytes(came[body_at - head_length : body_at]))
-            rest = came[body_at : body_at + body_length]
-            start = body_at + len(rest)
-            if len(rest) < body_length:
-                self._head, self._body, self._body_filled = head, bytearray(body_length), len(rest)
-                self._body[: len(rest)] = rest
-                break
-            self._received(head, bytes(rest))
+            self._received(self._decode(came[begin:end]))
+            start = end
+        if start == 0 and len(self._room) == wanted:
+            return  # the rest of a long message comes behind what is there
         left = bytes(came[start:])
+        if len(self._room) != wanted:
+            self._room = bytearray(wanted)
         self._room[: len(left)] = left
         self._filled = len(left)

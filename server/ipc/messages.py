@@ -7,7 +7,7 @@ its computation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -42,7 +42,7 @@ class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
         return str(type(self).__struct_config__.tag)
 
 
-class TopK(Struct, frozen=True, array_like=True, tag="top_k"):
+class TopK(Struct, frozen=True, array_like=True, gc=False, tag="top_k"):
     """The likeliest classes of one image, best first, with their probabilities."""
 
     indices: list[int]
@@ -77,8 +77,13 @@ class Explain(Request[Merges], frozen=True, tag="explain"):
     top_k: int
 
 
-class Item(NamedTuple):
-    """One image of a request: what waits in a queue, and shares a batch with those of other requests."""
+class Item(Struct, frozen=True):
+    """One image of a request: what waits in a queue, and shares a batch with those of other requests.
+
+    Attributes:
+        request: What is asked of it.
+        index: Its place among the images.
+    """
 
     request: Classify | Explain
     index: int
@@ -168,8 +173,7 @@ class Failure(Struct, frozen=True, array_like=True, tag="failure"):
 
     def error(self) -> ServerError:
         """The same error on the other side."""
-        kind = next((kind for kind in ServerError.__subclasses__() if kind.code == self.code), ServerError)
-        return kind(self.message, retry_after_s=self.retry_after_s, **self.details)
+        return ServerError.of(self.code, self.message, self.retry_after_s, self.details)
 
 
 class Alive(Struct, frozen=True, array_like=True, tag="alive"):
@@ -208,7 +212,24 @@ class Reply(Struct, frozen=True, array_like=True):
     answer: Answered[TopK | Merges] | Alive | Measured | Deployed | Failure | Catalog
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=lambda curve: curve.model_dump())
-_decoders = {
-    kind: msgspec.msgpack.Decoder(kind, dec_hook=lambda model, said: model.model_validate(said)) for kind in (Call, Reply)
-}
+def to_bytes(message: Call | Reply, into: bytearray) -> None:
+    """Writes a message behind what a buffer holds."""
+    _encoder.encode_into(message, into, len(into))
+
+
+def call_of(message: memoryview) -> Call:
+    """What `to_bytes` wrote; raises msgspec.MsgspecError for all else."""
+    return _calls.decode(message)
+
+
+def reply_of(message: memoryview) -> Reply:
+    """What `to_bytes` wrote; raises msgspec.MsgspecError for all else."""
+    return _replies.decode(message)
+
+
+def _curve(kind: type[Curve], said: Any) -> Curve:
+    return kind.model_validate(said)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=Curve.model_dump)
+_calls, _replies = msgspec.msgpack.Decoder(Call), msgspec.msgpack.Decoder(Reply, dec_hook=_curve)

@@ -10,6 +10,9 @@ from PIL import Image
 
 from tests.e2e.service import Service
 
+DEADLY_GREY = 77
+"""A wholly grey image that ends an engine of `faulty.py`."""
+
 
 def png(grey: int) -> bytes:
     """An image that is grey on the left and black on the right; 255 makes it wholly white."""
@@ -19,6 +22,15 @@ def png(grey: int) -> bytes:
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG")
     return file.getvalue()
+
+
+def _flat(grey: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (grey, grey, grey)).save(file, "PNG")
+    return file.getvalue()
+
+
+DEADLY = _flat(DEADLY_GREY)
 
 
 def classify(service: Service, photo: bytes, **parameters: int) -> httpx.Response:

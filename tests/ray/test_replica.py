@@ -93,6 +93,20 @@ async def test_a_replica_that_starts_fails_by_what_one_that_serves_refuses(repli
 
 @needs_ray
 @of_ray
+async def test_a_replica_that_serves_goes_on_whatever_reading_raises(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await replica.check_health()
+    with monkeypatch.context() as patch:
+        patch.setattr("server.ray_app.read_user_config", lambda *args: 1 / 0)
+        await replica.reconfigure({"r": 8})
+    assert (await shown(replica))["r"] == 4
+    await replica.reconfigure({"r": 8})
+    assert (await shown(replica))["r"] == 8
+
+
+@needs_ray
+@of_ray
 async def test_the_version_grows_with_changes_alone(replica: Replica) -> None:
     versions = []
     for r in (4, 8, 8, 4):  # Ray says the same again when it renumbers replicas

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,10 +28,13 @@ from server.batching.engine import LocalEngine
 from server.batching.policy import Rung
 from server.config.local import LocalConfig
 from server.curve import Curve, CurveRow, Facts
-from server.dial import RSetting
+from server.dial import AutoR, RSetting, Schedule
+from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
+from server.ipc.engine import Engine
+from server.ipc.messages import Classify, Explain, Item, Merges, TopK
 from server.settings import Settings
-from server.types import BatchKey, Engine, Job, Merges, ModelInfo, TopK
+from server.types import BatchKey, ModelInfo
 
 hypothesis_settings.register_profile("server", deadline=None)
 hypothesis_settings.load_profile("server")
@@ -149,31 +153,58 @@ def groups_of(schedule: Sequence[int]) -> list[list[int]]:
 
 @dataclass
 class FakeDevice:
-    """Answers each job from its pixels and its batch's schedule, once `gate` is open; notes every batch."""
+    """Answers each image from its pixels and its batch's schedule, once `gate` is open; notes every batch.
+
+    Where `prepares`, the pixels are prepared by adding nothing, once `prepare_gate` is open.
+    """
 
     gate: threading.Event = field(default_factory=threading.Event)
-    batches: list[tuple[BatchKey, list[Job]]] = field(default_factory=list)
+    batches: list[tuple[BatchKey, list[Item]]] = field(default_factory=list)
     failure: Exception | None = None
     num_classes: int = NUM_CLASSES
+    prepares: bool = False
+    broken: Exception | None = None
 
     def __post_init__(self) -> None:
         self.gate.set()
 
-    def __call__(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
-        self.batches.append((key, list(jobs)))
+    def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
+        return items
+
+    def compute(self, key: BatchKey, work: Sequence[Any]) -> list[TopK] | list[Merges]:
+        self.batches.append((key, list(work)))
         self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        return [self.answer(key, job) for job in jobs]
+        answers = [self.answer(key, item) for item in work]
+        if key.operation == "explain":
+            return [Merges(top_k, (4, 4), SIDE // 4, groups_of(key.schedule)) for top_k in answers]
+        return answers
 
-    def explain(self, key: BatchKey, jobs: Sequence[Job]) -> list[tuple[TopK, Merges]]:
-        merges = Merges((4, 4), SIDE // 4, groups_of(key.schedule))
-        return [(top_k, merges) for top_k in self(key, jobs)]
+    def answer(self, key: BatchKey, item: Item) -> TopK:
+        first, k = class_of(item.image.data, key.schedule), item.request.top_k
+        return TopK(
+            [(first + rank) % self.num_classes for rank in range(k)], [1 / 2 ** (rank + 1) for rank in range(k)]
+        )
 
-    def answer(self, key: BatchKey, job: Job) -> TopK:
-        first = class_of(job.pixels, key.schedule)
-        scores = [1 / 2 ** (rank + 1) for rank in range(job.top_k)]
-        return TopK([(first + rank) % self.num_classes for rank in range(job.top_k)], scores)
+    def check(self) -> None:
+        if self.broken is not None:
+            raise self.broken
+
+    def warm_further(self) -> bool:
+        return False
+
+
+def classify(
+    pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny", top_k: int = 1, in_s: float = 1e3
+) -> Classify:
+    """A request to classify one image, to be answered within so many seconds."""
+    return Classify(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + in_s, top_k=top_k)
+
+
+def explain(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny") -> Explain:
+    """The same to explain it."""
+    return Explain(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e3, top_k=1)
 
 
 def local_engine(
@@ -186,8 +217,7 @@ def local_engine(
 ) -> LocalEngine:
     """An engine around a fake device; the caller starts it."""
     catalog = {info.name: info for info in models or [model_info()]}
-    store = LocalConfig(dict.fromkeys(catalog, r), state_file)
-    return LocalEngine(catalog, device, store, explain_batch=device.explain, **limits)
+    return LocalEngine(catalog, device, LocalConfig(dict.fromkeys(catalog, r), state_file), **limits)
 
 
 @dataclass

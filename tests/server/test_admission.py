@@ -119,7 +119,7 @@ def open_loop(
             status = 200
             try:
                 with admission.permit(1, deadline_s):
-                    await batcher.submit("key", 0, deadline_s)
+                    await batcher.submit("key", [0], clock() + deadline_s, lambda batched: batched.results)
             except ServerError as error:
                 status = error.status
             run.replies.append((at, status, clock() - at))

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from server.batching.engine import LocalEngine
 from server.batching.policy import Rung
 from server.dial import AutoR
 from tests.server.conftest import (
@@ -29,17 +30,18 @@ async def auto(service: Service, grey: int = 100, **parameters: Any) -> dict[str
     return body
 
 
-async def many(service: Service, count: int, **parameters: Any) -> list[dict[str, Any]]:
-    """Images that arrive while the device is busy, and so wait together."""
+async def many(service: Service, count: int, *, first_r: Any = 1, **parameters: Any) -> list[dict[str, Any]]:
+    """Images that arrive while the device is busy with one, and so wait together; the answer to that comes last."""
+    engine = service.app.state.service.engine
+    assert isinstance(engine, LocalEngine)
     service.device.gate.clear()
-    first = asyncio.create_task(service.classify(grey_png(0), r=1))
-    await until(lambda: len(service.device.batches) > 0)
+    before = len(service.device.batches)
+    first = asyncio.create_task(auto(service, 0, r=first_r))
+    await until(lambda: len(service.device.batches) > before)
     tasks = [asyncio.create_task(auto(service, grey, **parameters)) for grey in range(1, count + 1)]
-    await until(lambda: service.app.state.service.admission.in_flight == count + 1)
-    await asyncio.sleep(0.05)  # the last of them goes from admission to the queue
+    await until(lambda: engine._batcher.num_waiting == count)
     service.device.gate.set()
-    await first
-    return await asyncio.gather(*tasks)
+    return await asyncio.gather(*tasks, first)
 
 
 async def test_an_idle_server_answers_at_r_0() -> None:
@@ -52,7 +54,7 @@ async def test_an_idle_server_answers_at_r_0() -> None:
 
 async def test_a_load_turns_the_dial_and_the_answer_says_so() -> None:
     async with serving(steps=STEPS) as service:
-        bodies = await many(service, 8, deadline_ms=5000)  # 8 s of work at r=0, and 4 s at r=4
+        *bodies, _ = await many(service, 8, deadline_ms=5000)  # 8 s of work at r=0, and 4 s at r=4
         assert {body["r"] for body in bodies} == {8}
         for grey, body in enumerate(bodies, start=1):
             assert body["auto"] == {"reason": "load", "expected_agreement": 0.9}
@@ -62,11 +64,35 @@ async def test_a_load_turns_the_dial_and_the_answer_says_so() -> None:
 async def test_bounds_are_kept_under_any_load() -> None:
     async with serving(steps=STEPS) as service:
         for bounds in ({"max_r": 5}, {"min_agreement": 0.95}):
-            service.device.batches.clear()
-            bodies = await many(service, 8, deadline_ms=5000, **bounds)
+            *bodies, _ = await many(service, 8, deadline_ms=5000, **bounds)
             assert {(body["r"], body["auto"]["reason"]) for body in bodies} == {(4, "bounds")}
-        service.device.batches.clear()
-        assert {body["r"] for body in await many(service, 8, deadline_ms=9000, max_r=0)} == {0}
+        *bodies, _ = await many(service, 8, deadline_ms=9000, max_r=0)
+        assert {body["r"] for body in bodies} == {0}
+
+
+async def test_the_reason_is_that_of_the_moment_when_it_was_chosen() -> None:
+    async with serving(steps=STEPS) as service:
+        *bodies, first = await many(service, 8, first_r="auto", deadline_ms=5000)
+        assert {(body["r"], body["auto"]["reason"]) for body in bodies} == {(8, "load")}
+        # It is answered when the dial has been turned, and was chosen when there was nothing else.
+        assert (first["r"], first["auto"]) == (0, {"reason": "idle", "expected_agreement": 1.0})
+
+
+async def test_an_image_that_fills_up_a_batch_says_so() -> None:
+    async with serving(steps=STEPS) as service:
+        engine = service.app.state.service.engine
+        service.device.gate.clear()
+        before = len(service.device.batches)
+        first = asyncio.create_task(auto(service, 0, r=1))
+        await until(lambda: len(service.device.batches) > before)
+        fixed = [asyncio.create_task(auto(service, grey, r=4)) for grey in (1, 2, 3)]
+        await until(lambda: engine._batcher.num_waiting == 3)
+        shares = asyncio.create_task(auto(service, 4))
+        await until(lambda: engine._batcher.num_waiting == 4)
+        service.device.gate.set()
+        body = await shares
+        assert (body["r"], body["auto"]) == (4, {"reason": "shared", "expected_agreement": 0.96})
+        assert [each["auto"] for each in await asyncio.gather(first, *fixed)] == [None] * 4
 
 
 async def test_images_of_one_request_share_one_r() -> None:
@@ -105,7 +131,8 @@ async def test_wrong_bounds_of_a_deployment_change_nothing() -> None:
 
 async def test_without_a_ladder_auto_is_r_0() -> None:
     async with serving() as service:
-        assert {body["r"] for body in await many(service, 20, deadline_ms=5000)} == {0}
+        *bodies, _ = await many(service, 20, deadline_ms=5000)
+        assert {body["r"] for body in bodies} == {0}
 
 
 async def test_an_engine_that_starts_with_auto_serves() -> None:

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from server.device import runner
 from server.device.backend import BackendOptions, choose_backend
+from server.device.device import Device
+from server.device.explainer import Explainer
 from server.device.models import LoadedModel
 from server.device.torch_backend import RecordedBackend, TorchBackend
 from server.dial import Schedule
+from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
+from server.ipc.messages import Classify, Item
 from server.settings import SettingsError
-from server.types import Job, ModelInfo
+from server.types import ModelInfo
 from tests.server.test_graphs import Repeated
 from tome_core import MergedViT, wrap
 from tome_core.embedding import Normalisation
@@ -85,7 +89,7 @@ def test_a_gpu_is_the_one_of_the_thread_that_computes_on_it(monkeypatch: pytest.
     small = loaded()
     key = small.info.batch_key((0, 0))
     one = runner.Runner({"small": small}, "cpu", "fp32")
-    one.run_batch(key, [Job("small", bytes(64 * 64 * 3), (0, 0), 1, 1.0)])
+    one.top_k(key, pixels(1), 1)
     one.warm_up(key)
     assert calls == [[CPU]] * 3
 
@@ -154,8 +158,11 @@ def test_a_backend_is_given_bytes_and_no_image_of_floats(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(TorchBackend, "logits", logits)
     small = loaded()
-    jobs = [Job("small", image.numpy().tobytes(), (0, 0), 1, 1.0) for image in pixels(3)]
-    runner.Runner({"small": small}, "cpu", "fp32").run_batch(small.info.batch_key((0, 0)), jobs)
+    explainer = Explainer({"small": small}, "cpu")
+    device = Device(runner.Runner({"small": small}, "cpu", "fp32"), explainer)
+    images = [Pixels(image.numpy().tobytes()) for image in pixels(3)]
+    asked = Classify(model="small", images=list(images), deadline=1.0, top_k=1)
+    device.compute(small.info.batch_key((0, 0)), [Item(asked, index) for index in range(3)])
     assert torch.equal(given[0], pixels(3)) and given[0].dtype == torch.uint8 and given[0].is_contiguous()
 
 
@@ -189,10 +196,9 @@ def test_the_model_that_a_runner_hands_out_is_the_one_that_answers() -> None:
     """By it `tome-server schedule` searches: in fp8 it must be the one in fp8."""
     small = loaded("fused", 384)
     one, key = runner.Runner({"small": small}, "cpu", "fp8"), small.info.batch_key((4, 0))
-    rows = [image.numpy().tobytes() for image in pixels(3)]
-    answers = one.run_batch(key, [Job("small", row, (4, 0), 7, 1.0) for row in rows])
-    wanted = one.merged("small")(one.pixels(key, rows), (4, 0)).float().softmax(dim=1)
-    assert [answer.scores for answer in answers] == wanted.sort(dim=1, descending=True).values.tolist()
+    answers = one.top_k(key, pixels(3), 7)
+    wanted = one.merged("small")(pixels(3), (4, 0)).float().softmax(dim=1)
+    assert [scores for _, scores in answers] == wanted.sort(dim=1, descending=True).values.tolist()
 
 
 @pytest.mark.parametrize(
@@ -221,6 +227,11 @@ def openvino() -> Any:
     return pytest.importorskip("server.device.openvino", reason="the package openvino is not installed")
 
 
+@pytest.fixture
+def openvino_compiler() -> Any:
+    return pytest.importorskip("server.device.openvino_compiler", reason="the package openvino is not installed")
+
+
 @torch.inference_mode()
 def test_openvino_answers_as_torch_does_whatever_the_size_of_the_batch(openvino: Any, tmp_path: Path) -> None:
     model = loaded()
@@ -242,18 +253,19 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
     backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1))
     may_compile, compile_now = threading.Event(), backend._compile
 
-    def wait_and_compile(schedule: Any) -> Any:
-        may_compile.wait()
-        return compile_now(schedule)
+    def wait_and_compile(schedule: Any, aside: bool) -> Any:
+        may_compile.wait(60)
+        return compile_now(schedule, aside)
 
     monkeypatch.setattr(backend, "_compile", wait_and_compile)
     wanted = model.merged.from_pixels(MEAN, STD)(pixels(1), (3, 0))
     assert torch.equal(backend.logits(pixels(1), (3, 0)), wanted)  # torch's own: bit for bit
     assert (3, 0) not in backend._runs
     may_compile.set()
-    backend._thread.submit(lambda: None).result()  # comes after the compiling
-    assert (3, 0) in backend._runs
+    backend._later._thread.submit(lambda: None).result()  # comes after the compiling
+    assert (3, 0) not in backend._runs  # of this thread
     torch.testing.assert_close(backend.logits(pixels(1), (3, 0)), wanted, atol=1e-4, rtol=1e-4)
+    assert (3, 0) in backend._runs
 
 
 @torch.inference_mode()
@@ -262,16 +274,15 @@ def test_torch_answers_while_a_schedule_is_translated(openvino: Any) -> None:
     backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1))
     wanted = model.merged(images(1), (4, 0))
     backend.logits(pixels(1), (4, 0))
-    while backend._compiling is not None:
+    while (4, 0) not in backend._runs:
         torch.testing.assert_close(backend.logits(pixels(1), (4, 0)), wanted, atol=1e-4, rtol=1e-4)
-    assert (4, 0) in backend._runs
 
 
-def test_a_translation_that_dies_is_told(openvino: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = openvino.Compiler(loaded().merged, (64, 64), 1)
-    monkeypatch.setattr(openvino.pickle, "dumps", lambda merged: b"no model")
+def test_a_translation_that_dies_is_told(openvino_compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = openvino_compiler.Compiler(loaded().merged, (64, 64), 1)
+    monkeypatch.setattr(openvino_compiler.pickle, "dumps", lambda merged: b"no model")
     with pytest.raises(RuntimeError, match="status 1"):
-        compiler.translate_aside((4, 0))
+        compiler.graph((4, 0), 1, "fp32", aside=True)
 
 
 @torch.inference_mode()
@@ -289,20 +300,20 @@ def test_a_graph_that_computes_something_else_is_not_used(openvino: Any, monkeyp
 
 
 def test_a_translation_is_made_once_for_the_same_weights(
-    openvino: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    openvino_compiler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded()
-    first = openvino.Compiler(model.merged, (64, 64), 1, tmp_path).graph((3, 0), 1, "fp32")(images(1))
-    translate = openvino.to_openvino
-    monkeypatch.setattr(openvino, "to_openvino", None)
-    assert torch.equal(
-        openvino.Compiler(model.merged, (64, 64), 1, tmp_path).graph((3, 0), 1, "fp32")(images(1)), first
-    )
 
-    monkeypatch.setattr(openvino, "to_openvino", translate)
+    def answers() -> Tensor:
+        compiler = openvino_compiler.Compiler(model.merged, (64, 64), 1, tmp_path)
+        return compiler.graph((3, 0), 1, "fp32")(images(1))  # type: ignore[no-any-return]
+
+    first = answers()
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino_compiler, "to_openvino", None)
+        assert torch.equal(answers(), first)
     torch.nn.init.constant_(model.merged.get_parameter("model.head.bias"), 2.0)
-    other = openvino.Compiler(model.merged, (64, 64), 1, tmp_path).graph((3, 0), 1, "fp32")(images(1))
-    torch.testing.assert_close(other, first + 2.0)
+    torch.testing.assert_close(answers(), first + 2.0)
 
 
 @pytest.mark.parametrize("fp32_s, bf16_s, wanted", [(2.0, 1.0, "bf16"), (1.0, 1.0, "fp32"), (1.0, 2.0, "fp32")])
@@ -317,7 +328,10 @@ def test_auto_takes_bf16_only_where_it_is_faster(
         def __init__(self, *args: Any) -> None:
             pass
 
-        def any_batch(self, schedule: Any, max_batch_size: int, precision: str) -> Any:
+        def keep(self, schedule: Any) -> None:
+            pass
+
+        def any_batch(self, schedule: Any, max_batch_size: int, precision: str, aside: bool) -> Any:
             graph = self.graph(schedule, 1, precision)
             return openvino.AnyBatch(graph, {1: graph}, 2)
 
@@ -377,12 +391,3 @@ def test_merging_does_without_a_compiler(
         run = openvino.Compiler(model.merged, (64, 64), 1).graph((5, 2), 3, "fp32")
     assert "OpenVINO merges by its own operators, which takes longer: there is no C++ compiler" in caplog.text
     torch.testing.assert_close(run(images(3)), model.merged(images(3), (5, 2)), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("text, wanted", [("max 100000", 6), ("150000 100000", 2), ("10000 100000", 1), ("", 6)])
-def test_threads_follow_the_share_of_the_container(
-    text: str, wanted: int, openvino: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openvino.os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
-    monkeypatch.setattr(openvino.Path, "read_text", lambda path: text)
-    assert openvino.available_cpus() == wanted

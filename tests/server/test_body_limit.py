@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.middleware import LARGEST_BODIES, LEAST_BYTES_PER_S, BodyLimit
+from server.api.middleware import LARGEST_BODIES, LEAST_BYTES_PER_S, Front
 from server.calibration.simulator import _in_virtual_time
 from server.errors import ClientGoneError, ServerError, TooLargeError, TooSlowError
 from tests.server.conftest import assert_is_error, grey_png, serving, until
@@ -47,7 +47,7 @@ def outcome(pieces: Sequence[tuple[float, int]]) -> tuple[type[ServerError] | No
 
         scope: Any = {"type": "http", "headers": []}
         try:
-            await BodyLimit(read, MOST, LIMIT_S)(scope, receive, send)
+            await Front(read, MOST, LIMIT_S)(scope, receive, send)
         except ServerError as error:
             return type(error), asyncio.get_running_loop().time()
         return None, asyncio.get_running_loop().time()
@@ -79,7 +79,7 @@ def test_a_body_that_grows_too_long_or_is_cut_off_says_so() -> None:
     async def run() -> None:
         scope: Any = {"type": "http", "headers": []}
         with pytest.raises(ClientGoneError):
-            await BodyLimit(read, MOST, LIMIT_S)(scope, gone, _nothing)
+            await Front(read, MOST, LIMIT_S)(scope, gone, _nothing)
 
     asyncio.run(run())
 

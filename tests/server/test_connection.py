@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from server.api.connection import _LONGEST_HEAD, _MOST_PIPELINED, Connection
+from server.api.patience import Client, client_of
 from tests.server.conftest import until
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n"
@@ -128,6 +129,52 @@ async def test_the_request_that_is_answered_learns_that_its_client_left_whatever
     await asyncio.sleep(0)
     connection.connection_lost(None)
     await until(lambda: ended == ["http.disconnect"])
+
+
+async def test_an_application_is_told_of_a_client_that_leaves_while_it_asks_to_be() -> None:
+    told: list[str] = []
+    clients: list[Client] = []
+    asks = asyncio.Event()
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        client = client_of(scope)
+        assert client is not None
+        clients.append(client)
+        assert not client.has_sent_all
+        await receive()
+        assert client.has_sent_all
+        client.when_gone(lambda: told.append("gone"))
+        asks.set()
+        await asyncio.Event().wait()
+
+    connection, _ = connected(app=answer)
+    connection.data_received(HEAD)
+    await until(lambda: len(clients) == 1)
+    connection.data_received(b"body")
+    await asks.wait()
+    assert told == []
+    connection.connection_lost(None)
+    assert told == ["gone"]
+    clients[0].when_gone(lambda: told.append("late"))  # it has left already
+    clients[0].when_gone(lambda: told.append("later"))
+    clients[0].when_gone(None)
+    await asyncio.sleep(0)
+    assert told == ["gone"]
+    clients[0].when_gone(lambda: told.append("soon"))
+    await until(lambda: told == ["gone", "soon"])
+    for task in connection.tasks:
+        task.cancel()
+    await asyncio.wait(connection.tasks)
+
+
+async def test_a_connection_says_once_that_it_is_lost() -> None:
+    lost: list[int] = []
+    config = uvicorn.Config(echo, log_config=None, access_log=False)
+    connection = Connection(config, ServerState(), {}, on_lost=lambda: lost.append(1))
+    connection.connection_made(Wire())
+    assert not lost
+    connection.connection_lost(None)
+    assert lost == [1]
 
 
 async def test_a_head_that_goes_on_is_refused() -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.batching.ladder import steps_of
 from server.calibration import places
-from server.calibration.ladder import steps_of
 from server.calibration.measure import batch_sizes, fit
 from server.calibration.places import find, save
 from server.curve import Curve, CurveError, speed_staleness, staleness

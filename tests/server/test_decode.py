@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import re
 import struct
 import tracemalloc
 import zlib
@@ -18,10 +17,9 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
-from server.images import pillow as decode_module
-from server.images.pillow import FORMATS, decode, decode_for
+from server.images.pillow import FORMATS, decode
 from server.images.preprocessing import Preprocessing
-from tests.server.conftest import encode, model_info
+from tests.server.conftest import encode
 
 MAX_PIXELS = 1_000_000
 Crop = Literal["center", "squash"]
@@ -315,132 +313,3 @@ def test_a_format_that_is_not_on_the_list_is_unsupported_and_the_list_is_told(fo
 def test_floating_point_pixels_are_refused() -> None:
     with pytest.raises(UndecodableError, match="floating-point"):
         decode(encode(Image.new("F", (8, 8), 0.5), "TIFF"), preprocessing(), MAX_PIXELS)
-
-
-ENGINE = model_info(preprocessing=preprocessing(), decodes_jpeg=True)
-
-
-def for_the_engine(encoded: bytes) -> tuple[bytes, int]:
-    return decode_for(ENGINE, encoded, MAX_PIXELS)
-
-
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 2}])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_usual_jpeg_goes_to_an_engine_that_decodes_as_it_came(mode: str, options: dict[str, Any]) -> None:
-    encoded = encode(noise(40, 30, mode), "JPEG", **options)
-    pixels, jpeg_pixels = for_the_engine(encoded)
-    assert pixels is encoded and jpeg_pixels == 1200
-    assert decode_for(model_info(preprocessing=preprocessing()), encoded, MAX_PIXELS) == (
-        decode(encoded, preprocessing(), MAX_PIXELS),
-        0,
-    )
-
-
-def adobe_rgb() -> bytes:
-    """A JPEG of red, green and blue instead of luminance and two colours."""
-    return encode(noise(40, 30), "JPEG", keep_rgb=True)
-
-
-def turned(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encode(noise(40, 30), "JPEG", exif=exif)
-
-
-OTHERS = {
-    "png": encode(noise(40, 30)),
-    "four colours": encode(noise(40, 30, "CMYK"), "JPEG"),
-    "red, green and blue": adobe_rgb(),
-    "several pictures": encode(noise(40, 30), "MPO", save_all=True, append_images=[noise(40, 30, seed=1)]),
-    "more behind its end": encode(noise(40, 30), "JPEG") + b"more",
-    **{f"orientation {each}": turned(each) for each in range(2, 9)},
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_the_engines_decoder_may_not_know_is_decoded_here(name: str) -> None:
-    assert for_the_engine(OTHERS[name]) == (decode(OTHERS[name], preprocessing(), MAX_PIXELS), 0)
-
-
-def test_an_upright_orientation_is_no_reason_to_decode_here() -> None:
-    assert for_the_engine(turned(1)) == (turned(1), 1200)
-
-
-@pytest.mark.parametrize(("limit", "least"), [("ENGINE_PIXELS", 40 * 30), ("ENGINE_BYTES", len(turned(1)))])
-def test_a_jpeg_larger_than_the_engine_takes_is_decoded_here(
-    limit: str, least: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decode_module, limit, least)
-    assert for_the_engine(turned(1))[1] == 1200
-    monkeypatch.setattr(decode_module, limit, least - 1)
-    assert for_the_engine(turned(1)) == (decode(turned(1), preprocessing(), MAX_PIXELS), 0)
-
-
-@pytest.mark.parametrize(
-    "encoded",
-    [
-        b"",
-        b"garbage",
-        encode(noise(24, 20), "JPEG")[:-300],
-        encode(noise(24, 20), "JPEG")[:30],
-        encode(Image.new("L", (1001, 1000)), "JPEG"),
-        encode(Image.new("L", (2, 30_000)), "JPEG"),
-    ],
-    ids=["empty", "garbage", "cut off", "half a header", "too many pixels", "too thin"],
-)
-def test_what_is_refused_is_refused_alike_before_the_engine(encoded: bytes) -> None:
-    with pytest.raises(ServerError) as by_pillow:
-        decode(encoded, preprocessing(), MAX_PIXELS)
-    with pytest.raises(ServerError) as refused:
-        for_the_engine(encoded)
-    assert type(refused.value) is type(by_pillow.value)
-    assert re.sub("0x[0-9a-f]+", "", refused.value.message) == re.sub("0x[0-9a-f]+", "", by_pillow.value.message)
-    assert refused.value.details == by_pillow.value.details
-
-
-def smooth(width: int, height: int) -> Image.Image:
-    """Slopes and waves, no two corners alike."""
-    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
-    return Image.fromarray((255 * np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x + 14 * y)], -1)).astype(np.uint8))
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    width=st.integers(100, 700),
-    height=st.integers(100, 700),
-    orientation=st.integers(1, 8),
-    crop=st.sampled_from(get_args(Crop)),
-)
-def test_a_large_jpeg_gives_nearly_the_pixels_of_its_whole_size(
-    width: int, height: int, orientation: int, crop: Crop
-) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    encoded = encode(smooth(width, height), "JPEG", exif=exif, quality=95)
-    with Image.open(io.BytesIO(encoded)) as opened:
-        opened.load()
-        whole = encode(opened, "PNG", exif=exif)
-    wants = preprocessing(32, 0.9, crop)
-    got, wanted = (np.frombuffer(decode(each, wants, MAX_PIXELS), np.uint8).astype(int) for each in (encoded, whole))
-    assert abs(got - wanted).mean() < 0.7 and abs(got - wanted).max() <= 5
-
-
-@pytest.mark.parametrize(
-    ("side", "orientation", "shrink"), [(127, 1, 1), (128, 1, 2), (129, 1, 2), (129, 6, 1), (130, 6, 2), (512, 1, 8)]
-)
-def test_a_jpeg_is_decoded_smaller_where_twice_the_size_is_left(
-    side: int, orientation: int, shrink: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = []
-    resize = Image.Image.resize
-
-    def watched(image: Image.Image, *args: Any, **options: Any) -> Image.Image:
-        sizes.append(image.size)
-        return resize(image, *args, **options)
-
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    encoded = encode(smooth(side, side), "JPEG", exif=exif)
-    monkeypatch.setattr(Image.Image, "resize", watched)
-    decode(encoded, preprocessing(32), MAX_PIXELS)
-    assert sizes == [(-(-side // shrink), -(-side // shrink))]

@@ -1,4 +1,4 @@
-"""The engine's decoder and the stage around it, on the CPU: images beside Pillow's, refused files, mixed batches."""
+"""The stage that decodes, on the CPU: images beside Pillow's, refused files, mixed batches; whether there is one."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 
 from server.device import preparing
 from server.device.models import LoadedModel, load_model
+from server.device.prepared import Prepared, stacked
 from server.device.preparing import Preparer
-from server.device.runner import Prepared, Runner
 from server.engine_process import build_engine
 from server.errors import ServerError, UndecodableError
 from server.images import nvjpeg as decoding
-from server.images.nvjpeg import decode_jpegs, engine_decodes
-from server.images.pillow import decode
+from server.images.image import JpegFile, Pixels
+from server.images.nvjpeg import by_libjpeg, engine_decodes
+from server.images.pillow import decode, read
+from server.images.preprocessing import Preprocessing
+from server.ipc.messages import Classify, Item
 from server.settings import ModelSpec, Settings, SettingsError
-from server.types import Job
+from server.types import BatchKey
 from tests.server.conftest import encode, serving
 
 CPU = torch.device("cpu")
@@ -45,31 +47,36 @@ def broken() -> bytes:
     return file[: file.index(b"\xff\xda")] + b"\xff\xd9"
 
 
+def as_it_is(width: int = 40, height: int = 30) -> Preprocessing:
+    """Of a model that takes images of this size as they are."""
+    half = (0.5, 0.5, 0.5)
+    return Preprocessing((height, width), (height, width), "squash", "bicubic", half, half)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_its_images_are_pillows(mode: str, options: dict[str, Any]) -> None:
-    files = [jpeg(40 + 7 * index, 30, index, mode, **options) for index in range(3)]
-    for file, image in zip(files, decode_jpegs(files, CPU), strict=True):
+    files = [jpeg(40, 30, index, mode, **options) for index in range(3)]
+    batch = torch.zeros(4, 30, 40, 3, dtype=torch.uint8)
+    assert by_libjpeg([JpegFile(file, 40, 30) for file in files], as_it_is(), batch, [3, 1, 0]) == []
+    for file, row in zip(files, (3, 1, 0), strict=True):
         wanted = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
-        assert image is not None and image.dtype == torch.uint8
         # Both are libjpeg, though not of one version.
-        assert np.abs(image.permute(1, 2, 0).numpy() - wanted).max() <= 2
+        assert np.abs(batch[row].numpy() - wanted).max() <= 2
+    assert (batch[2] == 0).all()
 
 
 @pytest.mark.parametrize("bad", [{0}, {6}, {2, 3}, set(range(7)), set()])
 def test_files_that_it_refuses_cost_their_neighbours_nothing(bad: set[int]) -> None:
-    files = [broken() if index in bad else jpeg(seed=index) for index in range(7)]
-    images = decode_jpegs(files, CPU)
-    assert {index for index, image in enumerate(images) if image is None} == bad
+    files = [JpegFile(broken() if index in bad else jpeg(seed=index), 40, 30) for index in range(7)]
+    batch = torch.zeros(7, 30, 40, 3, dtype=torch.uint8)
+    assert by_libjpeg(files, as_it_is(), batch, range(7)) == sorted(bad)
+    assert [bool(image.any()) for image in batch] == [index not in bad for index in range(7)]
 
 
-def test_out_of_memory_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(files: list[Tensor], *args: object) -> list[Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torchvision.io, "decode_jpeg", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        decode_jpegs([jpeg(), jpeg()], CPU)
+def test_an_image_of_another_size_than_was_told_is_refused() -> None:
+    batch = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
+    assert by_libjpeg([JpegFile(jpeg(), 40, 31), JpegFile(jpeg(), 40, 30)], as_it_is(), batch, [0, 1]) == [0]
 
 
 def test_the_engine_decodes_where_it_is_told_to_and_by_itself_on_a_gpu_alone() -> None:
@@ -82,17 +89,37 @@ def test_the_engine_decodes_where_it_is_told_to_and_by_itself_on_a_gpu_alone() -
     )
 
 
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (OSError("no nvJPEG in this build\nand a long trace"), "no nvJPEG in this build"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
 def test_a_decoder_that_does_not_work_is_told_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    failure: Exception, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
-        raise RuntimeError("no nvJPEG in this build\nand a long trace")
+    def fail(device: torch.device) -> None:
+        raise failure
 
-    monkeypatch.setattr(decoding, "decode_jpegs", fail)
-    with pytest.raises(SettingsError, match="--decode device: cpu decodes no JPEG: no nvJPEG in this build$"):
+    monkeypatch.setattr(decoding, "decoder_on", fail)
+    with pytest.raises(SettingsError, match=f"--decode device: cpu decodes no JPEG: {told}$"):
         engine_decodes("device", CPU)
-    assert engine_decodes("auto", torch.device("cuda")) is False
-    assert "no nvJPEG" in caplog.text
+    assert engine_decodes("auto", torch.device("meta")) is False
+
+
+def test_a_decoder_that_refuses_what_any_takes_or_gives_other_colours_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(files: Sequence[JpegFile], seen: Preprocessing, batch: Tensor, rows: Sequence[int]) -> list[int]:
+        return list(range(len(files)))
+
+    monkeypatch.setattr(decoding, "decoder_on", lambda device: refuses)
+    with pytest.raises(SettingsError, match="refuses the simplest$"):
+        engine_decodes("device", CPU)
+    monkeypatch.setattr(decoding, "decoder_on", lambda device: lambda *args: [])
+    with pytest.raises(SettingsError, match="other colours"):
+        engine_decodes("device", CPU)
 
 
 @pytest.fixture(scope="module")
@@ -100,89 +127,98 @@ def loaded() -> LoadedModel:
     return load_model(ModelSpec.model_validate({"source": "bundled"}))
 
 
-@pytest.fixture(scope="module")
-def runner(loaded: LoadedModel) -> Runner:
-    return Runner({loaded.info.name: loaded}, "cpu", "fp32")
+@pytest.fixture
+def prepare(loaded: LoadedModel) -> Preparer:
+    return Preparer(CPU, {loaded.info.name: loaded.info}, MAX_PIXELS)
 
 
-def jobs_of(loaded: LoadedModel, files: Sequence[bytes]) -> list[Job]:
-    """JPEGs as files, others as pixels, as the HTTP process sends them."""
-    name, seen = loaded.info.name, loaded.info.preprocessing
-    return [
-        Job(name, file, None, 3, 1.0, jpeg_pixels=1200)
-        if file.startswith(b"\xff\xd8")
-        else Job(name, decode(file, seen, MAX_PIXELS), None, 3, 1.0)
+@pytest.fixture
+def key(loaded: LoadedModel) -> BatchKey:
+    return loaded.info.batch_key(loaded.info.schedule(4))
+
+
+def items_of(loaded: LoadedModel, files: Sequence[bytes]) -> list[Item]:
+    """Images of one request: whole JPEGs and broken ones as files, others as pixels, as the HTTP process sends them."""
+    images: list[Pixels | JpegFile] = [
+        JpegFile(file, 40, 30) if file == broken() else read(file, loaded.info.preprocessing, MAX_PIXELS, True)
         for file in files
     ]
+    request = Classify(model=loaded.info.name, images=images, deadline=0.0, top_k=3)
+    return [Item(request, index) for index in range(len(images))]
 
 
-def test_a_mixed_batch_is_ready_in_order_and_errors_are_those_of_their_own_jobs(
-    loaded: LoadedModel, runner: Runner
-) -> None:
-    key = loaded.info.batch_key(loaded.info.schedule(4))
-    files = [jpeg(), encode(noise(50, 60, 1)), broken(), jpeg(300, 200, 2), jpeg(64, 64, 3, "L"), broken()]
-    jobs = jobs_of(loaded, files)
-    prepare = Preparer(runner, {loaded.info.name: loaded.info}, MAX_PIXELS)
-    outcomes = prepare(key, jobs)
+def by_pillow(loaded: LoadedModel, files: Sequence[bytes]) -> Tensor:
+    pixels = [decode(file, loaded.info.preprocessing, MAX_PIXELS) for file in files]
+    return stacked(pixels, loaded.info.preprocessing.input_size, CPU)
+
+
+def pixels_of(outcomes: Sequence[Prepared | ServerError]) -> Tensor:
+    """Of one batch of which nothing was refused."""
     ready = [each for each in outcomes if isinstance(each, Prepared)]
-    assert [each.job for each in ready] == [jobs[index] for index in (0, 1, 3, 4)]
+    assert len(ready) == len(outcomes) and len({id(each.batch) for each in ready}) == 1
+    return torch.stack([each.batch.pixels[each.row] for each in ready])
+
+
+def test_a_mixed_batch_is_ready_in_order_and_errors_are_those_of_their_own_images(
+    loaded: LoadedModel, prepare: Preparer, key: BatchKey
+) -> None:
+    files = [jpeg(), encode(noise(50, 60, 1)), broken(), jpeg(300, 200, 2), jpeg(64, 64, 3, "L"), broken()]
+    items = items_of(loaded, files)
+    outcomes = prepare(key, items)
+    ready = [each for each in outcomes if isinstance(each, Prepared)]
+    assert [each.item for each in ready] == [items[index] for index in (0, 1, 3, 4)]
+    assert [each.row for each in ready] == [0, 1, 2, 3]
     for index in (2, 5):
         error = outcomes[index]
-        with pytest.raises(UndecodableError) as by_pillow:
+        with pytest.raises(UndecodableError) as alone:
             decode(files[index], loaded.info.preprocessing, MAX_PIXELS)
-        assert isinstance(error, UndecodableError) and error.message == by_pillow.value.message
+        assert isinstance(error, UndecodableError)
+        assert error.message == alone.value.message and error.details["image"] == index
 
-    pixels = [decode(files[index], loaded.info.preprocessing, MAX_PIXELS) for index in (0, 1, 3, 4)]
-    batch = ready[0].batch
+    batch = ready[0].batch.pixels
     assert batch.dtype == torch.uint8 and batch.shape == (4, *key.input_size, 3) and batch.is_contiguous()
-    levels = (batch.int() - runner.pixels(key, pixels).int()).abs()
+    levels = (pixels_of(ready).int() - by_pillow(loaded, [files[index] for index in (0, 1, 3, 4)]).int()).abs()
     assert levels.max() <= 4 and levels.float().mean() <= 0.2
     assert levels[1].max() == 0  # not decoded here
-    whole = runner.run_prepared(key, ready)
-    for parts in ([ready[:1], ready[1:]], [ready[::2], ready[1::2]]):
-        scores = [top_k for part in parts for top_k in runner.run_prepared(key, part)]
-        order = [each.job for part in parts for each in part]
-        for each, got in zip(order, scores, strict=True):
-            expected = whole[[one.job for one in ready].index(each)]
-            assert got.indices == expected.indices and got.scores == pytest.approx(expected.scores, abs=1e-5)
 
 
-def test_a_batch_of_which_nothing_can_be_decoded_has_errors_alone(loaded: LoadedModel, runner: Runner) -> None:
-    key = loaded.info.batch_key(loaded.info.schedule(0))
-    outcomes = Preparer(runner, {loaded.info.name: loaded.info}, MAX_PIXELS)(key, jobs_of(loaded, [broken()] * 2))
+def test_a_batch_of_which_nothing_can_be_decoded_has_errors_alone(
+    loaded: LoadedModel, prepare: Preparer, key: BatchKey
+) -> None:
+    outcomes = prepare(key, items_of(loaded, [broken()] * 2))
     assert all(isinstance(each, ServerError) for each in outcomes) and len(outcomes) == 2
 
 
 def test_a_file_that_only_pillow_reads_is_answered(
-    loaded: LoadedModel, runner: Runner, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, key: BatchKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "decode_jpegs", lambda files, device: [None] * len(files))
-    key = loaded.info.batch_key(loaded.info.schedule(0))
-    ready = Preparer(runner, {loaded.info.name: loaded.info}, MAX_PIXELS)(key, jobs_of(loaded, [jpeg(), jpeg(seed=1)]))
-    pixels = [decode(jpeg(seed=seed), loaded.info.preprocessing, MAX_PIXELS) for seed in (0, 1)]
-    (batch,) = {id(each.batch): each.batch for each in ready if isinstance(each, Prepared)}.values()
-    assert torch.equal(batch, runner.pixels(key, pixels))
+    refuses_all = lambda files, *args: list(range(len(files)))  # noqa: E731
+    monkeypatch.setattr(preparing, "decoder_on", lambda device: refuses_all)
+    files = [jpeg(), jpeg(seed=1)]
+    outcomes = Preparer(CPU, {loaded.info.name: loaded.info}, MAX_PIXELS)(key, items_of(loaded, files))
+    assert torch.equal(pixels_of(outcomes), by_pillow(loaded, files))
 
 
 def test_files_are_decoded_in_parts_that_memory_holds(
-    loaded: LoadedModel, runner: Runner, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, prepare: Preparer, key: BatchKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts: list[int] = []
 
-    def counted(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
+    def counted(files: Sequence[JpegFile], *args: Any) -> list[int]:
         parts.append(len(files))
-        return decode_jpegs(files, device)
+        return by_libjpeg(files, *args)
 
-    key = loaded.info.batch_key(loaded.info.schedule(0))
-    jobs = jobs_of(loaded, [jpeg(seed=seed) for seed in range(5)])
-    prepare = Preparer(runner, {loaded.info.name: loaded.info}, MAX_PIXELS)
-    whole = prepare(key, jobs)
-    monkeypatch.setattr(preparing, "decode_jpegs", counted)
+    items = items_of(loaded, [jpeg(seed=seed) for seed in range(5)])
+    whole = prepare(key, items)
+    monkeypatch.setattr(preparing, "decoder_on", lambda device: counted)
     monkeypatch.setattr(preparing, "PART_PIXELS", 2 * 1200)
-    split = prepare(key, jobs)
+    split = Preparer(CPU, {loaded.info.name: loaded.info}, MAX_PIXELS)(key, items)
     assert parts == [2, 2, 1]
-    assert isinstance(whole[0], Prepared) and isinstance(split[0], Prepared)
-    assert torch.equal(whole[0].batch, split[0].batch)
+    assert torch.equal(pixels_of(whole), pixels_of(split))
+
+
+def test_it_warms_up(prepare: Preparer, key: BatchKey) -> None:
+    prepare.warm_up(key)
 
 
 async def test_one_process_of_both_sides_decodes_in_its_engine() -> None:

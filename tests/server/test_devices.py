@@ -1,4 +1,4 @@
-"""Several engines as one: who gets a job, and what holds while some are down."""
+"""Several engines as one: who gets a request, and what holds while some are down."""
 
 from __future__ import annotations
 
@@ -8,20 +8,32 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.curve import Curve
-from server.dial import AutoR, RSetting
-from server.errors import EngineError, ServerError, UnavailableError
+from server.dial import RSetting
+from server.errors import DeadlineError, EngineError, QueueFullError, ServerError, UnavailableError
+from server.images.image import JpegFile, Pixels
+from server.ipc.client import LostEngineError
 from server.ipc.devices import Devices
-from server.types import Choice, Configuration, Explanation, Job, Merges, ModelInfo, Prediction, TopK
-from tests.server.conftest import class_of, fake_curve, grey_png, model_info, serving, until
+from server.ipc.messages import Answered, Classify, Merges, Request, TopK
+from server.types import Configuration, ModelInfo
+from tests.server.conftest import (
+    assert_is_error,
+    class_of,
+    classify,
+    explain,
+    fake_curve,
+    grey_png,
+    model_info,
+    serving,
+    until,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +50,7 @@ class FakeDevice:
         self.gate.set()
         self.failure: ServerError | None = None
         self.num_calls = 0
+        self.num_asked = 0
         self.is_connected = False
 
     def start(self) -> None:
@@ -54,6 +67,7 @@ class FakeDevice:
     async def _call(self) -> None:
         assert self.is_up, "an engine that is down was asked"
         self.num_calls += 1
+        self.num_asked += 1
         try:
             await self.gate.wait()
         finally:
@@ -61,17 +75,18 @@ class FakeDevice:
         if self.failure is not None:
             raise self.failure
 
-    async def classify(self, job: Job) -> Prediction:
+    async def answer(self, request: Request[Any]) -> Answered[Any]:
         await self._call()
-        schedule = job.r if isinstance(job.r, tuple) else (0, 0, 0)
-        return Prediction(TopK([class_of(job.pixels, schedule)], [1.0]), schedule, 1, self.number, 0.0, 0.0)
+        schedule = request.r if isinstance(request.r, tuple) else (0, 0, 0)
+        results: list[Any] = [TopK([class_of(image.data, schedule)], [1.0]) for image in request.images]
+        if request.operation == "explain":
+            results = [Merges(top_k, (4, 4), 2, [[0] * 16] * 3) for top_k in results]
+        return Answered(results, schedule, self.number, 1, 0.0, 0.0)
 
-    async def explain(self, job: Job) -> Explanation:
-        return Explanation(await self.classify(job), Merges((4, 4), 2, []))
-
-    async def choose(self, model: str, bounds: AutoR) -> Choice:
-        await self._call()
-        return Choice((0, 0, 0), "idle", None)
+    def die(self) -> None:
+        """Goes down with what it holds."""
+        self.is_up, self.failure = False, LostEngineError("the engine went down", retry_after_s=1)
+        self.gate.set()
 
     async def curve(self, model: str) -> Curve:
         await self._call()
@@ -89,18 +104,14 @@ class FakeDevice:
         await self._call()
 
 
-def job(pixels: bytes = b"abc") -> Job:
-    return Job("tiny", pixels, None, 1, 1000.0)
-
-
 def several(count: int = 3) -> tuple[list[FakeDevice], Devices]:
     fakes = [FakeDevice(number) for number in range(count)]
     return fakes, Devices(fakes)
 
 
 async def who(devices: Devices) -> int:
-    """Which engine answers the next job."""
-    return (await devices.classify(job())).config_version
+    """Which engine answers the next request."""
+    return (await devices.answer(classify())).config_version
 
 
 async def test_idle_engines_take_turns() -> None:
@@ -108,17 +119,17 @@ async def test_idle_engines_take_turns() -> None:
     assert [await who(devices) for _ in range(9)] == [0, 1, 2] * 3
 
 
-@given(loads=st.lists(st.integers(0, 5), min_size=2, max_size=5), jobs=st.integers(1, 20))
-def test_jobs_even_out_what_the_engines_have_to_do(loads: list[int], jobs: int) -> None:
-    """No engine is given a job while another has less to do: none that got one has two more than another."""
+@given(loads=st.lists(st.integers(0, 5), min_size=2, max_size=5), requests=st.integers(1, 20))
+def test_requests_even_out_what_the_engines_have_to_do(loads: list[int], requests: int) -> None:
+    """No engine is given a request while another has less to do: none that got one has two more than another."""
 
     async def run() -> None:
         fakes, devices = several(len(loads))
         for fake, load in zip(fakes, loads, strict=True):
             fake.gate.clear()
             fake.num_calls = load
-        calls = [asyncio.create_task(devices.classify(job())) for _ in range(jobs)]
-        await until(lambda: sum(fake.num_calls for fake in fakes) == sum(loads) + jobs)
+        calls = [asyncio.create_task(devices.answer(classify())) for _ in range(requests)]
+        await until(lambda: sum(fake.num_calls for fake in fakes) == sum(loads) + requests)
         taken = {fake.number: fake.num_calls - loads[fake.number] for fake in fakes}
         most = max(fake.num_calls for fake in fakes if taken[fake.number])
         assert most <= min(fake.num_calls for fake in fakes) + 1
@@ -130,17 +141,17 @@ def test_jobs_even_out_what_the_engines_have_to_do(loads: list[int], jobs: int) 
     asyncio.run(run())
 
 
-async def test_an_engine_that_fails_at_once_does_not_draw_the_jobs_of_those_that_work() -> None:
-    """While the other works on eight jobs, it gets as many and no more, until a second has passed."""
+async def test_an_engine_that_fails_at_once_does_not_draw_the_requests_of_those_that_work() -> None:
+    """While the other works on eight requests, it gets as many and no more, until a second has passed."""
     now = 0.0
     fakes = [FakeDevice(0), FakeDevice(1)]
     devices = Devices(fakes, clock=lambda: now)
     fakes[0].failure = EngineError("no memory")
     fakes[1].gate.clear()
-    calls: list[asyncio.Task[Prediction]] = []
+    calls: list[asyncio.Task[Answered[TopK]]] = []
     failed = 0
     while len(calls) - failed < 8:
-        calls.append(asyncio.create_task(devices.classify(job())))
+        calls.append(asyncio.create_task(devices.answer(classify())))
         for _ in range(5):
             await asyncio.sleep(0)
         failed = sum(call.done() for call in calls)
@@ -156,7 +167,7 @@ async def test_an_engine_that_fails_at_once_does_not_draw_the_jobs_of_those_that
 async def test_an_engine_that_stands_still_gets_no_more() -> None:
     fakes, devices = several(2)
     fakes[0].gate.clear()
-    stuck = asyncio.create_task(devices.classify(job()))
+    stuck = asyncio.create_task(devices.answer(classify()))
     await until(lambda: fakes[0].num_calls == 1)
     assert {await who(devices) for _ in range(50)} == {1}
     fakes[0].gate.set()
@@ -171,9 +182,8 @@ async def test_while_some_are_down_the_others_serve_and_without_any_it_is_unavai
     assert {await who(devices) for _ in range(6)} == {0}
     fakes[0].is_up = False
     for call in (
-        devices.classify(job()),
-        devices.explain(job()),
-        devices.choose("tiny", AutoR()),
+        devices.answer(classify()),
+        devices.answer(explain()),
         devices.curve("tiny"),
         devices.configuration(),
         devices.configure({"tiny": 1}, None),
@@ -189,26 +199,135 @@ async def test_while_some_are_down_the_others_serve_and_without_any_it_is_unavai
 async def test_every_call_reaches_an_engine_that_is_up() -> None:
     fakes, devices = several(2)
     fakes[0].is_up = False
-    assert (await devices.explain(job())).prediction == await fakes[1].classify(job())
-    assert await devices.choose("tiny", AutoR()) == Choice((0, 0, 0), "idle", None)
+    for request in (classify(b"one"), explain(b"two")):
+        assert await devices.answer(cast(Request[Any], request)) == await fakes[1].answer(request)
     assert await devices.curve("tiny") == fake_curve()
     assert await devices.configuration() == Configuration(1, {"tiny": 0})
     assert await devices.configure({"tiny": 3}, None) == Configuration(1, {"tiny": 3})
 
 
-async def test_what_an_engine_cannot_answer_is_not_tried_on_another() -> None:
+@pytest.mark.parametrize("kind", ServerError.__subclasses__())
+async def test_what_an_engine_cannot_answer_is_not_tried_on_another(kind: type[ServerError]) -> None:
     fakes, devices = several(2)
-    fakes[0].failure = UnavailableError("the engine went down", retry_after_s=1)
-    with pytest.raises(UnavailableError, match="went down"):
-        await devices.classify(job())
+    fakes[0].failure = kind("it says no", retry_after_s=1)
+    with pytest.raises(kind, match="it says no"):
+        await devices.answer(classify())
+    assert [fake.num_asked for fake in fakes] == [1, 0]
     assert await who(devices) == 1
+
+
+async def test_what_an_engine_held_when_it_went_down_is_answered_by_another_once() -> None:
+    fakes, devices = several(3)
+    fakes[0].gate.clear()
+    calls = [asyncio.create_task(devices.answer(classify(bytes([index])))) for index in range(3)]
+    await until(lambda: fakes[0].num_calls == 1 and calls[1].done() and calls[2].done())
+    fakes[0].die()
+    answered = await calls[0]
+    assert answered.config_version in (1, 2) and answered.results[0].indices == [class_of(bytes([0]), (0, 0, 0))]
+    assert [fake.num_asked for fake in fakes] in ([1, 2, 1], [1, 1, 2])
+
+
+async def test_what_is_tried_again_goes_to_the_one_with_the_least_to_do() -> None:
+    fakes, devices = several(3)
+    for fake in fakes:
+        fake.gate.clear()
+    call = asyncio.create_task(devices.answer(classify()))
+    await until(lambda: fakes[0].num_calls == 1)
+    fakes[1].num_calls = 5
+    fakes[0].die()
+    await until(lambda: fakes[2].num_calls == 1)
+    fakes[2].gate.set()
+    assert (await call).config_version == 2
+
+
+async def test_with_one_engine_what_it_held_is_unavailable() -> None:
+    (fake,), devices = several(1)
+    fake.gate.clear()
+    call = asyncio.create_task(devices.answer(classify()))
+    await until(lambda: fake.num_calls == 1)
+    fake.die()
+    with pytest.raises(UnavailableError, match="went down") as refusal:
+        await call
+    assert refusal.value.retry_after_s and fake.num_asked == 1
+
+
+async def test_where_the_others_are_down_what_one_held_is_unavailable() -> None:
+    fakes, devices = several(2)
+    fakes[1].is_up = False
+    fakes[0].gate.clear()
+    call = asyncio.create_task(devices.answer(classify()))
+    await until(lambda: fakes[0].num_calls == 1)
+    fakes[0].die()
+    with pytest.raises(UnavailableError) as refusal:
+        await call
+    assert refusal.value.retry_after_s
+
+
+async def test_a_request_that_two_engines_went_down_with_is_refused_and_the_third_never_sees_it() -> None:
+    fakes, devices = several(3)
+    for fake in fakes:
+        fake.gate.clear()
+    call = asyncio.create_task(devices.answer(classify()))
+    for fake in fakes[:2]:
+        await until(lambda fake=fake: fake.num_calls == 1)  # type: ignore[misc]
+        fake.die()
+    with pytest.raises(EngineError, match="two engines went down") as refusal:
+        await call
+    assert refusal.value.status == 500
+    assert [fake.num_asked for fake in fakes] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("failure", [EngineError("no"), QueueFullError("no"), DeadlineError("no")])
+async def test_what_the_second_engine_says_is_the_answer(failure: ServerError) -> None:
+    fakes, devices = several(3)
+    fakes[0].gate.clear()
+    fakes[1].failure = failure
+    call = asyncio.create_task(devices.answer(classify()))
+    await until(lambda: fakes[0].num_calls == 1)
+    fakes[0].die()
+    with pytest.raises(type(failure), match="no"):
+        await call
+    assert [fake.num_asked for fake in fakes] == [1, 1, 0]
+
+
+async def test_the_engine_that_went_down_is_not_asked_again_though_it_is_back() -> None:
+    fakes, devices = several(2)
+    fakes[0].gate.clear()
+    fakes[1].num_calls = 100
+    call = asyncio.create_task(devices.answer(classify()))
+    await until(lambda: fakes[0].num_calls == 1)
+    fakes[0].die()
+    fakes[0].is_up = True  # before anyone has heard of it
+    assert (await call).config_version == 1
+
+
+async def test_only_requests_are_tried_again() -> None:
+    """A change may have been made before the engine went down."""
+    fakes, devices = several(2)
+    fakes[0].failure = LostEngineError("the engine went down", retry_after_s=1)
+    with pytest.raises(UnavailableError):
+        await devices.configure({"tiny": 1}, None)
+    assert [fake.num_asked for fake in fakes] == [1, 0]
+
+
+async def test_a_caller_that_gives_up_while_it_is_tried_again_leaves_no_load() -> None:
+    fakes, devices = several(2)
+    for fake in fakes:
+        fake.gate.clear()
+    call = asyncio.create_task(devices.answer(classify()))
+    await until(lambda: fakes[0].num_calls == 1)
+    fakes[0].die()
+    await until(lambda: fakes[1].num_calls == 1)
+    call.cancel()
+    await asyncio.wait([call])
+    assert call.cancelled() and [fake.num_calls for fake in fakes] == [0, 0]
 
 
 async def test_a_caller_that_gives_up_leaves_no_load() -> None:
     fakes, devices = several(2)
     for fake in fakes:
         fake.gate.clear()
-    calls = [asyncio.create_task(devices.classify(job())) for _ in range(4)]
+    calls = [asyncio.create_task(devices.answer(classify())) for _ in range(4)]
     await until(lambda: [fake.num_calls for fake in fakes] == [2, 2])
     for call in calls:
         call.cancel()
@@ -226,17 +345,47 @@ async def test_the_models_are_those_of_the_first_that_has_said_them() -> None:
         devices.catalog()
 
 
+def with_a_jpeg() -> Classify:
+    """Two images, of which one is for an engine that decodes."""
+    return Classify(model="tiny", images=[Pixels(b"abc"), JpegFile(b"abc", 8, 8)], deadline=1e9, top_k=1)
+
+
 async def test_a_jpeg_goes_to_an_engine_that_decodes() -> None:
     fakes, devices = several(2)
     fakes[0].decodes = True
     assert devices.catalog()["tiny"].decodes_jpeg
-    jpeg = replace(job(), jpeg_pixels=64)
-    assert [(await devices.classify(jpeg)).config_version for _ in range(3)] == [0, 0, 0]
+    assert [(await devices.answer(with_a_jpeg())).config_version for _ in range(3)] == [0, 0, 0]
     assert await who(devices) == 1
     fakes[0].is_up = False
-    with pytest.raises(UnavailableError, match="decodes"):
-        await devices.classify(jpeg)
+    with pytest.raises(UnavailableError, match="decodes") as refusal:
+        await devices.answer(with_a_jpeg())
+    assert refusal.value.retry_after_s
     assert not devices.catalog()["tiny"].decodes_jpeg  # so that the next one comes as pixels
+
+
+async def test_a_jpeg_is_tried_again_by_an_engine_that_decodes() -> None:
+    fakes, devices = several(3)
+    fakes[0].decodes = fakes[2].decodes = True
+    for fake in fakes:
+        fake.gate.clear()
+    call = asyncio.create_task(devices.answer(with_a_jpeg()))
+    await until(lambda: fakes[0].num_calls == 1)
+    fakes[0].die()
+    await until(lambda: fakes[2].num_calls == 1)
+    fakes[2].gate.set()
+    assert (await call).config_version == 2 and fakes[1].num_asked == 0
+
+
+async def test_where_no_other_engine_decodes_a_jpeg_is_unavailable() -> None:
+    fakes, devices = several(2)
+    fakes[0].decodes = True
+    fakes[0].gate.clear()
+    call = asyncio.create_task(devices.answer(with_a_jpeg()))
+    await until(lambda: fakes[0].num_calls == 1)
+    fakes[0].die()
+    with pytest.raises(UnavailableError) as refusal:
+        await call
+    assert refusal.value.retry_after_s and fakes[1].num_asked == 0
 
 
 async def test_one_engine_that_answers_is_enough_to_be_ready() -> None:
@@ -279,6 +428,28 @@ async def test_the_application_runs_on_several() -> None:
             fake.is_up = False
         assert (await service.classify(grey_png(), status=503)).headers["retry-after"]
         assert (await service.client.get("/readyz")).status_code == 503
+
+
+async def test_clients_of_several_are_told_of_two_deaths_and_do_not_notice_one() -> None:
+    fakes, devices = several(2)
+    async with serving(engine=devices) as service:
+        for fake in fakes:
+            fake.gate.clear()
+        call = asyncio.create_task(service.classify(grey_png()))
+        await until(lambda: fakes[0].num_calls == 1)
+        fakes[0].die()
+        fakes[1].gate.set()
+        assert (await call).json()["config_version"] == 1
+        fakes[0].is_up, fakes[0].failure = True, None
+        for fake in fakes:
+            fake.gate.clear()
+        call = asyncio.create_task(service.classify(grey_png(), status=500))
+        for _ in fakes:
+            await until(lambda: any(fake.num_calls for fake in fakes))
+            next(fake for fake in fakes if fake.num_calls).die()
+            await until(lambda: not any(fake.num_calls and not fake.is_up for fake in fakes))
+        assert_is_error(await call, 500, "engine_error")
+        assert service.app.state.service.admission.in_flight == 0
 
 
 def exposition(folder: Path, *lines: str) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.dial import (
     AutoR,
-    FixedR,
+    PlainR,
     label_of,
     parse_r,
     parse_setting,
@@ -42,7 +42,7 @@ NUMBERS = st.integers(0, 10**6)
         ("16, 14, 0", (16, 14, 0)),
     ],
 )
-def test_every_spelling_of_r_is_read(said: object, meant: FixedR) -> None:
+def test_every_spelling_of_r_is_read(said: object, meant: PlainR) -> None:
     assert parse_r(said) == meant
 
 
@@ -83,12 +83,12 @@ def test_no_text_breaks_the_reader(text: str) -> None:
     ("r", "schedule"),
     [(0, (0, 0, 0, 0)), (8, (8, 8, 8, 8)), ((8, 7), (8, 7, 0, 0)), ((1, 2, 3, 4), (1, 2, 3, 4)), ((5,), (5, 0, 0, 0))],
 )
-def test_a_number_counts_for_every_block_and_a_short_list_ends_in_zeros(r: FixedR, schedule: tuple[int, ...]) -> None:
+def test_a_number_counts_for_every_block_and_a_short_list_ends_in_zeros(r: PlainR, schedule: tuple[int, ...]) -> None:
     assert schedule_of(r, BLOCKS, MAX_R) == schedule
 
 
 @pytest.mark.parametrize("r", [9, 10**30, (9,), (0, 0, 0, 9)])
-def test_an_r_above_the_range_is_refused_with_the_range(r: FixedR) -> None:
+def test_an_r_above_the_range_is_refused_with_the_range(r: PlainR) -> None:
     with pytest.raises(InvalidError, match="between 0 and 8"):
         schedule_of(r, BLOCKS, MAX_R)
 
@@ -127,7 +127,7 @@ def test_a_ramp_over_a_list_is_refused() -> None:
 
 
 @given(st.integers(0, MAX_R) | st.lists(st.integers(0, MAX_R), min_size=1, max_size=BLOCKS).map(tuple))
-def test_the_shortest_way_to_say_a_schedule_means_the_same(r: FixedR) -> None:
+def test_the_shortest_way_to_say_a_schedule_means_the_same(r: PlainR) -> None:
     schedule = schedule_of(r, BLOCKS, MAX_R)
     assert schedule_of(r_of(schedule), BLOCKS, MAX_R) == schedule
 
@@ -148,7 +148,7 @@ def test_auto_reads_back(bounds: AutoR) -> None:
 
 
 @pytest.mark.parametrize("r", [0, 8, (8, 7, 6)])
-def test_a_fixed_setting_reads_back(r: FixedR) -> None:
+def test_a_fixed_setting_reads_back(r: PlainR) -> None:
     assert setting_from_json(json.loads(json.dumps(setting_to_json(r)))) == r
 
 

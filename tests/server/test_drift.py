@@ -1,4 +1,4 @@
-"""Drift: sampled jobs are computed again at r=0 while the device is idle, and their agreement is held to the curve."""
+"""Drift: sampled images are computed again at r=0 while the device is idle, and the curve is held to them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from server.batching.batcher import Answer, Batcher
+from server.batching.batcher import Batcher
 from server.batching.drift import FEWEST, KEPT, WINDOW, DriftWatch, LiveAgreement, Z
+from server.batching.jobs import Batched
 from server.calibration.simulator import _in_virtual_time
 from server.curve import Curve
 from server.dial import Schedule
+from server.images.image import JpegFile, Pixels
 from server.intervals import wilson
+from server.ipc.messages import Item, TopK
 from server.settings import Settings, SettingsError, load_settings
-from server.types import BatchKey, Job, ModelInfo, TopK
-from tests.server.conftest import FakeDevice, curve_row, fake_curve, local_engine, model_info, until
+from server.types import BatchKey, ModelInfo
+from tests.server.conftest import FakeDevice, classify, curve_row, explain, fake_curve, local_engine, model_info, until
 
 NAMES = itertools.count()
 
@@ -37,26 +40,27 @@ def metric(name: str, model: str, r: str = "4") -> float | None:
     return REGISTRY.get_sample_value(name, {"model": model, "r": r})
 
 
-def job(pixels: bytes = b"abc", model: str = "tiny", r: Schedule | None = None) -> Job:
-    return Job(model, pixels, r, top_k=5, timeout_s=1e6)
-
-
 class Device:
-    """Answers 1 to everything at r=0, until it fails; notes every job that it computes."""
+    """Answers 1 to everything at r=0, until it fails; notes every image that it computes."""
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
-        self.computed: list[tuple[BatchKey, Job]] = []
+        self.computed: list[tuple[BatchKey, Item]] = []
 
-    async def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> list[TopK]:
-        self.computed += [(key, each) for each in jobs]
+    async def run_batch(self, key: BatchKey, items: Sequence[Item]) -> list[TopK]:
+        self.computed += [(key, each) for each in items]
         if self.failure is not None:
             raise self.failure
-        return [TopK([1], [0.5])] * len(jobs)
+        return [TopK([1], [0.5])] * len(items)
+
+    @property
+    def images(self) -> list[int]:
+        """The numbers of the images that it computed."""
+        return [each.image.data[0] for _, each in self.computed]
 
 
 class Bench:
-    """A watch that samples every job, and the answers that it is told of."""
+    """A watch that samples every image, and the answers that it is told of."""
 
     def __init__(self, curve: Curve | None = None, info: ModelInfo | None = None, share: float = 1.0) -> None:
         self.info, self.device = info or fresh(), Device()
@@ -68,7 +72,7 @@ class Bench:
         """Tells of answers that agree with r=0, or do not."""
         for number, each in enumerate(agrees):
             answer = TopK([1 if each else 2, 3], [0.5, 0.1])
-            self.watch.offer(self.info.batch_key(schedule), [job(bytes([number % 256]), self.model)], [answer])
+            self.watch.offer(self.info.batch_key(schedule), [Pixels(bytes([number % 256]))], [answer])
 
     async def check(self, agrees: Iterable[bool], schedule: Schedule = (4, 4, 4)) -> None:
         """Tells of answers, with enough idle time after each to check it."""
@@ -140,7 +144,7 @@ def test_agreement_above_the_curves_is_drift_too() -> None:
 # What is sampled, and kept.
 
 
-async def test_a_share_of_the_jobs_above_r_0_is_sampled() -> None:
+async def test_a_share_of_the_images_above_r_0_is_sampled() -> None:
     draws = iter([0.049, 0.05, 0.0, 0.999, 0.03])
     bench = Bench()
     bench.watch = DriftWatch(bench.device.run_batch, {}, 0.05, random=lambda: next(draws))
@@ -148,7 +152,21 @@ async def test_a_share_of_the_jobs_above_r_0_is_sampled() -> None:
     assert bench.watch.num_waiting == 0
     bench.offer([True] * 5, (0, 0, 1))
     await bench.idle()
-    assert [each.pixels[0] for _, each in bench.device.computed] == [0, 2, 4]
+    assert bench.device.images == [0, 2, 4]
+
+
+async def test_each_image_of_a_request_is_sampled_by_itself_and_held_to_its_own_answer() -> None:
+    draws = iter([0.5, 0.01, 0.5, 0.01, 0.01])
+    bench = Bench()
+    bench.watch = DriftWatch(bench.device.run_batch, {}, 0.05, random=lambda: next(draws))
+    images = [JpegFile(bytes([number]), 8, 8) for number in range(5)]
+    answers = [TopK([index, 7], [0.5, 0.1]) for index in (1, 1, 1, 2, 1)]
+    bench.watch.offer(bench.info.batch_key((4, 4, 4)), images, answers)
+    await bench.idle()
+    assert [each.image for _, each in bench.device.computed] == [images[1], images[3], images[4]]
+    assert all(each.request.model == bench.model and len(each.request.images) == 1 for _, each in bench.device.computed)
+    assert metric("tome_drift_checked_total", bench.model) == 3
+    assert metric("tome_drift_agreed_total", bench.model) == 2  # not the one that was answered with 2
 
 
 async def test_few_samples_are_kept_and_they_are_the_newest() -> None:
@@ -156,8 +174,8 @@ async def test_few_samples_are_kept_and_they_are_the_newest() -> None:
     bench.offer([True] * 100)
     assert bench.watch.num_waiting == KEPT
     await bench.idle()
-    assert [each.pixels[0] for _, each in bench.device.computed] == list(range(100 - KEPT, 100))
-    assert {(key.schedule, each.top_k) for key, each in bench.device.computed} == {((0, 0, 0), 1)}
+    assert bench.device.images == list(range(100 - KEPT, 100))
+    assert {(key.schedule, each.request.top_k) for key, each in bench.device.computed} == {((0, 0, 0), 1)}
 
 
 async def test_a_share_of_0_samples_and_computes_nothing() -> None:
@@ -228,7 +246,7 @@ async def test_a_failed_check_is_logged_and_counts_nowhere(caplog: pytest.LogCap
 
 
 class Load:
-    """Jobs at r=4 that arrive at given times; every one of them is sampled."""
+    """Images at r=4 that arrive at given times; every one of them is sampled."""
 
     def __init__(self, arrivals: Sequence[float], share: float = 1.0) -> None:
         self.arrivals, self.share, self.info = arrivals, share, fresh()
@@ -237,17 +255,12 @@ class Load:
         self.dropped: list[str] = []
         self.ran: list[Schedule] = []
 
-    async def serve(self) -> list[Answer[BatchKey, TopK]]:
+    async def serve(self) -> list[Batched[BatchKey, TopK]]:
         loop = asyncio.get_running_loop()
         watch = DriftWatch(self.run_batch, {}, self.share, random=Random(0).random, clock=loop.time)
 
-        async def run_batch(key: BatchKey, jobs: Sequence[Job]) -> Sequence[TopK]:
-            answers = await self.run_batch(key, jobs)
-            watch.offer(key, jobs, answers)
-            return answers
-
-        self.batcher = Batcher[BatchKey, Job, TopK](
-            run_batch,
+        self.batcher = Batcher[BatchKey, Item, TopK](
+            self.run_batch,
             max_batch_size=1000,
             max_queue_size=1000,
             batch_timeout_s=0.1,
@@ -257,11 +270,16 @@ class Load:
         )
         self.batcher.start()
 
-        async def request(at: float) -> Answer[BatchKey, TopK]:
+        async def request(at: float) -> Batched[BatchKey, TopK]:
             await asyncio.sleep(at - loop.time())
-            pixels = bytes(str(at), "ascii")
-            answer = await self.batcher.submit(self.info.batch_key((4, 4, 4)), job(pixels, self.info.name), 1e6)
-            assert answer.result == self.answer(pixels)
+            asked = classify(bytes(str(at), "ascii"), model=self.info.name)
+
+            def finish(batched: Batched[BatchKey, TopK]) -> Batched[BatchKey, TopK]:
+                watch.offer(batched.key, asked.images, batched.results)
+                return batched
+
+            answer = await self.batcher.submit(self.info.batch_key((4, 4, 4)), [Item(asked, 0)], 1e6, finish)
+            assert answer.results == [self.answer(asked.images[0].data)]
             return answer
 
         answers = await asyncio.gather(*map(request, self.arrivals))
@@ -269,10 +287,10 @@ class Load:
         await self.batcher.close()
         return answers
 
-    async def run_batch(self, key: BatchKey, jobs: Sequence[Job]) -> Sequence[TopK]:
+    async def run_batch(self, key: BatchKey, items: Sequence[Item]) -> Sequence[TopK]:
         if max(key.schedule) == 0:
             assert self.batcher.num_waiting == 0, "a check while others wait"
-            assert len(jobs) == 1
+            assert len(items) == 1
             self.checks.append(asyncio.get_running_loop().time())
         self.running += 1
         assert self.running == 1, "a check beside a batch"
@@ -281,7 +299,7 @@ class Load:
         after = self.batcher.load()
         assert after.left_s or after.arrivals_per_s < before.arrivals_per_s, "a check among the arrivals"
         self.running -= 1
-        return [self.answer(each.pixels) for each in jobs]
+        return [self.answer(each.image.data) for each in items]
 
     @staticmethod
     def answer(pixels: bytes) -> TopK:
@@ -296,7 +314,7 @@ class Load:
 
 @settings(max_examples=50)
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=30))
-def test_no_job_waits_for_more_than_one_check_and_none_is_checked_while_others_wait(gaps: list[float]) -> None:
+def test_no_image_waits_for_more_than_one_check_and_none_is_checked_while_others_wait(gaps: list[float]) -> None:
     arrivals = list(itertools.accumulate(gaps))
     load = Load(arrivals)
     answers = _in_virtual_time(load.serve())
@@ -337,29 +355,37 @@ def test_off_means_that_nothing_is_checked() -> None:
 # In the engine.
 
 
-async def answered(device: FakeDevice, info: ModelInfo, schedules: Sequence[Schedule], **options: Any) -> list[int]:
-    """The engine's answers to one job after the other; returns when all that was sampled has been checked."""
+async def answered(
+    device: FakeDevice, info: ModelInfo, schedules: Sequence[Schedule], *, ask: Any = classify, **options: Any
+) -> list[Any]:
+    """The engine's results for one image after the other; returns when all that was sampled has been checked."""
     engine = local_engine(device, [info], **options)
     engine.start()
     try:
-        jobs = [job(bytes([number]), info.name, schedule) for number, schedule in enumerate(schedules)]
-        answers = [await engine.classify(each) for each in jobs]
+        requests = [ask(bytes([number]), r, model=info.name) for number, r in enumerate(schedules)]
+        results = [(await engine.answer(each)).results for each in requests]
         await until(lambda: engine._drift.num_waiting == 0)
     finally:
         await engine.close()
-    return [answer.top_k.indices[0] for answer in answers]
+    return [result for (result,) in results]
 
 
 async def test_the_engine_checks_what_it_answered_above_r_0() -> None:
     device, info = FakeDevice(), fresh()
     await answered(device, info, [(0, 0, 0), (4, 4, 4), (8, 4, 0)], drift_sample=1.0)
     again = [batch for key, batch in device.batches if max(key.schedule) == 0][1:]
-    assert [each.pixels for (each,) in again] == [b"\x01", b"\x02"]
+    assert [each.image.data for (each,) in again] == [b"\x01", b"\x02"]
     for label in ("4", "schedule"):  # the fake device's classes all differ from those of r=0
         assert metric("tome_drift_checked_total", info.name, label) == 1
         assert metric("tome_live_agreement", info.name, label) == 0
     assert metric("tome_inference_duration_seconds_count", info.name, "0") == 1  # production's alone
     assert metric("tome_batch_size_count", info.name, "0") == 1
+
+
+async def test_what_is_explained_is_not_checked() -> None:
+    device, info = FakeDevice(), fresh()
+    await answered(device, info, [(4, 4, 4)] * 3, ask=explain, drift_sample=1.0)
+    assert [key.operation for key, _ in device.batches] == ["explain"] * 3
 
 
 async def test_the_engine_of_a_test_or_a_library_checks_nothing_unless_told_to() -> None:
@@ -370,10 +396,10 @@ async def test_the_engine_of_a_test_or_a_library_checks_nothing_unless_told_to()
 
 async def test_an_error_of_a_check_reaches_no_client(caplog: pytest.LogCaptureFixture) -> None:
     class FailsAtR0(FakeDevice):
-        def answer(self, key: BatchKey, job: Job) -> TopK:
+        def answer(self, key: BatchKey, item: Item) -> TopK:
             if max(key.schedule) == 0:
                 raise RuntimeError("no r=0 today")
-            return super().answer(key, job)
+            return super().answer(key, item)
 
     info = fresh()
     answers = await answered(FailsAtR0(), info, [(4, 4, 4)] * 5, drift_sample=1.0)

@@ -9,13 +9,17 @@ import httpx
 import pytest
 import torch
 
+from server.device.device import Device
 from server.device.explainer import Explainer
 from server.device.models import LoadedModel, load_model
+from server.device.prepared import PixelBatch, Prepared, stacked
 from server.device.runner import Runner
 from server.dial import Schedule
 from server.errors import InvalidError
+from server.images.image import Pixels
+from server.ipc.messages import Classify, Explain, Item
 from server.settings import ModelSpec
-from server.types import BatchKey, Job
+from server.types import BatchKey
 from tests.server.conftest import SIDE, assert_is_error, class_of_grey, grey_png, groups_of, serving, until
 from tome_core.visualize import sources
 
@@ -125,11 +129,11 @@ def loaded(tiny_folder: Path) -> LoadedModel:
 @pytest.mark.parametrize("schedule", [(0, 0), (4, 1), (8, 4)])
 def test_the_explainer_says_what_visualize_says(loaded: LoadedModel, schedule: Schedule) -> None:
     explainer, runner = Explainer({"tiny": loaded}, "cpu"), Runner({"tiny": loaded}, "cpu", "fp32")
-    key, jobs = key_and_jobs(loaded, schedule)
-    found = sources(runner.merged("tiny"), runner.pixels(key, [job.pixels for job in jobs]), schedule, (0, 1))
-    explained = explainer.explain_batch(key, jobs)
-    assert [top_k for top_k, _ in explained] == runner.run_batch(key, jobs)
-    for index, (_, merges) in enumerate(explained):
+    key, images = key_and_images(loaded, schedule)
+    found = sources(runner.merged("tiny"), images[0].batch.pixels, schedule, (0, 1))
+    explained = explainer.explain(key, images)
+    assert [merges.top_k for merges in explained] == runner.classify(key, images)
+    for index, merges in enumerate(explained):
         assert (merges.grid, merges.patch) == ((4, 4), 8)
         for groups, source, tokens in zip(merges.groups, found, loaded.info.token_counts(schedule)[1:], strict=True):
             rows = source[index, 1:].tolist()
@@ -138,11 +142,11 @@ def test_the_explainer_says_what_visualize_says(loaded: LoadedModel, schedule: S
 
 
 def test_the_explainer_keeps_the_models_own_weights_when_the_runner_rounds_them(loaded: LoadedModel) -> None:
-    key, jobs = key_and_jobs(loaded, (4, 1))
-    exact = Runner({"tiny": loaded}, "cpu", "fp32").run_batch(key, jobs)
+    key, images = key_and_images(loaded, (4, 1))
+    exact = Runner({"tiny": loaded}, "cpu", "fp32").classify(key, images)
     explainer = Explainer({"tiny": loaded}, "cpu")
-    rounded = Runner({"tiny": loaded}, "cpu", "bf16").run_batch(key, jobs)
-    assert [top_k for top_k, _ in explainer.explain_batch(key, jobs)] == exact != rounded
+    rounded = Runner({"tiny": loaded}, "cpu", "bf16").classify(key, images)
+    assert [merges.top_k for merges in explainer.explain(key, images)] == exact != rounded
 
 
 def test_until_then_both_use_the_same_memory(loaded: LoadedModel) -> None:
@@ -155,14 +159,35 @@ def test_until_then_both_use_the_same_memory(loaded: LoadedModel) -> None:
 
 def test_patches_that_are_no_squares_are_refused(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     explainer = Explainer({"tiny": loaded}, "cpu")
-    key, jobs = key_and_jobs(loaded, (0, 0))
+    key, images = key_and_images(loaded, (0, 0))
     monkeypatch.setattr(type(loaded.merged.family), "grid", lambda *_: (4, 2))
     with pytest.raises(InvalidError, match="its 4 x 2 patches cannot be painted as squares of 8 px"):
-        explainer.explain_batch(key, jobs)
+        explainer.explain(key, images)
 
 
-def key_and_jobs(loaded: LoadedModel, schedule: Schedule) -> tuple[BatchKey, list[Job]]:
-    """Two images of noise."""
+def test_the_device_does_what_the_key_says_for_each_request_as_it_wants_it(loaded: LoadedModel) -> None:
+    """Two requests of one operation and `r` share a batch; one wants two images answered with three classes each."""
+    explainer, runner = Explainer({"tiny": loaded}, "cpu"), Runner({"tiny": loaded}, "cpu", "fp32")
+    device = Device(runner, explainer)
+    key, images = key_and_images(loaded, (4, 1))
+    pixels = images[0].item.request.images
+    two = Explain(model="tiny", images=pixels, r=(4, 1), deadline=1.0, top_k=3)
+    one = Explain(model="tiny", images=pixels[1:], r=(4, 1), deadline=1.0, top_k=1)
+    items = [Item(two, 0), Item(one, 0), Item(two, 1)]
+    first, other, second = device.compute(key._replace(operation="explain"), items)
+    assert [first, second] == explainer.explain(key, images)
+    assert other.grid == second.grid and other.groups == second.groups  # type: ignore[union-attr]
+    assert other.top_k.indices == second.top_k.indices[:1]  # type: ignore[union-attr]
+    classified = device.compute(key, items)
+    wanted = runner.classify(key, images)
+    assert [classified[0], classified[2]] == wanted
+    assert classified[1].indices == wanted[1].indices[:1]  # type: ignore[union-attr]
+
+
+def key_and_images(loaded: LoadedModel, schedule: Schedule) -> tuple[BatchKey, list[Prepared]]:
+    """Two images of noise, ready to be computed."""
     torch.manual_seed(0)
     noise = [bytes(torch.randint(256, (32 * 32 * 3,)).tolist()) for _ in range(2)]
-    return loaded.info.batch_key(schedule), [Job("tiny", pixels, schedule, 3, 1.0) for pixels in noise]
+    batch = PixelBatch(stacked(noise, (32, 32), torch.device("cpu")))
+    asked = Classify(model="tiny", images=[Pixels(pixels) for pixels in noise], r=schedule, deadline=1.0, top_k=3)
+    return loaded.info.batch_key(schedule), [Prepared(Item(asked, row), batch, row) for row in range(2)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from server.device.fitting import REMEMBERED_S, Fitting
-from server.types import BatchKey, Job
+from server.device.fitting import MOST_REMEMBERED, REMEMBERED_S, Fitting
+from server.types import BatchKey
 from tests.server.conftest import model_info
 
 KEY = model_info().batch_key((0, 0, 0))
@@ -19,7 +19,7 @@ CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can
 
 
 class Device:
-    """Answers a job with its pixels, as long as no batch is larger than `room`."""
+    """Doubles numbers, as long as no batch is larger than `room`."""
 
     def __init__(self, room: int, error: Exception = GPU) -> None:
         self.room, self.error = room, error
@@ -27,17 +27,16 @@ class Device:
         self.now = 0.0
         self.fitting = Fitting(self.run, clock=lambda: self.now)
 
-    def run(self, key: BatchKey, jobs: Sequence[Job]) -> list[bytes]:
-        self.batches.append(len(jobs))
-        if len(jobs) > self.room:
+    def run(self, key: BatchKey, images: Sequence[int]) -> list[int]:
+        self.batches.append(len(images))
+        if len(images) > self.room:
             raise self.error
-        return [job.pixels for job in jobs]
+        return [2 * image for image in images]
 
     def ask(self, images: int, key: BatchKey = KEY) -> list[int]:
         """Runs so many images; gives the sizes of the batches that were tried."""
         before = len(self.batches)
-        pixels = [bytes([index]) for index in range(images)]
-        assert self.fitting(key, [Job("tiny", each, None, 1, 1.0) for each in pixels]) == pixels
+        assert self.fitting(key, range(images)) == [2 * image for image in range(images)]
         return self.batches[before:]
 
 
@@ -81,9 +80,18 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 def test_the_words_of_torch_are_known() -> None:
     device = Device(8)
 
-    def run(key: BatchKey, jobs: Sequence[Job]) -> list[bytes]:
-        torch.empty(1 << 50 if len(jobs) > 1 else 1)
-        return [job.pixels for job in jobs]
+    def run(key: BatchKey, images: Sequence[int]) -> list[int]:
+        torch.empty(1 << 50 if len(images) > 1 else 1)
+        return [2 * image for image in images]
 
     device.fitting = Fitting(run)
     device.ask(2)
+
+
+def test_sizes_of_keys_that_clients_make_up_are_forgotten() -> None:
+    device = Device(4)
+    for number in range(MOST_REMEMBERED + 10):
+        device.ask(5, model_info().batch_key((number, 0, 0)))
+    assert len(device.fitting._fits) == MOST_REMEMBERED
+    assert device.ask(5, model_info().batch_key((MOST_REMEMBERED, 0, 0))) == [2, 2, 1]
+    assert device.ask(5, model_info().batch_key((0, 0, 0))) == [5, 2, 2, 1]  # it has to be found again

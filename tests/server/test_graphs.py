@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from server.device.graphs import SEEN_OFTEN, Graphs, buckets
+from server.device.graphs import MOST_SEEN, SEEN_OFTEN, Graphs, buckets
 from tome_core.recorded import CudaRecorder
 
 IMAGE = torch.zeros(3, 4, 4)
@@ -37,11 +38,50 @@ def test_every_batch_size_gets_its_own_answers() -> None:
     recorded = graphs()
     for schedule in ((0, 0), (3, 1)):
         recorded.warm_up(schedule)
+    while recorded.record_next():
+        pass
     assert len(recorded) == 2 * len(recorded.buckets)
     for size in (8, 3, 1, 5, 8, 2):
         for schedule in ((0, 0), (3, 1)):
             images = torch.randn(size, *IMAGE.shape)
             assert torch.equal(recorded(images, schedule), logits(images, schedule))
+
+
+def test_what_is_likely_first_is_recorded_first_and_the_rest_one_by_one() -> None:
+    recorded = graphs(max_batch_size=8)
+    recorded.warm_up((1,))
+    assert [size for size in recorded.buckets if recorded.has(size, (1,))] == [1, 8]
+    assert recorded.record_next() and recorded.has(4, (1,)) and not recorded.has(2, (1,))
+    assert recorded.record_next() and recorded.has(2, (1,))
+    assert not recorded.record_next()
+
+
+def test_what_cannot_be_recorded_is_launched_and_not_tried_again() -> None:
+    tries = []
+
+    def refuse(compute: Callable[[], Tensor]) -> Repeated:
+        tries.append(1)
+        raise RuntimeError("somebody else is recording")
+
+    recorded = Graphs(logits, IMAGE, 8, refuse)
+    recorded.warm_up((1,))
+    assert len(recorded) == 0 and len(tries) == 2
+    for _ in range(2 * SEEN_OFTEN):
+        images = torch.randn(3, *IMAGE.shape)
+        assert torch.equal(recorded(images, (2,)), logits(images, (2,)))
+    assert len(recorded) == 0 and len(tries) == 3
+
+
+def test_threads_take_turns_at_the_held_images() -> None:
+    recorded = graphs()
+    recorded.warm_up((1,))
+
+    def ask(number: int) -> bool:
+        images = torch.full((8, *IMAGE.shape), float(number))
+        return torch.equal(recorded(images, (1,)), logits(images, (1,)))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(ask, range(200)))
 
 
 def test_an_answer_outlives_the_next_replay() -> None:
@@ -69,6 +109,20 @@ def test_the_recording_unused_for_longest_goes() -> None:
     images = torch.randn(1, *IMAGE.shape)
     for schedule in ((1,), (3,), (2,)):
         assert torch.equal(recorded(images, schedule), logits(images, schedule))
+
+
+def test_schedules_that_clients_make_up_are_counted_and_forgotten() -> None:
+    recorded = graphs(max_batch_size=1)
+    images = torch.randn(1, *IMAGE.shape)
+    for number in range(MOST_SEEN):
+        recorded(images, (number,))
+    recorded(images, (0,))  # twice, and now the latest
+    recorded(images, (MOST_SEEN,))
+    assert len(recorded._seen) == MOST_SEEN
+    recorded(images, (1,))  # it was forgotten: once
+    assert len(recorded) == 0
+    recorded(images, (0,))
+    assert len(recorded) == 1
 
 
 @pytest.mark.parametrize("most", [1, 2, 6, 8, 20, 32, 100])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 
-from server.calibration.ladder import RUNGS, schedules, timed, timed_steps
+from server.calibration.timing import RUNGS, schedules, timed, timed_steps
 from server.curve import Curve, CurveRow
 from server.device.models import LoadedModel
 from server.dial import Schedule
@@ -44,7 +44,7 @@ def test_r_0_is_timed_and_the_others_follow_their_arithmetic(
         ran.add(schedule)
         now[0] += 0.01 + 0.002 * images
 
-    monkeypatch.setattr("server.calibration.ladder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("server.calibration.timing.time.perf_counter", lambda: now[0])
     ladder = schedules(loaded)
     steps = timed_steps(loaded, ladder, run, 32)
     assert ran == {ladder[0]}
@@ -60,7 +60,7 @@ def test_batches_of_one_are_timed_too(loaded: LoadedModel, monkeypatch: pytest.M
         assert images == 1
         now[0] += 0.05
 
-    monkeypatch.setattr("server.calibration.ladder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("server.calibration.timing.time.perf_counter", lambda: now[0])
     assert timed_steps(loaded, schedules(loaded), run, 1)[0].image_s == pytest.approx(0.05)
 
 
@@ -72,7 +72,7 @@ def test_a_curve_of_another_device_keeps_its_agreement_and_gets_the_speeds_of_th
     def run(schedule: Schedule, images: int) -> None:
         now[0] += 0.01 + 0.002 * images
 
-    monkeypatch.setattr("server.calibration.ladder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("server.calibration.timing.time.perf_counter", lambda: now[0])
     rows = tuple(
         CurveRow(r=(r,) * 4, tokens=197 - 4 * r, agreement=agreement, agreement_interval=(0.5, 1.0))
         for r, agreement in ((0, 1.0), (16, 0.9), (8, 0.95))
@@ -89,7 +89,7 @@ def test_where_operations_cannot_be_counted_tokens_are(loaded: LoadedModel, monk
     def refuse(merged: object) -> None:
         raise UnsupportedModelError("parallel blocks")
 
-    monkeypatch.setattr("server.calibration.ladder.dimensions", refuse)
+    monkeypatch.setattr("server.calibration.timing.dimensions", refuse)
     ladder = schedules(loaded)
     tokens = [sum(loaded.info.token_counts(schedule)[1:]) for schedule in ladder]
     assert len(ladder) == RUNGS and tokens[-1] <= tokens[0] / 2

@@ -16,11 +16,14 @@ from timm.data.imagenet_info import ImageNetInfo
 
 from server.device import models
 from server.device.models import load_model
+from server.device.prepared import PixelBatch, Prepared, stacked
 from server.device.runner import Runner
 from server.errors import EngineError
+from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
+from server.ipc.messages import Classify, Item
 from server.settings import ModelSpec, SettingsError
-from server.types import BatchKey, Job
+from server.types import BatchKey
 
 SMALL = "vit_tiny_patch16_224"
 
@@ -196,13 +199,18 @@ def test_the_runner_answers_as_the_model_does_whatever_else_is_in_the_batch(tiny
     for schedule in ((0, 0), (8, 2)):
         key = BatchKey("mine", schedule, (32, 32))
         images = [torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=generator) for _ in range(3)]
-        jobs = [Job("mine", image.numpy().tobytes(), schedule, top_k, 1.0) for top_k, image in enumerate(images, 1)]
-        answers = runner.run_batch(key, jobs)
-        for image, job, answer in zip(images, jobs, answers, strict=True):
+        pixels = [image.numpy().tobytes() for image in images]
+        batch = PixelBatch(stacked(pixels, (32, 32), torch.device("cpu")))
+        asked = [
+            Classify(model="mine", images=[Pixels(each)], r=schedule, deadline=1.0, top_k=top_k)
+            for top_k, each in enumerate(pixels, 1)
+        ]
+        prepared = [Prepared(Item(request, 0), batch, row) for row, request in enumerate(asked)]
+        for image, request, answer in zip(images, asked, runner.classify(key, prepared), strict=True):
             mean, std = torch.tensor(loaded.info.preprocessing.mean), torch.tensor(loaded.info.preprocessing.std)
             with torch.no_grad():
                 logits = loaded.merged((((image / 255) - mean) / std).permute(2, 0, 1)[None], r=schedule)
-            wanted = logits.softmax(1)[0].topk(job.top_k)
+            wanted = logits.softmax(1)[0].topk(request.top_k)
             assert answer.indices == wanted.indices.tolist()
             assert answer.scores == pytest.approx(wanted.values.tolist(), abs=1e-5)
 

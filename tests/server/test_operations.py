@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import ServerError
-from server.ipc.transport import RemoteEngine
+from server.ipc.client import RemoteEngine
 from tests.server.conftest import (
     assert_is_error,
     grey_png,

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
 from prometheus_client import REGISTRY
 
-from server.config.in_redis import KEY, RedisConfig
+from server.config.in_redis import KEY, RedisConfig, _document
 from server.config.local import LocalConfig
 from server.config.store import ConfigStore, open_store
 from server.config.watched import WatchedFile
@@ -26,6 +27,7 @@ from server.errors import ConflictError, InvalidError, UnavailableError
 from server.settings import Settings, SettingsError
 from server.types import Configuration, find_model
 from tests.server.conftest import model_info, until
+from tests.server.test_any_document import json_documents
 
 fakeredis = pytest.importorskip("fakeredis", reason="Redis is played by fakeredis: pip install fakeredis")
 redis = pytest.importorskip("redis", reason="the shared configuration in Redis needs it: pip install redis")
@@ -200,7 +202,23 @@ class TestRedis:
             with redis.Redis.from_url(url) as client:
                 assert client.get(KEY) is None
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 9}', '{"version": 9, "models": {"tiny": 99}}'])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "{",
+            "[]",
+            '{"version": 9}',
+            '{"version": 9, "models": {"tiny": 99}}',
+            '{"version": 1e999, "models": {}}',
+            '{"version": true, "models": {}}',
+            '{"version": 9, "models": [["tiny", 1]]}',
+            '{"version": 9, "models": {"tiny": {"max_r": 1e999}}}',
+            f'{{"version": {10**400}, "models": {{}}}}',
+            "[" * 100_000,
+        ],
+        ids=lambda text: text[:50],
+    )
     async def test_what_no_server_has_written_changes_nothing(self, text: str, url: str) -> None:
         async with followed(RedisConfig(START, url, None, check)) as store:
             await store.change({"tiny": 8})
@@ -211,6 +229,34 @@ class TestRedis:
                 await until(lambda: store._refusal is not None)  # type: ignore[attr-defined]
                 assert store.configuration == before
                 assert client.get(KEY) == text.encode()
+                client.set(KEY, '{"version": 7, "models": {"tiny": 4}}')
+                client.publish(KEY, "changed")
+                await until(lambda: store.configuration == Configuration(7, START | {"tiny": 4}))
+
+    @given(json_documents)
+    def test_any_document_is_read_or_refused(self, content: bytes) -> None:
+        with contextlib.suppress(InvalidError):
+            assert _document(content).version >= 0
+
+    async def test_whatever_taking_one_over_raises_the_next_one_is_taken(
+        self, url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        calls = []
+
+        def fail(models: Mapping[str, RSetting]) -> None:
+            calls.append(models)
+            if models.get("tiny") == 7:
+                raise MemoryError("as a check that has a fault")
+
+        store = RedisConfig(START, url, None, fail)
+        with redis.Redis.from_url(url) as client:
+            async with followed(store):
+                client.set(KEY, '{"version": 5, "models": {"tiny": 7}}')
+                client.publish(KEY, "changed")
+                await until(lambda: len(calls) > 1)  # it was looked at again
+                client.set(KEY, '{"version": 6, "models": {"tiny": 3}}')
+                await until(lambda: store.configuration == Configuration(6, START | {"tiny": 3}))
+        assert caplog.text.count("is refused: MemoryError(") == 1
 
     async def test_models_of_other_servers_are_left_as_they_are(self, url: str) -> None:
         other = RedisConfig({"huge": 1}, url, None, lambda models: None)
@@ -311,4 +357,4 @@ def test_the_setting_says_which_keeper(tmp_path: Path, url: str) -> None:
     assert isinstance(opened(), LocalConfig)
     assert isinstance(opened(shared_config=str(tmp_path / "config.yaml")), WatchedFile)
     assert isinstance(opened(shared_config=url), RedisConfig)
-    assert json.loads(json.dumps(opened(r=4).configuration.to_wire()))["models"].popitem()[1] == 4
+    assert json.loads(json.dumps(opened(r=4).configuration.to_json()))["models"].popitem()[1] == 4

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching.speed import Rate, Speed
+from server.batching.speed import MOST_LEARNED, Rate, Speed
 
 
 @given(st.floats(0, 1), st.floats(1e-4, 1), st.lists(st.integers(1, 64), min_size=2, max_size=50))
@@ -70,3 +70,24 @@ def test_a_steady_rate_is_found(per_s: float, window_s: float) -> None:
         rate.add(now)
     assert rate(now) == pytest.approx(per_s, rel=0.01, abs=2 / window_s)
     assert rate(now + window_s) == pytest.approx(rate(now) / math.e)
+
+
+def test_keys_that_clients_make_up_are_forgotten_and_known_lines_are_not() -> None:
+    speed = Speed[str | int]()
+    speed.expect("known", 0.01, 0.001)
+    speed.observe("known", 1, 0.022)
+    before = speed.line("known")
+    for key in range(10 * MOST_LEARNED):
+        speed.observe("steady", 1, 0.5)
+        speed.observe(key, 1, 1.0)
+    assert speed.line(0) is None and speed.line(10 * MOST_LEARNED - 1) is not None
+    assert speed("steady", 1) == pytest.approx(0.5)  # it is in use
+    assert speed.line("known") == before
+    assert len(speed._sums) == MOST_LEARNED and len(speed._factors) == len(speed._known) == 1
+
+
+def test_a_line_that_becomes_known_takes_the_place_of_what_was_learned() -> None:
+    speed = Speed[str]()
+    speed.observe("key", 1, 1.0)
+    speed.expect("key", 0.01, 0.001)
+    assert speed.line("key") == (0.01, 0.001) and not speed._sums

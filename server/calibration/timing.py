@@ -1,6 +1,6 @@
-"""The ladder of `r=auto`: the rows of a curve, or, without one, evenly spaced `r` up to half of the arithmetic.
+"""A ladder for `r=auto` where no curve was measured on this device: r=0 is timed at the start.
 
-Where no curve was measured on this device, r=0 is timed at the start.
+Without any curve the rungs are evenly spaced `r` up to half of the arithmetic.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from server.batching.policy import Rung
-from server.curve import Curve, CurveRow
+from server.curve import Curve
 from server.device.models import LoadedModel
 from server.dial import Schedule
 from tome_core.cost import flops
@@ -39,22 +39,6 @@ def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
     except UnsupportedModelError:
         return lambda schedule: sum(loaded.info.token_counts(schedule)[1:])
     return lambda schedule: flops(sizes, schedule)
-
-
-def steps_of(curve: Curve) -> list[Rung]:
-    """Steps of a curve that knows its speeds: r=0, then each row faster than all that agree as well or better."""
-
-    def of(row: CurveRow) -> Rung:
-        assert row.line is not None, "the caller times what was not measured"
-        return Rung(row.r, *row.line, row.agreement)
-
-    unmerged, *others = map(of, curve.rows)
-    ladder = [unmerged]
-    full = curve.max_batch_size
-    for step in sorted(others, key=lambda step: (-(step.agreement or 0.0), step.batch_s(full))):
-        if step.batch_s(full) < ladder[-1].batch_s(full):
-            ladder.append(step)
-    return ladder
 
 
 def timed(curve: Curve, loaded: LoadedModel, run: Callable[[Schedule, int], None], max_batch_size: int) -> Curve:

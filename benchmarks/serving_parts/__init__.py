@@ -1,0 +1,1 @@
+"""benchmarks.serving in parts: goals, servers and their processes, load generators, and what is measured with them."""

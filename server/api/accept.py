@@ -1,0 +1,201 @@
+"""Who takes the next client: the HTTP processes share one listening socket, and those that hold fewest go first.
+
+Left to itself the kernel gives a burst to whoever wakes first. So each process accepts one connection a turn, and one
+that holds more than the mean of all leaves what waits to the others for some milliseconds. Nobody is relied upon: what
+the others have not taken by then it takes itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import math
+import multiprocessing
+import socket
+from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
+
+_AWAY = -1
+_LONGEST_WAIT_S = 0.01
+_WAIT_S = 0.001
+"""A turn of most event loops, by which a process comes later for each connection that it holds above the mean."""
+
+_PATIENCE_S = 0.1
+"""For so long a process that has less is waited for in vain: the first request of a process, say, takes it longer."""
+
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_RETRY_S = 0.2
+_SAID_FOR_S = 60.0
+
+
+class Places:
+    """What the HTTP processes of a server know of each other, in shared memory. Each writes its own place alone.
+
+    Args:
+        count: The processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._held = spawn.RawArray("i", [_AWAY] * count)
+        self._looks = spawn.RawArray("Q", count)
+        self._opened = spawn.RawArray("b", count)
+
+    def held(self) -> list[int | None]:
+        """Connections of each process; None where it accepts none."""
+        return [None if held == _AWAY else held for held in self._held[:]]
+
+    def hold(self, index: int, connections: int) -> None:
+        """A process accepts, and holds so many connections."""
+        self._held[index] = connections
+        self._opened[index] = 1
+
+    def leave(self, index: int) -> None:
+        """A process accepts no more, or is dead."""
+        self._held[index] = _AWAY
+
+    def was_ever_open(self, index: int) -> bool:
+        """Whether a process, or one before it in its place, has ever accepted connections."""
+        return bool(self._opened[index])
+
+    def look(self, index: int) -> None:
+        """A process sees that somebody waits."""
+        self._looks[index] += 1
+
+    def looks(self) -> list[int]:
+        """How often each process has seen that somebody waits."""
+        return list(self._looks[:])
+
+
+def wait_s(mine: int, others: Sequence[int]) -> float:
+    """How long a process leaves a connection to the others.
+
+    Args:
+        mine: Connections that it holds.
+        others: Those that each of the others holds, of which it may expect that they accept.
+    """
+    mean = (mine + sum(others)) / (1 + len(others))
+    return min(_WAIT_S * math.ceil(mine - mean), _LONGEST_WAIT_S) if mine > mean else 0.0
+
+
+class Acceptor:
+    """Accepts the connections of one process.
+
+    Another process that does not so much as look while this one waits for it is busy or stopped. After a tenth of a
+    second it is not waited for until it looks again.
+
+    Args:
+        listener: The socket that all processes share.
+        places: What they know of each other.
+        index: The place of this one.
+        protocol: Makes the protocol of a connection, given what to call when that is lost.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        places: Places,
+        index: int,
+        protocol: Callable[[Callable[[], None]], asyncio.Protocol],
+    ) -> None:
+        self._listener, self._places, self._index, self._protocol = listener, places, index, protocol
+        self._loop = asyncio.get_running_loop()
+        self._held = 0
+        self._silent: dict[int, tuple[int, float]] = {}  # others, each with how often it had looked, and since when
+        self._later: asyncio.TimerHandle | None = None
+        self._opening: set[asyncio.Task[None]] = set()
+        self._is_taking = False
+        self._quiet_until = 0.0
+
+    def open(self) -> None:
+        """Begins to accept."""
+        self._is_taking = True
+        self._listener.setblocking(False)
+        self._places.hold(self._index, self._held)
+        self._loop.add_reader(self._listener.fileno(), self._look)
+
+    async def close(self) -> None:
+        """Accepts no more, and returns when those that were accepted have their protocol."""
+        self._loop.remove_reader(self._listener.fileno())
+        if self._later is not None:
+            self._later.cancel()
+        self._is_taking = False
+        self._places.leave(self._index)
+        self._listener.close()
+        if self._opening:
+            await asyncio.wait(self._opening)
+
+    def _lose(self) -> None:
+        self._held -= 1
+        if self._is_taking:
+            self._places.hold(self._index, self._held)
+
+    def _look(self) -> None:
+        self._places.look(self._index)
+        looks, now = self._places.looks(), self._loop.time()
+        others = {}
+        for index, held in enumerate(self._places.held()):
+            looked, since = self._silent.get(index, (-1, now))
+            is_silent = looked == looks[index] and now - since >= _PATIENCE_S
+            if held is not None and index != self._index and not is_silent:
+                others[index] = held
+        leave_s = wait_s(self._held, list(others.values()))
+        if leave_s > 0:
+            fewer = {index: looks[index] for index, held in others.items() if held < self._held}
+            self._pause(leave_s, lambda: self._resume(fewer, now))
+        else:
+            self._accept()
+
+    def _pause(self, seconds: float, then: Callable[[], None]) -> None:
+        """Stops to watch the socket, which would wake this process again at once."""
+        self._loop.remove_reader(self._listener.fileno())
+        self._later = self._loop.call_later(seconds, then)
+
+    def _resume(self, fewer: dict[int, int], since: float) -> None:
+        """Takes what is left after a wait for others that hold fewer; `fewer` is how often each had looked before."""
+        self._loop.add_reader(self._listener.fileno(), self._look)
+        if self._accept():
+            looks = self._places.looks()
+            for index, looked in fewer.items():
+                if looks[index] == looked and self._silent.get(index, (-1, since))[0] != looked:
+                    self._silent[index] = (looked, since)
+
+    def _accept(self) -> bool:
+        """Takes one connection, where one is left."""
+        connection = None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                self._recover(error)
+                return False
+            # Else another process was faster, or the client has left already.
+        self._is_taking = True
+        self._held += connection is not None
+        self._places.hold(self._index, self._held)
+        if connection is None:
+            return False
+        connection.setblocking(False)
+        opening = self._loop.create_task(self._open(connection))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+        return True
+
+    async def _open(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: self._protocol(self._lose), connection)
+        except OSError as error:  # its protocol was never told of it
+            logger.warning("a connection could not be opened: %s", error)
+            connection.close()
+            self._lose()
+
+    def _recover(self, error: OSError) -> None:
+        """Leaves the socket to the others for a while: there are no files, or no memory, for one more connection."""
+        if self._loop.time() >= self._quiet_until:
+            logger.error("no connection can be accepted: %s; trying again every %g s", error.strerror, _RETRY_S)
+            self._quiet_until = self._loop.time() + _SAID_FOR_S
+        self._is_taking = False
+        self._places.leave(self._index)
+        self._pause(_RETRY_S, lambda: self._resume({}, 0.0))

@@ -1,0 +1,60 @@
+"""Uploads to images: decoded here, or left to an engine that decodes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from server import metrics
+from server.api.access import Service
+from server.api.body import Upload
+from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.images.image import Image
+from server.images.pillow import as_it_came, read
+from server.types import ModelInfo
+
+OF_AN_IMAGE = (UndecodableError, UnsupportedError, TooLargeError)
+
+
+async def read_images(uploads: Sequence[Upload], info: ModelInfo, service: Service) -> tuple[list[Image], float]:
+    """The images of a request, side by side in the decoders' threads, and the seconds that the slowest took.
+
+    Raises:
+        UndecodableError, UnsupportedError, TooLargeError: One of them cannot be decoded; the details say which.
+    """
+    loop, max_pixels = asyncio.get_running_loop(), service.settings.max_image_pixels
+
+    async def read_one(index: int, upload: Upload) -> tuple[Image, float]:
+        start = time.perf_counter()
+        try:
+            image: Image | None = None
+            if info.decodes_jpeg:
+                image = as_it_came(upload.encoded, info.preprocessing, max_pixels)  # sooner than a thread is asked
+            if image is None:
+                image = await loop.run_in_executor(
+                    service.decoders, read, upload.encoded, info.preprocessing, max_pixels, info.decodes_jpeg
+                )
+        except OF_AN_IMAGE as error:
+            error.details["image"] = index
+            raise
+        took_s = time.perf_counter() - start
+        metrics.DECODE_S.observe(took_s)
+        return image, took_s
+
+    if len(uploads) == 1:
+        read_all = [await read_one(0, uploads[0])]
+    else:
+        tasks = [asyncio.ensure_future(read_one(index, upload)) for index, upload in enumerate(uploads)]
+        try:
+            read_all = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+    return [image for image, _ in read_all], max(took_s for _, took_s in read_all)
+
+
+def name_file(error: ServerError, uploads: Sequence[Upload]) -> None:
+    """Adds the file's name to an error of one image."""
+    if isinstance(error, OF_AN_IMAGE) and "image" in error.details:
+        error.details["filename"] = uploads[error.details["image"]].filename

@@ -1,0 +1,117 @@
+"""What a request asks of its images, read from it and checked against the model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from server.api.access import Service
+from server.api.body import Upload, read_request
+from server.api.patience import at_most
+from server.api.schemas import Parameters, RSource, TimingsMs
+from server.dial import AutoR, Schedule, parse_setting
+from server.errors import InvalidError
+from server.ipc.messages import Answered
+from server.types import ModelInfo, find_model
+
+DEFAULT_TOP_K = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is asked of every image of a request.
+
+    Attributes:
+        info: The model.
+        r: `r` per block, or the bounds of `auto`; None takes the deployment's.
+        top_k: How many classes.
+        timeout_s: Time for all of it, from when the request came.
+        deadline: When the answer is worth nothing, in seconds of `time.monotonic()`.
+    """
+
+    info: ModelInfo
+    r: Schedule | AutoR | None
+    top_k: int
+    timeout_s: float
+    deadline: float
+
+    @property
+    def r_source(self) -> RSource:
+        """Who says `r`."""
+        return "deployment" if self.r is None else "request"
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """`r` per block where the request itself says so."""
+        return self.r if isinstance(self.r, tuple) else None
+
+    @property
+    def left_s(self) -> float:
+        """Time until the deadline."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def in_time(self) -> at_most:
+        """Withdraws what is not done by the deadline, and raises DeadlineError."""
+        return at_most(self.timeout_s, since=self.deadline - self.timeout_s)
+
+
+async def read_terms(request: Request, service: Service, start: float, max_images: int) -> tuple[list[Upload], Terms]:
+    """Reads a whole request.
+
+    Args:
+        request: What a client sent.
+        service: Its settings are the limits.
+        start: When the request came, in seconds of `time.monotonic()`; its time for reading and answering runs since.
+        max_images: Most images.
+
+    Raises:
+        ServerError: What `read_request` and `resolve` raise; DeadlineError, where reading takes all of the time.
+    """
+    longest_s = service.settings.deadline_s
+    async with at_most(longest_s, since=start):
+        uploads, parameters = await read_request(request, max_images)
+    return uploads, resolve(parameters, service.engine.catalog(), start, longest_s)
+
+
+def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float, longest_s: float) -> Terms:
+    """Checks parameters against the model.
+
+    Args:
+        parameters: As the client sent them.
+        catalog: The models, the default first.
+        start: When the request came, in seconds of `time.monotonic()`.
+        longest_s: The longest time that it may take.
+
+    Raises:
+        NotFoundError: There is no such model.
+        InvalidError: `r`, `top_k` or the deadline is out of range.
+    """
+    info = find_model(catalog, parameters.model)
+    r: Schedule | AutoR | None = None
+    if parameters.r is not None:
+        setting = parse_setting(parameters.r, parameters.max_r, parameters.min_agreement)
+        if isinstance(setting, AutoR) and parameters.inflect is not None:
+            raise InvalidError("inflect goes with a single r, not with auto")
+        r = setting if isinstance(setting, AutoR) else info.schedule(setting, parameters.inflect)
+    elif (parameters.inflect, parameters.max_r, parameters.min_agreement) != (None, None, None):
+        raise InvalidError("inflect goes with an r, and max_r and min_agreement with r=auto")
+    top_k = parameters.top_k or min(DEFAULT_TOP_K, len(info.labels))
+    if top_k > len(info.labels):
+        raise InvalidError(f"top_k is {top_k}; it must lie between 1 and {len(info.labels)}")
+    timeout_s = longest_s if parameters.deadline_ms is None else parameters.deadline_ms / 1e3
+    if timeout_s > longest_s:
+        raise InvalidError(f"deadline_ms is {1e3 * timeout_s:g}; it must lie between 0 and {1e3 * longest_s:g}")
+    return Terms(info, r, top_k, timeout_s, start + timeout_s)
+
+
+def timings_of(answered: Answered[Any], decode_s: float, start: float) -> TimingsMs:
+    """Where the time went since a request came."""
+    return TimingsMs(
+        decode=1e3 * decode_s,
+        queue=1e3 * answered.queue_s,
+        inference=1e3 * answered.inference_s,
+        total=1e3 * (time.monotonic() - start),
+    )

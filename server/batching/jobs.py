@@ -1,0 +1,127 @@
+"""What waits: requests, and the jobs that they consist of, one a payload. Every request gets exactly one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from server.batching.policy import Load
+from server.errors import EngineError, ServerError
+
+logger = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
+P = TypeVar("P")
+A = TypeVar("A")
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Generic[K]):
+    """Instead of a key: which keys would do.
+
+    Attributes:
+        group: Open jobs of one group wait together, and one choice is made for them.
+        allows: Whether the job may be computed under a key.
+        choose: The key for a batch that this job leads, by the load of the moment; one that it allows.
+        note: What is to be remembered of the key that it got, asked for at the moment when it gets it.
+    """
+
+    group: Hashable
+    allows: Callable[[K], bool]
+    choose: Callable[[Load], K]
+    note: Callable[[K], Any]
+
+
+@dataclass(slots=True)
+class Batched(Generic[K, A]):
+    """The results of one request, and the batches that they were computed in.
+
+    Attributes:
+        results: Of its payloads, in order.
+        key: What they were computed under; None before an open request has one.
+        batch_size: Jobs in the batch; of several batches the largest.
+        wait_s: Seconds in the queue; of several jobs the longest.
+        run_s: Seconds from there to the answer; of several jobs the longest.
+        note: What an open request noted of its key.
+    """
+
+    results: list[A]
+    key: K
+    batch_size: int = 0
+    wait_s: float = 0.0
+    run_s: float = 0.0
+    note: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class Asked(Generic[K, A]):
+    """A request on its way.
+
+    Attributes:
+        future: What its caller waits for.
+        finish: Makes of the results what the caller gets.
+        batched: What is there of the results.
+        num_left: Results that are missing.
+        deadline: When the answer is worth nothing.
+        jobs: One for each payload.
+    """
+
+    future: asyncio.Future[Any]
+    finish: Callable[[Batched[K, A]], Any]
+    batched: Batched[K, A]
+    num_left: int
+    deadline: float
+    jobs: list[Job[K, Any, A]]
+
+    def fail(self, error: ServerError) -> None:
+        """Answers with an error; the first one counts."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(slots=True, eq=False)
+class Job(Generic[K, P, A]):
+    """One payload of a request.
+
+    Attributes:
+        asked: The request.
+        index: Place of the payload in it.
+        payload: What is computed.
+        open: Which keys would do, where it has none.
+        enqueued_at: When it came.
+        is_queued: It waits for its batch.
+    """
+
+    asked: Asked[K, A]
+    index: int
+    payload: P
+    open: Open[K] | None
+    enqueued_at: float
+    is_queued: bool = True
+
+    @property
+    def deadline(self) -> float:
+        return self.asked.deadline
+
+    def got(self, key: K) -> None:
+        """Leaves the queue for a batch of a key."""
+        self.is_queued = False
+        if self.open is not None:  # now: later it would be the note of another moment
+            self.asked.batched.key, self.asked.batched.note = key, self.open.note(key)
+
+    def answer(self, result: A, batch_size: int, wait_s: float, run_s: float) -> None:
+        """Adds its result to the request's, and answers that when it was the last."""
+        asked, batched = self.asked, self.asked.batched
+        batched.results[self.index] = result
+        batched.batch_size = max(batched.batch_size, batch_size)
+        batched.wait_s, batched.run_s = max(batched.wait_s, wait_s), max(batched.run_s, run_s)
+        asked.num_left -= 1
+        if asked.num_left == 0 and not asked.future.done():
+            try:
+                asked.future.set_result(asked.finish(batched))
+            except Exception as error:  # it is this request's, and not the batch loop's
+                logger.exception("the answer to a request could not be made of its results")
+                asked.fail(EngineError(f"no answer could be made of the results: {error!r}"))

@@ -1,0 +1,165 @@
+"""The queues of the batcher, one a key, and which jobs make the next batch."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic
+
+from server.batching.jobs import A, Asked, Job, K, Open, P
+from server.batching.policy import Load
+from server.batching.speed import Rate, Speed
+from server.errors import DeadlineError
+
+ARRIVALS_WINDOW_S = 2.0
+"""Over which arrivals are counted: long enough that chance is small, short enough to follow a wave."""
+
+BATCH_SHARE = 0.3
+"""A batch takes no more than this share of the time that its first job was given: it also waits for the one before."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The queue of the open jobs of a group, beside those of keys."""
+
+    name: Hashable
+
+
+class Queues(Generic[K, P, A]):
+    """Jobs that wait. The fullest queue goes first, unless some job is due: then that one's does.
+
+    Args:
+        speed: How long batches take.
+        dropped: Is told why a job was given up before it was computed: "cancelled" or "deadline".
+        max_batch_size: Most jobs in a batch.
+        batch_timeout_s: Age at which a job is due.
+        num_stages: Through which a batch goes, one after the other.
+
+    Attributes:
+        num_waiting: Jobs queued whose callers still wait.
+        stage_s: How long a batch keeps a stage, lately: a job is due so early that it is answered in time.
+    """
+
+    def __init__(
+        self,
+        speed: Speed[K],
+        dropped: Callable[[str], None],
+        *,
+        max_batch_size: int,
+        batch_timeout_s: float,
+        num_stages: int,
+    ) -> None:
+        self._speed, self._dropped = speed, dropped
+        self._max_batch_size, self._batch_timeout_s, self._num_stages = max_batch_size, batch_timeout_s, num_stages
+        self._queues: dict[K | _Group, list[Job[K, P, A]]] = {}
+        self._unanswered: set[Asked[K, A]] = set()
+        self._arrivals = Rate(ARRIVALS_WINDOW_S)
+        self.num_waiting = 0
+        self.stage_s = 0.0
+
+    def arrived(self, count: int, now: float) -> None:
+        """Notes that so many jobs came, whether or not they find room."""
+        self._arrivals.add(now, count)
+
+    def add(self, asked: Asked[K, A], key: K | Open[K]) -> None:
+        """Queues the jobs of a request."""
+        queue_key: K | _Group = _Group(key.group) if isinstance(key, Open) else key
+        self._queues.setdefault(queue_key, []).extend(asked.jobs)
+        self._unanswered.add(asked)
+        self.num_waiting += len(asked.jobs)
+
+    def take(self, now: float, is_busy: bool) -> tuple[K, list[Job[K, P, A]]] | None:
+        """Removes the next batch, and the jobs that cannot be answered in time.
+
+        Args:
+            now: Seconds of the clock.
+            is_busy: Another batch is still computed before this one.
+        """
+        while self._prune(now):
+            first = self._next_queue(now)
+            leader = min(self._queues[first], key=self._due_at)
+            key = leader.open.choose(self.load(now)) if leader.open else first
+            assert not isinstance(key, _Group)
+            batch = self._batch(first, key, self._most(key, BATCH_SHARE * (leader.deadline - leader.enqueued_at)))
+            done_at = now + (1 + is_busy) * self._speed(key, len(batch))
+            late = [job for job in batch if job.deadline < done_at]
+            for job in late:  # they would only keep the others waiting
+                self._give_up(job.asked)
+            if not late:
+                self.num_waiting -= len(batch)
+                for job in batch:
+                    job.got(key)
+                return key, batch
+        return None
+
+    def load(self, now: float) -> Load:
+        """What waits and what comes, at this moment."""
+        left_s = sorted(job.deadline - now for queue in self._queues.values() for job in queue if job.is_queued)
+        return Load(left_s, self._arrivals(now), self._max_batch_size)
+
+    def expire(self, now: float) -> float:
+        """Gives up the requests whose time is over, also those that are computed; gives the next deadline."""
+        nearest = math.inf
+        for asked in list(self._unanswered):
+            if asked.deadline <= now:
+                self._give_up(asked)
+            else:
+                nearest = min(nearest, asked.deadline)
+        return nearest
+
+    def leave(self, asked: Asked[K, A], reason: str = "cancelled") -> None:
+        """Takes out what still waits of a request that is over: it is answered, or nobody waits for it."""
+        self._unanswered.discard(asked)
+        for job in asked.jobs:
+            if job.is_queued:
+                job.is_queued = False
+                self.num_waiting -= 1
+                self._dropped(reason)
+
+    def _give_up(self, asked: Asked[K, A]) -> None:
+        timeout_s = asked.deadline - asked.jobs[0].enqueued_at
+        asked.fail(DeadlineError(f"no answer within {timeout_s:.3g} s", timeout_s=timeout_s))
+        self.leave(asked, "deadline")
+
+    def _prune(self, now: float) -> bool:
+        """Clears the queues of what has left them or is too late; says whether anything waits."""
+        for queue in self._queues.values():
+            for job in queue:
+                if job.asked.future.done():  # and its callback is still to come
+                    self.leave(job.asked)
+                elif job.deadline <= now:
+                    self._give_up(job.asked)
+        for queue_key, queue in list(self._queues.items()):
+            queue[:] = [job for job in queue if job.is_queued]
+            if not queue:
+                del self._queues[queue_key]
+        return bool(self._queues)
+
+    def _next_queue(self, now: float) -> K | _Group:
+        """The one with the oldest job that is due, else the fullest."""
+        due = {key: min(map(self._due_at, queue)) for key, queue in self._queues.items()}
+        key = min(due, key=lambda key: due[key])
+        if due[key] > now:
+            key = max(self._queues, key=lambda key: (min(len(self._queues[key]), self._max_batch_size), -due[key]))
+        return key
+
+    def _most(self, key: K, within_s: float) -> int:
+        """How many jobs a batch can have that is to be done within a time; at least one."""
+        a, b = self._speed.line(key) or (0.0, 0.0)
+        fitting = (within_s - a) / b if b else self._max_batch_size
+        return max(1, int(min(fitting, self._max_batch_size)))  # `fitting` may be infinite
+
+    def _batch(self, first: K | _Group, key: K, most: int) -> list[Job[K, P, A]]:
+        """The jobs of a queue that go under a key, the most urgent first, and others that fill up their batch."""
+        batch: list[Job[K, P, A]] = []
+        others = [queue for queue in self._queues if queue != first and (queue == key or isinstance(queue, _Group))]
+        for queue in (first, *others):
+            fitting = [job for job in self._queues[queue] if job.open is None or job.open.allows(key)]
+            batch += heapq.nsmallest(most - len(batch), fitting, key=self._due_at)
+        return batch
+
+    def _due_at(self, job: Job[K, P, A]) -> float:
+        """When a job must go before fuller batches: of age, or early enough to be answered in time."""
+        return min(job.enqueued_at + self._batch_timeout_s, job.deadline - (1 + self._num_stages) * self.stage_s)

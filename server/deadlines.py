@@ -1,0 +1,41 @@
+"""One timer for many deadlines: the event loop keeps the next of them alone."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+
+
+class Deadlines:
+    """Calls a function when the next of its deadlines is there.
+
+    Args:
+        expire: Ends what is due at a moment; gives the next deadline, infinity where there is none.
+        clock: The seconds that deadlines are told in.
+    """
+
+    def __init__(self, expire: Callable[[float], float], clock: Callable[[], float] = time.monotonic) -> None:
+        self._expire, self._clock = expire, clock
+        self._next = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, deadline: float) -> None:
+        """Has the function called at a deadline, too."""
+        if deadline >= self._next:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next = deadline
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, deadline - self._clock()), self._due)
+
+    def close(self) -> None:
+        """Forgets all deadlines."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._next = None, math.inf
+
+    def _due(self) -> None:
+        self._timer, self._next = None, math.inf
+        self.watch(self._expire(self._clock()))

@@ -1,0 +1,75 @@
+"""The device as the engine has it: each operation's computation, after the images are prepared."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from server.device.explainer import Explainer
+from server.device.fitting import Fitting
+from server.device.prepared import PixelBatch, Prepared, is_whole, joined
+from server.device.runner import Runner
+from server.errors import ServerError
+from server.ipc.messages import Item, Merges, TopK
+from server.types import BatchKey
+
+if TYPE_CHECKING:
+    from server.device.preparing import Preparer
+
+logger = logging.getLogger(__name__)
+
+Result = TopK | Merges
+Compute = Callable[[BatchKey, Sequence[Prepared]], Sequence[Result]]
+
+
+class Device:
+    """Prepares and computes batches; what does not fit into memory goes in parts.
+
+    Args:
+        runner: Classifies.
+        explainer: Says what merged.
+        preparer: Makes pixels of files, as a stage of its own; None where every image comes as pixels.
+    """
+
+    def __init__(self, runner: Runner, explainer: Explainer, preparer: Preparer | None = None) -> None:
+        self._runner = runner
+        self._prepare = Fitting(preparer) if preparer is not None else None
+        operations: Mapping[str, Compute] = {"classify": runner.classify, "explain": explainer.explain}
+        self._operations = {name: Fitting(compute) for name, compute in operations.items()}
+
+    @property
+    def prepares(self) -> bool:
+        return self._prepare is not None
+
+    def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Prepared | ServerError]:
+        """Images that are ready to be computed, and the errors of those that cannot be decoded."""
+        assert self._prepare is not None
+        prepared = self._prepare(key, items)
+        if key.operation == "classify":
+            self._launch_ahead(key, [each for each in prepared if isinstance(each, Prepared)])
+        return prepared
+
+    def _launch_ahead(self, key: BatchKey, prepared: Sequence[Prepared]) -> None:
+        """Has the device go on with this batch as soon as it is done with the one before: it never waits for us."""
+        if not prepared or not is_whole(prepared) or not self._runner.is_quick(key, len(prepared)):
+            return
+        batch = prepared[0].batch
+        try:
+            batch.launched = self._runner.launch(key, batch.pixels, max(each.item.request.top_k for each in prepared))
+        except Exception:  # `compute` tries again, in smaller parts where it was the memory
+            logger.exception("a batch of %d could not be launched ahead", len(prepared))
+
+    def compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Result]:
+        """The result of each image: of `Prepared`, or of items where nothing prepares them."""
+        if self._prepare is None:
+            batch = PixelBatch(joined(work, key.input_size, self._runner.device))
+            work = [Prepared(item, batch, row) for row, item in enumerate(work)]
+        return self._operations[key.operation](key, work)
+
+    def check(self) -> None:
+        self._runner.check()
+
+    def warm_further(self) -> bool:
+        """Does one piece more of what makes later batches faster; False where nothing is left."""
+        return self._runner.warm_further()

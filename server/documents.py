@@ -1,0 +1,49 @@
+"""Documents that people and other programs write, in YAML or JSON: read, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+
+from server.errors import InvalidError
+
+MOST_MERGED = 10_000
+"""Entries of a mapping that `<<` joins. A few lines would otherwise fill any memory: each may take the last twice."""
+
+_LONGEST = 300
+
+
+class _Loader(yaml.SafeLoader):
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_MERGED:
+            raise yaml.YAMLError(f"a mapping has more than {MOST_MERGED} entries")
+
+
+def read_yaml(content: str | bytes) -> object:
+    """What a YAML document holds.
+
+    Raises:
+        InvalidError: It is none.
+    """
+    try:
+        return yaml.load(content, _Loader)
+    except Exception as error:  # besides its own errors PyYAML lets out what int(), date() and the like say of a value
+        raise InvalidError(f"it is no YAML: {_sentence(error)}") from error
+
+
+def read_json(content: str | bytes) -> object:
+    """What a JSON document holds.
+
+    Raises:
+        InvalidError: It is none.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidError(f"it is no JSON: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:_LONGEST]

@@ -1,0 +1,117 @@
+"""JPEG headers, read without Pillow: is a file one that an engine decodes as it came, and how large is its image?
+
+It says no wherever it is not sure; then Pillow looks again, in ten times the time. What it lets pass, Pillow's header
+reader takes as well (a test holds the two together), and every photo that a camera or an image program usually writes
+passes.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+ENGINE_PIXELS = 1 << 24
+ENGINE_BYTES = 1 << 22
+"""The largest JPEG that is left to the engine: a photo of 16 megapixels, and what a full queue of them may weigh."""
+
+START, END = b"\xff\xd8", b"\xff\xd9"
+
+_FRAMES = (0xC0, 0xC2)  # baseline and progressive, 8 bits, Huffman; others are rare
+_SCAN, _QUANTIZATION, _HUFFMAN, _RESTARTS, _COMMENT = 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
+_APP0, _APP1, _APP2, _APP13, _APP14, _APP15 = 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xEF
+_YCBCR = (bytes((1, 2, 3)), bytes((0, 1, 2)))
+"""Names of components that everyone takes for luminance and two colours."""
+
+SAMPLINGS = frozenset(map(bytes, [(0x11,), *((luminance, 0x11, 0x11) for luminance in (0x11, 0x21, 0x22, 0x12))]))
+"""How components are sampled (columns, then rows, in half a byte each) where libjpeg and nvJPEG are known to agree."""
+
+_segment = struct.Struct(">BBH").unpack_from
+_frame = struct.Struct(">BHHB").unpack_from
+_said_by_xmp = re.compile(rb'tiff:Orientation(?:="|>)([0-9])').search
+_ORIENTATION, _SHORT = 0x0112, 3
+
+
+def usual_jpeg(encoded: bytes) -> tuple[int, int] | None:
+    """Reads the header of a file, up to its first scan.
+
+    Returns:
+        Width and height of a whole JPEG of one or three colours, upright, of one picture, and no larger than the engine
+        takes; None of any other file, and of any that is in doubt.
+    """
+    if not (encoded.startswith(START) and encoded.endswith(END) and len(encoded) <= ENGINE_BYTES):
+        return None
+    try:
+        return _read(encoded)
+    except (struct.error, IndexError):  # it ends within its header
+        return None
+
+
+def _read(encoded: bytes) -> tuple[int, int] | None:
+    size: tuple[int, int] | None = None
+    components, baseline, exifs = 0, False, 0
+    at = len(START)
+    while True:
+        mark, kind, length = _segment(encoded, at)
+        start, at = at + 4, at + 2 + length
+        if mark != 0xFF or length < 2 or at > len(encoded):
+            return None
+        if kind == _QUANTIZATION:
+            # Tables of 8 bits, each behind its number.
+            if (length - 2) % 65 or max(encoded[start:at:65], default=0) > 3:
+                return None
+        elif kind in (_HUFFMAN, _COMMENT, _RESTARTS):
+            pass
+        elif kind in _FRAMES:
+            bits, height, width, components = _frame(encoded, start)
+            names = encoded[start + 6 : at : 3]
+            if size or bits != 8 or length != 8 + 3 * components or not 0 < width * height <= ENGINE_PIXELS:
+                return None
+            if encoded[start + 7 : at : 3] not in SAMPLINGS or (components == 3 and names not in _YCBCR):
+                return None
+            size, baseline = (width, height), kind == _FRAMES[0]
+        elif kind == _SCAN:
+            scanned = encoded[start]
+            together = scanned == components or not baseline
+            is_whole = size is not None and together and length == 6 + 2 * scanned and at < len(encoded) - len(END)
+            return size if is_whole else None
+        elif kind == _APP1:
+            content = encoded[start:at]
+            exifs += content.startswith(b"Exif\0\0")
+            if exifs > 1 or not _is_upright(content):
+                return None
+        elif not (_APP0 <= kind <= _APP15 and _is_harmless(kind, encoded[start:at])):
+            return None
+
+
+def _is_harmless(kind: int, content: bytes) -> bool:
+    """Whether a program's segment neither says anything of the image nor is one that Pillow stumbles over."""
+    if kind == _APP0:
+        return not content.startswith(b"JFIF") or len(content) >= 12
+    if kind == _APP2:  # a profile, or that there are more pictures
+        return not content.startswith(b"MPF") and (not content.startswith(b"ICC_PROFILE\0") or len(content) >= 14)
+    if kind == _APP13:
+        return content[-6:-2] != b"8BIM"
+    if kind == _APP14:
+        return not content.startswith(b"Adobe") or content[11:12] == b"\1"  # luminance and two colours
+    return True
+
+
+def _is_upright(content: bytes) -> bool:
+    """Whether neither EXIF nor XMP turns the image."""
+    if content.startswith(b"http://ns.adobe.com/xap/"):
+        said = _said_by_xmp(content)
+        return said is None or said[1] == b"1"
+    if not content.startswith(b"Exif\0\0"):
+        return True
+    tiff = content[6:]
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return False
+    (first,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, first)
+    entries = tiff[first + 2 : first + 2 + 12 * count]
+    return len(entries) == 12 * count and all(
+        (kind, number, value) == (_SHORT, 1, 1)
+        for tag, kind, number, value in struct.iter_unpack(order + "HHIH2x", entries)
+        if tag == _ORIENTATION
+    )

@@ -1,0 +1,181 @@
+"""The engine as an HTTP process has it: behind a Unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from server.curve import Curve
+from server.deadlines import Deadlines
+from server.dial import RSetting
+from server.errors import DeadlineError, UnavailableError
+from server.ipc.frames import Frames
+from server.ipc.messages import (
+    Answered,
+    Call,
+    Catalog,
+    Configure,
+    Deployed,
+    Failure,
+    GetConfiguration,
+    GetCurve,
+    Measured,
+    Probe,
+    Reply,
+    Request,
+    Withdraw,
+    reply_of,
+)
+from server.metrics import ENGINE_UP
+from server.types import Configuration, ModelInfo
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RECONNECT_S = 0.05
+CALL_TIMEOUT_S = 12.0  # longer than the engine takes to say that a check failed
+GRACE_S = 1.0
+"""The engine keeps the deadline; so much later is for an engine that no longer does."""
+
+
+class LostEngineError(UnavailableError):
+    """The connection broke while a call was in flight."""
+
+
+class RemoteEngine:
+    """An engine behind a Unix socket, which it reconnects to for as long as it lives.
+
+    When the connection breaks, every call in flight fails at once. A caller that gives up withdraws its call.
+
+    Args:
+        path: The socket.
+        index: Which of the server's engines it is, for the metrics.
+    """
+
+    def __init__(self, path: str, index: int = 0) -> None:
+        self._path, self._up = path, ENGINE_UP.labels(str(index))
+        self._catalog: dict[str, ModelInfo] = {}
+        self._frames: Frames[Reply] | None = None
+        self._calls: dict[int, tuple[asyncio.Future[Any], float]] = {}
+        self._deadlines = Deadlines(self._expire)
+        self._ids = itertools.count()
+        self._connection: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to connect; call it inside a running event loop."""
+        self._connection = asyncio.create_task(self._stay_connected(), name="engine connection")
+
+    async def close(self) -> None:
+        """Leaves the engine."""
+        assert self._connection is not None
+        self._connection.cancel()
+        await asyncio.wait([self._connection])
+        self._deadlines.close()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it is connected, and has said what it serves."""
+        return self._frames is not None and bool(self._catalog)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of this process that it has not answered."""
+        return len(self._calls)
+
+    def catalog(self) -> dict[str, ModelInfo]:
+        if not self._catalog:
+            raise UnavailableError("the models are still loading", retry_after_s=1)
+        return self._catalog
+
+    async def answer(self, request: Request[T]) -> Answered[T]:
+        answered: Answered[T] = await self._call(request, request.deadline + GRACE_S)
+        return answered
+
+    async def curve(self, model: str) -> Curve:
+        measured: Measured = await self._call(GetCurve(model))
+        return measured.curve
+
+    async def configuration(self) -> Configuration:
+        deployed: Deployed = await self._call(GetConfiguration())
+        return deployed.configuration
+
+    async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        deployed: Deployed = await self._call(Configure(changes, expected_version))
+        return deployed.configuration
+
+    async def check(self) -> None:
+        try:
+            await self._call(Probe())
+        except DeadlineError as error:
+            raise UnavailableError(error.message, retry_after_s=1) from None
+
+    async def _call(self, ask: Any, deadline: float | None = None) -> Any:
+        if self._frames is None:
+            raise UnavailableError("the engine is not running", retry_after_s=1)
+        call_id, frames = next(self._ids), self._frames
+        deadline = time.monotonic() + CALL_TIMEOUT_S if deadline is None else deadline
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future, deadline
+        self._deadlines.watch(deadline)
+        try:
+            frames.send(Call(call_id, ask))
+            return await future
+        except asyncio.CancelledError:
+            frames.send(Call(call_id, Withdraw()))
+            raise
+        finally:
+            del self._calls[call_id]
+
+    def _expire(self, now: float) -> float:
+        """Gives up the calls that the engine should have answered; gives the next deadline."""
+        nearest = math.inf
+        for future, deadline in self._calls.values():
+            if deadline > now:
+                nearest = min(nearest, deadline)
+            elif not future.done():
+                future.set_exception(DeadlineError("the engine did not answer within the deadline"))
+        return nearest
+
+    async def _stay_connected(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            is_lost = asyncio.Event()
+            try:
+                _, self._frames = await loop.create_unix_connection(
+                    lambda is_lost=is_lost: Frames(reply_of, self._receive, is_lost.set),  # type: ignore[misc]
+                    self._path,
+                )
+            except OSError:
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            try:
+                await is_lost.wait()
+                logger.warning("the connection to the engine broke; %d calls fail", len(self._calls))
+            finally:
+                self._up.set(0)
+                frames, self._frames = self._frames, None
+                frames.close()
+                for future, _ in self._calls.values():
+                    if not future.done():
+                        future.set_exception(LostEngineError("the engine went down", retry_after_s=1))
+            await asyncio.sleep(RECONNECT_S)
+
+    def _receive(self, reply: Reply) -> None:
+        answer = reply.answer
+        if isinstance(answer, Catalog):
+            self._catalog = {info.name: info for info in answer.models}
+            self._up.set(1)
+            return
+        future, _ = self._calls.get(reply.id, (None, None))
+        if future is None or future.done():
+            return  # its caller gave up
+        if isinstance(answer, Failure):
+            future.set_exception(answer.error())
+        else:
+            future.set_result(answer)

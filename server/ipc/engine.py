@@ -1,0 +1,48 @@
+"""The engine as the HTTP side sees it: in this process, or behind a local socket."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping
+from typing import Protocol, TypeVar
+
+from server.curve import Curve
+from server.dial import RSetting
+from server.ipc.messages import Answered, Request
+from server.types import Configuration, ModelInfo
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """What answers requests, and keeps the deployment's `r`."""
+
+    def catalog(self) -> dict[str, ModelInfo]:
+        """The loaded models by name, the default first; raises UnavailableError before they are known."""
+        ...
+
+    def answer(self, request: Request[T]) -> Awaitable[Answered[T]]:
+        """Answers every image of a request, or raises a ServerError; cancelling the call withdraws the request."""
+        ...
+
+    async def curve(self, model: str) -> Curve:
+        """What was measured of the model, at the speeds of this moment; raises NotFoundError where nothing was."""
+        ...
+
+    async def configuration(self) -> Configuration:
+        """The deployment `r` of every model at this moment."""
+        ...
+
+    async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
+        """Changes the deployment `r` of some models, all or none, from the next request on.
+
+        Raises:
+            NotFoundError: There is no such model.
+            InvalidError: A model cannot merge like that.
+            ConflictError: The version is no longer the expected one.
+            UnavailableError: The configuration is shared, and whoever keeps it does not answer.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Returns once the batch loop and the device have answered; raises UnavailableError when they do not."""
+        ...

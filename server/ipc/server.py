@@ -1,0 +1,141 @@
+"""An engine on a Unix socket, for any number of HTTP processes."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from typing import Any
+
+from server.errors import EngineError, ServerError
+from server.ipc.engine import Engine
+from server.ipc.frames import Frames
+from server.ipc.messages import (
+    Alive,
+    Call,
+    Catalog,
+    Configure,
+    Deployed,
+    Failure,
+    GetConfiguration,
+    GetCurve,
+    Measured,
+    Probe,
+    Reply,
+    Request,
+    Withdraw,
+    call_of,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class EngineServer:
+    """Answers calls, in whatever order they are done. What a process has asked is withdrawn when it is gone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._server: asyncio.Server | None = None
+        self._connections: set[_Connection] = set()
+        self._is_alone = asyncio.Event()
+        self._is_alone.set()
+
+    async def start(self, path: str) -> None:
+        """Begins to listen."""
+
+        def connect() -> Frames[Call]:
+            connection = _Connection(self._engine, self._forget)
+            self._connections.add(connection)
+            self._is_alone.clear()
+            return connection.frames
+
+        self._server = await asyncio.get_running_loop().create_unix_server(connect, path)
+
+    def close(self) -> None:
+        """Takes no new connection."""
+        assert self._server is not None
+        self._server.close()
+
+    async def left(self, within_s: float) -> None:
+        """Returns when every HTTP process has left, or when the time is over."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._is_alone.wait()
+        except TimeoutError:
+            logger.warning("%d HTTP processes have not left within %g s", len(self._connections), within_s)
+
+    def _forget(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._is_alone.set()
+
+
+async def serve_engine(engine: Engine, path: str) -> EngineServer:
+    """Offers an engine on a Unix socket."""
+    server = EngineServer(engine)
+    await server.start(path)
+    return server
+
+
+class _Connection:
+    """The engine's end of the connection of one HTTP process, and its calls in flight."""
+
+    def __init__(self, engine: Engine, lost: Any) -> None:
+        self._engine, self._lost = engine, lost
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        catalog = Reply(0, Catalog(list(engine.catalog().values())))
+        self.frames = Frames(call_of, self._receive, self._withdraw_all, greeting=catalog)
+
+    def _receive(self, call: Call) -> None:
+        if isinstance(call.ask, Withdraw):
+            if call.id in self._calls:
+                self._calls[call.id].cancel()
+            return
+        try:
+            answering = asyncio.ensure_future(self._answer(call.ask))
+        except Exception as error:  # the engine refuses it at once, or breaks
+            self._fail(call.id, error)
+            return
+        self._calls[call.id] = answering
+        answering.add_done_callback(functools.partial(self._reply, call.id))
+
+    def _answer(self, ask: Any) -> Any:
+        """What will be the answer: for a request the engine's own future, so that it takes no task."""
+        if isinstance(ask, Request):
+            return self._engine.answer(ask)
+        return self._tell(ask)
+
+    async def _tell(self, ask: Probe | GetCurve | GetConfiguration | Configure) -> Alive | Measured | Deployed:
+        engine = self._engine
+        match ask:
+            case Probe():
+                await engine.check()
+                return Alive()
+            case GetCurve():
+                return Measured(await engine.curve(ask.model))
+            case GetConfiguration():
+                return Deployed(await engine.configuration())
+            case Configure():
+                return Deployed(await engine.configure(ask.changes, ask.expected_version))
+
+    def _reply(self, call_id: int, answering: asyncio.Future[Any]) -> None:
+        del self._calls[call_id]
+        if answering.cancelled():
+            return
+        error = answering.exception()
+        if error is None:
+            self.frames.send(Reply(call_id, answering.result()))
+        else:
+            self._fail(call_id, error)
+
+    def _fail(self, call_id: int, error: BaseException) -> None:
+        if not isinstance(error, ServerError):  # the caller must get an answer whatever broke
+            logger.error("call %d failed", call_id, exc_info=error)
+            error = EngineError(f"the engine failed: {error!r}")
+        self.frames.send(Reply(call_id, Failure.of(error)))
+
+    def _withdraw_all(self) -> None:
+        logger.info("an HTTP process left; %d of its calls are withdrawn", len(self._calls))
+        for answering in list(self._calls.values()):
+            answering.cancel()
+        self._lost(self)
