@@ -12,7 +12,7 @@ from server.api.body import Upload
 from server.api.patience import unless_client_leaves
 from server.api.reading import name_file, read_images
 from server.api.routes import ASKED, classes
-from server.api.schemas import BlockGroups, Merging, Seen
+from server.api.schemas import BlockGroups, Class, Merging, Seen, TimingsMs
 from server.api.terms import Terms, read_terms, timings_of
 from server.dial import r_of
 from server.errors import ServerError
@@ -36,7 +36,7 @@ async def explain(request: Request, service: ForUsers) -> Merging:
         r_source=terms.r_source,
         config_version=answered.config_version,
         filename=uploads[0].filename,
-        top_k=classes(info, merges.top_k),
+        top_k=[Class(**each) for each in classes(info, merges.top_k)],
         seen=Seen(input_size=seen.input_size, resize_size=seen.resize_size, crop_mode=seen.crop_mode),
         grid=merges.grid,
         patch=merges.patch,
@@ -46,7 +46,7 @@ async def explain(request: Request, service: ForUsers) -> Merging:
             BlockGroups(block=block, tokens=tokens, groups=groups)
             for block, (tokens, groups) in enumerate(zip(counts[1:], merges.groups, strict=True), 1)
         ],
-        timings_ms=timings_of(answered, decode_s, start),
+        timings_ms=TimingsMs(**timings_of(answered, decode_s, start)),
     )
 
 

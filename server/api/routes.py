@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server import metrics
 from server.api.access import ERRORS, ForUsers, Service
 from server.api.body import Upload
+from server.api.direct import DirectRoute
 from server.api.patience import unless_client_leaves
 from server.api.reading import name_file, read_images
-from server.api.schemas import AutoChoice, Class, Classification, ImageResult, JsonBody, Parameters, TimingsMs
+from server.api.schemas import Classification, JsonBody, Parameters
 from server.api.terms import Terms, read_terms, timings_of
-from server.dial import Schedule, label_of, r_of, text_of
+from server.dial import label_of, r_of, text_of
 from server.errors import ServerError
 from server.ipc.messages import Answered, Classify, TopK
 from server.types import ModelInfo
 
-router = APIRouter(responses=ERRORS)
+router = APIRouter(responses=ERRORS, route_class=DirectRoute)
 
 BODY = {
     "required": True,
@@ -54,21 +58,21 @@ async def classify(request: Request, service: ForUsers) -> Response:
         with service.admission.permit(len(uploads), terms.left_s):
             decode_s, answered = await unless_client_leaves(request, _classify(uploads, terms, service))
     except Exception as error:
-        _count(model, schedule, error.status if isinstance(error, ServerError) else 500)
+        r = "unknown" if schedule is None else label_of(schedule)  # refused before the deployment's was asked for
+        metrics.REQUESTS.labels(model, r, str(error.status if isinstance(error, ServerError) else 500)).inc()
         raise
     timings = timings_of(answered, decode_s, start)
-    answer = shape(terms, uploads, answered, timings)
-    _count(model, answered.schedule, 200)
-    labels = (model, label_of(answered.schedule))
-    metrics.IMAGES.labels(*labels).inc(len(uploads))
-    metrics.REQUEST_S.labels(*labels).observe(timings.total / 1e3)
+    requests, images, seconds = _counters(model, label_of(answered.schedule))
+    requests.inc()
+    images.inc(len(uploads))
+    seconds.observe(timings["total"] / 1e3)
     headers = {
-        "x-r": text_of(answer.r),
-        "x-batch-size": str(answer.batch_size),
-        "x-config-version": str(answer.config_version),
-        "server-timing": ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings),
+        "x-r": text_of(r_of(answered.schedule)),
+        "x-batch-size": str(answered.batch_size),
+        "x-config-version": str(answered.config_version),
+        "server-timing": ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings.items()),
     }
-    return Response(answer.model_dump_json(), headers=headers, media_type="application/json")
+    return Response(_encode(shape(terms, uploads, answered, timings)), headers=headers, media_type="application/json")
 
 
 async def _classify(uploads: Sequence[Upload], terms: Terms, service: Service) -> tuple[float, Answered[TopK]]:
@@ -85,31 +89,39 @@ async def _classify(uploads: Sequence[Upload], terms: Terms, service: Service) -
         raise
 
 
-def shape(terms: Terms, uploads: Sequence[Upload], answered: Answered[TopK], timings: TimingsMs) -> Classification:
-    """The engine's answer as the client sees it."""
+def shape(
+    terms: Terms, uploads: Sequence[Upload], answered: Answered[TopK], timings: dict[str, float]
+) -> dict[str, Any]:
+    """The engine's answer as the client sees it: a `Classification`, in a quarter of the time that its classes take."""
     auto = answered.auto
-    results = zip(uploads, answered.results, strict=True)
-    return Classification(
-        model=terms.info.name,
-        r=r_of(answered.schedule),
-        r_source=terms.r_source,
-        auto=AutoChoice(reason=auto.reason, expected_agreement=auto.expected_agreement) if auto else None,
-        tokens=terms.info.token_counts(answered.schedule)[-1],
-        batch_size=answered.batch_size,
-        config_version=answered.config_version,
-        results=[ImageResult(filename=upload.filename, top_k=classes(terms.info, top_k)) for upload, top_k in results],
-        timings_ms=timings,
-    )
+    return {
+        "model": terms.info.name,
+        "r": r_of(answered.schedule),
+        "r_source": terms.r_source,
+        "auto": auto and {"reason": auto.reason, "expected_agreement": auto.expected_agreement},
+        "tokens": terms.info.token_counts(answered.schedule)[-1],
+        "batch_size": answered.batch_size,
+        "config_version": answered.config_version,
+        "results": [
+            {"filename": upload.filename, "top_k": classes(terms.info, top_k)}
+            for upload, top_k in zip(uploads, answered.results, strict=True)
+        ],
+        "timings_ms": timings,
+    }
 
 
-def classes(info: ModelInfo, top_k: TopK) -> list[Class]:
-    """The likeliest classes by name."""
+def classes(info: ModelInfo, top_k: TopK) -> list[dict[str, Any]]:
+    """The likeliest classes by name: each a `Class`."""
     return [
-        Class(label=info.labels[index], index=index, score=score)
+        {"label": info.labels[index], "index": index, "score": score}
         for index, score in zip(top_k.indices, top_k.scores, strict=True)
     ]
 
 
-def _count(model: str, schedule: Schedule | None, status: int) -> None:
-    r = "unknown" if schedule is None else label_of(schedule)  # refused before the deployment's was asked for
-    metrics.REQUESTS.labels(model, r, str(status)).inc()
+@functools.lru_cache(1024)
+def _counters(model: str, r: str) -> tuple[Any, Any, Any]:
+    """What counts the answers of a model at one `r`: to look a label up takes as long as to count."""
+    return metrics.REQUESTS.labels(model, r, "200"), metrics.IMAGES.labels(model, r), metrics.REQUEST_S.labels(model, r)
+
+
+_encode = msgspec.json.Encoder().encode

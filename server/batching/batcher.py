@@ -144,7 +144,7 @@ class Batcher(Generic[K, P, A]):
         asked: Asked[Any, Any] = Asked(
             future, finish, Batched(results, None if open_ else key), len(payloads), deadline, []
         )
-        asked.jobs = [Job(asked, index, each, open_, now) for index, each in enumerate(payloads)]
+        asked.jobs = [Job(asked, index, each, open_, now, deadline) for index, each in enumerate(payloads)]
         self._queues.add(asked, key)
         future.add_done_callback(lambda _: self._queues.leave(asked))
         self._deadlines.watch(deadline)

@@ -1,4 +1,7 @@
-"""What waits: requests, and the jobs that they consist of, one a payload. Every request gets exactly one answer."""
+"""What waits: requests, and the jobs that they consist of, one a payload. Every request gets exactly one answer.
+
+They are structs of msgspec: those are made in a quarter of the time of a dataclass, thousands of times a second.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from msgspec import Struct
 
 from server.batching.policy import Load
 from server.errors import EngineError, ServerError
@@ -35,8 +40,7 @@ class Open(Generic[K]):
     note: Callable[[K], Any]
 
 
-@dataclass(slots=True)
-class Batched(Generic[K, A]):
+class Batched(Struct, Generic[K, A]):
     """The results of one request, and the batches that they were computed in.
 
     Attributes:
@@ -56,8 +60,7 @@ class Batched(Generic[K, A]):
     note: Any = None
 
 
-@dataclass(slots=True, eq=False)
-class Asked(Generic[K, A]):
+class Asked(Struct, Generic[K, A], eq=False):
     """A request on its way.
 
     Attributes:
@@ -82,8 +85,7 @@ class Asked(Generic[K, A]):
             self.future.set_exception(error)
 
 
-@dataclass(slots=True, eq=False)
-class Job(Generic[K, P, A]):
+class Job(Struct, Generic[K, P, A], eq=False):
     """One payload of a request.
 
     Attributes:
@@ -92,6 +94,7 @@ class Job(Generic[K, P, A]):
         payload: What is computed.
         open: Which keys would do, where it has none.
         enqueued_at: When it came.
+        deadline: The request's.
         is_queued: It waits for its batch.
     """
 
@@ -100,11 +103,8 @@ class Job(Generic[K, P, A]):
     payload: P
     open: Open[K] | None
     enqueued_at: float
+    deadline: float
     is_queued: bool = True
-
-    @property
-    def deadline(self) -> float:
-        return self.asked.deadline
 
     def got(self, key: K) -> None:
         """Leaves the queue for a batch of a key."""
@@ -116,8 +116,12 @@ class Job(Generic[K, P, A]):
         """Adds its result to the request's, and answers that when it was the last."""
         asked, batched = self.asked, self.asked.batched
         batched.results[self.index] = result
-        batched.batch_size = max(batched.batch_size, batch_size)
-        batched.wait_s, batched.run_s = max(batched.wait_s, wait_s), max(batched.run_s, run_s)
+        if batch_size > batched.batch_size:
+            batched.batch_size = batch_size
+        if wait_s > batched.wait_s:
+            batched.wait_s = wait_s
+        if run_s > batched.run_s:
+            batched.run_s = run_s
         asked.num_left -= 1
         if asked.num_left == 0 and not asked.future.done():
             try:

@@ -29,7 +29,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.images.image import Pixels
-from server.ipc.messages import Answered, Choice, Classify, Explain, Item, Request, TopK
+from server.ipc.messages import Answered, Choice, Classify, Explain, Item, Merges, Request, TopK
 from server.types import BatchKey, Configuration
 from tests.server.conftest import (
     FakeDevice,
@@ -395,6 +395,25 @@ async def test_what_fills_up_a_batch_of_another_r_says_shared() -> None:
         await asyncio.gather(busy, *fixed)
         assert (await shares).auto == Choice((4, 4, 4), "shared", 0.96)
         assert (await may_not).auto == Choice((0, 0, 0), "bounds", 1.0)
+
+
+@pytest.mark.parametrize(
+    "other", [explain(r=(4, 4, 4)), classify(r=(4, 4, 4), model="other"), explain(r=(4, 4, 4), model="other")]
+)
+async def test_auto_fills_up_no_batch_of_another_operation_or_model(other: Classify | Explain) -> None:
+    device = FakeDevice()
+    models = [model_info(), model_info("other")]
+    async with started(device, models=models, steps={"tiny": STEPS, "other": STEPS}) as engine:
+        device.gate.clear()
+        requests: list[Any] = [engine.answer(classify())]
+        await until(lambda: len(device.batches) == 1)
+        requests += [engine.answer(other) for _ in range(3)]
+        requests += [engine.answer(classify(r=AutoR())), engine.answer(explain(r=AutoR()))]
+        device.gate.set()
+        answers = await asyncio.gather(*requests)
+        for key, items in device.batches:
+            assert {(each.request.model, each.request.operation) for each in items} == {(key.model, key.operation)}
+        assert answers[-2].batch_size == 1 and isinstance(answers[-1].results[0], Merges)
 
 
 SPOILED = b"spoiled"
