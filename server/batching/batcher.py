@@ -14,10 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from server.batching.jobs import A, Asked, Batched, Job, K, Open, P
+from server.batching.pipeline import Pipeline, Stage
 from server.batching.policy import Load
 from server.batching.queues import Queues
 from server.batching.speed import Speed
-from server.batching.splitting import run_split
 from server.deadlines import Deadlines
 from server.errors import QueueFullError, ServerError, UnavailableError
 
@@ -45,12 +45,12 @@ class Batcher(Generic[K, P, A]):
     Every accepted request gets exactly one answer: its results or a ServerError. `Queues` says which jobs go next.
 
     Args:
-        run_batch: Computes one batch; must give one result for each payload, in order, or the ServerError of that one.
+        run_batch: Computes a batch: a `Stage` that gives the results.
         max_batch_size: Most jobs in a batch.
         max_queue_size: Most jobs waiting; more are refused.
         batch_timeout_s: Age at which a job goes before fuller batches.
-        prepare: Makes of each payload, or one batch of them, what `run_batch` gets instead, while that computes the
-            batch before. No batch is taken from the queue before the last one has left this stage.
+        prepare: A `Stage` before that, which makes of each payload what `run_batch` gets instead. Batches may grow
+            until it is free for them.
         observer: Is told of batches and drops.
         idle: Spends the time while nothing waits, until its event is set; what it does then delays the next batch.
         clock: Monotonic seconds.
@@ -61,17 +61,16 @@ class Batcher(Generic[K, P, A]):
 
     def __init__(
         self,
-        run_batch: Callable[[K, Sequence[Any]], Awaitable[Sequence[A | ServerError]]],
+        run_batch: Stage[K],
         *,
         max_batch_size: int,
         max_queue_size: int,
         batch_timeout_s: float,
-        prepare: Callable[[K, Sequence[P]], Awaitable[Sequence[Any]]] | None = None,
+        prepare: Stage[K] | None = None,
         observer: Observer[K] | None = None,
         idle: Callable[[asyncio.Event], Awaitable[object]] = asyncio.Event.wait,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run_batch, self._prepare = run_batch, prepare
         self._max_queue_size = max_queue_size
         self._observer, self._idle, self._clock = observer, idle, clock
         self.speed = Speed[K]()
@@ -85,10 +84,10 @@ class Batcher(Generic[K, P, A]):
         self._deadlines = Deadlines(self._queues.expire, clock)
         self._per_job_s = 0.0
         self._between: list[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = []
-        self._arrived = asyncio.Event()
+        self._stirred = asyncio.Event()
+        self._pipeline = Pipeline[K, P, A](prepare, run_batch, self._ran, self._stirred, clock)
         self._closed = False
         self._loop: asyncio.Task[None] | None = None
-        self._computing: asyncio.Task[None] | None = None  # a batch that has left its preparation
 
     @property
     def num_waiting(self) -> int:
@@ -148,7 +147,7 @@ class Batcher(Generic[K, P, A]):
         self._queues.add(asked, key)
         future.add_done_callback(lambda _: self._queues.leave(asked))
         self._deadlines.watch(deadline)
-        self._arrived.set()
+        self._stirred.set()
         return future
 
     async def between_batches(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -156,13 +155,13 @@ class Batcher(Generic[K, P, A]):
         self._check_open()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._between.append((work, done))
-        self._arrived.set()
+        self._stirred.set()
         await done
 
     async def close(self) -> None:
         """Takes no more jobs, answers all that wait, and returns when the device is idle."""
         self._closed = True
-        self._arrived.set()
+        self._stirred.set()
         if self._loop is not None:
             await self._loop
         self._deadlines.close()
@@ -176,24 +175,31 @@ class Batcher(Generic[K, P, A]):
             while True:
                 # Lets callers that are ready in this turn of the loop join the batch; costs no waiting.
                 await asyncio.sleep(0)
-                self._arrived.clear()  # before all that it says is looked at: what comes meanwhile sets it again
+                self._stirred.clear()  # before all that it says is looked at: what comes meanwhile sets it again
                 await self._do_between()
-                is_busy = self._computing is not None and not self._computing.done()
-                taken = self._queues.take(self._clock(), is_busy)
-                if taken is not None:
-                    await self._run(*taken)
-                elif self._computing is not None:
-                    await self._computed_or_arrived(self._computing)
+                if self._begin_next():
+                    continue
+                if self._pipeline.num_under_way:
+                    await self._stirred.wait()
                 elif self._closed:
                     return
                 else:
-                    await self._idle(self._arrived)
+                    await self._idle(self._stirred)
         finally:
-            if self._computing is not None:
-                self._computing.cancel()
+            self._pipeline.stop()
             for _, done in self._between:
                 if not done.done():
                     done.set_exception(UnavailableError("the engine was stopped", retry_after_s=1))
+
+    def _begin_next(self) -> bool:
+        """Has the next batch on its way, where one is to be taken; says whether it was."""
+        if not self._pipeline.has_room(self._queues.has_full_batch):
+            return False
+        taken = self._queues.take(self._clock(), self._pipeline.num_under_way)
+        if taken is None:
+            return False
+        self._pipeline.begin(*taken)
+        return True
 
     async def _do_between(self) -> None:
         """Does what is to be done between batches, once each; not what comes meanwhile, or batches might starve."""
@@ -210,78 +216,16 @@ class Batcher(Generic[K, P, A]):
                         done.set_result(None)
             del self._between[0]
 
-    async def _computed_or_arrived(self, computing: asyncio.Task[None]) -> None:
-        """Waits while a batch computes and nothing else is there to be prepared."""
-        arrived = asyncio.ensure_future(self._arrived.wait())
-        try:
-            await asyncio.wait([computing, arrived], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            arrived.cancel()
-        if computing.done():
-            await self._computed()
-
-    async def _computed(self) -> None:
-        """Waits until no batch computes."""
-        if self._computing is not None:
-            await self._computing
-            self._computing = None
-
-    async def _run(self, key: K, jobs: list[Job[K, P, A]]) -> None:
-        """Takes a batch through both stages; returns when the first is free again."""
-        started = self._clock()
-        payloads: list[Any] = [job.payload for job in jobs]
-        if self._prepare is None:
-            await self._compute(key, jobs, payloads, started)
-            return
-        payloads = await self._stage(self._prepare, key, jobs, payloads)
-        prepare_s = self._clock() - started
-        try:
-            await self._computed()
-        except asyncio.CancelledError:
-            _stop(jobs)
-            raise
-        self._computing = asyncio.create_task(self._compute(key, jobs, payloads, started, prepare_s), name="batch")
-
-    async def _stage(
-        self,
-        work: Callable[[K, Sequence[Any]], Awaitable[Sequence[Any]]],
-        key: K,
-        jobs: list[Job[K, P, A]],
-        payloads: Sequence[Any],
-    ) -> list[Any]:
-        """What a stage makes of each payload, or its error; those that have one already are left out."""
-        outcomes = dict(enumerate(payloads))
-        good = {index: each for index, each in outcomes.items() if not isinstance(each, ServerError)}
-        if good:
-            try:
-                made = await run_split(lambda part: work(key, part), list(good.values()))
-            except asyncio.CancelledError:
-                _stop(jobs)
-                raise
-            outcomes |= zip(good, made, strict=True)
-        return list(outcomes.values())
-
-    async def _compute(
-        self,
-        key: K,
-        jobs: list[Job[K, P, A]],
-        payloads: Sequence[Any],
-        started: float,
-        prepare_s: float = 0.0,
-    ) -> None:
-        """Computes a batch and answers its jobs."""
-        began = self._clock()
-        outcomes = await self._stage(self._run_batch, key, jobs, payloads)
-        ended = self._clock()
-        # The pace of such batches: the slower stage alone counts, for the other works on their neighbours meanwhile.
-        pace_s = max(prepare_s, ended - began)
+    def _ran(self, key: K, jobs: list[Job[K, P, A]], outcomes: list[Any], started: float, pace_s: float) -> None:
+        """Answers the jobs of a batch, and learns of its time."""
+        run_s = self._clock() - started
         waits_s = []
         for job, outcome in zip(jobs, outcomes, strict=True):
             if isinstance(outcome, ServerError):
                 job.asked.fail(outcome)
             else:
                 waits_s.append(started - job.enqueued_at)
-                job.answer(outcome, len(jobs), waits_s[-1], ended - started)
+                job.answer(outcome, len(jobs), waits_s[-1], run_s)
         if len(waits_s) == len(jobs):  # else it was split, and its time says nothing of a batch
             self.speed.observe(key, len(jobs), pace_s)
             self._queues.stage_s = _moved(self._queues.stage_s, pace_s)
@@ -305,8 +249,3 @@ class Batcher(Generic[K, P, A]):
 def _moved(mean: float, value: float) -> float:
     """A moving mean that starts at its first value."""
     return 0.8 * mean + 0.2 * value if mean else value
-
-
-def _stop(jobs: Sequence[Job[Any, Any, Any]]) -> None:
-    for job in jobs:
-        job.asked.fail(UnavailableError("the engine was stopped", retry_after_s=1))

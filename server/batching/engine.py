@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 from server.batching.auto import AutoDial
 from server.batching.batcher import Batcher
@@ -164,7 +164,8 @@ class LocalEngine:
                 auto=auto or batched.note,
             )
 
-        items = [Item(cast(Any, request), index) for index in range(len(request.images))]
+        asked: Any = request
+        items = [Item(asked, index) for index in range(len(request.images))]
         return self._batcher.submit(key, items, request.deadline, finish)
 
     def _configuration_now(self) -> Configuration:

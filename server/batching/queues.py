@@ -70,12 +70,17 @@ class Queues(Generic[K, P, A]):
         self._unanswered.add(asked)
         self.num_waiting += len(asked.jobs)
 
-    def take(self, now: float, is_busy: bool) -> tuple[K, list[Job[K, P, A]]] | None:
+    @property
+    def has_full_batch(self) -> bool:
+        """Whether a batch of some key could not grow."""
+        return any(len(queue) >= self._max_batch_size for queue in self._queues.values())
+
+    def take(self, now: float, ahead: int) -> tuple[K, list[Job[K, P, A]]] | None:
         """Removes the next batch, and the jobs that cannot be answered in time.
 
         Args:
             now: Seconds of the clock.
-            is_busy: Another batch is still computed before this one.
+            ahead: Batches that are computed before this one.
         """
         while self._prune(now):
             dues = {key: self._dues(queue) for key, queue in self._queues.items()}
@@ -85,7 +90,7 @@ class Queues(Generic[K, P, A]):
             assert not isinstance(key, _Group)
             most = self._most(key, BATCH_SHARE * (leader.deadline - leader.enqueued_at))
             batch = self._batch(first, key, most, dues)
-            done_at = now + (1 + is_busy) * self._speed(key, len(batch))
+            done_at = now + (1 + ahead) * self._speed(key, len(batch))
             late = [job for job in batch if job.deadline < done_at]
             for job in late:  # they would only keep the others waiting
                 self._give_up(job.asked)
@@ -93,6 +98,7 @@ class Queues(Generic[K, P, A]):
                 self.num_waiting -= len(batch)
                 for job in batch:
                     job.got(key)
+                self._clear()
                 return key, batch
         return None
 
@@ -133,11 +139,15 @@ class Queues(Generic[K, P, A]):
                     self.leave(job.asked)
                 elif job.deadline <= now:
                     self._give_up(job.asked)
-        for queue_key, queue in list(self._queues.items()):
+        self._clear()
+        return bool(self._queues)
+
+    def _clear(self) -> None:
+        """Drops from the queues what has left them."""
+        for key, queue in list(self._queues.items()):
             queue[:] = [job for job in queue if job.is_queued]
             if not queue:
-                del self._queues[queue_key]
-        return bool(self._queues)
+                del self._queues[key]
 
     def _next_queue(self, due: dict[K | _Group, float], now: float) -> K | _Group:
         """The one with the oldest job that is due, else the fullest.
@@ -157,9 +167,7 @@ class Queues(Generic[K, P, A]):
         fitting = (within_s - a) / b if b else self._max_batch_size
         return max(1, int(min(fitting, self._max_batch_size)))  # `fitting` may be infinite
 
-    def _batch(
-        self, first: K | _Group, key: K, most: int, dues: dict[K | _Group, list[float]]
-    ) -> list[Job[K, P, A]]:
+    def _batch(self, first: K | _Group, key: K, most: int, dues: dict[K | _Group, list[float]]) -> list[Job[K, P, A]]:
         """The jobs of a queue that go under a key, the most urgent first, and others that fill up their batch."""
         batch: list[Job[K, P, A]] = []
         others = [queue for queue in self._queues if queue != first and (queue == key or isinstance(queue, _Group))]

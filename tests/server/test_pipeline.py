@@ -116,6 +116,12 @@ async def bench(batch: int = 4) -> AsyncIterator[Bench]:
         await it.batcher.close()
 
 
+async def settled() -> None:
+    """Lets everything happen that is about to."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 async def test_a_batch_is_prepared_while_the_one_before_computes() -> None:
     async with bench() as it:
         it.device.compute_gate.clear()
@@ -123,9 +129,39 @@ async def test_a_batch_is_prepared_while_the_one_before_computes() -> None:
         await it.happened("compute", [1])
         second = it.send(2)
         await it.happened("prepared", [2])
-        assert ("computed", [1]) not in it.device.events and ("compute", [2]) not in it.device.events
+        assert ("computed", [1]) not in it.device.events
         it.device.compute_gate.set()
         assert [(await each).results for each in (first, second)] == [["a:1"], ["a:2"]]
+
+
+async def test_full_batches_are_handed_on_before_the_stage_is_free_and_no_more_than_four() -> None:
+    async with bench(batch=2) as it:
+        it.device.prepare_gate.clear()
+        it.device.compute_gate.clear()
+        tasks = [it.send(payload) for payload in range(13)]
+        await it.happened("prepare", [2, 3])  # it waits in the stage for the one before
+        await settled()
+        assert it.batcher.num_waiting == 9
+        it.device.prepare_gate.set()
+        await it.happened("prepare", [6, 7])
+        await settled()
+        assert it.batcher.num_waiting == 5  # one computes, the others stand behind it
+        it.device.compute_gate.set()
+        assert [(await each).results for each in tasks] == [[f"a:{payload}"] for payload in range(13)]
+
+
+async def test_a_batch_that_may_grow_waits_until_the_stage_is_free() -> None:
+    async with bench(batch=4) as it:
+        it.device.prepare_gate.clear()
+        tasks = [it.send(0)]
+        await it.happened("prepare", [0])
+        tasks += [it.send(1), it.send(2), it.send(3)]
+        await settled()
+        assert it.batcher.num_waiting == 3
+        tasks.append(it.send(4))
+        await it.happened("prepare", [1, 2, 3, 4])
+        it.device.prepare_gate.set()
+        assert [(await each).results for each in tasks] == [[f"a:{payload}"] for payload in range(5)]
 
 
 async def test_no_batch_leaves_the_queue_while_one_is_prepared_or_waits_for_the_device() -> None:
@@ -212,7 +248,8 @@ async def test_everybody_has_an_answer_or_an_error_of_their_own(
     requests: list[list[int]], bad: list[int], batch: int, num_probes: int, data: st.DataObject
 ) -> None:
     sent = data.draw(st.permutations(requests + [[each] for each in bad]))
-    mixed = [each + bad[:1] for each in requests[:1] if bad]  # of one of these all payloads but one are good
+    # One of these has a bad payload among good ones. With three bad ones a batch may be given up as hopeless.
+    mixed = [each + bad for each in requests[:1] if len(bad) == 1]
     async with bench(batch) as it:
         tasks = [it.send(*each) for each in sent + mixed]
         probes = [asyncio.create_task(it.probe()) for _ in range(num_probes)]
@@ -246,21 +283,21 @@ async def test_a_payload_that_cannot_be_decoded_fails_its_request_and_withdraws_
 
 
 async def test_a_probe_is_answered_while_a_batch_computes_and_before_the_next_is_prepared() -> None:
-    async with bench(batch=1) as it:
+    async with bench(batch=8) as it:
         it.device.compute_gate.clear()
         tasks = [it.send(1)]
         await it.happened("compute", [1])
         assert ("computed", [1]) not in it.device.events[: await it.probe()]
         it.device.prepare_gate.clear()
-        tasks += [it.send(2), it.send(3)]
+        tasks.append(it.send(2))
         await it.happened("prepare", [2])
+        tasks.append(it.send(3))
         probing = asyncio.create_task(it.probe())
         await asyncio.sleep(0)
         it.device.prepare_gate.set()
         it.device.compute_gate.set()
         num_events = await probing
         assert ("prepare", [3]) not in it.device.events[:num_events]
-        assert ("prepared", [2]) in it.device.events[:num_events]
         assert [(await each).results for each in tasks] == [["a:1"], ["a:2"], ["a:3"]]
 
 

@@ -42,7 +42,7 @@ class Bench:
         batched: Batched[str, str] = Batched([nothing] * count, nothing if isinstance(key, Open) else key)
         asked = Asked(self.loop.create_future(), lambda done: done, batched, count, self.now + in_s, [])
         open_ = key if isinstance(key, Open) else None
-        asked.jobs = [Job(asked, index, index, open_, self.now) for index in range(count)]
+        asked.jobs = [Job(asked, index, index, open_, self.now, asked.deadline) for index in range(count)]
         self.queues.add(asked, key)
         return asked
 

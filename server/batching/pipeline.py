@@ -1,0 +1,112 @@
+"""Batches under way: each goes through a stage that prepares and one that computes, or through the latter alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic
+
+from server.batching.jobs import A, Job, K, P
+from server.batching.splitting import run_split
+from server.errors import ServerError, UnavailableError
+
+Stage = Callable[[K, Sequence[Any]], Awaitable[Sequence[Any]]]
+"""What it makes of each payload of a batch, in order, or the ServerError of that one. It is called in the order of the
+batches, and may be called before it has returned: then it takes one after the other."""
+
+MOST_UNDER_WAY = 4
+"""Batches, where all that wait are full: one that computes, one launched behind it, and two in the stage that prepares,
+which so never waits for the event loop."""
+
+
+class Pipeline(Generic[K, P, A]):
+    """Takes batches through their stages.
+
+    Args:
+        prepare: Makes of each payload what `compute` gets instead; None where that takes payloads as they are.
+        compute: Gives the results.
+        ran: Is told of a batch that ran: its key and jobs, the outcome of each, seconds of the clock when it was taken,
+            and for how long it kept the slower stage, which is the pace of such batches.
+        stirred: Is set whenever a batch leaves a stage.
+        clock: Monotonic seconds.
+
+    Attributes:
+        num_under_way: Batches that have not left yet.
+    """
+
+    def __init__(
+        self,
+        prepare: Stage[K] | None,
+        compute: Stage[K],
+        ran: Callable[[K, list[Job[K, P, A]], list[Any], float, float], None],
+        stirred: asyncio.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._prepare, self._compute, self._ran, self._stirred, self._clock = prepare, compute, ran, stirred, clock
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_preparing = 0
+        self._left_preparing = self._left_computing = clock()
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._tasks)
+
+    def has_room(self, is_full: bool) -> bool:
+        """Whether the next batch is to be taken: one that may still grow only when the first stage is free.
+
+        Args:
+            is_full: The next batch has as many jobs as a batch may have.
+        """
+        if self._prepare is None:
+            return not self._tasks
+        is_free = self._num_preparing == 0 and len(self._tasks) < 2
+        return is_free or (is_full and self._num_preparing < 2 and len(self._tasks) < MOST_UNDER_WAY)
+
+    def begin(self, key: K, jobs: list[Job[K, P, A]]) -> None:
+        """Has a batch on its way."""
+        self._num_preparing += 1
+        task = asyncio.create_task(self._carry(key, jobs), name="batch")
+        self._tasks.add(task)
+        task.add_done_callback(self._left)
+
+    def stop(self) -> None:
+        """Ends all that is under way; the jobs are answered with an error."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._stirred.set()
+
+    async def _carry(self, key: K, jobs: list[Job[K, P, A]]) -> None:
+        started = self._clock()
+        payloads: list[Any] = [job.payload for job in jobs]
+        prepare_s = 0.0
+        try:
+            try:
+                if self._prepare is not None:
+                    payloads = await _made(self._prepare, key, payloads)
+                    left = self._clock()
+                    prepare_s, self._left_preparing = left - max(started, self._left_preparing), left
+            finally:
+                self._num_preparing -= 1
+                self._stirred.set()
+            began = self._clock()
+            outcomes = await _made(self._compute, key, payloads)
+            left = self._clock()
+            compute_s, self._left_computing = left - max(began, self._left_computing), left
+        except asyncio.CancelledError:
+            for job in jobs:
+                job.asked.fail(UnavailableError("the engine was stopped", retry_after_s=1))
+            raise
+        self._ran(key, jobs, outcomes, started, max(prepare_s, compute_s))
+
+
+async def _made(stage: Stage[K], key: K, payloads: Sequence[Any]) -> list[Any]:
+    """What a stage makes of each payload, or its error; those that have one already are left out."""
+    outcomes = dict(enumerate(payloads))
+    good = {index: each for index, each in outcomes.items() if not isinstance(each, ServerError)}
+    if good:
+        outcomes |= zip(good, await run_split(lambda part: stage(key, part), list(good.values())), strict=True)
+    return list(outcomes.values())
