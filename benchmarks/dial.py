@@ -33,7 +33,7 @@ from typing import Any
 from PIL import Image
 
 from server.batching.policy import Rung
-from server.bench.client import Answer, Client, Target
+from server.bench.client import Connections, HttpAnswer, Target
 from server.bench.load import Reply, Request, closed_loop, open_loop, poisson
 from server.bench.rows import is_good, percentile
 from server.calibration.simulator import simulate
@@ -109,7 +109,7 @@ def read_photos(folder: Path, limit: int | None) -> tuple[list[bytes], list[int]
 
 async def measure_capacity(address: tuple[str, int], path: str, photos: Sequence[bytes], seconds: float) -> float:
     """Images a second of clients that wait for their answers."""
-    async with Client(Target(*address)) as client:
+    async with Connections(Target(*address)) as client:
         run = await closed_loop(client, [Request(path, photo) for photo in photos], MOST_CLIENTS, seconds)
     return sum(reply.status == 200 for reply in run.replies) / run.seconds
 
@@ -117,10 +117,10 @@ async def measure_capacity(address: tuple[str, int], path: str, photos: Sequence
 async def send(address: tuple[str, int], path: str, photos: Sequence[bytes], due: Sequence[float]) -> list[Reply]:
     """The replies to requests that come when they are due, each with the JSON that it says."""
 
-    def read(answer: Answer) -> Any:
+    def read(answer: HttpAnswer) -> Any:
         return json.loads(answer.body)
 
-    async with Client(Target(*address)) as client:
+    async with Connections(Target(*address)) as client:
         return (await open_loop(client, [Request(path, photo) for photo in photos], due, read=read)).replies
 
 

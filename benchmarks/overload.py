@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.dial import MOST_CLIENTS, add_server, measure_capacity, patch, read_photos, serving
-from server.bench.client import Client, Target
+from server.bench.client import Connections, Target
 from server.bench.load import Reply, Request, open_loop, poisson
 from server.bench.rows import is_good
 
@@ -92,7 +92,7 @@ async def send(target: Target, path: str, photos: Sequence[bytes], due: Sequence
     def note(reply: Reply) -> None:
         replies.append((time.perf_counter() - start - reply.seconds, reply))
 
-    async with Client(target) as client:
+    async with Connections(target) as client:
         await open_loop(client, [Request(path, photo) for photo in photos], due, watch=note)
     return replies
 

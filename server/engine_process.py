@@ -29,6 +29,7 @@ from server.device.backend import BackendOptions
 from server.device.device import Device
 from server.device.explainer import Explainer
 from server.device.models import LoadedModel, load_model
+from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
 from server.dial import AutoR, RSetting, Schedule
@@ -98,8 +99,6 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
     )
     preparer = None
     if engine_decodes(settings.decode, runner.device):
-        from server.device.preparing import Preparer
-
         preparer = Preparer(runner.device, infos, settings.max_image_pixels)
     curves: dict[str, Curve] = {}
     steps: dict[str, list[Rung]] = {}

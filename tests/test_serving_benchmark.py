@@ -22,16 +22,16 @@ from benchmarks.serving_parts.peers import FASTAPI, FREE, IMAGE, PEERS
 from benchmarks.serving_parts.processes import TICKS_PER_S, connections, cpu_of_stat, cpu_s, established, named
 from benchmarks.serving_parts.servers import NotStartedError, running
 from server.bench.answer import read
-from server.bench.client import Answer, BrokenError, Client, Target
+from server.bench.client import BrokenError, Connections, HttpAnswer, Target
 from server.bench.load import Request
 from tests.server.conftest import grey_png
 
 TARGET = Target("127.0.0.1", 1)
 
 
-def ask(target: Target, request: Request) -> Answer:
-    async def send() -> Answer:
-        async with Client(target, headers=IMAGE) as client:
+def ask(target: Target, request: Request) -> HttpAnswer:
+    async def send() -> HttpAnswer:
+        async with Connections(target, headers=IMAGE) as client:
             return await client.post(request.path, request.body)
 
     return asyncio.run(send())

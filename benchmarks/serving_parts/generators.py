@@ -16,7 +16,7 @@ from typing import Self
 
 import uvloop
 
-from server.bench.client import Client, Target
+from server.bench.client import Connections, Target
 from server.bench.load import Reply, Request, closed_loop, open_loop, poisson
 from server.bench.rows import LAG_S, percentile
 
@@ -212,7 +212,7 @@ def _generate(pipe: Connection) -> None:
 async def _send(order: Order) -> Share:
     latencies, statuses, problems = array("d"), Counter[int](), dict[int, str]()
     is_open = not order.clients
-    async with Client(order.target, TIMEOUT_S, order.headers) as client:
+    async with Connections(order.target, TIMEOUT_S, order.headers) as client:
         await asyncio.sleep(order.starts_at - time.monotonic())
         start = time.perf_counter() + order.warmup_s
         end = start + order.seconds

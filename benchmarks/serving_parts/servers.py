@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.serving_parts.processes import named
-from server.bench.client import BrokenError, Client, Target
+from server.bench.client import BrokenError, Connections, Target
 from server.bench.load import Request
 
 START_S = 300.0
@@ -120,7 +120,7 @@ async def _wait_until_answered(
     process: subprocess.Popen[bytes], target: Target, first: Request, headers: Mapping[str, str], log: Path
 ) -> None:
     ends, said = time.monotonic() + START_S, "nothing"
-    async with Client(target, headers=headers) as client:
+    async with Connections(target, headers=headers) as client:
         while process.poll() is None and time.monotonic() < ends:
             try:
                 answer = await client.post(first.path, first.body)

@@ -8,7 +8,7 @@ import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.patience import Client, client_of
+from server.api.patience import Sender, client_of
 from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -74,7 +74,7 @@ class _Body:
 
     __slots__ = ("_began_at", "_client", "_is_complete", "_is_too_long", "_limits", "_receive", "received")
 
-    def __init__(self, receive: Receive, limits: Front, announced: bytes | None, client: Client | None) -> None:
+    def __init__(self, receive: Receive, limits: Front, announced: bytes | None, client: Sender | None) -> None:
         self._receive, self._limits, self._client = receive, limits, client
         self._began_at = asyncio.get_running_loop().time()
         self._is_too_long = announced is not None and announced.isdigit() and int(announced[:20]) > limits.max_bytes

@@ -16,8 +16,8 @@ from server.api.schemas import (
     AutoBounds,
     Backend,
     BatchSeconds,
-    CurveRow,
     ModelCurve,
+    ModelCurveRow,
     ModelDetail,
     ModelList,
     ModelSummary,
@@ -79,9 +79,9 @@ async def patch_model(
     return _detail(info, await engine.configure({name: r}, expected_version(if_match)), engine, response)
 
 
-def _curve_row(row: curves.CurveRow) -> CurveRow:
+def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
     assert row.line is not None and row.images_per_s is not None, "an engine knows its speeds"
-    return CurveRow(
+    return ModelCurveRow(
         r=r_of(row.r),
         schedule=list(row.r),
         batch_s=BatchSeconds(a=row.line[0], b=row.line[1]),

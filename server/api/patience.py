@@ -15,10 +15,10 @@ from server.errors import ClientGoneError, DeadlineError
 T = TypeVar("T")
 
 CLIENT = "tome.client"
-"""Among the `extensions` of a request's scope, where our own connections serve it: its `Client`."""
+"""Among the `extensions` of a request's scope, where our own connections serve it: its `Sender`."""
 
 
-class Client(Protocol):
+class Sender(Protocol):
     """Who sends a request, as their connection knows them."""
 
     @property
@@ -29,7 +29,7 @@ class Client(Protocol):
         """Calls a function when they have left, soon where they have already; or, with None, calls none any more."""
 
 
-def client_of(scope: Mapping[str, Any]) -> Client | None:
+def client_of(scope: Mapping[str, Any]) -> Sender | None:
     """Who sends a request; None where another server than ours serves it."""
     extensions = scope.get("extensions")
     return None if extensions is None else extensions.get(CLIENT)

@@ -19,7 +19,7 @@ from server.api.app import create_app
 from server.api.connection import Connection
 from server.ipc.client import RemoteEngine
 from server.ipc.devices import Devices
-from server.lifetime import Pulse, configure_logging, end_with_parent
+from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector
 from server.settings import Settings
 
 _DRAIN_S = 25
@@ -93,6 +93,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=[])  # none for uvicorn: it would take all that waits as soon as it wakes
         assert sockets is not None
         await _warm_up(self._app)
+        spare_the_collector()
         self._acceptor = Acceptor(sockets[0], self._places, self._index, self._connection)
         self._acceptor.open()
 

@@ -200,7 +200,7 @@ class BatchSeconds(BaseModel):
     b: float
 
 
-class CurveRow(BaseModel):
+class ModelCurveRow(BaseModel):
     """What one r costs, and what it keeps."""
 
     r: PlainR
@@ -223,7 +223,7 @@ class ModelCurve(BaseModel):
     backend: str
     measured: str = Field(description="The date of agreement and top-1.")
     photos: int = Field(description="How many they were measured on.")
-    rows: list[CurveRow]
+    rows: list[ModelCurveRow]
 
 
 class ModelList(BaseModel):

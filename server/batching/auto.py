@@ -46,7 +46,7 @@ class AutoDial:
         def fits(key: BatchKey) -> bool:
             if key.model != self._model or key.operation != self._operation:
                 return False
-            return allows(bounds, key.schedule, self._expected_agreement(key.schedule))
+            return allows(bounds, key.schedule, self.expected_agreement(key.schedule))
 
         return Open(
             self,
@@ -62,7 +62,7 @@ class AutoDial:
         return self._choice(self._ladder[min(self._stance.rung, highest(self._ladder, bounds))].schedule, bounds)
 
     def _choice(self, schedule: Schedule, bounds: AutoR) -> Choice:
-        return Choice(schedule, self._why(schedule, bounds), self._expected_agreement(schedule))
+        return Choice(schedule, self._why(schedule, bounds), self.expected_agreement(schedule))
 
     def _why(self, schedule: Schedule, bounds: AutoR) -> Reason:
         """Why a job of these bounds is computed so, by how the dial stands at this moment."""
@@ -73,10 +73,10 @@ class AutoDial:
             return "bounds"
         return "load" if self._stance.rung else "idle"
 
-    def _expected_agreement(self, schedule: Schedule) -> float | None:
+    def expected_agreement(self, schedule: Schedule) -> float | None:
         """The share of images that keep the answer of r=0 under a schedule; None where it is unknown."""
         return 1.0 if max(schedule) == 0 else self._agreements.get(schedule)
 
     def _measured_ladder(self) -> list[Rung]:
         lines = ((schedule, self._speed.line(key) or (0.0, 0.0)) for schedule, key in self._keys.items())
-        return [Rung(schedule, *line, self._expected_agreement(schedule)) for schedule, line in lines]
+        return [Rung(schedule, *line, self.expected_agreement(schedule)) for schedule, line in lines]

@@ -8,7 +8,7 @@ LONGEST_HEAD = 1 << 16
 _NEVER = 1 << 62
 
 
-class Answer:
+class HttpAnswer:
     """What a server said.
 
     Attributes:
@@ -33,7 +33,7 @@ class Answer:
         return _header(self.head, self.head.lower(), name) or ""
 
 
-def read(come: bytes, ended: bool = False) -> tuple[Answer, bool] | int:
+def read(come: bytes, ended: bool = False) -> tuple[HttpAnswer, bool] | int:
     """Reads an answer, if it is all there.
 
     Args:
@@ -61,15 +61,15 @@ def read(come: bytes, ended: bool = False) -> tuple[Answer, bool] | int:
     small = head.lower()
     keeps = small.startswith(b"http/1.1 ") and _header(head, small, b"connection") != "close"
     if status in (204, 304):
-        return Answer(status, head, b""), keeps and len(come) == end
+        return HttpAnswer(status, head, b""), keeps and len(come) == end
     if _header(head, small, b"transfer-encoding") == "chunked":
         body = _chunks(come, end)
-        return len(come) + 1 if body is None else (Answer(status, head, body), keeps)
+        return len(come) + 1 if body is None else (HttpAnswer(status, head, body), keeps)
     said = _header(head, small, b"content-length")
     if said is None:
-        return (Answer(status, head, come[end:]), False) if ended else _NEVER
+        return (HttpAnswer(status, head, come[end:]), False) if ended else _NEVER
     whole = end + int(said)
-    return whole if len(come) < whole else (Answer(status, head, come[end:whole]), keeps and len(come) == whole)
+    return whole if len(come) < whole else (HttpAnswer(status, head, come[end:whole]), keeps and len(come) == whole)
 
 
 def _header(head: bytes, small: bytes, name: bytes) -> str | None:

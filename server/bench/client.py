@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Self, cast
 from urllib.parse import urlsplit
 
-from server.bench.answer import Answer as Answer
+from server.bench.answer import HttpAnswer as HttpAnswer
 from server.bench.answer import read
 
 
@@ -55,7 +55,7 @@ class _SilentError(BrokenError):
     """The connection was closed before anything was said on it."""
 
 
-class Client:
+class Connections:
     """Connections to one server. As many are open as requests were in flight at once, and all are kept.
 
     Args:
@@ -72,7 +72,7 @@ class Client:
         self._heads: dict[str, bytes] = {}
         self._kept: list[_Connection] = []
 
-    async def post(self, path: str, body: bytes) -> Answer:
+    async def post(self, path: str, body: bytes) -> HttpAnswer:
         """Sends a body and reads the whole answer.
 
         Raises:
@@ -98,7 +98,7 @@ class Client:
         _, connection = await loop.create_connection(_Connection, self._target.host, self._target.port)
         return connection
 
-    async def _exchange(self, connection: _Connection, head: bytes, body: bytes) -> Answer:
+    async def _exchange(self, connection: _Connection, head: bytes, body: bytes) -> HttpAnswer:
         try:
             answer = await connection.ask(head, body, self._timeout_s)
         except BaseException:
@@ -141,18 +141,18 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
-        self._answer: asyncio.Future[Answer] | None = None
+        self._answer: asyncio.Future[HttpAnswer] | None = None
         self._come = b""
         self._needed = 0  # bytes, before it pays to look at them
         self.is_kept = False
         self.gone: asyncio.Future[None] = self._loop.create_future()
 
-    async def ask(self, head: bytes, body: bytes, within_s: float) -> Answer:
+    async def ask(self, head: bytes, body: bytes, within_s: float) -> HttpAnswer:
         """Sends a request and reads its answer; raises BrokenError where none comes."""
         if self._transport.is_closing():
             raise _SilentError("closed")
         self._come, self._needed, self.is_kept = b"", 0, False
-        answer: asyncio.Future[Answer] = self._loop.create_future()
+        answer: asyncio.Future[HttpAnswer] = self._loop.create_future()
         self._answer = answer
         timer = self._loop.call_later(within_s, self._fail, BrokenError(_silent_for(within_s)))
         try:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.bench.answer import Answer
-from server.bench.client import BrokenError, Client
+from server.bench.answer import HttpAnswer
+from server.bench.client import BrokenError, Connections
 
 PAUSE_S = 0.1  # a client that waits for answers would otherwise send as fast as it can where nobody answers
 TICK_S = 0.01
 
 Watch = Callable[["Reply"], None]
-Read = Callable[[Answer], Any]
+Read = Callable[[HttpAnswer], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def poisson(per_s: float, seconds: float, seed: int) -> Iterator[float]:
         yield now
 
 
-def mean_r(answer: Answer) -> float | None:
+def mean_r(answer: HttpAnswer) -> float | None:
     """The `r` that an answer was computed with, over its blocks; None where a server names none."""
     return _mean(answer.header(b"x-r"))
 
@@ -86,7 +86,7 @@ def ignore(reply: Reply) -> None:
 
 
 async def open_loop(
-    client: Client,
+    client: Connections,
     requests: Sequence[Request],
     due: Iterable[float],
     *,
@@ -120,7 +120,7 @@ async def open_loop(
 
 
 async def closed_loop(
-    client: Client,
+    client: Connections,
     requests: Sequence[Request],
     clients: int,
     seconds: float,
@@ -160,7 +160,7 @@ async def closed_loop(
     return Run(replies, time.perf_counter() - start, lateness)
 
 
-async def _ask(client: Client, request: Request, read: Read) -> tuple[int, Any]:
+async def _ask(client: Connections, request: Request, read: Read) -> tuple[int, Any]:
     try:
         answer = await client.post(request.path, request.body)
     except BrokenError as error:
@@ -168,7 +168,7 @@ async def _ask(client: Client, request: Request, read: Read) -> tuple[int, Any]:
     return answer.status, read(answer) if answer.status == 200 else message_of(answer)
 
 
-def message_of(answer: Answer) -> str:
+def message_of(answer: HttpAnswer) -> str:
     """What an answer that is an error says: the message of our one error shape, else the start of its body."""
     try:
         return str(json.loads(answer.body)["error"]["message"])

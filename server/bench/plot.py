@@ -10,14 +10,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from server.bench.rows import Row
+from server.bench.rows import LoadRow
 
 COLOURS = ("#0b6e99", "#d9730d", "#787774", "#6940a5", "#4d9e5f", "#ad1a72")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "tome"}
 
 
-def draw(rows: Sequence[Row], title: str, file: Path) -> None:
+def draw(rows: Sequence[LoadRow], title: str, file: Path) -> None:
     """Goodput, and the 99th percentile of latency, over the load; one line an `r`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
@@ -40,5 +40,5 @@ def draw(rows: Sequence[Row], title: str, file: Path) -> None:
         figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def _load(row: Row) -> float:
+def _load(row: LoadRow) -> float:
     return row.clients or 0 if row.per_s is None else row.per_s

@@ -18,7 +18,7 @@ HEAD = (
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LoadRow:
     """One `r` under one load.
 
     Attributes:
@@ -91,7 +91,7 @@ def row_of(
     per_s: float | None = None,
     clients: int | None = None,
     deadline_s: float | None = None,
-) -> Row:
+) -> LoadRow:
     """Counts and percentiles of a load of so many requests per second, or of so many clients."""
     answered = [reply for reply in run.replies if reply.status == 200]
     good = sum(is_good(reply, deadline_s) for reply in answered)
@@ -101,7 +101,7 @@ def row_of(
     ms = {share: None if (s := percentile(seconds, share)) is None else 1e3 * s for share in (0.5, 0.9, 0.99)}
     numbers = [reply.said for reply in answered if reply.said is not None]
     problems = {str(reply.status or "no answer"): reply.said for reply in run.replies if reply.status != 200}
-    return Row(
+    return LoadRow(
         r=r,
         load=f"{clients} clients" if per_s is None else f"{per_s:g}/s",
         per_s=per_s,

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 import uvloop
 
-from server.bench.client import BrokenError, Client, Target
+from server.bench.client import BrokenError, Connections, Target
 from server.bench.load import Request, Run, closed_loop, message_of, open_loop, poisson
 from server.bench.progress import Progress
 
@@ -85,8 +85,8 @@ class Session:
         finally:
             progress.end()
 
-    def _client(self) -> Client:
-        return Client(self._target, TIMEOUT_S, self._headers)
+    def _client(self) -> Connections:
+        return Connections(self._target, TIMEOUT_S, self._headers)
 
     def _requests(self, r: R) -> list[Request]:
         path = self._path(r)

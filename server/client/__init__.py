@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("server.client needs httpx: pip install 'tome-server[client]'", name="httpx") from None
 
-from server.client.answers import Answer, Class, Curve, CurveRow, Model, ModelSummary, TimingsMs
+from server.client.answers import Answer, Class, Model, ModelCurve, ModelCurveRow, ModelSummary, TimingsMs
 from server.client.calls import Asked
 from server.client.clients import AsyncClient, Client
 from server.client.errors import CutOffError, ForeignError, LateError, NoAnswerError, UnreachableError
@@ -32,8 +32,8 @@ __all__ = [
     "AsyncClient",
     "Class",
     "Client",
-    "Curve",
-    "CurveRow",
+    "ModelCurve",
+    "ModelCurveRow",
     "CutOffError",
     "ForeignError",
     "ImageLike",

@@ -140,7 +140,7 @@ class BatchSeconds:
 
 
 @dataclass(frozen=True, slots=True)
-class CurveRow:
+class ModelCurveRow:
     """What one r costs, and what it keeps: shares are 0 to 1, the interval is one of 95 %."""
 
     r: PlainR
@@ -155,7 +155,7 @@ class CurveRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class ModelCurve:
     """What each r of a model costs and keeps, r=0 first."""
 
     model: str
@@ -164,10 +164,10 @@ class Curve:
     backend: str
     measured: str
     photos: int
-    rows: tuple[CurveRow, ...]
+    rows: tuple[ModelCurveRow, ...]
 
 
-_ANSWER, _MODEL, _CURVE = TypeAdapter(Answer), TypeAdapter(Model), TypeAdapter(Curve)
+_ANSWER, _MODEL, _CURVE = TypeAdapter(Answer), TypeAdapter(Model), TypeAdapter(ModelCurve)
 _SUMMARIES = TypeAdapter(list[ModelSummary])
 
 
@@ -185,5 +185,5 @@ def read_model(body: Any) -> Model:
     return _MODEL.validate_python(body)
 
 
-def read_curve(body: Any) -> Curve:
+def read_curve(body: Any) -> ModelCurve:
     return _CURVE.validate_python(body)

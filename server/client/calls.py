@@ -12,8 +12,8 @@ import httpx
 
 from server.client.answers import (
     Answer,
-    Curve,
     Model,
+    ModelCurve,
     ModelSummary,
     read_answers,
     read_curve,
@@ -132,7 +132,7 @@ def model(name: str) -> Call[Model]:
     return Call("GET", _path(name), read_model)
 
 
-def curve(name: str) -> Call[Curve]:
+def curve(name: str) -> Call[ModelCurve]:
     return Call("GET", f"{_path(name)}/curve", read_curve)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from server.client import calls
-from server.client.answers import Answer, Curve, Model, ModelSummary
+from server.client.answers import Answer, Model, ModelCurve, ModelSummary
 from server.client.calls import Asked, Call, R
 from server.client.errors import NoAnswerError, no_answer
 from server.client.images import ImageLike
@@ -82,7 +82,7 @@ class Client:
         """All about a model."""
         return self._ask(calls.model(name))
 
-    def curve(self, name: str) -> Curve:
+    def curve(self, name: str) -> ModelCurve:
         """What each `r` of a model costs and keeps; raises NotFoundError where nobody measured it."""
         return self._ask(calls.curve(name))
 
@@ -163,7 +163,7 @@ class AsyncClient:
         """All about a model."""
         return await self._ask(calls.model(name))
 
-    async def curve(self, name: str) -> Curve:
+    async def curve(self, name: str) -> ModelCurve:
         """What each `r` of a model costs and keeps; raises NotFoundError where nobody measured it."""
         return await self._ask(calls.curve(name))
 

@@ -15,7 +15,7 @@ from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from server.bench.rate import Found, Probe
-    from server.bench.rows import Row
+    from server.bench.rows import LoadRow
     from server.bench.session import R, Session
 
 HELP = "measure how fast a running server answers, at each r under each load"
@@ -88,14 +88,14 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
 def _measure(
     session: Session, ladder: Sequence[R], rates: Sequence[float], crowds: Sequence[int], args: argparse.Namespace
-) -> list[Row]:
+) -> list[LoadRow]:
     """A row for each `r` under each load, printed as it comes."""
     from server.bench.rows import HEAD, row_of
 
     deadline_s = None if args.deadline_ms is None else args.deadline_ms / 1e3
-    rows: list[Row] = []
+    rows: list[LoadRow] = []
 
-    def add(row: Row) -> None:
+    def add(row: LoadRow) -> None:
         rows.append(row)
         print(row, flush=True)
 
@@ -111,7 +111,7 @@ def _measure(
     return rows
 
 
-def _explain(rows: Sequence[Row]) -> None:
+def _explain(rows: Sequence[LoadRow]) -> None:
     """What the table does not say: why requests failed, and where the sender was too slow."""
     problems = {status: said for row in rows for status, said in row.problems.items()}
     for status, said in sorted(problems.items()):
@@ -177,7 +177,7 @@ def _seen(seen: Probe, bound_ms: float) -> str:
     return f"{seen.over} of {seen.sent} over {bound_ms:g} ms, {low:.2f} to {high:.2f} %{unanswered}"
 
 
-def _lone(row: Row) -> str:
+def _lone(row: LoadRow) -> str:
     if row.p50_ms is None:
         return f"no answer to a lone client: {', '.join(row.problems.values())}"
     return f"a lone client's requests take {row.p50_ms:.1f} ms (median)"
@@ -225,7 +225,7 @@ def _numbers(name: str, text: str | None, kind: Callable[[str], N]) -> list[N]:
     return numbers
 
 
-def _draw(rows: Sequence[Row], title: str, file: Path) -> None:
+def _draw(rows: Sequence[LoadRow], title: str, file: Path) -> None:
     from server.bench.plot import draw
 
     try:

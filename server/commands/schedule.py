@@ -24,7 +24,7 @@ PARTS = 4  # a trial looks at a quarter of the photos
 
 
 @dataclass(frozen=True)
-class Row:
+class ScheduleRow:
     """One schedule, as judged on the photos that it was not chosen on.
 
     Attributes:
@@ -174,7 +174,7 @@ def _judge(
     calibration: Calibration,
     report_on: Sequence[int],
     cost: Callable[[Schedule], float] | None,
-) -> list[Row]:
+) -> list[ScheduleRow]:
     """Agreement on photos that the search has not seen; cost None means latency, measured once more."""
     from server.calibration.latency import measure
     from server.intervals import paired_difference, wilson
@@ -185,7 +185,7 @@ def _judge(
     for kind, schedule in kinds.items():
         agreed = agreements[kind]
         rows.append(
-            Row(
+            ScheduleRow(
                 speedup=speedup,
                 kind=kind,
                 r=schedule,
@@ -199,7 +199,7 @@ def _judge(
     return rows
 
 
-def _print_table(rows: Sequence[Row], unit: str) -> None:
+def _print_table(rows: Sequence[ScheduleRow], unit: str) -> None:
     measures = f"{unit:>8} {'agree % (95 %)':>20} {'distance':>8} {'found gains, points':>22}"
     print(f"{'speed-up':>8}  {'schedule':<9} {measures}  r")
     for row in rows:

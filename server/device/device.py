@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from server.device.explainer import Explainer
 from server.device.fitting import Fitting
 from server.device.prepared import PixelBatch, Prepared, is_whole, joined
+from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.errors import ServerError
 from server.ipc.messages import Item, Merges, TopK
 from server.types import BatchKey
-
-if TYPE_CHECKING:
-    from server.device.preparing import Preparer
 
 logger = logging.getLogger(__name__)
 

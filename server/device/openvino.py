@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from server.device.backend import BackendOptions
 from server.device.later import Later
 from server.device.models import LoadedModel
 from server.device.openvino_compiler import TRACING, Compiler
@@ -20,9 +20,6 @@ from server.device.openvino_graphs import BATCH_SIZES, AnyBatch, Run
 from server.device.torch_backend import TorchBackend
 from server.dial import Schedule, r_of, text_of
 from server.types import BackendInfo
-
-if TYPE_CHECKING:
-    from server.device.backend import BackendOptions
 
 logger = logging.getLogger(__name__)
 

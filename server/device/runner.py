@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from server.device.backend import BackendOptions, choose_backend
+from server.device.backend import BackendOptions
+from server.device.choosing import choose_backend
 from server.device.models import LoadedModel
 from server.device.prepared import Prepared, is_whole, rows
 from server.dial import r_of, text_of

@@ -13,6 +13,8 @@ from server.ipc.messages import Call, Reply, to_bytes
 logger = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("!I")
+_LONGEST = 1 << 30
+"""Bytes of a message: many times what a request may hold. What announces more is no message of ours."""
 _ROOM = 256 << 10
 """Bytes received at once: as many as a Unix socket holds, so that one turn takes all messages that have come."""
 
@@ -96,6 +98,8 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
         while len(came) - start >= _LENGTH.size:
             begin = start + _LENGTH.size
             end = begin + int(_LENGTH.unpack_from(came, start)[0])
+            if end - begin > _LONGEST:
+                raise ValueError(f"a message of {end - begin} bytes is announced; at most {_LONGEST} are one of ours")
             if end > len(came):
                 wanted = max(_ROOM, end - start)
                 break

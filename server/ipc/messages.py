@@ -227,9 +227,15 @@ def reply_of(message: memoryview) -> Reply:
     return _replies.decode(message)
 
 
+def _plain(value: object) -> Any:
+    if isinstance(value, Curve):
+        return value.model_dump()
+    raise NotImplementedError(f"{type(value).__name__} cannot cross")
+
+
 def _curve(kind: type[Curve], said: Any) -> Curve:
     return kind.model_validate(said)
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=Curve.model_dump)
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
 _calls, _replies = msgspec.msgpack.Decoder(Call), msgspec.msgpack.Decoder(Reply, dec_hook=_curve)

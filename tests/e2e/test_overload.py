@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.bench.client import Client, Target
+from server.bench.client import Connections, Target
 from server.bench.load import Request, closed_loop, open_loop, poisson
 from tests.e2e.clients import classify, png
 from tests.e2e.service import Service
@@ -70,7 +70,7 @@ def resident_bytes(service: Service) -> int:
 async def test_an_open_loop_of_three_times_the_capacity_gets_one_honest_answer_each(small: Service) -> None:
     host, port = small.url.removeprefix("http://").split(":")
     photos = [Request("/classify?deadline_ms=1000", png(number)) for number in range(32)]
-    async with Client(Target(host, int(port))) as client:
+    async with Connections(Target(host, int(port))) as client:
         closed = await closed_loop(client, photos, clients=16, seconds=1)
         capacity = sum(reply.status == 200 for reply in closed.replies) / closed.seconds
         loads = [list(poisson(3 * capacity, 3, seed)) for seed in range(2)]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from server.device import runner
-from server.device.backend import BackendOptions, choose_backend
+from server.device.backend import BackendOptions
+from server.device.choosing import choose_backend
 from server.device.device import Device
 from server.device.explainer import Explainer
 from server.device.models import LoadedModel

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bench.client import BrokenError, Client, Target
+from server.bench.client import BrokenError, Connections, Target
 from server.bench.load import Reply, Request, Run, closed_loop, open_loop, poisson
 from server.bench.rate import ALLOWED, TOLERANCE, Probe, find_rate
 from server.bench.rows import percentile, row_of
@@ -146,7 +146,7 @@ def photos(tmp_path: Path) -> Path:
     ],
 )
 async def test_the_client_reads_every_form_of_an_answer(said: bytes, body: bytes) -> None:
-    async with known(lambda asked, number: said) as (server, target), Client(target) as client:
+    async with known(lambda asked, number: said) as (server, target), Connections(target) as client:
         for _ in range(3):
             answer = await client.post("/classify?r=8", b"photo")
             assert (answer.status, answer.body) == (200, body)
@@ -158,7 +158,7 @@ async def test_a_kept_connection_that_was_closed_is_opened_again() -> None:
     def once_each(asked: Asked, number: int) -> bytes | None:
         return None if number == 1 else OK  # the second request finds its connection gone
 
-    async with known(once_each) as (server, target), Client(target) as client:
+    async with known(once_each) as (server, target), Connections(target) as client:
         assert [(await client.post("/", b"x")).status for _ in range(2)] == [200, 200]
     assert (len(server.asked), server.connections) == (3, 2)
 
@@ -174,14 +174,14 @@ async def test_a_kept_connection_that_was_closed_is_opened_again() -> None:
     ],
 )
 async def test_what_is_no_answer_is_said(said: bytes | None, named: str) -> None:
-    async with known(lambda asked, number: said) as (_, target), Client(target) as client:
+    async with known(lambda asked, number: said) as (_, target), Connections(target) as client:
         with pytest.raises(BrokenError, match=named):
             await client.post("/", b"x")
 
 
 async def test_silence_ends_at_the_timeout() -> None:
     async with known(lambda asked, number: b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n") as (_, target):
-        async with Client(target, timeout_s=0.05) as client:
+        async with Connections(target, timeout_s=0.05) as client:
             with pytest.raises(BrokenError, match=r"no answer in 0\.05 s"):
                 await client.post("/", b"x")
 
@@ -207,7 +207,7 @@ def test_urls_are_read(url: str, host: str, port: int, prefix: str) -> None:
 async def test_an_open_loop_sends_all_in_turn_however_late_it_is() -> None:
     requests = [Request("/classify?r=8", b"one"), Request("/classify?r=0", b"two")]
     watched: list[Reply] = []
-    async with known(ok) as (server, target), Client(target) as client:
+    async with known(ok) as (server, target), Connections(target) as client:
         run = await open_loop(client, requests, [-1.0] * 5, watch=watched.append)  # all were due a second ago
     assert sorted((asked.query["r"], asked.body) for asked in server.asked) == (
         [(["0"], b"two")] * 2 + [(["8"], b"one")] * 3
@@ -230,13 +230,13 @@ async def test_an_open_loop_does_not_wait_for_answers() -> None:
         writer.close()
 
     listening = await asyncio.start_server(answer_when_all_are_there, "127.0.0.1", 0)
-    async with listening, Client(Target("127.0.0.1", listening.sockets[0].getsockname()[1])) as client:
+    async with listening, Connections(Target("127.0.0.1", listening.sockets[0].getsockname()[1])) as client:
         run = await open_loop(client, [Request("/", b"x")], [0.001 * number for number in range(20)])
     assert [reply.status for reply in run.replies] == [200] * 20
 
 
 async def test_a_closed_loop_has_one_request_a_client_in_flight() -> None:
-    async with known(ok) as (server, target), Client(target) as client:
+    async with known(ok) as (server, target), Connections(target) as client:
         run = await closed_loop(client, [Request("/", b"x")], 3, 0.2)
     assert server.connections == 3
     assert len(run.replies) == len(server.asked) > 3
@@ -247,7 +247,7 @@ async def test_nobody_there_is_counted() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         target = Target(*free.getsockname())
-        async with Client(target) as client:
+        async with Connections(target) as client:
             run = await open_loop(client, [Request("/", b"x")], [0.0, 0.0])
     row = row_of(run, None, per_s=2)
     assert (row.sent, row.failed, row.refused, row.goodput, row.p50_ms) == (2, 2, 0, 0, None)

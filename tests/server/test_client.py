@@ -286,8 +286,8 @@ def test_a_url_that_is_none_is_refused(client: type[Client | AsyncClient], url: 
         (answers.Backend, schemas.Backend),
         (answers.Model, schemas.ModelDetail),
         (answers.BatchSeconds, schemas.BatchSeconds),
-        (answers.CurveRow, schemas.CurveRow),
-        (answers.Curve, schemas.ModelCurve),
+        (answers.ModelCurveRow, schemas.ModelCurveRow),
+        (answers.ModelCurve, schemas.ModelCurve),
     ],
 )
 def test_the_client_knows_every_field_of_an_answer(ours: Any, theirs: type[BaseModel]) -> None:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from server.api.connection import _LONGEST_HEAD, _MOST_PIPELINED, Connection
-from server.api.patience import Client, client_of
+from server.api.patience import Sender, client_of
 from tests.server.conftest import until
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n"
@@ -133,7 +133,7 @@ async def test_the_request_that_is_answered_learns_that_its_client_left_whatever
 
 async def test_an_application_is_told_of_a_client_that_leaves_while_it_asks_to_be() -> None:
     told: list[str] = []
-    clients: list[Client] = []
+    clients: list[Sender] = []
     asks = asyncio.Event()
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:

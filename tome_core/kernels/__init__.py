@@ -1,8 +1,8 @@
 """The fused operations: Triton on a GPU, plain PyTorch elsewhere.
 
 `operators` holds them, `reference` says what each means and is what the kernels are held against, `requirements` what
-their operands must be: it stands in front of the choice of implementation, so that a CPU refuses what a GPU would. Token
-counts, `r` and the like are numbers that no kernel is compiled for; only widths, strides and block sizes are.
+their operands must be: it stands in front of the choice of implementation, so that a CPU refuses what a GPU would.
+Token counts, `r` and the like are numbers that no kernel is compiled for; only widths, strides and block sizes are.
 """
 
 from __future__ import annotations

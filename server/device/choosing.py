@@ -1,0 +1,64 @@
+"""The choice of a backend: torch anywhere; OpenVINO on the CPU, where it is installed and takes the model."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from server.device.backend import BackendOptions, LogitsBackend
+from server.device.models import LoadedModel
+from server.device.torch_backend import RecordedBackend, TorchBackend
+from server.settings import SettingsError
+from tome_core.recorded import CudaRecorder
+
+logger = logging.getLogger(__name__)
+
+
+def choose_backend(loaded: LoadedModel, device: torch.device, precision: str, options: BackendOptions) -> LogitsBackend:
+    """The backend for a model, with the reason in its info and in the log.
+
+    Args:
+        loaded: The model; its weights are moved to the device, in the backend's dtype.
+        device: Where it runs.
+        precision: "fp32", "bf16", "fp16", "fp8" or "auto".
+        options: What was asked for.
+
+    Raises:
+        SettingsError: OpenVINO or fp8 was asked for, and cannot be had here; the message says why.
+    """
+    refusal = _refusal(device, precision)
+    if options.name != "torch" and refusal is None:
+        from server.device.openvino import OpenVINOBackend
+
+        try:
+            return _told(loaded, OpenVINOBackend(loaded, precision, options))
+        except Exception as error:  # whatever the converter raises: torch can do without it
+            refusal = f"OpenVINO does not take the model: {error}".splitlines()[0]
+            logger.debug("OpenVINO does not take %s", loaded.info.name, exc_info=error)
+    if options.name == "openvino":
+        raise SettingsError(f"--backend openvino: {refusal}")
+    reason = "asked for" if options.name == "torch" else str(refusal)
+    launched = TorchBackend(loaded, device, precision, reason)
+    if device.type != "cuda":
+        return _told(loaded, launched)
+    return _told(loaded, RecordedBackend(launched, options.max_batch_size, CudaRecorder()))
+
+
+def _refusal(device: torch.device, precision: str) -> str | None:
+    """Why OpenVINO cannot be used, before anything of it is tried."""
+    if device.type != "cpu":
+        return f"OpenVINO is used on the CPU, not on {device.type}"
+    if precision in ("fp16", "fp8"):
+        return f"OpenVINO has no {precision} on CPUs here; it has fp32 and bf16"
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        return "the package openvino is not installed; install it with: pip install 'tome-server[openvino]'"
+    return None
+
+
+def _told(loaded: LoadedModel, backend: LogitsBackend) -> LogitsBackend:
+    info = backend.info
+    logger.info("%s runs on %s in %s: %s", loaded.info.name, info.name, info.precision, info.reason)
+    return backend
