@@ -28,6 +28,7 @@ test-ray: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 type: install
 	$(BIN)/mypy

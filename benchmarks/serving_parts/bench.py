@@ -66,8 +66,8 @@ class Bench:
         print(f"  {goal.title}: {goal.form.format(value)}{'; ' if note else ''}{note}", flush=True)
 
     def ours(self, **changes: Any) -> Server:
-        """Our server, as the command line says but for some changes of its settings."""
-        said = {name: getattr(self.args, name) for name in OURS} | changes
+        """Our server, as the command line says but for some changes of its settings; it is warm at the last r."""
+        said = {name: getattr(self.args, name) for name in OURS} | {"r": self.args.ladder[-1]} | changes
         state = self._folder / f"state-{said['model'].replace('/', '-')}-{said['device']}"
         command = [PYTHON, "-m", "server.cli", "serve", "--port", "{port}", "--log-level", "info"]
         command += ["--state-dir", str(state), "--max-queue-size", str(self.args.max_queue_size)]
