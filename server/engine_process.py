@@ -116,7 +116,7 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         chosen = [step.schedule for step in steps[name]] if isinstance(r, AutoR) else [model.info.schedule(r)]
         for schedule in chosen:
             if max(schedule) > 0:
-                runner.warm_up(model.info.batch_key(schedule))
+                runner.warm_up(model.info.batch_key(schedule), is_likely=not isinstance(r, AutoR))
     return LocalEngine(
         {
             name: replace(model.info, backend=runner.backend(name), decodes_jpeg=preparer is not None)

@@ -28,8 +28,8 @@ class LogitsBackend(Protocol):
         """Pixels (B, H, W, 3) in uint8, on the device, to logits (B, K)."""
         ...
 
-    def warm_up(self, schedule: Schedule) -> None:
-        """Does what is done once for a schedule, as far as its first batches need it."""
+    def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
+        """Does what is done once for a schedule; where it is not likely to be asked for soon, a part of that."""
         ...
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
@@ -37,7 +37,7 @@ class LogitsBackend(Protocol):
         ...
 
     def warm_further(self) -> bool:
-        """Does one piece more of that, while there is nothing else to do; False where nothing is left."""
+        """Does one piece of what `warm_up` left, while there is nothing else to do; False where nothing is left."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import torch
 
@@ -15,7 +16,9 @@ from tome_core.recorded import CudaRecorder
 logger = logging.getLogger(__name__)
 
 
-def choose_backend(loaded: LoadedModel, device: torch.device, precision: str, options: BackendOptions) -> LogitsBackend:
+def choose_backend(
+    loaded: LoadedModel, device: torch.device, precision: str, options: BackendOptions, alone: threading.Lock
+) -> LogitsBackend:
     """The backend for a model, with the reason in its info and in the log.
 
     Args:
@@ -23,6 +26,7 @@ def choose_backend(loaded: LoadedModel, device: torch.device, precision: str, op
         device: Where it runs.
         precision: "fp32", "bf16", "fp16", "fp8" or "auto".
         options: What was asked for.
+        alone: Is held while something is recorded.
 
     Raises:
         SettingsError: OpenVINO or fp8 was asked for, and cannot be had here; the message says why.
@@ -42,7 +46,7 @@ def choose_backend(loaded: LoadedModel, device: torch.device, precision: str, op
     launched = TorchBackend(loaded, device, precision, reason)
     if device.type != "cuda":
         return _told(loaded, launched)
-    return _told(loaded, RecordedBackend(launched, options.max_batch_size, CudaRecorder()))
+    return _told(loaded, RecordedBackend(launched, options.max_batch_size, CudaRecorder(), alone))
 
 
 def _refusal(device: torch.device, precision: str) -> str | None:

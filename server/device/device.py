@@ -43,9 +43,10 @@ class Device:
     def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Prepared | ServerError]:
         """Images that are ready to be computed, and the errors of those that cannot be decoded."""
         assert self._prepare is not None
-        prepared = self._prepare(key, items)
-        if key.operation == "classify":
-            self._launch_ahead(key, [each for each in prepared if isinstance(each, Prepared)])
+        with self._runner.alone:
+            prepared = self._prepare(key, items)
+            if key.operation == "classify":
+                self._launch_ahead(key, [each for each in prepared if isinstance(each, Prepared)])
         return prepared
 
     def _launch_ahead(self, key: BatchKey, prepared: Sequence[Prepared]) -> None:

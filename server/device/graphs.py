@@ -20,7 +20,8 @@ from server.recent import Recent
 logger = logging.getLogger(__name__)
 
 SEEN_OFTEN = 3
-"""Batches after which a schedule that nobody warmed is recorded too; until then it runs launch by launch."""
+"""Batches after which a schedule that nobody warmed is recorded too; until then it runs launch by launch. Where that
+fails it is tried again after twice as many, and so on."""
 
 MOST_SEEN = 1024
 """Schedules and sizes that are counted towards a recording: any client may name others."""
@@ -47,6 +48,7 @@ class Graphs:
         image: An image as `forward` takes it: its shape, dtype and device.
         max_batch_size: Most images in a batch.
         record: Makes a recording.
+        alone: Is held while something is recorded, which tolerates no other thread's work on the device.
         max_recordings: Most that are kept; the one unused for longest goes first.
 
     Attributes:
@@ -59,9 +61,11 @@ class Graphs:
         image: Tensor,
         max_batch_size: int,
         record: Record,
+        alone: threading.Lock,
         max_recordings: int = 256,
     ) -> None:
         self._forward, self._record, self._max_recordings = forward, record, max_recordings
+        self._alone = alone
         self.buckets = buckets(max_batch_size)
         self._held = torch.zeros(max_batch_size, *image.shape, dtype=image.dtype, device=image.device)
         self._recordings: OrderedDict[tuple[Schedule, int], Recording] = OrderedDict()
@@ -72,12 +76,19 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._recordings)
 
-    def warm_up(self, schedule: Schedule) -> None:
-        """Records a schedule at the largest batch size and at 1; `record_next` has the others to do."""
-        first = list(dict.fromkeys([self.buckets[-1], self.buckets[0]]))
-        for bucket in first:  # the largest first: the others fit into its memory
+    def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
+        """Records a schedule.
+
+        Args:
+            schedule: `r` of each block.
+            is_likely: It is asked for at once: every batch size is recorded. Else the largest and 1, and the others are
+                left to `record_next`.
+        """
+        sizes = list(reversed(self.buckets))  # the largest first: the others fit into its memory
+        first = sizes if is_likely else list(dict.fromkeys([sizes[0], sizes[-1]]))
+        for bucket in first:
             self._try_to_record(schedule, bucket)
-        self._later.extend((schedule, bucket) for bucket in reversed(self.buckets) if bucket not in first)
+        self._later.extend((schedule, bucket) for bucket in sizes if bucket not in first)
 
     def record_next(self) -> bool:
         """Records one of the batch sizes that `warm_up` left; False where it left none."""
@@ -95,7 +106,7 @@ class Graphs:
         key = (schedule, self._bucket(len(images)))
         if key not in self._recordings:
             self._seen[key] = seen = self._seen.get(key, 0) + 1
-            if seen == SEEN_OFTEN:  # and not again where that fails
+            if _is_time(seen):
                 self._try_to_record(*key)
         with self._turn:
             recording = self._recordings.get(key)
@@ -112,7 +123,7 @@ class Graphs:
             self._recordings.move_to_end((schedule, bucket))
             return
         try:
-            with self._turn:
+            with self._alone, self._turn:
                 self._recordings[schedule, bucket] = self._record(lambda: self._forward(self._held[:bucket], schedule))
         except torch.OutOfMemoryError:
             logger.warning("a batch of %d does not fit into the device's memory", bucket)
@@ -123,6 +134,12 @@ class Graphs:
 
     def _bucket(self, num_images: int) -> int:
         return next(size for size in self.buckets if size >= num_images)
+
+
+def _is_time(seen: int) -> bool:
+    """Whether what was seen so often is to be recorded: after 3, 6, 12, ... batches."""
+    times, rest = divmod(seen, SEEN_OFTEN)
+    return rest == 0 and times & (times - 1) == 0
 
 
 def buckets(max_batch_size: int) -> list[int]:

@@ -80,7 +80,7 @@ class OpenVINOBackend:
         self._runs[schedule] = run  # the latest is the last
         return run(self.merged.normalised(pixels))
 
-    def warm_up(self, schedule: Schedule) -> None:
+    def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
         """Compiles the schedule for every batch size, and keeps it for good."""
         self._warmed.add(schedule)
         self._compiler.keep(schedule)

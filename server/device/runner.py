@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -65,6 +66,9 @@ class Runner:
         precision: "fp32", "bf16", "fp16", "fp8", or "auto".
         backend: What computes on the device; torch where nothing is said.
 
+    Attributes:
+        alone: Whoever works on the device from another thread than the one that computes holds it meanwhile.
+
     Raises:
         SettingsError: There is no such device, or the backend or precision that was asked for cannot be had.
     """
@@ -84,9 +88,11 @@ class Runner:
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
             raise SettingsError(f"device {device!r}: {error}") from error
         options = backend or BackendOptions()
+        self.alone = threading.Lock()
         with on(self._device):
             self._backends = {
-                name: choose_backend(loaded, self._device, precision, options) for name, loaded in models.items()
+                name: choose_backend(loaded, self._device, precision, options, self.alone)
+                for name, loaded in models.items()
             }
 
     @torch.inference_mode()
@@ -149,12 +155,17 @@ class Runner:
         """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
         torch.ones(1, device=self._device).sum().item()
 
-    def warm_up(self, key: BatchKey) -> None:
-        """Compiles where that is needed, and classifies one black image: no request pays for what is done once."""
+    def warm_up(self, key: BatchKey, is_likely: bool = True) -> None:
+        """Compiles where that is needed, and classifies one black image: no request pays for what is done once.
+
+        Args:
+            key: Model and schedule.
+            is_likely: It is asked for at once.
+        """
         start = time.perf_counter()
         backend = self._backends[key.model]
         with on(self._device):
-            backend.warm_up(key.schedule)
+            backend.warm_up(key.schedule, is_likely)
         self.top_k(key, torch.zeros(1, *key.input_size, 3, dtype=torch.uint8, device=self._device), 1)
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
         logger.info(

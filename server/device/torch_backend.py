@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import torch
@@ -69,7 +70,7 @@ class TorchBackend:
             raise SettingsError(f"--precision fp8: model {name}: it does not run fused: {self.implementation.reason}")
         return merged
 
-    def warm_up(self, schedule: Schedule) -> None:
+    def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
         """Nothing: torch warms up by running."""
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
@@ -88,15 +89,16 @@ class RecordedBackend:
         backend: What is recorded.
         max_batch_size: Most images in a batch.
         record: Makes a recording.
+        alone: Is held while something is recorded.
 
     Attributes:
         info: What it is.
         merged: The model that is recorded.
     """
 
-    def __init__(self, backend: TorchBackend, max_batch_size: int, record: Record) -> None:
+    def __init__(self, backend: TorchBackend, max_batch_size: int, record: Record, alone: threading.Lock) -> None:
         self.merged = backend.merged
-        self._graphs = Graphs(backend.logits, backend.black, max_batch_size, record)
+        self._graphs = Graphs(backend.logits, backend.black, max_batch_size, record, alone)
         reason = f"{backend.implementation.name} operations ({backend.implementation.reason}), recorded as graphs"
         self.info = replace(backend.info, reason=f"{backend.info.reason}; {reason}")
 
@@ -105,9 +107,9 @@ class RecordedBackend:
         return self._graphs(pixels, schedule)
 
     @torch.inference_mode()
-    def warm_up(self, schedule: Schedule) -> None:
-        """Records the schedule at the batch sizes that are likely first."""
-        self._graphs.warm_up(schedule)
+    def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
+        """Records the schedule."""
+        self._graphs.warm_up(schedule, is_likely)
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
         """Whether the launch of a batch takes no time: it is recorded."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_gpu_is_the_one_of_the_thread_that_computes_on_it(monkeypatch: pytest.
     calls: list[list[torch.device]] = []
     monkeypatch.setattr(runner, "on", on)
     monkeypatch.setattr(TorchBackend, "logits", logits)
-    monkeypatch.setattr(TorchBackend, "warm_up", lambda self, schedule: calls.append(list(entered)))
+    monkeypatch.setattr(TorchBackend, "warm_up", lambda self, schedule, is_likely: calls.append(list(entered)))
     small = loaded()
     key = small.info.batch_key((0, 0))
     one = runner.Runner({"small": small}, "cpu", "fp32")
@@ -106,7 +107,7 @@ def test_without_the_package_torch_computes_and_says_why(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with caplog.at_level(logging.INFO):
-        backend = choose_backend(loaded(), CPU, "auto", BackendOptions("auto"))
+        backend = choose_backend(loaded(), CPU, "auto", BackendOptions("auto"), Lock())
     assert (backend.info.name, backend.info.precision) == ("torch", "fp32")
     assert "not installed" in backend.info.reason
     assert "small runs on torch in fp32: the package openvino is not installed" in caplog.text
@@ -115,14 +116,14 @@ def test_without_the_package_torch_computes_and_says_why(
 def test_without_the_package_openvino_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(SettingsError, match=r"pip install 'tome-server\[openvino\]'"):
-        choose_backend(loaded(), CPU, "auto", BackendOptions("openvino"))
+        choose_backend(loaded(), CPU, "auto", BackendOptions("openvino"), Lock())
 
 
 @torch.inference_mode()
 def test_recordings_answer_as_launches_do_and_say_what_they_record() -> None:
     model = loaded()
     launched = TorchBackend(model, CPU, "fp32", "asked for")
-    recorded = RecordedBackend(launched, 8, Repeated)
+    recorded = RecordedBackend(launched, 8, Repeated, Lock())
     recorded.warm_up((3, 3))
     for size in (1, 5, 8):
         for schedule in ((3, 3), (0, 2)):
@@ -170,14 +171,14 @@ def test_a_backend_is_given_bytes_and_no_image_of_floats(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
 def test_openvino_is_not_for_half_precisions_but_bf16(precision: str) -> None:
     with pytest.raises(SettingsError, match=f"^--backend openvino: OpenVINO has no {precision} on CPUs here"):
-        choose_backend(loaded("fused", 384), CPU, precision, BackendOptions("openvino"))
-    backend = choose_backend(loaded("fused", 384), CPU, precision, BackendOptions("auto"))
+        choose_backend(loaded("fused", 384), CPU, precision, BackendOptions("openvino"), Lock())
+    backend = choose_backend(loaded("fused", 384), CPU, precision, BackendOptions("auto"), Lock())
     assert (backend.info.name, backend.info.precision) == ("torch", precision)
     assert precision in backend.info.reason
 
 
 def test_torch_is_taken_where_it_is_asked_for() -> None:
-    backend = choose_backend(loaded(), CPU, "bf16", BackendOptions("torch"))
+    backend = choose_backend(loaded(), CPU, "bf16", BackendOptions("torch"), Lock())
     assert (backend.info.name, backend.info.precision) == ("torch", "bf16")
     assert {weight.dtype for weight in backend.merged.parameters()} == {torch.bfloat16}
 
@@ -236,7 +237,7 @@ def openvino_compiler() -> Any:
 @torch.inference_mode()
 def test_openvino_answers_as_torch_does_whatever_the_size_of_the_batch(openvino: Any, tmp_path: Path) -> None:
     model = loaded()
-    backend = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, tmp_path, max_batch_size=4))
+    backend = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, tmp_path, max_batch_size=4), Lock())
     assert (backend.info.name, backend.info.precision) == ("openvino", "fp32")
     assert "1 threads" in backend.info.reason
     for schedule in ((0, 0), (5, 2)):
@@ -251,7 +252,7 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
     openvino: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded()
-    backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1))
+    backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1), Lock())
     may_compile, compile_now = threading.Event(), backend._compile
 
     def wait_and_compile(schedule: Any, aside: bool) -> Any:
@@ -272,7 +273,7 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
 @torch.inference_mode()
 def test_torch_answers_while_a_schedule_is_translated(openvino: Any) -> None:
     model = loaded()
-    backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1))
+    backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1), Lock())
     wanted = model.merged(images(1), (4, 0))
     backend.logits(pixels(1), (4, 0))
     while (4, 0) not in backend._runs:
@@ -295,7 +296,7 @@ def test_a_graph_that_computes_something_else_is_not_used(openvino: Any, monkeyp
         return lambda images: run(images) + 1
 
     monkeypatch.setattr(openvino.Compiler, "graph", compile_wrong)
-    backend = choose_backend(loaded(), CPU, "fp32", BackendOptions("auto", 1, max_batch_size=1))
+    backend = choose_backend(loaded(), CPU, "fp32", BackendOptions("auto", 1, max_batch_size=1), Lock())
     assert backend.info.name == "torch"
     assert "differ from torch's" in backend.info.reason
 
@@ -345,7 +346,7 @@ def test_auto_takes_bf16_only_where_it_is_faster(
 
     monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
     monkeypatch.setattr(openvino.time, "perf_counter", lambda: now[0])
-    backend = choose_backend(model, CPU, "auto", BackendOptions("openvino", max_batch_size=2))
+    backend = choose_backend(model, CPU, "auto", BackendOptions("openvino", max_batch_size=2), Lock())
     assert backend.info.precision == wanted
     assert f"bf16 measured {fp32_s / bf16_s:.2f} times as fast as fp32" in backend.info.reason
 

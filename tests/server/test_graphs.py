@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import pytest
 import torch
@@ -31,13 +32,13 @@ def logits(images: Tensor, schedule: tuple[int, ...]) -> Tensor:
 
 
 def graphs(max_batch_size: int = 8, **kwargs: int) -> Graphs:
-    return Graphs(logits, IMAGE, max_batch_size, Repeated, **kwargs)
+    return Graphs(logits, IMAGE, max_batch_size, Repeated, Lock(), **kwargs)
 
 
 def test_every_batch_size_gets_its_own_answers() -> None:
     recorded = graphs()
     for schedule in ((0, 0), (3, 1)):
-        recorded.warm_up(schedule)
+        recorded.warm_up(schedule, is_likely=schedule == (0, 0))
     while recorded.record_next():
         pass
     assert len(recorded) == 2 * len(recorded.buckets)
@@ -49,27 +50,29 @@ def test_every_batch_size_gets_its_own_answers() -> None:
 
 def test_what_is_likely_first_is_recorded_first_and_the_rest_one_by_one() -> None:
     recorded = graphs(max_batch_size=8)
-    recorded.warm_up((1,))
+    recorded.warm_up((1,), is_likely=False)
     assert [size for size in recorded.buckets if recorded.has(size, (1,))] == [1, 8]
     assert recorded.record_next() and recorded.has(4, (1,)) and not recorded.has(2, (1,))
     assert recorded.record_next() and recorded.has(2, (1,))
     assert not recorded.record_next()
+    recorded.warm_up((2,))
+    assert all(recorded.has(size, (2,)) for size in range(1, 9)) and not recorded.record_next()
 
 
-def test_what_cannot_be_recorded_is_launched_and_not_tried_again() -> None:
+def test_what_cannot_be_recorded_is_launched_and_tried_ever_more_rarely() -> None:
     tries = []
 
     def refuse(compute: Callable[[], Tensor]) -> Repeated:
         tries.append(1)
         raise RuntimeError("somebody else is recording")
 
-    recorded = Graphs(logits, IMAGE, 8, refuse)
-    recorded.warm_up((1,))
+    recorded = Graphs(logits, IMAGE, 8, refuse, Lock())
+    recorded.warm_up((1,), is_likely=False)
     assert len(recorded) == 0 and len(tries) == 2
-    for _ in range(2 * SEEN_OFTEN):
+    for _ in range(8 * SEEN_OFTEN - 1):
         images = torch.randn(3, *IMAGE.shape)
         assert torch.equal(recorded(images, (2,)), logits(images, (2,)))
-    assert len(recorded) == 0 and len(tries) == 3
+    assert len(recorded) == 0 and len(tries) == 2 + 3  # after 3, 6 and 12
 
 
 def test_threads_take_turns_at_the_held_images() -> None:
@@ -82,6 +85,21 @@ def test_threads_take_turns_at_the_held_images() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(ask, range(200)))
+
+
+def test_nothing_is_recorded_while_another_thread_works_on_the_device() -> None:
+    alone, held = Lock(), []
+
+    def record(compute: Callable[[], Tensor]) -> Repeated:
+        held.append(alone.locked())
+        return Repeated(compute)
+
+    recorded = Graphs(logits, IMAGE, 2, record, alone)
+    recorded.warm_up((1,))
+    assert held == [True, True] and not alone.locked()
+    with alone:  # a replay needs nobody to be away
+        images = torch.randn(2, *IMAGE.shape)
+        assert torch.equal(recorded(images, (1,)), logits(images, (1,)))
 
 
 def test_an_answer_outlives_the_next_replay() -> None:
@@ -135,7 +153,7 @@ def test_buckets_reach_from_one_to_the_most(most: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_cuda_graphs_answer_as_launches_do() -> None:
     image = torch.zeros(3, 4, 4, device="cuda")
-    recorded = Graphs(logits, image, 4, CudaRecorder())
+    recorded = Graphs(logits, image, 4, CudaRecorder(), Lock())
     recorded.warm_up((2,))
     images = torch.randn(3, 3, 4, 4, device="cuda")
     assert torch.equal(recorded(images, (2,)), logits(images, (2,)))
