@@ -102,9 +102,9 @@ class Graphs:
         return (schedule, self._bucket(num_images)) in self._recordings
 
     def __call__(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Logits, (B, K), of images (B, ...), B at most `max_batch_size`."""
+        """Logits, (B, K), of images (B, ...); more than `max_batch_size` are launched."""
         key = (schedule, self._bucket(len(images)))
-        if key not in self._recordings:
+        if key not in self._recordings and len(images) <= self.buckets[-1]:
             self._seen[key] = seen = self._seen.get(key, 0) + 1
             if _is_time(seen):
                 self._try_to_record(*key)
@@ -133,7 +133,7 @@ class Graphs:
             self._recordings.popitem(last=False)
 
     def _bucket(self, num_images: int) -> int:
-        return next(size for size in self.buckets if size >= num_images)
+        return next((size for size in self.buckets if size >= num_images), num_images)
 
 
 def _is_time(seen: int) -> bool:

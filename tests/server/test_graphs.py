@@ -102,6 +102,16 @@ def test_nothing_is_recorded_while_another_thread_works_on_the_device() -> None:
         assert torch.equal(recorded(images, (1,)), logits(images, (1,)))
 
 
+def test_more_images_than_a_batch_may_have_are_launched() -> None:
+    recorded = graphs(max_batch_size=4)
+    recorded.warm_up((1,))
+    for _ in range(2 * SEEN_OFTEN):
+        images = torch.randn(5, *IMAGE.shape)
+        assert not recorded.has(5, (1,))
+        assert torch.equal(recorded(images, (1,)), logits(images, (1,)))
+    assert len(recorded) == len(recorded.buckets)
+
+
 def test_an_answer_outlives_the_next_replay() -> None:
     recorded = graphs()
     recorded.warm_up((1,))
