@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from server.cpus import available_cpus
 from server.device.models import LoadedModel, load_model
 from server.device.prepared import PixelBatch, Prepared, rows, stacked
 from server.device.preparing import Preparer
@@ -98,7 +98,7 @@ def measure(
     prepare = Preparer(device, {info.name: info}, MAX_PIXELS)
     key = info.batch_key(info.schedule(0))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
 
         def by_pillow() -> None:
             list(pool.map(lambda item: decode(item.image.data, info.preprocessing, MAX_PIXELS), items))

@@ -3,8 +3,9 @@
 `Batcher` (batcher.py) takes requests of some payloads and feeds one device, batch by batch; `Queues` (queues.py) says
 which jobs go next: those of the fullest key, unless a job has waited `batch_timeout_s` or nears its deadline, so that
 no rare `r` starves. It never waits out a timer: an idle device takes what is there. A batch takes 30 % of its first
-job's time at most, by what `Speed` knows; what cannot be done in time is given up before it is computed. Two batches
-may be under way, one that is prepared and one that computes: then the slower stage is the pace that `Speed` learns.
+job's time at most, by what `Speed` knows; what cannot be done in time is given up before it is computed. `Pipeline`
+(pipeline.py) takes batches through their stages: one is prepared while the one before computes, and full ones are
+handed on before the stage is free; the slower stage is the pace that `Speed` learns.
 
 Under `r=auto` a lone image waits without a key. When it leads a batch, `policy.turn` goes through the ladder for the
 first rung that keeps up: arrivals take at most 95 % of its capacity, and everything that waits is done in 40 % of its

@@ -7,8 +7,9 @@ computes. `Fitting` halves what does not fit into memory. `Runner` classifies: l
 batch. `Explainer` follows tokens, by torch in float32 on the model's own weights, whatever answers the others.
 
 On cuda the backend is torch, replayed from CUDA graphs (graphs.py): one for each schedule and each of a few batch
-sizes, in one memory pool. Before the engine is ready the largest batch and a lone image are recorded; the other sizes
-while nothing is asked. A schedule that was asked for three times is recorded too.
+sizes, in one memory pool. Before the engine is ready every size is recorded of r=0 and of the deployment's `r`; under
+`auto`, of the other rungs the largest and a lone image, and the rest while nothing is asked. A schedule that was asked
+for three times is recorded too. Nothing is recorded beside another thread's work on the device.
 
 On the CPU the backend is OpenVINO where that is installed and takes the model, else torch. OpenVINO compiles static
 shapes, so there are graphs for each schedule: one for a lone image, by all threads, and those of several images that

@@ -230,7 +230,7 @@ def reply_of(message: memoryview) -> Reply:
 def _plain(value: object) -> Any:
     if isinstance(value, Curve):
         return value.model_dump()
-    raise NotImplementedError(f"{type(value).__name__} cannot cross")
+    raise TypeError(f"what is a {type(value).__name__} cannot cross")
 
 
 def _curve(kind: type[Curve], said: Any) -> Curve:

@@ -123,10 +123,13 @@ class _Connection:
         if answering.cancelled():
             return
         error = answering.exception()
-        if error is None:
-            self.frames.send(Reply(call_id, answering.result()))
-        else:
+        if error is not None:
             self._fail(call_id, error)
+            return
+        try:
+            self.frames.send(Reply(call_id, answering.result()))
+        except Exception as unsendable:  # what an engine answers is of some other type than it says
+            self._fail(call_id, unsendable)
 
     def _fail(self, call_id: int, error: BaseException) -> None:
         if not isinstance(error, ServerError):  # the caller must get an answer whatever broke
