@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -17,7 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(
-    loaded: LoadedModel, device: torch.device, precision: str, options: BackendOptions, alone: threading.Lock
+    loaded: LoadedModel,
+    device: torch.device,
+    precision: str,
+    options: BackendOptions,
+    alone: AbstractContextManager[bool],
 ) -> LogitsBackend:
     """The backend for a model, with the reason in its info and in the log.
 

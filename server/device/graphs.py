@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -61,7 +62,7 @@ class Graphs:
         image: Tensor,
         max_batch_size: int,
         record: Record,
-        alone: threading.Lock,
+        alone: AbstractContextManager[bool],
         max_recordings: int = 256,
     ) -> None:
         self._forward, self._record, self._max_recordings = forward, record, max_recordings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -88,7 +89,7 @@ class Runner:
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
             raise SettingsError(f"device {device!r}: {error}") from error
         options = backend or BackendOptions()
-        self.alone = threading.Lock()
+        self.alone = _alone_on(str(self._device))
         with on(self._device):
             self._backends = {
                 name: choose_backend(loaded, self._device, precision, options, self.alone)
@@ -176,6 +177,12 @@ class Runner:
         """Does one piece more of what makes later batches faster; False where nothing is left."""
         with on(self._device):
             return any(backend.warm_further() for backend in self._backends.values())
+
+
+@functools.cache
+def _alone_on(device: str) -> AbstractContextManager[bool]:
+    """A lock for each device, whichever runner works there. A thread that holds it may take it again."""
+    return threading.RLock()
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -96,7 +96,9 @@ class RecordedBackend:
         merged: The model that is recorded.
     """
 
-    def __init__(self, backend: TorchBackend, max_batch_size: int, record: Record, alone: threading.Lock) -> None:
+    def __init__(
+        self, backend: TorchBackend, max_batch_size: int, record: Record, alone: AbstractContextManager[bool]
+    ) -> None:
         self.merged = backend.merged
         self._graphs = Graphs(backend.logits, backend.black, max_batch_size, record, alone)
         reason = f"{backend.implementation.name} operations ({backend.implementation.reason}), recorded as graphs"

@@ -70,6 +70,13 @@ def images(batch_size: int) -> Tensor:
     return ((pixels(batch_size) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
 
 
+def test_whoever_works_on_a_device_takes_turns_with_all_of_its_runners_and_may_take_two_at_once() -> None:
+    one, other = runner.Runner({}, "cpu"), runner.Runner({}, "cpu")
+    assert one.alone is other.alone
+    with one.alone, other.alone:
+        pass
+
+
 def test_a_gpu_is_the_one_of_the_thread_that_computes_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Played without one: each call of the backend is made inside."""
     entered: list[torch.device] = []

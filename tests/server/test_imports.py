@@ -62,7 +62,7 @@ def test_the_client_loads_neither_the_server_nor_what_makes_pixels() -> None:
 
 def test_the_batcher_loads_neither_http_nor_torch_nor_what_batches_are_of() -> None:
     loaded = loaded_by("server.batching.batcher")
-    assert not loaded & {*TORCH, *HTTP, "pydantic", "prometheus_client", "msgspec", "server.ipc", "server.images"}
+    assert not loaded & {*TORCH, *HTTP, "pydantic", "prometheus_client", "server.ipc", "server.images"}
 
 
 def test_the_core_knows_nothing_of_the_server() -> None:
