@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bisect
 import os
+import struct
+import time
 from collections import Counter as Counts
 from collections.abc import Hashable, Sequence
 
@@ -18,6 +20,7 @@ from server.dial import label_of
 from server.types import BatchKey
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_TRIES, _RETRY_S = 4, 0.002
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 REQUESTS = Counter("tome_requests", "Requests to classify, answered", ["model", "r", "code"])
@@ -91,4 +94,9 @@ def exposition() -> bytes:
         return generate_latest(OWN_REGISTRY)
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    for _ in range(_TRIES):
+        try:
+            return generate_latest(registry)
+        except (struct.error, OSError):  # a process that starts has made its file, and not filled it yet
+            time.sleep(_RETRY_S)
     return generate_latest(registry)

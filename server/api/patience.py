@@ -96,4 +96,6 @@ class at_most:
         try:
             await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
-            raise DeadlineError(f"no answer within {self._timeout_s:.3g} s") from None
+            error = DeadlineError("")
+        if isinstance(error, DeadlineError):  # an engine's names what was left when it came there
+            raise DeadlineError(f"no answer within {self._timeout_s:.3g} s", timeout_s=self._timeout_s) from None

@@ -13,7 +13,7 @@ from server.api.body import Upload, read_request
 from server.api.patience import at_most
 from server.api.schemas import Parameters, RSource
 from server.dial import AutoR, Schedule, parse_setting
-from server.errors import InvalidError
+from server.errors import InvalidError, shown
 from server.ipc.messages import Answered
 from server.types import ModelInfo, find_model
 
@@ -100,7 +100,7 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
         raise InvalidError("inflect goes with an r, and max_r and min_agreement with r=auto")
     top_k = parameters.top_k or min(DEFAULT_TOP_K, len(info.labels))
     if top_k > len(info.labels):
-        raise InvalidError(f"top_k is {top_k}; it must lie between 1 and {len(info.labels)}")
+        raise InvalidError(f"top_k is {shown(top_k)}; it must lie between 1 and {len(info.labels)}")
     timeout_s = longest_s if parameters.deadline_ms is None else parameters.deadline_ms / 1e3
     if timeout_s > longest_s:
         raise InvalidError(f"deadline_ms is {1e3 * timeout_s:g}; it must lie between 0 and {1e3 * longest_s:g}")

@@ -218,7 +218,9 @@ class Batcher(Generic[K, P, A]):
 
     def _ran(self, key: K, jobs: list[Job[K, P, A]], outcomes: list[Any], started: float, pace_s: float) -> None:
         """Answers the jobs of a batch, and learns of its time."""
-        run_s = self._clock() - started
+        now = self._clock()
+        run_s = now - started
+        self._queues.ran(key, now)
         waits_s = []
         for job, outcome in zip(jobs, outcomes, strict=True):
             if isinstance(outcome, ServerError):

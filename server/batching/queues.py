@@ -10,14 +10,19 @@ from typing import Generic
 
 from server.batching.jobs import A, Asked, Job, K, Open, P
 from server.batching.policy import Load
-from server.batching.speed import Rate, Speed
+from server.batching.speed import MOST_LEARNED, Rate, Speed
 from server.errors import DeadlineError
+from server.recent import Recent
 
 ARRIVALS_WINDOW_S = 2.0
 """Over which arrivals are counted: long enough that chance is small, short enough to follow a wave."""
 
 BATCH_SHARE = 0.3
 """A batch takes no more than this share of the time that its first job was given: it also waits for the one before."""
+
+DOUBT_S = 1.0
+"""After so long without a batch an estimate by which all are late is not believed: one is tried. Else a slow moment
+would be remembered for ever, for what is given up teaches nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Queues(Generic[K, P, A]):
         self._queues: dict[K | _Group, list[Job[K, P, A]]] = {}
         self._unanswered: set[Asked[K, A]] = set()
         self._arrivals = Rate(ARRIVALS_WINDOW_S)
+        self._ran_at = Recent[K, float](MOST_LEARNED)
         self.num_waiting = 0
         self.stage_s = 0.0
 
@@ -92,15 +98,23 @@ class Queues(Generic[K, P, A]):
             batch = self._batch(first, key, most, dues)
             done_at = now + (1 + ahead) * self._speed(key, len(batch))
             late = [job for job in batch if job.deadline < done_at]
+            if late and ahead == 0 and now - self._ran_at.setdefault(key, now) >= DOUBT_S:
+                self._speed.doubt(key)
+                batch, late = [leader], []
             for job in late:  # they would only keep the others waiting
                 self._give_up(job.asked)
             if not late:
+                self._ran_at[key] = now
                 self.num_waiting -= len(batch)
                 for job in batch:
                     job.got(key)
                 self._clear()
                 return key, batch
         return None
+
+    def ran(self, key: K, now: float) -> None:
+        """Notes that a batch of a key ended: what is expected of the next one is no old memory."""
+        self._ran_at[key] = now
 
     def load(self, now: float) -> Load:
         """What waits and what comes, at this moment."""
@@ -125,6 +139,7 @@ class Queues(Generic[K, P, A]):
                 job.is_queued = False
                 self.num_waiting -= 1
                 self._dropped(reason)
+        asked.jobs = []  # they know the request: as a circle they would keep its images until the collector comes
 
     def _give_up(self, asked: Asked[K, A]) -> None:
         timeout_s = asked.deadline - asked.jobs[0].enqueued_at

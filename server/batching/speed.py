@@ -79,6 +79,12 @@ class Speed(Generic[K]):
             sums.add(n, seconds)
             self._sums[key] = sums
 
+    def doubt(self, key: K) -> None:
+        """Forgets that a key was slower than it was measured, or all that was learned of it."""
+        self._sums.pop(key, None)
+        if key in self._known:
+            self._factors[key] = min(1.0, self._factors.get(key, self._overall))
+
     def line(self, key: K) -> tuple[float, float] | None:
         """a and b in seconds, or None for a key of which nothing is known."""
         if key in self._known:

@@ -44,6 +44,10 @@ GRACE_S = 1.0
 """The engine keeps the deadline; so much later is for an engine that no longer does."""
 
 
+MOST_UNSENT = 256 << 20
+"""Bytes that wait for an engine that does not read: what is asked beyond is refused, or goes to another engine."""
+
+
 class LostEngineError(UnavailableError):
     """The connection broke while a call was in flight."""
 
@@ -119,6 +123,8 @@ class RemoteEngine:
         if self._frames is None:
             raise UnavailableError("the engine is not running", retry_after_s=1)
         call_id, frames = next(self._ids), self._frames
+        if frames.num_unsent > MOST_UNSENT:
+            raise UnavailableError("the engine takes nothing at the moment", retry_after_s=1)
         deadline = time.monotonic() + CALL_TIMEOUT_S if deadline is None else deadline
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future, deadline

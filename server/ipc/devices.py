@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from server.curve import Curve
 from server.dial import RSetting
-from server.errors import EngineError, UnavailableError
+from server.errors import DeadlineError, EngineError, UnavailableError
 from server.images.image import JpegFile
 from server.ipc.client import LostEngineError
 from server.ipc.engine import Engine
@@ -49,7 +49,8 @@ class Devices:
 
     While one is down the others serve. What it held when it went down goes to another one, once: an image that ends two
     processes would end them all, and is refused. One that hangs answers nothing, has soon the most to do, and gets no
-    more. One that fails would always have the least to do, so what it has failed at counts for a second more.
+    more. One that fails would always have the least to do, so what it has failed at, or been too late for, counts for a
+    second more.
     All have the same models and the same configuration, so any is asked for those. A JPEG goes to one that decodes.
 
     Args:
@@ -95,8 +96,12 @@ class Devices:
     async def _answer(self, engine: Device, request: Request[T]) -> Answered[T]:
         try:
             return await engine.answer(request)
-        except (EngineError, UnavailableError):
+        except (EngineError, UnavailableError, DeadlineError):
             self._failed[engine].append(self._clock())
+            raise
+        except asyncio.CancelledError:
+            if request.deadline <= self._clock():  # given up by a caller who could wait no longer
+                self._failed[engine].append(self._clock())
             raise
 
     async def curve(self, model: str) -> Curve:

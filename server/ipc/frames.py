@@ -59,6 +59,12 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
             raise
         _LENGTH.pack_into(self._unsent, start, len(self._unsent) - start - _LENGTH.size)
 
+    @property
+    def num_unsent(self) -> int:
+        """Bytes that the other end has not taken yet."""
+        assert self._transport is not None
+        return len(self._unsent) + self._transport.get_write_buffer_size()
+
     def close(self) -> None:
         """Leaves, after what is queued is sent."""
         assert self._transport is not None

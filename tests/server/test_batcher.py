@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from math import inf
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -893,3 +896,49 @@ async def test_an_open_request_has_one_payload() -> None:
         with pytest.raises(AssertionError, match="two keys"):
             it.send(open_to("a", "b"), 1, 2)
         assert it.batcher.num_waiting == 0 and (await it.send(open_to("a"), 1)).results == ["a:1"]
+
+
+async def test_an_answered_request_leaves_nothing_behind_without_the_collector() -> None:
+    class Payload(float):
+        """What can be watched."""
+
+    async with bench() as it:
+        gone = []
+        gc.disable()
+        try:
+            for number in range(5):
+                payload: Any = Payload(number)
+                gone.append(weakref.ref(payload))
+                task = it.send("a", payload)
+                del payload
+                await task
+                del task
+            it.device.batches.clear()
+            await asyncio.sleep(0)
+            assert [watched() for watched in gone] == [None] * 5
+        finally:
+            gc.enable()
+
+
+async def test_a_slow_moment_is_not_remembered_for_ever() -> None:
+    async with bench(batch=1) as it:
+        it.device.during_batch = lambda: setattr(it.device, "now", it.device.now + 10.0)
+        for payload in range(3):
+            await it.send("a", payload)
+        it.device.during_batch = lambda: None  # it is as fast as ever, but nobody has seen it
+        with pytest.raises(DeadlineError):
+            await it.send("a", 3, in_s=2.0)
+        it.device.now += 1.0
+        assert (await it.send("a", 4, in_s=2.0)).results == ["a:4"]
+        assert (await it.send("a", 5, in_s=2.0)).results == ["a:5"]
+
+
+async def test_an_estimate_that_batches_confirm_is_believed() -> None:
+    async with bench(batch=1) as it:
+        it.device.during_batch = lambda: setattr(it.device, "now", it.device.now + 10.0)
+        for payload in range(3):
+            await it.send("a", payload)
+        for payload in range(3):  # it ran just now: whoever cannot wait for it is told so at once
+            with pytest.raises(DeadlineError):
+                await it.send("a", payload, in_s=2.0)
+        assert len(it.device.batches) == 3

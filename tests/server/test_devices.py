@@ -141,6 +141,24 @@ def test_requests_even_out_what_the_engines_have_to_do(loads: list[int], request
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_an_engine_that_is_too_late_does_not_draw_those_who_cannot_wait(is_told: bool) -> None:
+    """It hangs: its calls end by the engine's word or by the caller's own deadline, and so it has nothing in hand."""
+    now = 0.0
+    fakes = [FakeDevice(0), FakeDevice(1)]
+    devices = Devices(fakes, clock=lambda: now)
+    fakes[0].failure, fakes[1].num_calls = (DeadlineError("late") if is_told else None), 1
+    if not is_told:
+        fakes[0].gate.clear()
+    late = Classify(model="tiny", images=classify().images, deadline=-1.0, top_k=1)
+    for _ in range(3):
+        call = asyncio.create_task(devices.answer(late))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+    assert fakes[0].num_asked == 2 and fakes[1].num_asked == 1
+
+
 async def test_an_engine_that_fails_at_once_does_not_draw_the_requests_of_those_that_work() -> None:
     """While the other works on eight requests, it gets as many and no more, until a second has passed."""
     now = 0.0

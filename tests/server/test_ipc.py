@@ -158,6 +158,18 @@ async def listening(engine: FakeEngine, path: str) -> AsyncIterator[EngineServer
         Path(path).unlink(missing_ok=True)
 
 
+async def test_an_engine_that_does_not_read_is_asked_no_more_until_it_does(
+    socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected(FakeEngine(), socket_path) as remote:
+        monkeypatch.setattr(client, "MOST_UNSENT", 1000)
+        first = asyncio.create_task(remote.answer(classify(bytes(5000))))
+        await asyncio.sleep(0)  # it stands in the buffer, for the loop has not turned since
+        with pytest.raises(UnavailableError, match="takes nothing"):
+            await remote.answer(classify())
+        assert (await first).results and (await remote.answer(classify())).results
+
+
 async def test_the_catalog_crosses_whole_and_in_order(socket_path: str) -> None:
     async with connected(FakeEngine(), socket_path) as remote:
         assert remote.catalog() == FakeEngine().catalog()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
+from server import metrics
 from server.metrics import BatchMetrics
 from server.types import BatchKey
 from tests.server.conftest import grey_png, serving, until
@@ -122,3 +124,19 @@ def test_a_scrape_of_one_process_shows_the_numbers_of_all(tmp_path: Path) -> Non
         [sys.executable, "-c", scrape], env=environment, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     assert 'tome_requests_total{code="200",model="tiny",r="8"} 5.0' in shown
+
+
+def test_a_scrape_that_meets_a_process_at_its_start_looks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    looks = []
+
+    def look(registry: object) -> bytes:
+        looks.append(registry)
+        if len(looks) < 3:
+            raise struct.error("unpack_from requires a buffer of at least 4 bytes")
+        return b"all"
+
+    monkeypatch.setattr(metrics, "generate_latest", look)
+    assert metrics.exposition() == b"all" and len(looks) == 3

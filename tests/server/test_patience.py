@@ -104,6 +104,13 @@ async def test_a_deadline_counts_from_when_it_is_said_to() -> None:
             await asyncio.Event().wait()
 
 
+async def test_a_deadline_that_somebody_else_found_is_told_in_the_clients_own_time() -> None:
+    with pytest.raises(DeadlineError, match=r"no answer within 30 s") as late:
+        async with at_most(30.0):
+            raise DeadlineError("no answer within 0.0034 s", timeout_s=0.0034)
+    assert late.value.details == {"timeout_s": 30.0}
+
+
 async def test_other_errors_are_left_alone() -> None:
     error: Any
     for error in (ValueError("x"), TimeoutError("of something else")):

@@ -36,6 +36,7 @@ class Bench:
             batch_timeout_s=batch_timeout_s,
             num_stages=1,
         )
+        self.jobs: list[Job[str, int, str]] = []
 
     def add(self, key: str | Open[str], count: int, in_s: float = inf) -> Asked[str, str]:
         nothing: Any = None
@@ -43,6 +44,7 @@ class Bench:
         asked = Asked(self.loop.create_future(), lambda done: done, batched, count, self.now + in_s, [])
         open_ = key if isinstance(key, Open) else None
         asked.jobs = [Job(asked, index, index, open_, self.now, asked.deadline) for index in range(count)]
+        self.jobs += asked.jobs
         self.queues.add(asked, key)
         return asked
 
@@ -220,7 +222,7 @@ class Waiting(RuleBasedStateMachine):
 
     @invariant()
     def the_books_are_right(self) -> None:
-        jobs = [job for asked in self.asked for job in asked.jobs]
+        jobs = self.bench.jobs
         queued = [job for job in jobs if job.is_queued]
         assert self.bench.queues.num_waiting == len(queued) == len(self.bench.queues.load(self.bench.now).left_s)
         assert len(jobs) == len(queued) + len(self.taken) + len(self.bench.dropped)
@@ -229,7 +231,8 @@ class Waiting(RuleBasedStateMachine):
     def an_answer_is_whole(self) -> None:
         for asked in self.asked:
             if asked.future.done() and not asked.future.cancelled() and not asked.future.exception():
-                assert asked.batched.results == [f"{asked.batched.key}:{index}" for index in range(len(asked.jobs))]
+                results = asked.batched.results
+                assert results == [f"{asked.batched.key}:{index}" for index in range(len(results))]
 
 
 Waiting.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

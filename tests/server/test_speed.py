@@ -91,3 +91,19 @@ def test_a_line_that_becomes_known_takes_the_place_of_what_was_learned() -> None
     speed.observe("key", 1, 1.0)
     speed.expect("key", 0.01, 0.001)
     assert speed.line("key") == (0.01, 0.001) and not speed._sums
+
+
+def test_what_is_doubted_is_as_fast_as_it_was_measured_or_unknown() -> None:
+    speed = Speed[str]()
+    speed.expect("known", 0.0, 1.0)
+    for key in ("known", "learned"):
+        for _ in range(50):
+            speed.observe(key, 1, 3.0)
+    assert speed("known", 1) > 2.5 and speed("learned", 1) > 2.5
+    for key in ("known", "learned"):
+        speed.doubt(key)
+    assert speed("known", 1) == 1.0 and speed.line("learned") is None
+    for _ in range(50):
+        speed.observe("known", 1, 0.5)
+    speed.doubt("known")
+    assert speed("known", 1) < 0.6  # faster than it was measured is no reason for a doubt
