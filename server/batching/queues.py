@@ -142,7 +142,9 @@ class Queues(Generic[K, P, A]):
         asked.jobs = []  # they know the request: as a circle they would keep its images until the collector comes
 
     def _give_up(self, asked: Asked[K, A]) -> None:
-        timeout_s = asked.deadline - asked.jobs[0].enqueued_at
+        if not asked.jobs:
+            return  # another of its jobs was late, too
+        timeout_s = max(0.0, asked.deadline - asked.jobs[0].enqueued_at)
         asked.fail(DeadlineError(f"no answer within {timeout_s:.3g} s", timeout_s=timeout_s))
         self.leave(asked, "deadline")
 

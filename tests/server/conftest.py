@@ -196,7 +196,7 @@ class FakeDevice:
 
 
 def classify(
-    pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny", top_k: int = 1, in_s: float = 1e3
+    pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny", top_k: int = 1, in_s: float = 1e6
 ) -> Classify:
     """A request to classify one image, to be answered within so many seconds."""
     return Classify(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + in_s, top_k=top_k)
@@ -204,7 +204,7 @@ def classify(
 
 def explain(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny") -> Explain:
     """The same to explain it."""
-    return Explain(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e3, top_k=1)
+    return Explain(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e6, top_k=1)
 
 
 def local_engine(

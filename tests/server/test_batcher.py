@@ -942,3 +942,13 @@ async def test_an_estimate_that_batches_confirm_is_believed() -> None:
             with pytest.raises(DeadlineError):
                 await it.send("a", payload, in_s=2.0)
         assert len(it.device.batches) == 3
+
+
+async def test_a_request_of_which_several_jobs_are_late_is_given_up_once_and_the_loop_lives() -> None:
+    async with bench(batch=4) as it:
+        it.batcher.speed.expect("a", 2.0, 0.0)
+        late = it.batcher.submit("a", [1, 2, 3], it.device.now + 1.0, lambda batched: batched)
+        with pytest.raises(DeadlineError):
+            await late
+        assert it.device.dropped == ["deadline"] * 3
+        assert (await it.send("a", 4)).results == ["a:4"]
