@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 
-from server.api.access import ERRORS, ForUsers, Service
-from server.api.body import Upload
+from server.api.access import ERRORS, ForUsers
 from server.api.patience import unless_client_leaves
-from server.api.reading import name_file, read_images
+from server.api.reading import read_and_ask
 from server.api.routes import ASKED, classes
 from server.api.schemas import BlockGroups, Class, Merging, Seen, TimingsMs
-from server.api.terms import Terms, read_terms, timings_of
+from server.api.terms import read_terms, timings_of
 from server.dial import r_of
-from server.errors import ServerError
-from server.ipc.messages import Answered, Explain, Merges
+from server.ipc.messages import Explain
 
 router = APIRouter(responses=ERRORS)
 
@@ -27,7 +24,7 @@ async def explain(request: Request, service: ForUsers) -> Merging:
     start = time.monotonic()
     uploads, terms = await read_terms(request, service, start, max_images=1)
     with service.admission.permit(1, terms.left_s):
-        decode_s, answered = await unless_client_leaves(request, _explain(uploads, terms, service))
+        decode_s, answered = await unless_client_leaves(request, read_and_ask(Explain, uploads, terms, service))
     info, (merges,) = terms.info, answered.results
     seen, counts = info.preprocessing, info.token_counts(answered.schedule)
     return Merging(
@@ -48,15 +45,3 @@ async def explain(request: Request, service: ForUsers) -> Merging:
         ],
         timings_ms=TimingsMs(**timings_of(answered, decode_s, start)),
     )
-
-
-async def _explain(uploads: Sequence[Upload], terms: Terms, service: Service) -> tuple[float, Answered[Merges]]:
-    """Seconds of decoding, and what merged."""
-    try:
-        async with terms.in_time():
-            images, decode_s = await read_images(uploads, terms.info, service)
-            asked = Explain(model=terms.info.name, images=images, r=terms.r, deadline=terms.deadline, top_k=terms.top_k)
-            return decode_s, await service.engine.answer(asked)
-    except ServerError as error:
-        name_file(error, uploads)
-        raise

@@ -1,18 +1,23 @@
-"""Uploads to images: decoded here, or left to an engine that decodes."""
+"""Uploads to images, decoded here or left to an engine that decodes, and on to the engine."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from server import metrics
 from server.api.access import Service
 from server.api.body import Upload
-from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.api.terms import Terms
+from server.errors import TooLargeError, UndecodableError, UnsupportedError
 from server.images.image import Image
 from server.images.pillow import as_it_came, read
+from server.ipc.messages import Answered, Request
 from server.types import ModelInfo
+
+T = TypeVar("T")
 
 OF_AN_IMAGE = (UndecodableError, UnsupportedError, TooLargeError)
 
@@ -54,7 +59,26 @@ async def read_images(uploads: Sequence[Upload], info: ModelInfo, service: Servi
     return [image for image, _ in read_all], max(took_s for _, took_s in read_all)
 
 
-def name_file(error: ServerError, uploads: Sequence[Upload]) -> None:
-    """Adds the file's name to an error of one image."""
-    if isinstance(error, OF_AN_IMAGE) and "image" in error.details:
-        error.details["filename"] = uploads[error.details["image"]].filename
+async def read_and_ask(
+    kind: Callable[..., Request[T]], uploads: Sequence[Upload], terms: Terms, service: Service
+) -> tuple[float, Answered[T]]:
+    """Seconds of decoding, and what the engine answers by the deadline.
+
+    Args:
+        kind: `Classify` or `Explain`.
+        uploads: The images as they came.
+        terms: What is asked of each.
+        service: Where they are decoded and answered.
+
+    Raises:
+        ServerError: What `read_images` and the engine raise; of one image it names the file. DeadlineError.
+    """
+    try:
+        async with terms.in_time():
+            images, decode_s = await read_images(uploads, terms.info, service)
+            request = kind(model=terms.info.name, images=images, r=terms.r, deadline=terms.deadline, top_k=terms.top_k)
+            return decode_s, await service.engine.answer(request)
+    except OF_AN_IMAGE as error:
+        if "image" in error.details:
+            error.details["filename"] = uploads[error.details["image"]].filename
+        raise

@@ -11,11 +11,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server import metrics
-from server.api.access import ERRORS, ForUsers, Service
+from server.api.access import ERRORS, ForUsers
 from server.api.body import Upload
 from server.api.direct import DirectRoute
 from server.api.patience import unless_client_leaves
-from server.api.reading import name_file, read_images
+from server.api.reading import read_and_ask
 from server.api.schemas import Classification, JsonBody, Parameters
 from server.api.terms import Terms, read_terms, timings_of
 from server.dial import label_of, r_of, text_of
@@ -56,7 +56,7 @@ async def classify(request: Request, service: ForUsers) -> Response:
         uploads, terms = await read_terms(request, service, start, service.settings.max_images)
         model, schedule = terms.info.name, terms.schedule
         with service.admission.permit(len(uploads), terms.left_s):
-            decode_s, answered = await unless_client_leaves(request, _classify(uploads, terms, service))
+            decode_s, answered = await unless_client_leaves(request, read_and_ask(Classify, uploads, terms, service))
     except Exception as error:
         r = "unknown" if schedule is None else label_of(schedule)  # refused before the deployment's was asked for
         metrics.REQUESTS.labels(model, r, str(error.status if isinstance(error, ServerError) else 500)).inc()
@@ -73,20 +73,6 @@ async def classify(request: Request, service: ForUsers) -> Response:
         "server-timing": ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings.items()),
     }
     return Response(_encode(shape(terms, uploads, answered, timings)), headers=headers, media_type="application/json")
-
-
-async def _classify(uploads: Sequence[Upload], terms: Terms, service: Service) -> tuple[float, Answered[TopK]]:
-    """Seconds of decoding, and the answer."""
-    try:
-        async with terms.in_time():
-            images, decode_s = await read_images(uploads, terms.info, service)
-            asked = Classify(
-                model=terms.info.name, images=images, r=terms.r, deadline=terms.deadline, top_k=terms.top_k
-            )
-            return decode_s, await service.engine.answer(asked)
-    except ServerError as error:
-        name_file(error, uploads)
-        raise
 
 
 def shape(

@@ -188,7 +188,7 @@ class LocalEngine:
         if len(request.images) == 1 and request.operation == "classify":
             return auto.open(r), None
         choice = auto.choose(self._batcher.load(), r)
-        return info.batch_key(choice.schedule, request.operation), choice
+        return self._batch_key(info.name, choice.schedule, request.operation), choice
 
     def _made_key(self, model: str, r: PlainR, operation: str) -> BatchKey:
         info = self._models[model]

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,6 +102,14 @@ class FakeDevice:
 
     async def check(self) -> None:
         await self._call()
+
+
+async def dies_with(fake: FakeDevice, answering: Coroutine[Any, Any, Answered[Any]]) -> asyncio.Task[Answered[Any]]:
+    """Has an engine go down while it holds a request."""
+    call = asyncio.create_task(answering)
+    await until(lambda: fake.num_calls == 1)
+    fake.die()
+    return call
 
 
 def several(count: int = 3) -> tuple[list[FakeDevice], Devices]:
@@ -273,9 +281,7 @@ async def test_where_the_others_are_down_what_one_held_is_unavailable() -> None:
     fakes, devices = several(2)
     fakes[1].is_up = False
     fakes[0].gate.clear()
-    call = asyncio.create_task(devices.answer(classify()))
-    await until(lambda: fakes[0].num_calls == 1)
-    fakes[0].die()
+    call = await dies_with(fakes[0], devices.answer(classify()))
     with pytest.raises(UnavailableError) as refusal:
         await call
     assert refusal.value.retry_after_s
@@ -300,9 +306,7 @@ async def test_what_the_second_engine_says_is_the_answer(failure: ServerError) -
     fakes, devices = several(3)
     fakes[0].gate.clear()
     fakes[1].failure = failure
-    call = asyncio.create_task(devices.answer(classify()))
-    await until(lambda: fakes[0].num_calls == 1)
-    fakes[0].die()
+    call = await dies_with(fakes[0], devices.answer(classify()))
     with pytest.raises(type(failure), match="no"):
         await call
     assert [fake.num_asked for fake in fakes] == [1, 1, 0]
@@ -312,9 +316,7 @@ async def test_the_engine_that_went_down_is_not_asked_again_though_it_is_back() 
     fakes, devices = several(2)
     fakes[0].gate.clear()
     fakes[1].num_calls = 100
-    call = asyncio.create_task(devices.answer(classify()))
-    await until(lambda: fakes[0].num_calls == 1)
-    fakes[0].die()
+    call = await dies_with(fakes[0], devices.answer(classify()))
     fakes[0].is_up = True  # before anyone has heard of it
     assert (await call).config_version == 1
 
@@ -332,9 +334,7 @@ async def test_a_caller_that_gives_up_while_it_is_tried_again_leaves_no_load() -
     fakes, devices = several(2)
     for fake in fakes:
         fake.gate.clear()
-    call = asyncio.create_task(devices.answer(classify()))
-    await until(lambda: fakes[0].num_calls == 1)
-    fakes[0].die()
+    call = await dies_with(fakes[0], devices.answer(classify()))
     await until(lambda: fakes[1].num_calls == 1)
     call.cancel()
     await asyncio.wait([call])
@@ -386,9 +386,7 @@ async def test_a_jpeg_is_tried_again_by_an_engine_that_decodes() -> None:
     fakes[0].decodes = fakes[2].decodes = True
     for fake in fakes:
         fake.gate.clear()
-    call = asyncio.create_task(devices.answer(with_a_jpeg()))
-    await until(lambda: fakes[0].num_calls == 1)
-    fakes[0].die()
+    call = await dies_with(fakes[0], devices.answer(with_a_jpeg()))
     await until(lambda: fakes[2].num_calls == 1)
     fakes[2].gate.set()
     assert (await call).config_version == 2 and fakes[1].num_asked == 0
@@ -398,9 +396,7 @@ async def test_where_no_other_engine_decodes_a_jpeg_is_unavailable() -> None:
     fakes, devices = several(2)
     fakes[0].decodes = True
     fakes[0].gate.clear()
-    call = asyncio.create_task(devices.answer(with_a_jpeg()))
-    await until(lambda: fakes[0].num_calls == 1)
-    fakes[0].die()
+    call = await dies_with(fakes[0], devices.answer(with_a_jpeg()))
     with pytest.raises(UnavailableError) as refusal:
         await call
     assert refusal.value.retry_after_s and fakes[1].num_asked == 0
