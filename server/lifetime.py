@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import logging
 import multiprocessing
@@ -58,6 +59,7 @@ def spare_the_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else bindings such as Triton's report leaks at the end
     gc.set_threshold(_OBJECTS_A_COLLECTION)
 
 
