@@ -854,7 +854,7 @@ async def test_an_explicit_key_is_never_changed() -> None:
 
 async def test_what_cannot_be_done_in_time_is_given_up_before_it_is_computed() -> None:
     async with bench() as it:
-        it.batcher.speed.expect("a", 0.0, 2.0)
+        await it.learn("a", 2.0)
         busy = await it.keep_busy()
         late, in_time = it.send("a", 1, in_s=1), it.send("a", 2, in_s=100)
         it.device.gate.set()
@@ -862,7 +862,7 @@ async def test_what_cannot_be_done_in_time_is_given_up_before_it_is_computed() -
         with pytest.raises(DeadlineError):
             await late  # it would take 2 s
         assert (await in_time).batch_size == 1
-        assert it.device.batches[1:] == [("a", [2])] and it.device.dropped == ["deadline"]
+        assert it.device.batches[2:] == [("a", [2])] and it.device.dropped == ["deadline"]
 
 
 async def test_a_batch_is_no_larger_than_its_deadline_allows() -> None:
@@ -946,7 +946,7 @@ async def test_an_estimate_that_batches_confirm_is_believed() -> None:
 
 async def test_a_request_of_which_several_jobs_are_late_is_given_up_once_and_the_loop_lives() -> None:
     async with bench(batch=4) as it:
-        it.batcher.speed.expect("a", 2.0, 0.0)
+        await it.learn("a", 2.0)
         late = it.batcher.submit("a", [1, 2, 3], it.device.now + 1.0, lambda batched: batched)
         with pytest.raises(DeadlineError):
             await late
