@@ -19,7 +19,7 @@ from server.batching.policy import Load
 from server.batching.queues import Queues
 from server.batching.speed import Mean, Speed
 from server.deadlines import Deadlines
-from server.errors import QueueFullError, ServerError, UnavailableError
+from server.errors import EngineError, QueueFullError, ServerError, UnavailableError
 
 logger = logging.getLogger(__name__)
 

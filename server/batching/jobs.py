@@ -151,6 +151,6 @@ class Job(Struct, Generic[K, P, A], eq=False):
                 self._spoiled("the answer to a request", error)
 
     def _spoiled(self, what: str, error: Exception) -> None:
-        """Fails the request of this job: a fault in what it brought along is not its neighbours', nor the batch loop's."""
+        """Fails the request: a fault in what it brought along is not its neighbours', nor the batch loop's."""
         logger.exception("%s failed", what)
         self.asked.fail(EngineError(f"{what} failed: {error!r}"))

@@ -21,8 +21,8 @@ BATCH_SHARE = 0.3
 """A batch takes no more than this share of the time that its first job was given: it also waits for the one before."""
 
 TRY_AFTER_S = 1.0
-"""Without a batch of a key for so long, one job that its estimate calls late is tried all the same. Else one slow moment
-would be remembered for ever: what is given up teaches nothing."""
+"""Where no batch of a key ran for so long, one job is tried that the estimate calls late. Else a slow moment would be
+remembered for ever: what is given up teaches nothing."""
 
 TRY_SHARE, LONGEST_TRY_PAUSE_S = 0.1, 10.0
 """While other jobs wait, tries take this share of the time at most; the pause after one is no longer than that."""

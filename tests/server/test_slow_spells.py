@@ -132,7 +132,9 @@ def test_an_idle_device_answers_a_second_after_a_slow_spell(
 ) -> None:
     begin, length, factor = spell
     world = World(lambda now: factor if begin <= now < begin + length else 1.0, num_stages)
-    during = [Ask(0.3 * index, key, within(key) if hurried else PATIENT_S) for index, (key, hurried) in enumerate(asked)]
+    during = [
+        Ask(0.3 * index, key, within(key) if hurried else PATIENT_S) for index, (key, hurried) in enumerate(asked)
+    ]
     after = [Ask(pause, key, within(key)) for pause, key in then]
     over = begin + length + 0.6  # batches that were under way in the spell are done by then
     replies = world.serve(during, over + TRY_AFTER_S, after)
