@@ -123,7 +123,7 @@ async def test_whatever_one_batch_raises_the_loop_lives_and_each_request_has_one
 
 
 async def ask(engine: LocalEngine, request: Classify | Explain) -> Answered[Any] | ServerError:
-    """The one answer to a request; what is raised at once its caller tells as an error of the engine (ipc/server.py)."""
+    """The one answer to a request. What is raised at once is told as an error of the engine, as ipc/server.py does."""
     answers: list[asyncio.Future[Any]] = []
     try:
         future = engine.answer(request)
