@@ -51,6 +51,7 @@ class Front:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
+                body.is_answered = True
                 headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
                 message["headers"] = [*headers, (b"x-request-id", request_id)]
             await send(message)
@@ -70,21 +71,36 @@ class _Body:
         limits: Limits, and how much all bodies hold.
         announced: Its length, as its client says.
         client: Who sends it, where that is known.
+
+    Attributes:
+        received: How many bytes of it have come.
+        is_answered: Whether its answer has begun.
     """
 
-    __slots__ = ("_began_at", "_client", "_is_complete", "_is_too_long", "_limits", "_receive", "received")
+    __slots__ = (
+        "_began_at",
+        "_client",
+        "_is_complete",
+        "_is_too_long",
+        "_limits",
+        "_receive",
+        "is_answered",
+        "received",
+    )
 
     def __init__(self, receive: Receive, limits: Front, announced: bytes | None, client: Sender | None) -> None:
         self._receive, self._limits, self._client = receive, limits, client
         self._began_at = asyncio.get_running_loop().time()
         self._is_too_long = announced is not None and announced.isdigit() and int(announced[:20]) > limits.max_bytes
-        self._is_complete = False
+        self._is_complete = self.is_answered = False
         self.received = 0
 
     async def receive(self) -> Message:
         """The next piece, as ASGI has it; after the last, that the client has left."""
-        if self._is_complete:
-            return await self._receive()  # waits for as long as that takes
+        if self._is_complete or self.is_answered:
+            return await self._receive()  # waits for as long as that takes; no error has an answer any more
+        if self._is_too_long:
+            raise self._too_large()  # before the server asks for it with 100 Continue
         if self._client is not None and self._client.has_sent_all:
             message = await self._receive()  # at once
         else:
@@ -95,14 +111,18 @@ class _Body:
         size, limits = len(message.get("body", b"")), self._limits
         self.received += size
         limits.held += size
-        if self._is_too_long or self.received > limits.max_bytes:
-            raise TooLargeError(f"the body is larger than {limits.max_bytes} bytes", max_body_bytes=limits.max_bytes)
+        if self.received > limits.max_bytes:
+            raise self._too_large()
         if limits.held > LARGEST_BODIES * limits.max_bytes:
             raise QueueFullError(
                 f"requests hold {limits.held} bytes; at most {LARGEST_BODIES * limits.max_bytes} may be held at once",
                 retry_after_s=1,
             )
         return message
+
+    def _too_large(self) -> TooLargeError:
+        most = self._limits.max_bytes
+        return TooLargeError(f"the body is larger than {most} bytes", max_body_bytes=most)
 
     async def _patiently(self, due: float) -> Message:
         """The next piece; `due` is when, on the loop's clock, what is there already had to be there."""
