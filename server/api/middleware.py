@@ -9,7 +9,7 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.patience import Sender, client_of
-from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError
+from server.errors import ClientGoneError, QueueFullError, ServerError, TooLargeError, TooSlowError
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -96,9 +96,20 @@ class _Body:
         self.received = 0
 
     async def receive(self) -> Message:
-        """The next piece, as ASGI has it; after the last, that the client has left."""
-        if self._is_complete or self.is_answered:
-            return await self._receive()  # waits for as long as that takes; no error has an answer any more
+        """The next piece, as ASGI has it; after the last, that the client has left.
+
+        Errors are for who reads the body. Who only waits for the client to leave, while the answer is sent, gets none.
+        """
+        try:
+            return await self._next()
+        except ServerError:
+            if not self.is_answered:
+                raise
+            return {"type": "http.disconnect"}
+
+    async def _next(self) -> Message:
+        if self._is_complete:
+            return await self._receive()  # waits for as long as that takes
         if self._is_too_long:
             raise self._too_large()  # before the server asks for it with 100 Continue
         if self._client is not None and self._client.has_sent_all:
