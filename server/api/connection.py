@@ -11,7 +11,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.departure import Departure
-from server.api.framing import Fault, fault_of, without_upgrade
+from server.api.framing import fault_of, refusal, without_upgrade
 from server.api.patience import CLIENT
 
 _LONGEST_HEAD = 64 << 10
@@ -51,8 +51,8 @@ class Connection(HttpToolsProtocol):
         self._is_in_body = False
         self._head_bytes = 0
         self._keeps_alive = False  # whether the newest request wants its connection to be kept
-        self._fault: Fault | None = None  # what a callback of the parser has found
-        self._refused: Fault | None = None  # what is answered when all requests before it are
+        self._fault: str | None = None  # what a callback of the parser has found
+        self._refused: str | None = None  # what is answered when all requests before it are
         self._is_deaf = False
         self._is_ending = False
         self._running: RequestResponseCycle | None = None
@@ -76,12 +76,12 @@ class Connection(HttpToolsProtocol):
             self._parse(data)  # begins to count anew with a part of a body, and where a head or a message ends
         except httptools.HttpParserError as error:
             if isinstance(error, httptools.HttpParserCallbackError):
-                self._refuse(self._fault or Fault(400, "what the request asks for cannot be read"))
+                self._refuse(self._fault or "what the request asks for cannot be read")
             else:
-                self._refuse(Fault(400, f"the request is not HTTP/1.1: {error}"))
+                self._refuse(f"the request is not HTTP/1.1: {error}")
         else:
             if self._head_bytes > _LONGEST_HEAD:
-                self._refuse(Fault(400, "the head of the request is too long"))
+                self._refuse("the head of the request is too long")
         self._watch()
 
     def _parse(self, data: bytes) -> None:
@@ -91,6 +91,8 @@ class Connection(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 method, version = self.parser.get_method(), self.parser.get_http_version()
                 data = without_upgrade(method, self.url, version, self.headers) + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)  # the old one reads no more where Connection has close
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._is_in_body:
@@ -100,9 +102,9 @@ class Connection(HttpToolsProtocol):
         method, version = self.parser.get_method(), self.parser.get_http_version()
         self._fault = fault_of(method, version, self.headers)
         if len(self.pipeline) >= _MOST_PIPELINED:
-            self._fault = Fault(400, "too many requests wait for their turn")
+            self._fault = "too many requests wait for their turn"
         if self._fault is not None:
-            raise ValueError(self._fault.message)  # httptools stops here
+            raise ValueError(self._fault)  # httptools stops here
         if self.parser.should_upgrade():
             return  # it comes again, without the wish
         if version == "1.0":
@@ -141,9 +143,9 @@ class Connection(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self._running is not None and not self._running.response_complete
 
-    def _refuse(self, fault: Fault) -> None:
+    def _refuse(self, fault: str) -> None:
         """Answers what cannot be read, in its turn, and hangs up: where the next request begins is not known."""
-        self.logger.warning("a client was hung up on: %s", fault.message)
+        self.logger.warning("a client was hung up on: %s", fault)
         self._is_deaf = True
         self._refused = fault
         if self._is_in_body:
@@ -162,7 +164,7 @@ class Connection(HttpToolsProtocol):
 
     def _answer_refused(self) -> None:
         if self._refused is not None and not self.transport.is_closing():
-            self.transport.write(self._refused.answer(self.server_state.default_headers))
+            self.transport.write(refusal(self._refused, self.server_state.default_headers))
         self._hang_up()
 
     def _hang_up(self) -> None:
@@ -185,7 +187,7 @@ class Connection(HttpToolsProtocol):
         if self._departure is None:
             self._departure = Departure(self.loop, self.transport)
             if not self._is_deaf and self._is_in_body:
-                self._refuse(Fault(400, "the request ends before its body does"))
+                self._refuse("the request ends before its body does")
             elif not self._is_deaf:
                 self._is_deaf, self.cycle.keep_alive = True, False
             if not self.transport.is_closing():

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import http
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 _HOST = re.compile(rb"[^\s/?#@\\<>\"]*")
 
 
-class Fault(NamedTuple):
-    """Why a request is not answered by the application.
+def refusal(message: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The whole answer to what cannot be read: 400, and the end of its connection.
 
-    Attributes:
-        status: Of the answer.
+    Args:
         message: What is wrong.
+        headers: Those that every answer of this server has.
     """
-
-    status: int
-    message: str
-
-    def answer(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """The whole answer, which ends its connection.
-
-        Args:
-            headers: Those that every answer of this server has.
-        """
-        code = http.HTTPStatus(self.status).name.lower()
-        body = json.dumps({"error": {"code": code, "message": self.message, "details": {}}}).encode()
-        lines = [b"HTTP/1.1 %d %s" % (self.status, http.HTTPStatus(self.status).phrase.encode())]
-        lines += [name + b": " + value for name, value in headers if name != b"connection"]
-        lines += [b"content-type: application/json", b"content-length: %d" % len(body), b"connection: close"]
-        return b"\r\n".join([*lines, b"", body])
+    body = json.dumps({"error": {"code": "bad_request", "message": message, "details": {}}}).encode()
+    lines = [b"HTTP/1.1 400 Bad Request"]
+    lines += [name + b": " + value for name, value in headers if name != b"connection"]
+    lines += [b"content-type: application/json", b"content-length: %d" % len(body), b"connection: close"]
+    return b"\r\n".join([*lines, b"", body])
 
 
-def fault_of(method: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]) -> Fault | None:
-    """What forbids to answer a request of such a head; None for a good one.
+def fault_of(method: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """What forbids to answer a request of such a head, in words; None for a good one.
 
     Args:
         method: Its method.
@@ -49,18 +36,18 @@ def fault_of(method: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]
         if name == b"host":
             hosts += 1
             if _HOST.fullmatch(value) is None:
-                return Fault(400, "the Host header holds what is no host")
+                return "the Host header holds what is no host"
         elif name == b"transfer-encoding":
             if value.lower() != b"chunked":
-                return Fault(501, "the only Transfer-Encoding that this server knows is chunked")
+                return "the only Transfer-Encoding that this server knows is chunked"
             if version == "1.0":
-                return Fault(400, "HTTP/1.0 has no Transfer-Encoding")
+                return "HTTP/1.0 has no Transfer-Encoding"
     if version not in ("1.0", "1.1"):
-        return Fault(505, "this server speaks HTTP/1.1 and HTTP/1.0")
+        return "this server speaks HTTP/1.1 and HTTP/1.0"
     if hosts > 1 or (hosts == 0 and version == "1.1"):
-        return Fault(400, f"the request has {hosts} Host headers; it must have one")
+        return f"the request has {hosts or 'no'} Host header{'s' * (hosts > 1)}; it must have one"
     if method == b"CONNECT":
-        return Fault(501, "this server is no proxy: it does not know CONNECT")
+        return "this server is no proxy: it does not know CONNECT"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import time
@@ -45,6 +46,7 @@ def main(
         pulse: Beats while it serves.
     """
     configure_logging(settings.log_level)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each odd byte that a client sends
     end_with_parent()
     engines = [RemoteEngine(path, index) for index, path in enumerate(socket_paths)]
     engine = engines[0] if len(engines) == 1 else Devices(engines)
