@@ -13,15 +13,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from server.api.departure import Departure
 from server.api.framing import fault_of, refusal, without_upgrade
 from server.api.patience import CLIENT
+from server.api.room import Room
 
 _LONGEST_HEAD = 64 << 10
 """Bytes that may come in a row and are no part of a body: heads, what stands between chunks, and trailers."""
 
 _MOST_PIPELINED = 32
 """Requests of a connection that wait for the one before them to be answered."""
-
-Idle = dict["Connection", None]
-"""Connections on which no request is being answered; the one that is idle for longest comes first."""
 
 
 class Connection(HttpToolsProtocol):
@@ -38,16 +36,16 @@ class Connection(HttpToolsProtocol):
     Args:
         args: As uvicorn's.
         on_lost: Is called when the connection is lost.
-        idle: Where it stands while it is idle.
+        room: What it belongs to; it may be closed there while it is idle.
         kwargs: As uvicorn's.
     """
 
     def __init__(
-        self, *args: Any, on_lost: Callable[[], None] = lambda: None, idle: Idle | None = None, **kwargs: Any
+        self, *args: Any, on_lost: Callable[[], None] = lambda: None, room: Room | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self._on_lost = on_lost
-        self._idle = {} if idle is None else idle
+        self._idle = (room or Room()).idle
         self._is_in_body = False
         self._head_bytes = 0
         self._keeps_alive = False  # whether the newest request wants its connection to be kept
@@ -178,6 +176,10 @@ class Connection(HttpToolsProtocol):
             self.transport.write_eof()
             self.flow.resume_reading()
             self._watch()
+
+    def drop(self) -> None:
+        """Closes the connection at once."""
+        self.transport.abort()
 
     def eof_received(self) -> bool:
         """Answers a client that sends no more, as far as it can still be there; gives whether one is."""
