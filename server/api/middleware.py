@@ -9,9 +9,14 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.patience import Sender, client_of
-from server.errors import ClientGoneError, QueueFullError, ServerError, TooLargeError, TooSlowError
+from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+_ASGI = {"version": "3.0", "spec_version": "2.4"}
+"""By which whoever sends a file does not read the body meanwhile, to learn whether the client leaves.
+
+What is sent to a client that has left is dropped; but an error of the body would come after its answer has begun."""
 
 LARGEST_BODIES = 8
 """How many bodies of the largest size are held at once."""
@@ -47,11 +52,11 @@ class Front:
             elif name == b"x-request-id" and borne is None:
                 borne = value
         request_id = borne if borne and _REQUEST_ID.fullmatch(borne) else b"%032x" % random.getrandbits(128)
+        scope["asgi"] = _ASGI
         scope.setdefault("state", {})["request_id"] = request_id.decode()
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                body.is_answered = True
                 headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
                 message["headers"] = [*headers, (b"x-request-id", request_id)]
             await send(message)
@@ -71,43 +76,19 @@ class _Body:
         limits: Limits, and how much all bodies hold.
         announced: Its length, as its client says.
         client: Who sends it, where that is known.
-
-    Attributes:
-        received: How many bytes of it have come.
-        is_answered: Whether its answer has begun.
     """
 
-    __slots__ = (
-        "_began_at",
-        "_client",
-        "_is_complete",
-        "_is_too_long",
-        "_limits",
-        "_receive",
-        "is_answered",
-        "received",
-    )
+    __slots__ = ("_began_at", "_client", "_is_complete", "_is_too_long", "_limits", "_receive", "received")
 
     def __init__(self, receive: Receive, limits: Front, announced: bytes | None, client: Sender | None) -> None:
         self._receive, self._limits, self._client = receive, limits, client
         self._began_at = asyncio.get_running_loop().time()
         self._is_too_long = announced is not None and announced.isdigit() and int(announced[:20]) > limits.max_bytes
-        self._is_complete = self.is_answered = False
+        self._is_complete = False
         self.received = 0
 
     async def receive(self) -> Message:
-        """The next piece, as ASGI has it; after the last, that the client has left.
-
-        Errors are for who reads the body. Who only waits for the client to leave, while the answer is sent, gets none.
-        """
-        try:
-            return await self._next()
-        except ServerError:
-            if not self.is_answered:
-                raise
-            return {"type": "http.disconnect"}
-
-    async def _next(self) -> Message:
+        """The next piece, as ASGI has it; after the last, that the client has left."""
         if self._is_complete:
             return await self._receive()  # waits for as long as that takes
         if self._is_too_long:

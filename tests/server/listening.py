@@ -6,7 +6,9 @@ import asyncio
 import re
 import socket
 import threading
+from collections.abc import Callable, Coroutine
 from types import TracebackType
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -84,25 +86,46 @@ class Listening:
         self._app, self._timeout_s = app, timeout_s
         self.loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
-        self.connections: set[Connection] = set()
+        self._state = ServerState()
+
+    @property
+    def connections(self) -> set[Connection]:
+        """Those that are open."""
+        return self._state.connections  # type: ignore[return-value]
 
     def __enter__(self) -> Listening:
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self.loop).result()
+        self.run(self._listen())
         return self
 
     async def _listen(self) -> None:
         config = uvicorn.Config(
             self._app, timeout_keep_alive=self._timeout_s, log_config=None, access_log=False, ws="none"
         )
-        state = ServerState()
-        self.connections = state.connections  # type: ignore[assignment]
-        self._server = await self.loop.create_server(lambda: Connection(config, state, {}), "127.0.0.1", 0)
+        self._server = await self.loop.create_server(lambda: Connection(config, self._state, {}), "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    def call(self, function: object) -> None:
+    def call(self, function: Callable[[], object]) -> None:
         """Calls a function in the loop of the server."""
-        self.loop.call_soon_threadsafe(function)  # type: ignore[arg-type]
+        self.loop.call_soon_threadsafe(function)
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Runs a coroutine in the loop of the server, to its end."""
+        asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until something holds, looked at in the loop of the server."""
+
+        async def holds() -> None:
+            while not condition():
+                await asyncio.sleep(0.001)
+
+        self.run(holds())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no client is connected and nothing is worked on."""
+        return not self._state.connections and not self._state.tasks
 
     def connect(self) -> socket.socket:
         """A client."""
@@ -118,7 +141,7 @@ class Listening:
             while self.connections:
                 await asyncio.sleep(0)
 
-        asyncio.run_coroutine_threadsafe(end(), self.loop).result()
+        self.run(end())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()

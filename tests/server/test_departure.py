@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,16 +23,6 @@ def recorder() -> Recorder:
 def listening(recorder: Recorder) -> Iterator[Listening]:
     with Listening(recorder) as server:
         yield server
-
-
-def until(listening: Listening, condition: Callable[[], bool]) -> None:
-    """Waits in the loop of the server until something holds."""
-
-    async def holds() -> None:
-        while not condition():
-            await asyncio.sleep(0.001)
-
-    asyncio.run_coroutine_threadsafe(holds(), listening.loop).result()
 
 
 @pytest.mark.parametrize("behind", [b"", GET, GET * 3, GET[:20]], ids=["alone", "two", "four", "half a one behind"])
@@ -57,9 +46,9 @@ def test_a_client_that_closes_is_noticed_while_it_is_worked_for(
 ) -> None:
     client = listening.connect()
     client.sendall(POST.replace(b"1.1", version) + b"hi" + GET)
-    until(listening, lambda: "/patient" in recorder.called)
+    listening.until(lambda: "/patient" in recorder.called)
     client.close()
-    until(listening, lambda: recorder.gone == ["/patient"] and not listening.connections)
+    listening.until(lambda: recorder.gone == ["/patient"] and not listening.connections)
     assert recorder.done == []
 
 
@@ -71,7 +60,7 @@ def test_a_client_that_waits_first_and_closes_later_is_noticed(listening: Listen
     assert recorder.gone == []
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))  # by a reset
     client.close()
-    until(listening, lambda: recorder.gone == ["/patient"] and not listening.connections)
+    listening.until(lambda: recorder.gone == ["/patient"] and not listening.connections)
 
 
 @pytest.mark.parametrize(

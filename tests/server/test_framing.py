@@ -190,7 +190,7 @@ def test_an_upgrade_in_two_packets_is_one_request(listening: Listening, recorder
     head = post(upgrade(b"foo") + INSIDE)
     with listening.connect() as client:
         client.sendall(head)
-        _until_called(listening, recorder, "/post")
+        listening.until(lambda: "/post" in recorder.called)
         client.sendall(SMUGGLED + END)
         assert statuses(all_of(client)) == [200, 200]
     assert recorder.done == [READ, "GET /end"]
@@ -228,14 +228,6 @@ def test_an_expectation_is_met_once_and_not_in_http_1_0(listening: Listening, re
     with listening.connect() as client:
         client.sendall(post(expecting).replace(b"/post", b"/early"))
         assert statuses(all_of(client)) == [404]
-
-
-def _until_called(listening: Listening, recorder: Recorder, path: str) -> None:
-    async def called() -> None:
-        while path not in recorder.called:
-            await asyncio.sleep(0)
-
-    asyncio.run_coroutine_threadsafe(called(), listening.loop).result()
 
 
 STREAMS = [kept.stream for kept in KEPT.values()] + list(REFUSED.values()) + list(ONCE.values())
