@@ -13,6 +13,11 @@ from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlo
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
+_ASGI = {"version": "3.0", "spec_version": "2.4"}
+"""By which whoever sends a file does not read the body meanwhile, to learn whether the client leaves.
+
+What is sent to a client that has left is dropped; but an error of the body would come after its answer has begun."""
+
 LARGEST_BODIES = 8
 """How many bodies of the largest size are held at once."""
 
@@ -47,6 +52,7 @@ class Front:
             elif name == b"x-request-id" and borne is None:
                 borne = value
         request_id = borne if borne and _REQUEST_ID.fullmatch(borne) else b"%032x" % random.getrandbits(128)
+        scope["asgi"] = _ASGI
         scope.setdefault("state", {})["request_id"] = request_id.decode()
 
         async def named(message: Message) -> None:
@@ -85,6 +91,8 @@ class _Body:
         """The next piece, as ASGI has it; after the last, that the client has left."""
         if self._is_complete:
             return await self._receive()  # waits for as long as that takes
+        if self._is_too_long:
+            raise self._too_large()  # before the server asks for it with 100 Continue
         if self._client is not None and self._client.has_sent_all:
             message = await self._receive()  # at once
         else:
@@ -95,14 +103,18 @@ class _Body:
         size, limits = len(message.get("body", b"")), self._limits
         self.received += size
         limits.held += size
-        if self._is_too_long or self.received > limits.max_bytes:
-            raise TooLargeError(f"the body is larger than {limits.max_bytes} bytes", max_body_bytes=limits.max_bytes)
+        if self.received > limits.max_bytes:
+            raise self._too_large()
         if limits.held > LARGEST_BODIES * limits.max_bytes:
             raise QueueFullError(
                 f"requests hold {limits.held} bytes; at most {LARGEST_BODIES * limits.max_bytes} may be held at once",
                 retry_after_s=1,
             )
         return message
+
+    def _too_large(self) -> TooLargeError:
+        most = self._limits.max_bytes
+        return TooLargeError(f"the body is larger than {most} bytes", max_body_bytes=most)
 
     async def _patiently(self, due: float) -> Message:
         """The next piece; `due` is when, on the loop's clock, what is there already had to be there."""
