@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-import openvino
 import torch
 from torch import Tensor
 
 import tome_core
 from server.device.openvino_compiler import Compiler
 from server.device.openvino_graphs import any_batch, config_of, run_of
+from tome_core.quiet import onnxruntime, openvino
 
 Run = Callable[[Tensor], object]
 WARM_UP = 5

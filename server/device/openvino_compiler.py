@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import openvino
 import timm
 import torch
 
@@ -26,6 +25,7 @@ from server.dial import Schedule, r_of, text_of
 from server.lifetime import end_with_parent
 from tome_core.openvino import save, to_openvino
 from tome_core.openvino_operator import build_operator, to_bfloat16
+from tome_core.quiet import openvino
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import openvino
 import torch
 from torch import Tensor
+
+from tome_core.quiet import openvino
 
 BATCH_SIZES = {"fp32": (1, 2, 4), "bf16": (1, 2, 4, 8, 16)}
 """What graphs are compiled for. In fp32 a thread is no faster with more images at a time; in bf16 layers are so fast
