@@ -28,7 +28,7 @@ DAY_S = 86_400
 class FakeCompiler:
     """Compiles at once, what a list does not name."""
 
-    threads, input_size, has_bf16 = 1, (64, 64), False
+    threads, input_size, has_bf16, graph_bytes = 1, (64, 64), False, 1
 
     def __init__(self, merged: Any, *args: Any) -> None:
         self.merged, self.failing, self.compiled = merged, list[Schedule](), list[Schedule]()
@@ -74,10 +74,25 @@ for _name in (
     setattr(Watched, _name, _noting)
 
 
+def made(monkeypatch: pytest.MonkeyPatch, most_schedules: int) -> Any:
+    """A backend that has memory for so many schedules besides the warmed ones, of three graphs of a byte each."""
+    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
+    memory_bytes = 3 * (most_schedules + 1)
+    options = BackendOptions("openvino", 1, max_batch_size=1, memory_bytes=memory_bytes)
+    return openvino.OpenVINOBackend(loaded(), "fp32", options)
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
-    return openvino.OpenVINOBackend(loaded(), "fp32", BackendOptions("openvino", 1, max_batch_size=1))
+    return made(monkeypatch, 16)
+
+
+def ask(backend: Any, schedule: Schedule, times: int = openvino.SEEN_OFTEN) -> None:
+    """Asks for a schedule so often, and waits until nothing is compiled."""
+    for _ in range(times):
+        backend.logits(pixels(1), schedule)
+        settle(backend)
+    backend._take_over()
 
 
 def settle(backend: Any) -> None:
@@ -87,34 +102,74 @@ def settle(backend: Any) -> None:
 
 
 @torch.inference_mode()
-def test_one_thread_has_the_graphs_whoever_compiles(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "MOST_SCHEDULES", 3)
+def test_one_thread_has_the_graphs_whoever_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = made(monkeypatch, 3)
     backend._runs = Watched(backend._runs)
     for number in range(1, 8):
-        backend.logits(pixels(1), (number, 0))
-        settle(backend)
-    backend.logits(pixels(1), (7, 0))
+        ask(backend, (number, 0), openvino.SEEN_OFTEN + number)
     assert Watched.threads == {threading.get_ident()}
     assert list(backend._runs) == [(0, 0), (5, 0), (6, 0), (7, 0)]
 
 
 @torch.inference_mode()
-def test_the_graph_used_longest_ago_makes_room_and_warmed_ones_stay(
-    backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openvino, "MOST_SCHEDULES", 2)
+def test_the_graph_used_least_makes_room_and_warmed_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = made(monkeypatch, 2)
     backend.warm_up((1, 1))
-    for schedule in ((2, 0), (3, 0), (2, 0), (4, 0), (4, 0)):
-        backend.logits(pixels(1), schedule)
-        settle(backend)
+    for schedule, times in (((2, 0), 9), ((3, 0), 4), ((4, 0), 5)):
+        ask(backend, schedule, times)
     assert set(backend._runs) == {(0, 0), (1, 1), (2, 0), (4, 0)}
+
+
+@torch.inference_mode()
+def test_ever_new_schedules_compile_nothing_once_memory_is_full_and_take_it_from_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = made(monkeypatch, 2)
+    for schedule in ((2, 0), (3, 0)):
+        ask(backend, schedule, openvino.SEEN_OFTEN + 1)
+    for number in range(4, 17):
+        ask(backend, (number, 0), openvino.SEEN_OFTEN)
+        ask(backend, (2, 0), 1)
+        ask(backend, (3, 0), 1)
+    assert set(backend._compiler.compiled) == set(backend._runs) == {(0, 0), (2, 0), (3, 0)}
+
+
+@torch.inference_mode()
+def test_no_more_than_fit_are_compiled_where_many_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = made(monkeypatch, 2)
+    with compiler_of.TRACING:  # a compiling thread stands still before it compares
+        for number in range(1, 9):
+            for _ in range(openvino.SEEN_OFTEN):
+                backend.logits(pixels(1), (number, 0))
+    settle(backend)
+    assert len(backend._compiler.compiled) == 1 + 2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("memory_bytes", [0, 3, 5])
+def test_without_memory_for_two_schedules_torch_answers_all_that_nobody_warmed(
+    memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
+    options = BackendOptions("openvino", 1, max_batch_size=1, memory_bytes=memory_bytes)
+    backend = openvino.OpenVINOBackend(loaded(), "fp32", options)
+    ask(backend, (3, 0), 9)
+    assert backend._compiler.compiled == list(backend._runs) == [(0, 0)]
+
+
+@torch.inference_mode()
+def test_a_schedule_is_compiled_once_it_was_asked_for_three_times(backend: Any) -> None:
+    ask(backend, (3, 0), 2)
+    assert backend._compiler.compiled == [(0, 0)]
+    ask(backend, (3, 0), 1)
+    assert (3, 0) in backend._runs
 
 
 @torch.inference_mode()
 def test_all_that_is_asked_for_at_once_is_compiled(backend: Any) -> None:
     asked = [(number, 0) for number in range(1, 6)]
     with compiler_of.TRACING:  # a compiling thread stands still before it compares
-        for schedule in asked:
+        for schedule in asked * openvino.SEEN_OFTEN:
             backend.logits(pixels(1), schedule)
     settle(backend)
     backend.logits(pixels(1), (0, 0))
@@ -124,15 +179,11 @@ def test_all_that_is_asked_for_at_once_is_compiled(backend: Any) -> None:
 @torch.inference_mode()
 def test_a_failure_that_passes_excludes_no_schedule(backend: Any) -> None:
     backend._compiler.failing = [(3, 0)]
-    for _ in range(2):
-        backend.logits(pixels(1), (3, 0))
-        settle(backend)
+    ask(backend, (3, 0), openvino.SEEN_OFTEN + 1)
     assert backend._compiler.compiled.count((3, 0)) == 1  # the second time it is too early
     backend._compiler.failing = []
     backend._later._clock = lambda: time.monotonic() + 61
-    backend.logits(pixels(1), (3, 0))
-    settle(backend)
-    backend.logits(pixels(1), (3, 0))
+    ask(backend, (3, 0), 1)
     assert (3, 0) in backend._runs
 
 
