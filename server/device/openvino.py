@@ -24,6 +24,9 @@ from server.types import BackendInfo
 
 logger = logging.getLogger(__name__)
 
+MOST_SCHEDULES = 16
+"""Schedules kept in memory besides the warmed ones, however much of it there is."""
+
 SEEN_OFTEN = 3
 """Batches after which a schedule that nobody warmed is compiled."""
 
@@ -72,7 +75,7 @@ class OpenVINOBackend:
         self._warmed: set[Schedule] = set()
         self._uses = Uses[Schedule]()
         schedule_bytes = (1 + len(FEWER_BATCH_SIZES)) * self._compiler.graph_bytes
-        self.most_schedules = max(0, options.memory_bytes // schedule_bytes - 1)
+        self.most_schedules = max(0, min(MOST_SCHEDULES, options.memory_bytes // schedule_bytes - 1))
         self._later = Later(self._compile_aside, self._called, "openvino")
         self.warm_up(self._unmerged)  # a model that OpenVINO gets wrong is refused here
         logger.info(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +158,10 @@ def test_without_memory_for_two_schedules_torch_answers_all_that_nobody_warmed(
     assert backend._compiler.compiled == list(backend._runs) == [(0, 0)]
 
 
+def test_however_much_memory_there_is_no_more_than_so_many_schedules_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert made(monkeypatch, 10**6).most_schedules == openvino.MOST_SCHEDULES
+
+
 @torch.inference_mode()
 def test_a_schedule_is_compiled_once_it_was_asked_for_three_times(backend: Any) -> None:
     ask(backend, (3, 0), 2)
@@ -220,6 +225,22 @@ def test_the_translations_used_longest_ago_make_room_with_all_that_is_of_them(fo
     files.make_room()
     kept = {0, 1, *range(many - MOST_TRANSLATIONS + 1, many)}
     assert names(folder) == {f"r{n}-0{end}" if n else f"r0{end}" for n in kept for end in (".xml", ".bin", ".compiled")}
+
+
+@pytest.mark.parametrize(("free", "kept"), [(0, 1), (100, 3), (160, 5), (10**6, 8)])
+def test_translations_take_a_tenth_of_the_disk_and_the_latest_stays(
+    free: int, kept: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight of 5 bytes each, and one that is warmed and counts for nothing."""
+    files = Translations(folder)
+    for number in range(9):
+        translate(files, (1 + number, 0), 1000 - number)
+        files.graph((1 + number, 0)).with_suffix(".bin").write_text("xxx")
+    files.keep((1, 0))
+    monkeypatch.setattr(openvino_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    files.make_room()
+    assert {each.stem for each in folder.glob("*.xml")} == {"r1-0"} | {f"r{9 - number}-0" for number in range(kept)}
+    assert len(list(folder.iterdir())) == 3 * (1 + kept)
 
 
 def test_files_that_vanish_meanwhile_are_no_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
