@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from server import __version__
+from server.caches import keep_caches_in
 from server.commands import Command, bench, calibrate, classify, explain, export, models, schedule, serve
 from server.errors import ServerError
 from server.settings import Settings, SettingsError, load_settings
+from tome_core import quiet  # noqa: F401  # this process and its children report to nobody
 
 COMMANDS: dict[str, Command] = {
     "serve": serve,
@@ -28,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     flags = {name: getattr(args, name, None) for name in Settings.model_fields}
     try:
-        return COMMANDS[args.command].run(load_settings(flags, args.config), args)
+        settings = load_settings(flags, args.config)
+        keep_caches_in(settings.state_dir)
+        return COMMANDS[args.command].run(settings, args)
     except (SettingsError, ServerError) as error:
         print(f"tome-server: {error}", file=sys.stderr)
         return 1
