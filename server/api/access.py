@@ -63,6 +63,15 @@ async def for_admins(request: Request) -> Service:
     return service
 
 
+async def for_scrapers(request: Request) -> Service:
+    """For who bears any of the keys, or for whoever asks when no metrics key is set."""
+    service: Service = request.app.state.service
+    settings = service.settings
+    if settings.metrics_key and not _bears(request, settings.metrics_key, settings.api_key, settings.admin_key):
+        raise UnauthorizedError("send the metrics key, or another, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+    return service
+
+
 ForAll = Annotated[Service, Depends(for_all)]
 ForUsers = Annotated[Service, Depends(for_users)]
 ForAdmins = Annotated[Service, Depends(for_admins)]

@@ -19,7 +19,8 @@ from server.api.access import Service
 from server.api.admission import Admission
 from server.api.body import invalid
 from server.api.direct import Direct, Handlers
-from server.api.middleware import Front
+from server.api.methods import Head, allowed
+from server.api.middleware import SAFE, Front
 from server.cpus import available_cpus
 from server.errors import ServerError
 from server.ipc.engine import Engine
@@ -56,7 +57,9 @@ def create_app(
     decoders = ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode")
     app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
     ours = (routes.router, explain.router, models.router, config.router, health.router, page.router)
-    for router in (*instead, *ours):
+    routers = (*instead, *ours)
+    app.state.routes = [route for router in routers for route in router.routes]
+    for router in routers:
         app.include_router(router)
     handlers: Handlers = {
         ServerError: _answer_server_error,
@@ -66,7 +69,8 @@ def create_app(
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     app.add_exception_handler(Exception, _answer_unforeseen)
-    app.add_middleware(Direct, routers=(*instead, *ours), handlers=handlers)
+    app.add_middleware(Head)
+    app.add_middleware(Direct, routers=routers, handlers=handlers)
     app.add_middleware(Front, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
     return app
 
@@ -89,6 +93,8 @@ async def _answer_server_error(request: Request, error: ServerError) -> JSONResp
 async def _answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
     response = _answer(error.status_code, _HTTP_CODES.get(error.status_code, "http_error"), str(error.detail))
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["allow"] = allowed(request)
     return response
 
 
@@ -99,5 +105,5 @@ async def _answer_invalid(request: Request, error: RequestValidationError) -> JS
 async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
     logger.error("request %s failed", request.state.request_id, exc_info=error)
     response = _answer(500, "internal", "something broke on our side; the log has it under this request's x-request-id")
-    response.headers["x-request-id"] = request.state.request_id  # this answer bypasses `Front`
+    response.raw_headers += [*SAFE, (b"x-request-id", request.state.request_id.encode())]  # it bypasses `Front`
     return response

@@ -1,4 +1,4 @@
-"""Keys, health, the API's description, and the one shape of every error."""
+"""Health, the API's description, and the one shape of every error."""
 
 from __future__ import annotations
 
@@ -16,53 +16,6 @@ from tests.server.conftest import (
 
 PNG = grey_png(100)
 FORM = [("image", ("a.png", PNG))]
-
-
-USER, ADMIN = "user-key", "admin-key"
-
-
-def bearing(key: str | None, *, bearer: bool = True) -> dict[str, str]:
-    if key is None:
-        return {}
-    return {"authorization": f"Bearer {key}"} if bearer else {"x-api-key": key}
-
-
-@pytest.mark.parametrize("bearer", [True, False])
-@pytest.mark.parametrize(
-    ("api_key", "admin_key", "borne", "reading", "changing"),
-    [
-        (None, None, None, 200, 200),
-        (None, None, "any", 200, 200),
-        (USER, None, None, 401, 401),
-        (USER, None, "wrong", 401, 401),
-        (USER, None, "userkey\xe9", 401, 401),
-        (USER, None, USER, 200, 200),
-        (USER, ADMIN, None, 401, 401),
-        (USER, ADMIN, USER, 200, 403),
-        (USER, ADMIN, ADMIN, 200, 200),
-        (None, ADMIN, None, 200, 403),
-        (None, ADMIN, USER, 200, 403),
-        (None, ADMIN, ADMIN, 200, 200),
-    ],
-)
-async def test_keys_open_what_they_should(
-    api_key: str | None, admin_key: str | None, borne: str | None, reading: int, changing: int, bearer: bool
-) -> None:
-    async with serving(api_key=api_key, admin_key=admin_key) as service:
-        headers = {name.encode(): value.encode("latin-1") for name, value in bearing(borne, bearer=bearer).items()}
-        reads = [
-            await service.client.post("/classify", files=FORM, headers=headers),
-            await service.client.get("/v1/models", headers=headers),
-            await service.client.get("/v1/models/tiny", headers=headers),
-        ]
-        change = await service.client.patch("/v1/models/tiny", json={"r": 1}, headers=headers)
-        for response, status in [*((each, reading) for each in reads), (change, changing)]:
-            assert response.status_code == status
-            if status >= 400:
-                assert_is_error(response, status, "unauthorized" if status == 401 else "forbidden")
-            assert ("www-authenticate" in response.headers) == (status == 401)
-        for path in ("/livez", "/readyz", "/healthz", "/metrics"):
-            assert (await service.client.get(path)).status_code == 200
 
 
 async def test_a_ready_service_says_so() -> None:
