@@ -34,6 +34,7 @@ def _r(value: object) -> RSetting:
 
 
 R = Annotated[RSetting, BeforeValidator(_r)]
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 Key = Annotated[str | None, BeforeValidator(checked_key)]
 
 _SECRET = {*KEYS, "shared_config"}
@@ -177,6 +178,11 @@ class Settings(BaseModel):
         description="key that GET /metrics must bear, where the other keys open it too; default: none needed",
     )
     metrics_key_file: Path | None = Field(None, description="file that holds the metrics key and nothing else")
+    cors_origin: tuple[str, ...] = Field(
+        (),
+        description="an origin whose pages may ask this server from a browser, like https://app.example.org; give it "
+        "again for more; * for all; default: this server's own page alone",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="before")
@@ -207,10 +213,18 @@ class Settings(BaseModel):
             raise ValueError("it must be auto, a device, or several with a comma between, as in cuda:0,cuda:1")
         return ",".join(names)
 
-    @field_validator("model", mode="before")
+    @field_validator("model", "cors_origin", mode="before")
     @classmethod
-    def _several_models(cls, value: Any) -> Any:
+    def _several(cls, value: Any) -> Any:
         return value.split() if isinstance(value, str) else value
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        origins = tuple(origin.lower() for origin in value)
+        if wrong := [origin for origin in origins if not _ORIGIN.fullmatch(origin)]:
+            raise ValueError(f"{shown(wrong[0])} is no origin; write SCHEME://HOST[:PORT] without a path, or *")
+        return origins
 
     @model_validator(mode="after")
     def _check(self) -> Self:

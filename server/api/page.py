@@ -1,4 +1,4 @@
-"""The page at `/`: static files that need no key and may load nothing from elsewhere."""
+"""The pages at `/` and `/docs`: static files that need no key and may load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ _HEADERS = {
 @router.get("/")
 async def page(request: Request) -> Response:
     return await _file("index.html", request)
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    return await _file("docs.html", request)
 
 
 @router.get("/static/{path:path}")

@@ -36,20 +36,6 @@ async def test_without_an_engine_the_service_lives_and_is_not_ready(tmp_path: Pa
             assert int(answer.headers["retry-after"]) >= 1
 
 
-async def test_the_openapi_document_lists_parameters_and_bodies_and_errors() -> None:
-    async with serving() as service:
-        document = (await service.client.get("/openapi.json")).json()
-        operation = document["paths"]["/classify"]["post"]
-        listed = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
-        assert listed.keys() == {"model", "r", "max_r", "min_agreement", "inflect", "top_k", "deadline_ms"}
-        assert all(each["description"] for each in listed.values())
-        assert operation["requestBody"]["content"].keys() == {"multipart/form-data", "image/*", "application/json"}
-        assert {"400", "413", "415", "422", "429", "503", "504"} <= operation["responses"].keys()
-        assert {"/v1/models", "/v1/models/{name}", "/livez", "/readyz", "/metrics"} <= document["paths"].keys()
-        docs = await service.client.get("/docs")
-        assert docs.status_code == 200 and "text/html" in docs.headers["content-type"]
-
-
 async def test_an_unknown_path_and_a_wrong_method_have_the_one_error_shape() -> None:
     async with serving() as service:
         assert_is_error(await service.client.get("/nothing"), 404, "not_found")
