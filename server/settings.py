@@ -312,7 +312,7 @@ def _line(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         name = re.split(r"[^\w.-]", where)[0]  # what follows may be a key: {api_key:KEY} is one name to YAML
         return f"there is no setting {name!r}; 'tome-server serve --help' lists them"
-    message = problem["msg"].removeprefix("Value error, ")
+    message: str = problem["msg"].removeprefix("Value error, ")
     if not where:
         return message
     got = "" if where in _SECRET else f" (got {shown(problem['input'])})"

@@ -50,15 +50,15 @@ def _complete(described: dict[str, Any], routes: list[APIRoute], settings: Setti
             for status, response in operation["responses"].items():
                 if status >= "400":
                     response["content"] = _ERROR  # of text too, as the metrics are
-    wants_key = {
+    wants_key: dict[object, str | None] = {
         for_users: settings.api_key,
         for_admins: settings.api_key or settings.admin_key,
         for_scrapers: settings.metrics_key,
     }
     for route in routes:
-        if not any(wants_key.get(each.call) for each in route.dependant.dependencies):  # type: ignore[call-overload]
+        if not any(wants_key.get(each.call) for each in route.dependant.dependencies):
             continue
-        for method in route.methods:
+        for method in route.methods or ():
             operation = described["paths"].get(route.path, {}).get(method.lower())
             if operation is not None:
                 operation["security"] = _EITHER

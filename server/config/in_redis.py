@@ -25,7 +25,7 @@ POLL_S = 2.0
 """A message may be lost; the document is read this often in any case."""
 RETRY_S = 0.5
 TIMEOUT_S = 2.0
-_URL = re.compile(r"(rediss?|unix)://[^/?#]*([/?#][^@]*)?")
+_URL = re.compile(r"(rediss?://[^/?#]*(/[0-9]*)?|unix://[^/?#]*/[^?#@]*)(\?[^#@]*)?")
 
 
 class RedisConfig(SharedConfig):

@@ -11,8 +11,8 @@ import pytest
 
 from tests.server.conftest import Service, assert_is_error, fake_curve, grey_png, serving
 
-KEYS = {"api_key": "user-key", "admin_key": "admin-key", "metrics_key": "metrics-key"}
-SETTINGS = [
+KEYS: dict[str, Any] = {"api_key": "user-key", "admin_key": "admin-key", "metrics_key": "metrics-key"}
+SETTINGS: list[dict[str, Any]] = [
     {name: KEYS[name] for name in names}
     for count in range(len(KEYS) + 1)
     for names in itertools.combinations(KEYS, count)
@@ -86,7 +86,7 @@ async def test_every_route_has_a_row() -> None:
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=[" ".join(keys) or "no key" for keys in SETTINGS])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "x-api-key"])
-async def test_keys_open_what_they_should(keys: dict[str, str], scheme: str) -> None:
+async def test_keys_open_what_they_should(keys: dict[str, Any], scheme: str) -> None:
     async with serving(curve=fake_curve(), **keys) as service:
         for (method, path), kind in ROUTES.items():
             for key, status in zip([None, *KEYS.values()], expected(kind, keys), strict=True):

@@ -147,6 +147,7 @@ def test_where_a_document_is_wrong_is_told() -> None:
         "redis://user:12#hush@127.0.0.1",
         "redis://:hu[sh@127.0.0.1",
         "redis://:hush@127.0.0.1?db=hush",
+        "redis://:hush@127.0.0.1/hush",
         "rediss3://:hush@127.0.0.1",
         "redis:/:hush@127.0.0.1",
         "http://:hush@127.0.0.1",
