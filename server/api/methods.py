@@ -28,6 +28,7 @@ class Head:
 
 def allowed(request: Request) -> str:
     """The methods that a path knows, as the header Allow lists them: those of all its routes."""
-    routes = [route for route in request.app.state.routes if route.path_regex.match(request.scope["path"])]
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    routes = [route for route in request.app.state.routes if route.path_regex.match(path)]
     methods = {method for route in routes for method in route.methods}
     return ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))

@@ -142,3 +142,15 @@ async def test_the_path_under_which_a_proxy_puts_it_is_told(prefix: str, servers
     async with serving() as service:
         assert (await description(service, **{"x-forwarded-prefix": prefix})).get("servers") == servers
         assert "servers" not in await description(service)
+
+
+async def test_an_application_under_a_path_answers_there() -> None:
+    async with serving() as service:
+        transport = httpx.ASGITransport(service.app, root_path="/tome")  # as Ray Serve and mounts do
+        async with httpx.AsyncClient(transport=transport, base_url="http://test/tome/") as client:
+            assert (await client.get("openapi.json")).json()["servers"] == [{"url": "/tome"}]
+            for address in ("docs", "static/docs.js", "v1/models"):
+                assert (await client.get(address)).status_code == 200, address
+            form = {"image": ("a.png", grey_png())}
+            assert (await client.post("classify", files=form)).status_code == 200
+            assert (await client.delete("v1/models/tiny")).headers["allow"] == "GET, HEAD, PATCH"
