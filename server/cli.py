@@ -25,6 +25,9 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+_REPEATED = ("model", "cors_origin")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit status."""
     args = _parser().parse_args(argv)
@@ -53,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_setting(parser: argparse.ArgumentParser, name: str) -> None:
     field = Settings.model_fields[name]
-    default = "bundled" if name == "model" else field.default
+    default = {"model": "bundled", "cors_origin": None}.get(name, field.default)
     text = (field.description or "log this much: debug, info, warning, error").replace("%", "%%")
-    action = "append" if name == "model" else "store"
+    action = "append" if name in _REPEATED else "store"
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(f"--{name.replace('_', '-')}", action=action, metavar="VALUE", help=text + shown)
 

@@ -136,7 +136,7 @@ class Replica:
             if self._config is not None:
                 self._config.take_over(models)
             elif models:
-                raise InvalidError(f"r is kept in {self._settings.shared_config}; user_config must say nothing of it")
+                raise InvalidError("r is kept where shared_config says; user_config must say nothing of it")
         except Exception as error:  # ServerError, and what nobody has foreseen
             if not self._has_served:
                 raise

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from server.api.departure import Departure
 from server.api.framing import fault_of, refusal, without_upgrade
+from server.api.middleware import SAFE
 from server.api.patience import CLIENT
 from server.api.room import Room
 
@@ -162,7 +163,7 @@ class Connection(HttpToolsProtocol):
 
     def _answer_refused(self) -> None:
         if self._refused is not None and not self.transport.is_closing():
-            self.transport.write(refusal(self._refused, self.server_state.default_headers))
+            self.transport.write(refusal(self._refused, (*self.server_state.default_headers, *SAFE)))
         self._hang_up()
 
     def _hang_up(self) -> None:
