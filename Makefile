@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 DOCKER_BUILD_OPTIONS ?=
 
-.PHONY: install serve test test-docker test-ray lint type bench docker clean
+.PHONY: install serve test test-docker test-ray lint type bench soak docker clean
 
 install: $(VENV)/installed
 
@@ -35,6 +35,9 @@ type: install
 
 bench: install
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
+
+soak: install
+	$(BIN)/python -m benchmarks.soak --minutes 10 $(ARGS)
 
 docker:
 	docker build $(DOCKER_BUILD_OPTIONS) --tag tome-server .

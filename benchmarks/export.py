@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from server.device.models import LoadedModel, load_model
 from server.images.preprocessing import Preprocessing
 from server.settings import ModelSpec
 from tome_core import FixedR, export_onnx
+from tome_core.quiet import onnxruntime
 
 Answer = Callable[[Tensor], Tensor]
 

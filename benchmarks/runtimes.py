@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-import openvino
 import torch
 from torch import Tensor
 
 import tome_core
 from server.device.openvino_compiler import Compiler
-from server.device.openvino_graphs import any_batch, config_of, run_of
+from server.device.openvino_graphs import BATCH_SIZES, any_batch, config_of, run_of
+from tome_core.quiet import onnxruntime, openvino
 
 Run = Callable[[Tensor], object]
 WARM_UP = 5
@@ -39,7 +38,7 @@ def openvino_timm(model: Any, r: int, images: Tensor) -> Run:
         config = config_of(_precision(images), threads, side_by_side)
         return run_of(core.compile_model(converted, "CPU", config), size, side_by_side)
 
-    return any_batch(graph, threads, len(images), _precision(images))
+    return any_batch(graph, threads, len(images), BATCH_SIZES[_precision(images)])
 
 
 def onnxruntime_ours(model: Any, r: int, images: Tensor) -> Run:

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from server import __version__
+from server.caches import keep_caches_in
 from server.commands import Command, bench, calibrate, classify, explain, export, models, schedule, serve
 from server.errors import ServerError
 from server.settings import Settings, SettingsError, load_settings
+from tome_core import quiet  # noqa: F401  # this process and its children report to nobody
 
 COMMANDS: dict[str, Command] = {
     "serve": serve,
@@ -23,12 +25,17 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+_REPEATED = ("model", "cors_origin")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit status."""
     args = _parser().parse_args(argv)
     flags = {name: getattr(args, name, None) for name in Settings.model_fields}
     try:
-        return COMMANDS[args.command].run(load_settings(flags, args.config), args)
+        settings = load_settings(flags, args.config)
+        keep_caches_in(settings.state_dir)
+        return COMMANDS[args.command].run(settings, args)
     except (SettingsError, ServerError) as error:
         print(f"tome-server: {error}", file=sys.stderr)
         return 1
@@ -49,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_setting(parser: argparse.ArgumentParser, name: str) -> None:
     field = Settings.model_fields[name]
-    default = "bundled" if name == "model" else field.default
+    default = {"model": "bundled", "cors_origin": None}.get(name, field.default)
     text = (field.description or "log this much: debug, info, warning, error").replace("%", "%%")
-    action = "append" if name == "model" else "store"
+    action = "append" if name in _REPEATED else "store"
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(f"--{name.replace('_', '-')}", action=action, metavar="VALUE", help=text + shown)
 

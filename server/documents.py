@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import yaml
 
@@ -12,6 +13,8 @@ MOST_MERGED = 10_000
 """Entries of a mapping that `<<` joins. A few lines would otherwise fill any memory: each may take the last twice."""
 
 _LONGEST = 300
+_QUOTED = re.compile(r"""(['"])(?!(utf-\d+|<[a-z ]+>|\\?.)\1).*\1""")
+"""What a parser quotes of a document, which may be a key; but for single characters, and its own names of things."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,4 +49,7 @@ def read_json(content: str | bytes) -> object:
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:_LONGEST]
+    text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:  # whose text quotes the line
+        text = f"{error.problem}, line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return _QUOTED.sub("...", " ".join(text.split()))[:_LONGEST]

@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 
+from server.repeats import CountingHandler
+
 _BEAT_S = 0.5
 _OBJECTS_A_COLLECTION = 20_000
 
@@ -40,10 +42,9 @@ class Pulse:
 
 
 def configure_logging(level: str) -> None:
-    """One line an event, on standard error, with the process it comes from."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(processName)s: %(message)s", force=True
-    )
+    """One line an event, on standard error, with the process it comes from; what repeats is counted."""
+    form = "%(asctime)s %(levelname)s %(processName)s: %(message)s"
+    logging.basicConfig(level=level.upper(), format=form, handlers=[CountingHandler()], force=True)
 
 
 def take_turns_quickly() -> None:

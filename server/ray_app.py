@@ -21,6 +21,7 @@ from server.api.app import create_app
 from server.api.body import parse
 from server.api.config import setting_of
 from server.api.schemas import PatchConfig, PatchModel
+from server.caches import keep_caches_in
 from server.config.pushed import PushedConfig
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
@@ -29,6 +30,7 @@ from server.errors import InvalidError, shown
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.settings import Settings, SettingsError, load_settings
 from server.types import ModelInfo, find_model
+from tome_core import quiet  # noqa: F401  # the replica reports to nobody
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -83,6 +85,7 @@ class Replica:
         from server.engine_process import build_engine  # imports torch: here, and not where `build` runs
 
         _log_as_serve_does(settings.log_level)
+        keep_caches_in(settings.state_dir)
         self._settings = settings.model_copy(update={"threads": settings.threads or _assigned_cpus()})
         set_threads(self._settings.threads)
         self._config: PushedConfig | None = None
@@ -133,7 +136,7 @@ class Replica:
             if self._config is not None:
                 self._config.take_over(models)
             elif models:
-                raise InvalidError(f"r is kept in {self._settings.shared_config}; user_config must say nothing of it")
+                raise InvalidError("r is kept where shared_config says; user_config must say nothing of it")
         except Exception as error:  # ServerError, and what nobody has foreseen
             if not self._has_served:
                 raise

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from server.dial import MOST_MAX_R, AutoR, RSetting, parse_setting
 from server.documents import read_yaml
 from server.errors import InvalidError, shown
+from server.keys import KEYS, checked_key, read_key
 
 PREFIX = "TOME_"
 _OF_KUBERNETES = re.compile(
@@ -33,6 +34,13 @@ def _r(value: object) -> RSetting:
 
 
 R = Annotated[RSetting, BeforeValidator(_r)]
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
+Key = Annotated[str | None, BeforeValidator(checked_key)]
+
+_SECRET = {*KEYS, "shared_config"}
+"""What no message shows: the URL of Redis may hold a password."""
+_NEVER_EMPTY = {*KEYS, *(f"{key}_file" for key in KEYS)}
+"""Variables that may not be empty: a secret that has not arrived would open the service without a word."""
 
 
 class SettingsError(ValueError):
@@ -104,6 +112,7 @@ class Settings(BaseModel):
     shared_config: str | None = Field(
         None,
         min_length=1,
+        repr=False,
         description="where servers share the live r: redis://HOST[:PORT][/DATABASE], or a YAML file to follow",
     )
     http_workers: int = Field(
@@ -159,9 +168,37 @@ class Settings(BaseModel):
         description="share of the images answered with r above 0 that an idle device computes again at r=0, to see "
         "whether they keep its answer as the curve says; 0 for none",
     )
-    api_key: str | None = Field(None, min_length=1, description="key that requests must bear; default: none needed")
-    admin_key: str | None = Field(None, min_length=1, description="key that changes must bear; default: none needed")
+    api_key: Key = Field(None, repr=False, description="key that requests must bear; default: none needed")
+    api_key_file: Path | None = Field(None, description="file that holds the API key and nothing else")
+    admin_key: Key = Field(None, repr=False, description="key that changes must bear; default: none needed")
+    admin_key_file: Path | None = Field(None, description="file that holds the admin key and nothing else")
+    metrics_key: Key = Field(
+        None,
+        repr=False,
+        description="key that GET /metrics must bear, where the other keys open it too; default: none needed",
+    )
+    metrics_key_file: Path | None = Field(None, description="file that holds the metrics key and nothing else")
+    cors_origin: tuple[str, ...] = Field(
+        (),
+        description="an origin whose pages may ask this server from a browser, like https://app.example.org; give it "
+        "again for more; * for all; default: this server's own page alone",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_key_files(cls, said: dict[str, Any]) -> dict[str, Any]:
+        for key in KEYS:
+            name = f"{key}_file"
+            if name not in said:
+                continue
+            if key in said:
+                raise ValueError(f"{key} and {name} are both given; give one of them")
+            try:
+                said = {**said, key: read_key(said[name])}
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return said
 
     @field_validator("state_dir", mode="before")
     @classmethod
@@ -176,10 +213,18 @@ class Settings(BaseModel):
             raise ValueError("it must be auto, a device, or several with a comma between, as in cuda:0,cuda:1")
         return ",".join(names)
 
-    @field_validator("model", mode="before")
+    @field_validator("model", "cors_origin", mode="before")
     @classmethod
-    def _several_models(cls, value: Any) -> Any:
+    def _several(cls, value: Any) -> Any:
         return value.split() if isinstance(value, str) else value
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        origins = tuple(origin.lower() for origin in value)
+        if wrong := [origin for origin in origins if not _ORIGIN.fullmatch(origin)]:
+            raise ValueError(f"{shown(wrong[0])} is no origin; write SCHEME://HOST[:PORT] without a path, or *")
+        return origins
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -235,7 +280,11 @@ def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settin
     """
     variables = {name[len(PREFIX) :].lower(): text for name, text in os.environ.items() if name.startswith(PREFIX)}
     # An empty variable is one not set; and what Kubernetes sets for a Service named tome or tome-server is not for us.
-    variables = {name: text for name, text in variables.items() if text and not _OF_KUBERNETES.search(f"{name}={text}")}
+    variables = {
+        name: text
+        for name, text in variables.items()
+        if (text or name in _NEVER_EMPTY) and not _OF_KUBERNETES.search(f"{name}={text}")
+    }
     config_variable = variables.pop("config", None)
     said = {name: value for name, value in flags.items() if value is not None}
     try:
@@ -261,6 +310,10 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
 def _line(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"there is no setting {where!r}; 'tome-server serve --help' lists them"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {shown(problem['input'])})" if where else message
+        name = re.split(r"[^\w.-]", where)[0]  # what follows may be a key: {api_key:KEY} is one name to YAML
+        return f"there is no setting {name!r}; 'tome-server serve --help' lists them"
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    got = "" if where in _SECRET else f" (got {shown(problem['input'])})"
+    return f"{where}: {message}{got}"

@@ -184,7 +184,7 @@ def _difference(file: Path, fixed: FixedR, input_size: tuple[int, int], batch_si
         ExportError: They differ by more than rounding.
     """
     try:
-        import onnxruntime
+        from tome_core.quiet import onnxruntime
     except ImportError:
         return None
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

@@ -29,7 +29,7 @@ from tome_core.schedule import RLike, max_r
 from tome_core.vit import MergedViT, Tokens
 
 if TYPE_CHECKING:
-    import openvino
+    from tome_core.quiet import openvino
 
 _FLOAT32 = "float32."
 """What the names of nodes begin with that stay in float32."""
@@ -89,10 +89,7 @@ def to_openvino(
         ExportError: The model is in training mode.
         ValueError: r is negative, or lists more blocks than there are.
     """
-    # Not openvino.convert_model, which reports to a server that it was used.
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch import ConversionExtension
-    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+    from tome_core.quiet import openvino
 
     program = export_program(_OneOperator(merged.model), r, input_size)
     _split_projections(program)
@@ -115,7 +112,10 @@ def to_openvino(
     def size(node: Any) -> list[Any]:
         return [sizes[node.get_input(0).get_node().get_friendly_name()]]
 
-    frontend = FrontEndManager().load_by_framework("pytorch")
+    from openvino.frontend.pytorch import ConversionExtension  # not openvino.convert_model, which would report its use
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
     frontend.add_extension(ConversionExtension("tome_core.merged_tokens.default", tokens))
     frontend.add_extension(ConversionExtension("tome_core.merged_size.default", size))
     root = logging.getLogger()
@@ -137,7 +137,7 @@ def save(model: openvino.Model, file: Path) -> None:
 
     Nodes that decide which tokens merge get the mark that OpenVINO's CPU plugin obeys; Python can set it nowhere else.
     """
-    import openvino
+    from tome_core.quiet import openvino
 
     openvino.serialize(model, file)
     tree = ElementTree.parse(file)
@@ -156,8 +156,10 @@ def save(model: openvino.Model, file: Path) -> None:
 def _rows_of(keys: Any) -> Any:
     """Keys (B, num_heads, N, D) as (B, N, num_heads * D)."""
     import numpy as np
-    from openvino import opset15 as ops
 
+    from tome_core.quiet import openvino
+
+    ops = openvino.opset15
     if keys.get_node().get_type_name() == "Transpose":  # before it the heads of a token lie side by side
         keys = keys.get_node().input_value(0)
     else:
@@ -167,9 +169,9 @@ def _rows_of(keys: Any) -> Any:
 
 def _calls_of(library: Path) -> Any:
     """What `_translate` is, by the compiled operator."""
-    from openvino.utils.node_factory import NodeFactory
+    from tome_core.quiet import openvino
 
-    factory = NodeFactory()
+    factory = openvino.utils.node_factory.NodeFactory()
     factory.add_extension(str(library))
 
     def call(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
@@ -185,9 +187,10 @@ def _calls_of(library: Path) -> Any:
 def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     """The operator `merged_tokens`, over keys (B, num_heads, N, D), in OpenVINO's."""
     import numpy as np
-    from openvino import Type
-    from openvino import opset15 as ops
 
+    from tome_core.quiet import openvino
+
+    ops = openvino.opset15
     x, keys, size = (node.get_input(i) for i in range(3))
     r, num_prefix_tokens = (node.get_values_from_const_input(i) for i in (3, 4))
     r = min(r, max_r(N, num_prefix_tokens))
@@ -227,7 +230,7 @@ def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     late = ops.reduce_max(ops.select(is_merged, ops.constant(stays + N), ops.constant(stays)), integers(1))
     joined = ops.unsqueeze(ops.gather_elements(partner, merged, 1), integers(1))  # (B, 1, r)
     rows = ops.constant(np.arange(len(dst), dtype=np.int32)[None, :, None])
-    joins = exact(ops.convert(ops.equal(joined, rows), Type.f32))  # (B, N_dst, r)
+    joins = exact(ops.convert(ops.equal(joined, rows), openvino.Type.f32))  # (B, N_dst, r)
     lost = exact(ops.gather_elements(size, away, 1))
     gains = exact(ops.multiply(joins, exact(ops.reshape(lost, integers(0, 1, -1), True))))
     before = exact(ops.slice(size, *map(integers, (int(dst[0]), N, 2, 1))))

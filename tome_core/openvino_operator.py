@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import openvino
+    from tome_core.quiet import openvino
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Never unloaded: models compiled with it outlive the `openvino.Core` that loaded it, and would call into nothing.
@@ -38,7 +38,7 @@ def build_operator(folder: Path) -> Path:
         OperatorError: There is no C++ compiler, OpenVINO has come without its headers, or compiling fails.
         OSError: The folder cannot be written.
     """
-    import openvino
+    from tome_core.quiet import openvino
 
     package = Path(openvino.__file__).parent
     compiler = shutil.which("c++")
@@ -72,17 +72,17 @@ def to_bfloat16(model: openvino.Model) -> None:
     A graph of float32 is one for either precision, but to the types of an operator of ours OpenVINO holds fast, and
     would convert. Sizes stay float32, and so does its arithmetic.
     """
-    from openvino import Type
-    from openvino import opset15 as ops
+    from tome_core.quiet import openvino
 
+    ops = openvino.opset15
     for node in model.get_ordered_ops():
         if node.get_type_name() != "MergeTokens":
             continue
         readers = node.output(0).get_target_inputs()
         for port in (node.input(0), node.input(1)):
-            port.replace_source_output(ops.convert(port.get_source_output(), Type.bf16).output(0))
+            port.replace_source_output(ops.convert(port.get_source_output(), openvino.Type.bf16).output(0))
         node.validate_and_infer_types()
-        widened = ops.convert(node.output(0), Type.f32).output(0)
+        widened = ops.convert(node.output(0), openvino.Type.f32).output(0)
         for reader in readers:
             reader.replace_source_output(widened)
     model.validate_nodes_and_infer_types()

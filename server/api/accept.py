@@ -12,8 +12,11 @@ import errno
 import logging
 import math
 import multiprocessing
+import os
 import socket
 from collections.abc import Callable, Sequence
+
+from server.api.room import Room
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ class Acceptor:
         places: What they know of each other.
         index: The place of this one.
         protocol: Makes the protocol of a connection, given what to call when that is lost.
+        room: How many connections there may be, and who leaves for new ones.
     """
 
     def __init__(
@@ -99,8 +103,10 @@ class Acceptor:
         places: Places,
         index: int,
         protocol: Callable[[Callable[[], None]], asyncio.Protocol],
+        room: Room | None = None,
     ) -> None:
         self._listener, self._places, self._index, self._protocol = listener, places, index, protocol
+        self._room = room or Room()
         self._loop = asyncio.get_running_loop()
         self._held = 0
         self._silent: dict[int, tuple[int, float]] = {}  # others, each with how often it had looked, and since when
@@ -164,12 +170,16 @@ class Acceptor:
 
     def _accept(self) -> bool:
         """Takes one connection, where one is left."""
+        if self._held >= self._room.most and not self._room.idle:
+            self._recover(f"all {self._held} are busy")
+            return False
         connection = None
         try:
             connection, _ = self._listener.accept()
         except OSError as error:
             if error.errno in _EXHAUSTED:
-                self._recover(error)
+                if not self._room.make():  # else it is tried again at once
+                    self._recover(os.strerror(error.errno))
                 return False
             # Else another process was faster, or the client has left already.
         self._is_taking = True
@@ -177,6 +187,8 @@ class Acceptor:
         self._places.hold(self._index, self._held)
         if connection is None:
             return False
+        if self._held > self._room.most:
+            self._room.make()
         connection.setblocking(False)
         opening = self._loop.create_task(self._open(connection))
         self._opening.add(opening)
@@ -191,10 +203,10 @@ class Acceptor:
             connection.close()
             self._lose()
 
-    def _recover(self, error: OSError) -> None:
+    def _recover(self, reason: str) -> None:
         """Leaves the socket to the others for a while: there are no files, or no memory, for one more connection."""
         if self._loop.time() >= self._quiet_until:
-            logger.error("no connection can be accepted: %s; trying again every %g s", error.strerror, _RETRY_S)
+            logger.error("no connection can be accepted: %s; trying again every %g s", reason, _RETRY_S)
             self._quiet_until = self._loop.time() + _SAID_FOR_S
         self._is_taking = False
         self._places.leave(self._index)

@@ -16,7 +16,22 @@ from server.ipc.engine import Engine
 from server.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "The body, or an image in it, cannot be read.",
+        401: "No valid key.",
+        403: "The admin key is needed.",
+        404: "There is no such model, or no curve of it.",
+        408: "The body stopped arriving, or comes too slowly.",
+        409: "The configuration has changed meanwhile.",
+        413: "Too many bytes, pixels or images.",
+        415: "Not an allowed format, content type or encoding.",
+        422: "A parameter is unknown or out of range.",
+        429: "Too much waits; come back after Retry-After.",
+        500: "The model failed on this image, or the server has a fault.",
+        503: "Not ready, or about to end; come back after Retry-After.",
+        504: "The deadline passed before the answer was there.",
+    }.items()
 }
 """Every status but 200, for the API's description: all errors have one shape."""
 
@@ -60,6 +75,15 @@ async def for_admins(request: Request) -> Service:
     service = await for_users(request)
     if service.settings.admin_key and not _bears(request, service.settings.admin_key):
         raise ForbiddenError("changes need the admin key")
+    return service
+
+
+async def for_scrapers(request: Request) -> Service:
+    """For who bears any of the keys, or for whoever asks when no metrics key is set."""
+    service: Service = request.app.state.service
+    settings = service.settings
+    if settings.metrics_key and not _bears(request, settings.metrics_key, settings.api_key, settings.admin_key):
+        raise UnauthorizedError("send the metrics key, or another, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
     return service
 
 

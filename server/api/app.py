@@ -11,15 +11,17 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from server import __version__
-from server.api import config, explain, health, models, page, routes
+from server.api import config, explain, health, models, openapi, page, routes
 from server.api.access import Service
 from server.api.admission import Admission
 from server.api.body import invalid
 from server.api.direct import Direct, Handlers
-from server.api.middleware import Front
+from server.api.methods import Head, allowed
+from server.api.middleware import SAFE, Front
 from server.cpus import available_cpus
 from server.errors import ServerError
 from server.ipc.engine import Engine
@@ -27,6 +29,8 @@ from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_READABLE = ("etag", "retry-after", "server-timing", "x-batch-size", "x-config-version", "x-r", "x-request-id")
+"""The headers of an answer that a page of another origin may read."""
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -49,14 +53,17 @@ def create_app(
         version=__version__,
         description="Image classification with a speed/accuracy dial: `r` tokens are merged in every block.",
         lifespan=lifespan,
+        openapi_url=None,  # ours tells of keys, and its page loads nothing from elsewhere
         telemetry={"tracing": False, "metrics": False, "logs": False},  # what asks for it costs each request 0.01 ms
     )
     app.state.is_draining = False
     # An executor, since its threads stay as few when callers leave; more of them would only hold more memory.
     decoders = ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode")
     app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
-    ours = (routes.router, explain.router, models.router, config.router, health.router, page.router)
-    for router in (*instead, *ours):
+    ours = (routes.router, explain.router, models.router, config.router, health.router, openapi.router, page.router)
+    routers = (*instead, *ours)
+    app.state.routes = [route for router in routers for route in router.routes]
+    for router in routers:
         app.include_router(router)
     handlers: Handlers = {
         ServerError: _answer_server_error,
@@ -66,7 +73,16 @@ def create_app(
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     app.add_exception_handler(Exception, _answer_unforeseen)
-    app.add_middleware(Direct, routers=(*instead, *ours), handlers=handlers)
+    app.add_middleware(Head)
+    app.add_middleware(Direct, routers=routers, handlers=handlers)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=("GET", "HEAD", "POST", "PATCH"),
+            allow_headers=("authorization", "content-type", "if-match", "x-api-key", "x-request-id"),
+            expose_headers=_READABLE,
+        )
     app.add_middleware(Front, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
     return app
 
@@ -89,6 +105,8 @@ async def _answer_server_error(request: Request, error: ServerError) -> JSONResp
 async def _answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
     response = _answer(error.status_code, _HTTP_CODES.get(error.status_code, "http_error"), str(error.detail))
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["allow"] = allowed(request)
     return response
 
 
@@ -99,5 +117,5 @@ async def _answer_invalid(request: Request, error: RequestValidationError) -> JS
 async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
     logger.error("request %s failed", request.state.request_id, exc_info=error)
     response = _answer(500, "internal", "something broke on our side; the log has it under this request's x-request-id")
-    response.headers["x-request-id"] = request.state.request_id  # this answer bypasses `Front`
+    response.raw_headers += [*SAFE, (b"x-request-id", request.state.request_id.encode())]  # it bypasses `Front`
     return response

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
+from server.api.form import boundary_of, parts_of
 from server.api.json_body import SMALL, read_json
 from server.api.schemas import JsonBody, Parameters
 from server.errors import InvalidError, TooLargeError, UndecodableError, UnsupportedError, shown
@@ -22,7 +20,17 @@ from server.errors import InvalidError, TooLargeError, UndecodableError, Unsuppo
 M = TypeVar("M", bound=BaseModel)
 
 _PROBLEMS_TOLD = 3
-_MOST_IN_QUERY = 100
+_MOST_FIELDS = 100
+_LONGEST_FIELD = 64 << 10
+_WHITE_SPACE = b" \t\r\n\v\f"
+_FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_PERCENT_ENCODED = [
+    (written, bytes([character]))
+    for character in b"+/= \r\n"
+    for written in {b"%%%02X" % character, b"%%%02x" % character}
+]
+"""What base64 in an address has of these: a few searches cost less than to take each percent sign by itself."""
+
 CONTENT_TYPES = ("multipart/form-data", "application/json", "image/*", "application/octet-stream")
 
 
@@ -43,10 +51,11 @@ async def read_request(request: Request, max_images: int) -> tuple[list[Upload],
         TooLargeError: Too many images.
         InvalidError: A parameter is unknown, wrong, or given twice.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    header = request.headers.get("content-type", "")
+    content_type = header.partition(";")[0].strip().lower()
     query = _read_query(request)
     if content_type == "multipart/form-data":
-        uploads, said = await _read_form(request)
+        uploads, said = await _read_form(request, header, max_images)
         parameters = parse(Parameters, _joined(query, said))
     elif content_type == "application/json":
         said = _joined(query, await read_json(request, max_images))
@@ -92,8 +101,8 @@ def invalid(problems: Sequence[Any], model: type[BaseModel] | None = None) -> In
 
 def _read_query(request: Request) -> dict[str, Any]:
     num_pairs = request.scope["query_string"].count(b"&") + 1
-    if num_pairs > _MOST_IN_QUERY:
-        raise InvalidError(f"the query has {num_pairs} parameters; at most {_MOST_IN_QUERY} are allowed")
+    if num_pairs > _MOST_FIELDS:
+        raise InvalidError(f"the query has {num_pairs} parameters; at most {_MOST_FIELDS} are allowed")
     return _without_repeats(request.query_params.multi_items())
 
 
@@ -107,29 +116,29 @@ async def _read_whole(request: Request) -> bytes:
             return b"".join(pieces)
 
 
-async def _read_form(request: Request) -> tuple[list[Upload], dict[str, Any]]:
-    uploads, said = [], []
-    try:
-        async with request.form() as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    if name != "image":
-                        raise InvalidError(f"the form has a file in {shown(name)}; send images as 'image'")
-                    uploads.append(Upload(await value.read(), _sayable(value.filename)))
-                elif name == "image":
-                    raise InvalidError("'image' must be a file part, as curl -F image=@photo.jpg sends it")
-                else:
-                    said.append((name, value))
-    except HTTPException as error:
-        raise UndecodableError(f"the form cannot be read: {error.detail}") from None
-    except (UnicodeError, LookupError) as error:
-        raise UndecodableError(f"the form's charset cannot be read: {error}") from None
+async def _read_form(request: Request, content_type: str, max_images: int) -> tuple[list[Upload], dict[str, Any]]:
+    boundary = boundary_of(content_type)
+    uploads: list[Upload] = []
+    said: list[tuple[str, str]] = []
+    for part in parts_of(await _read_whole(request), boundary):
+        if part.name == "image":
+            if len(uploads) == max_images:
+                raise TooLargeError(
+                    f"the request holds more than {max_images} images; at most {max_images} are allowed",
+                    max_images=max_images,
+                )
+            uploads.append(Upload(part.content, part.filename))
+        elif part.filename is not None:
+            raise InvalidError(f"the form has a file in {shown(part.name)}; send images as 'image'")
+        elif len(said) == _MOST_FIELDS:
+            raise InvalidError(f"the form has more than {_MOST_FIELDS} fields")
+        elif len(part.content) > _LONGEST_FIELD:
+            raise InvalidError(
+                f"{shown(part.name)} is {len(part.content)} bytes long; at most {_LONGEST_FIELD} are allowed"
+            )
+        else:
+            said.append((part.name, part.content.decode(errors="replace")))
     return uploads, _without_repeats(said)
-
-
-def _sayable(filename: str | None) -> str | None:
-    """A file name that UTF-8 can hold: an odd charset parameter can make another."""
-    return filename and filename.encode("utf-8", "replace").decode()
 
 
 def _uploads_of(texts: Sequence[str]) -> list[Upload]:
@@ -137,9 +146,18 @@ def _uploads_of(texts: Sequence[str]) -> list[Upload]:
 
 
 def _from_base64(text: str, index: int) -> bytes:
+    encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
     try:
-        return base64.b64decode(text.rpartition(",")[2] if text.startswith("data:") else text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode(encoded, validate=True)  # as nearly all comes
+    except ValueError:
+        pass
+    try:
+        plain = encoded.encode()
+        for written, meant in _PERCENT_ENCODED if "%" in encoded else ():
+            plain = plain.replace(written, meant)
+        plain = plain.translate(_FROM_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
+        return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
         raise UndecodableError(f"image {index} is not base64: {error}", image=index) from None
 
 

@@ -18,7 +18,11 @@ from server.types import Configuration, ModelInfo, find_model
 router = APIRouter(prefix="/v1/config", responses=ERRORS)
 
 _ETAG = re.compile(r'"?([0-9]{1,18})"?')
-_PATCH_BODY = {"required": True, "content": {"application/json": {"schema": PatchConfig.model_json_schema()}}}
+_EXAMPLE = {"models": {"tome-vit-tiny-64": {"r": 13}}}
+_PATCH_BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": PatchConfig.model_json_schema(), "example": _EXAMPLE}},
+}
 
 
 @router.get("", response_model_exclude_none=True)

@@ -1,4 +1,4 @@
-"""A client's connection: uvicorn's, which by itself waits forever for a head, and holds all that a client sends."""
+"""A client's connection: uvicorn's, with bounds on time and memory, every rule of framing, and an orderly end."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.api.departure import Departure
+from server.api.framing import fault_of, refusal, without_upgrade
+from server.api.middleware import SAFE
 from server.api.patience import CLIENT
+from server.api.room import Room
 
 _LONGEST_HEAD = 64 << 10
 """Bytes that may come in a row and are no part of a body: heads, what stands between chunks, and trailers."""
@@ -21,47 +26,93 @@ _MOST_PIPELINED = 32
 class Connection(HttpToolsProtocol):
     """Closes a connection on which no whole head arrives within uvicorn's `timeout_keep_alive`.
 
-    Bytes do not extend that time. It also holds for the rest of a body whose request is answered already, as one that
-    was refused: that is read away so that the client sees the answer, but not for long. Nor is more held of a
-    connection than one body, one head and a few requests more; trailers, which nobody reads, are not kept at all.
+    Bytes do not extend that time. Nor is more held of a connection than one body, one head and a few requests more;
+    trailers, which nobody reads, are not kept at all.
+
+    A wish to upgrade to another protocol is ignored. A request that cannot be read is refused in its turn, and nothing
+    behind it is read. Such an answer, and every one that is given before its request is there as a whole, ends the
+    connection. What still comes is then read away, for no longer than a head is waited for: bytes that nobody reads
+    make the kernel reset the connection, and the client may lose its answer.
 
     Args:
         args: As uvicorn's.
         on_lost: Is called when the connection is lost.
+        room: What it belongs to; it may be closed there while it is idle.
         kwargs: As uvicorn's.
     """
 
-    def __init__(self, *args: Any, on_lost: Callable[[], None] = lambda: None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, on_lost: Callable[[], None] = lambda: None, room: Room | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._on_lost = on_lost
+        self._idle = (room or Room()).idle
         self._is_in_body = False
         self._head_bytes = 0
+        self._keeps_alive = False  # whether the newest request wants its connection to be kept
+        self._fault: str | None = None  # what a callback of the parser has found
+        self._refused: str | None = None  # what is answered when all requests before it are
+        self._is_deaf = False
+        self._is_ending = False
         self._running: RequestResponseCycle | None = None
         self._tell_gone: Callable[[], None] | None = None
+        self._line: _Line | None = None
+        self._departure: Departure | None = None
         self._awaited: str | None = None
         self._patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._line = _Line(transport, self._hang_up)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        self._unset_keepalive_if_required()
         self._head_bytes += len(data)
-        super().data_received(data)  # begins to count anew with a part of a body, and where a head or a message ends
-        if self._head_bytes > _LONGEST_HEAD and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too long.")
+        try:
+            self._parse(data)  # begins to count anew with a part of a body, and where a head or a message ends
+        except httptools.HttpParserError as error:
+            if isinstance(error, httptools.HttpParserCallbackError):
+                self._refuse(self._fault or "what the request asks for cannot be read")
+            else:
+                self._refuse(f"the request is not HTTP/1.1: {error}")
+        else:
+            if self._head_bytes > _LONGEST_HEAD:
+                self._refuse("the head of the request is too long")
         self._watch()
+
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                return self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                method, version = self.parser.get_method(), self.parser.get_http_version()
+                data = without_upgrade(method, self.url, version, self.headers) + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)  # the old one reads no more where Connection has close
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._is_in_body:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        self._fault = fault_of(method, version, self.headers)
         if len(self.pipeline) >= _MOST_PIPELINED:
-            raise ValueError("too many requests wait for their turn")  # httptools stops here, and uvicorn answers 400
-        self._is_in_body = True
+            self._fault = "too many requests wait for their turn"
+        if self._fault is not None:
+            raise ValueError(self._fault)  # httptools stops here
+        if self.parser.should_upgrade():
+            return  # it comes again, without the wish
+        if version == "1.0":
+            self.expect_100_continue = False
         self._head_bytes = 0
         super().on_headers_complete()
+        self._is_in_body = True
+        self.cycle.transport = self._line  # type: ignore[assignment]  # closed by us, in order
+        self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -73,13 +124,82 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if not self._is_in_body:
+            return  # a head that comes again
         self._is_in_body = False
         self._head_bytes = 0
+        if not self.cycle.response_started:
+            self.cycle.keep_alive = self._keeps_alive
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._refused is not None and not self._is_answering:
+            self._answer_refused()
         self._watch()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self._running is not None and not self._running.response_complete
+
+    def _refuse(self, fault: str) -> None:
+        """Answers what cannot be read, in its turn, and hangs up: where the next request begins is not known."""
+        self.logger.warning("a client was hung up on: %s", fault)
+        self._is_deaf = True
+        self._refused = fault
+        if self._is_in_body:
+            broken = self.cycle
+            if broken is self._running:
+                if broken.response_started:
+                    self._refused = None  # it has an answer
+                broken.disconnected, broken.waiting_for_100_continue = True, False
+                broken.message_event.set()
+                self._answer_refused()
+                return
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._running  # type: ignore[assignment]
+        if not self._is_answering:
+            self._answer_refused()
+
+    def _answer_refused(self) -> None:
+        if self._refused is not None and not self.transport.is_closing():
+            self.transport.write(refusal(self._refused, (*self.server_state.default_headers, *SAFE)))
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Closes the connection, once the client has had time to read its answer where bytes of it may be unread."""
+        self._refused = None
+        self.pipeline.clear()
+        if not (self._is_in_body or self._is_deaf) or self._departure is not None:
+            self.transport.close()
+        elif not self._is_ending:
+            self._is_deaf = self._is_ending = True
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self._watch()
+
+    def drop(self) -> None:
+        """Closes the connection at once."""
+        self.transport.abort()
+
+    def eof_received(self) -> bool:
+        """Answers a client that sends no more, as far as it can still be there; gives whether one is."""
+        running = self._running
+        if running is None or running.response_complete or self._is_ending or running.scope["http_version"] == "1.0":
+            return False
+        if self._departure is None:
+            self._departure = Departure(self.loop, self.transport)
+            if not self._is_deaf and self._is_in_body:
+                self._refuse("the request ends before its body does")
+            elif not self._is_deaf:
+                self._is_deaf, self.cycle.keep_alive = True, False
+            if not self.transport.is_closing():
+                self._departure.watch(has_begun=running.response_started)
+        return not self.transport.is_closing()
+
+    def shutdown(self) -> None:
+        self._keeps_alive = False
+        super().shutdown()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
@@ -114,17 +234,39 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._patience is not None:
             self._patience.cancel()
+        if self._departure is not None:
+            self._departure.forget()
+        self._idle.pop(self, None)
         self._on_lost()
 
     def _watch(self) -> None:
         """Starts to count when something else is awaited of the client than before."""
         awaited = None
-        if self.cycle is None or self.cycle.response_complete:
-            awaited = "rest of a body" if self._is_in_body else "head"
+        if self._is_ending:
+            awaited = "end"
+        elif self.cycle is None or self.cycle.response_complete:
+            awaited = "head"
         if awaited == self._awaited:
             return
         self._awaited = awaited
         if self._patience is not None:
             self._patience.cancel()
-        if awaited is not None:
+        if awaited is None:
+            self._idle.pop(self, None)
+        else:
+            self._idle[self] = None
             self._patience = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+
+
+class _Line:
+    """A connection's transport as its answers use it.
+
+    Args:
+        transport: The transport.
+        hang_up: What closes it.
+    """
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, transport: asyncio.Transport, hang_up: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, hang_up

@@ -1,14 +1,14 @@
-"""The endpoints of operations: alive, ready, metrics. They need no key."""
+"""The endpoints of operations: alive, ready, metrics. They need no key, but for the metrics where one is set."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from server import metrics
-from server.api.access import ERRORS, ForAll
+from server.api.access import ERRORS, ForAll, for_scrapers
 from server.errors import UnavailableError
 
 router = APIRouter(responses={503: ERRORS[503]})
@@ -30,7 +30,13 @@ async def readyz(request: Request, service: ForAll) -> dict[str, Any]:
     return {"status": "ready", "models": list(service.engine.catalog())}
 
 
-@router.get("/metrics")
+class Exposition(Response):
+    """Text for Prometheus."""
+
+    media_type = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@router.get("/metrics", response_class=Exposition, responses={401: ERRORS[401]}, dependencies=[Depends(for_scrapers)])
 async def get_metrics() -> Response:
     """Prometheus metrics of all processes."""
-    return Response(await run_in_threadpool(metrics.exposition), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Exposition(await run_in_threadpool(metrics.exposition))

@@ -9,9 +9,24 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.patience import Sender, client_of
-from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError
+from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError, UnsupportedError, shown
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+_ASGI = {"version": "3.0", "spec_version": "2.4"}
+"""By which whoever sends a file does not read the body meanwhile, to learn whether the client leaves.
+
+What is sent to a client that has left is dropped; but an error of the body would come after its answer has begun."""
+
+SAFE = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+"""What every answer tells browsers: its type is what it says, no page may frame it, and no link tells where it was."""
+
+_NOT_KEPT = (b"cache-control", b"no-store")
+"""Of what is read and says nothing else: it changes, and it may need a key. No cache keeps an answer to a POST."""
 
 LARGEST_BODIES = 8
 """How many bodies of the largest size are held at once."""
@@ -23,8 +38,9 @@ LEAST_BYTES_PER_S = 1024
 class Front:
     """Stands before every request of this process. One for all of that, since each layer costs each request.
 
-    It gives the request an id, the client's own where it sent a plain one, and returns it as `x-request-id`. And it
-    guards the bodies while they arrive: how long each is, how fast it comes, how much all hold.
+    It gives the request an id, the client's own where it sent a plain one, and returns it as `x-request-id`, among the
+    headers that all answers have. And it guards the bodies while they arrive: how long each is, how fast it comes, how
+    much all hold, and that none is compressed: its length would say nothing of what it comes to.
 
     Args:
         app: What is guarded.
@@ -40,22 +56,27 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        borne = announced = None
+        borne = announced = encoding = None
         for name, value in scope["headers"]:
             if name == b"content-length" and announced is None:
                 announced = value
             elif name == b"x-request-id" and borne is None:
                 borne = value
+            elif name == b"content-encoding" and value.lower() != b"identity":
+                encoding = value
         request_id = borne if borne and _REQUEST_ID.fullmatch(borne) else b"%032x" % random.getrandbits(128)
+        scope["asgi"] = _ASGI
         scope.setdefault("state", {})["request_id"] = request_id.decode()
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                message["headers"] = [*headers, (b"x-request-id", request_id)]
+                if scope["method"] != "POST" and all(name != b"cache-control" for name, _ in headers):
+                    headers.append(_NOT_KEPT)
+                message["headers"] = [*headers, *SAFE, (b"x-request-id", request_id)]
             await send(message)
 
-        body = _Body(receive, self, announced, client_of(scope))
+        body = _Body(receive, self, announced, encoding, client_of(scope))
         try:
             await self._app(scope, body.receive, named)
         finally:
@@ -69,13 +90,21 @@ class _Body:
         receive: Where it comes from.
         limits: Limits, and how much all bodies hold.
         announced: Its length, as its client says.
+        encoding: Its Content-Encoding, where it has one.
         client: Who sends it, where that is known.
     """
 
-    __slots__ = ("_began_at", "_client", "_is_complete", "_is_too_long", "_limits", "_receive", "received")
+    __slots__ = ("_began_at", "_client", "_encoding", "_is_complete", "_is_too_long", "_limits", "_receive", "received")
 
-    def __init__(self, receive: Receive, limits: Front, announced: bytes | None, client: Sender | None) -> None:
-        self._receive, self._limits, self._client = receive, limits, client
+    def __init__(
+        self,
+        receive: Receive,
+        limits: Front,
+        announced: bytes | None,
+        encoding: bytes | None,
+        client: Sender | None,
+    ) -> None:
+        self._receive, self._limits, self._encoding, self._client = receive, limits, encoding, client
         self._began_at = asyncio.get_running_loop().time()
         self._is_too_long = announced is not None and announced.isdigit() and int(announced[:20]) > limits.max_bytes
         self._is_complete = False
@@ -85,6 +114,12 @@ class _Body:
         """The next piece, as ASGI has it; after the last, that the client has left."""
         if self._is_complete:
             return await self._receive()  # waits for as long as that takes
+        if self._is_too_long:
+            raise self._too_large()  # before the server asks for it with 100 Continue
+        if self._encoding is not None:
+            raise UnsupportedError(
+                f"Content-Encoding is {shown(self._encoding.decode('latin-1'))}; send the body as it is, without one"
+            )
         if self._client is not None and self._client.has_sent_all:
             message = await self._receive()  # at once
         else:
@@ -95,14 +130,18 @@ class _Body:
         size, limits = len(message.get("body", b"")), self._limits
         self.received += size
         limits.held += size
-        if self._is_too_long or self.received > limits.max_bytes:
-            raise TooLargeError(f"the body is larger than {limits.max_bytes} bytes", max_body_bytes=limits.max_bytes)
+        if self.received > limits.max_bytes:
+            raise self._too_large()
         if limits.held > LARGEST_BODIES * limits.max_bytes:
             raise QueueFullError(
                 f"requests hold {limits.held} bytes; at most {LARGEST_BODIES * limits.max_bytes} may be held at once",
                 retry_after_s=1,
             )
         return message
+
+    def _too_large(self) -> TooLargeError:
+        most = self._limits.max_bytes
+        return TooLargeError(f"the body is larger than {most} bytes", max_body_bytes=most)
 
     async def _patiently(self, due: float) -> Message:
         """The next piece; `due` is when, on the loop's clock, what is there already had to be there."""

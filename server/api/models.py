@@ -30,7 +30,10 @@ from server.types import Configuration, ModelInfo, find_model
 
 router = APIRouter(prefix="/v1/models", responses=ERRORS)
 
-_PATCH_BODY = {"required": True, "content": {"application/json": {"schema": PatchModel.model_json_schema()}}}
+_PATCH_BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": PatchModel.model_json_schema(), "example": {"r": 13}}},
+}
 
 
 @router.get("")

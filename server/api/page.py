@@ -1,4 +1,4 @@
-"""The page at `/`: static files that need no key and may load nothing from elsewhere."""
+"""The pages at `/` and `/docs`: static files that need no key and may load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ _FILES = StaticFiles(directory=Path(__file__).parents[1] / "static")
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
     "cache-control": "no-cache",  # kept, and asked for again by its ETag: an update shows at once
 }
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def page(request: Request) -> Response:
     return await _file("index.html", request)
 
 
-@router.api_route("/static/{path:path}", methods=["GET", "HEAD"])
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    return await _file("docs.html", request)
+
+
+@router.get("/static/{path:path}")
 async def static(path: str, request: Request) -> Response:
     return await _file(path, request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import time
@@ -17,6 +18,7 @@ from starlette.types import Message
 from server.api.accept import Acceptor, Places
 from server.api.app import create_app
 from server.api.connection import Connection
+from server.api.room import Room, allow_many_files, most_connections
 from server.ipc.client import RemoteEngine
 from server.ipc.devices import Devices
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector
@@ -45,7 +47,9 @@ def main(
         pulse: Beats while it serves.
     """
     configure_logging(settings.log_level)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each odd byte that a client sends
     end_with_parent()
+    allow_many_files()
     engines = [RemoteEngine(path, index) for index, path in enumerate(socket_paths)]
     engine = engines[0] if len(engines) == 1 else Devices(engines)
 
@@ -87,6 +91,7 @@ class _Server(uvicorn.Server):
         self._app, self._drain_delay_s = app, drain_delay_s
         self._places, self._index = places, index
         self._closes_at = float("inf")
+        self._room = Room()
         self._acceptor: Acceptor | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -94,12 +99,13 @@ class _Server(uvicorn.Server):
         assert sockets is not None
         await _warm_up(self._app)
         spare_the_collector()
-        self._acceptor = Acceptor(sockets[0], self._places, self._index, self._connection)
+        self._room.most = most_connections()
+        self._acceptor = Acceptor(sockets[0], self._places, self._index, self._connection, self._room)
         self._acceptor.open()
 
     def _connection(self, on_lost: Callable[[], None]) -> Connection:
         """The protocol of a connection, as uvicorn would make it."""
-        return Connection(self.config, self.server_state, self.lifespan.state, on_lost=on_lost)
+        return Connection(self.config, self.server_state, self.lifespan.state, on_lost=on_lost, room=self._room)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._acceptor is not None:

@@ -27,6 +27,8 @@ router = APIRouter(responses=ERRORS, route_class=DirectRoute)
 
 BODY = {
     "required": True,
+    "description": "Images. The parameters may stand here instead of in the query: as fields of the form, or beside "
+    "`images` in JSON.",
     "content": {
         "multipart/form-data": {
             "schema": {
@@ -42,11 +44,24 @@ PARAMETERS = [
     {"name": name, "in": "query", "schema": schema, "description": schema.pop("description", "")}
     for name, schema in Parameters.model_json_schema()["properties"].items()
 ]
+ANSWERED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "headers": {
+            name: {"description": description, "schema": {"type": "string"}}
+            for name, description in {
+                "x-r": "The r that was used, as the query takes it.",
+                "x-batch-size": "Images in the batch.",
+                "x-config-version": "Version of the live configuration.",
+                "server-timing": "Where the time went, in milliseconds.",
+            }.items()
+        }
+    }
+}
 ASKED = {"requestBody": BODY, "parameters": PARAMETERS}
 """What `read_request` reads, for the API's description."""
 
 
-@router.post("/classify", response_model=Classification, openapi_extra=ASKED)
+@router.post("/classify", response_model=Classification, responses=ANSWERED, openapi_extra=ASKED)
 @router.post("/v1/classify", response_model=Classification, include_in_schema=False)
 async def classify(request: Request, service: ForUsers) -> Response:
     """Names what is in each image. Send form parts `image`, a raw image or JSON; parameters in query or body."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from server.bench.session import R, Session
 
 HELP = "measure how fast a running server answers, at each r under each load"
-SETTINGS: tuple[str, ...] = ("api_key",)
+SETTINGS: tuple[str, ...] = ("api_key", "api_key_file")
 CLIENTS = 32  # that wait for answers: they show about what a server can do
 LEARN_S = 5.0
 N = TypeVar("N", int, float)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ POLL_S = 2.0
 """A message may be lost; the document is read this often in any case."""
 RETRY_S = 0.5
 TIMEOUT_S = 2.0
+_URL = re.compile(r"(rediss?://[^/?#]*(/[0-9]*)?|unix://[^/?#]*/[^?#@]*)(\?[^#@]*)?")
 
 
 class RedisConfig(SharedConfig):
@@ -44,8 +46,13 @@ class RedisConfig(SharedConfig):
         try:
             # Without timeouts of its own, which lose a cancellation that comes at the wrong moment (asyncio.wait_for).
             self._redis: Redis = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=None)
-        except ValueError as error:
-            raise SettingsError(f"shared configuration {url}: {error}") from error
+            if not _URL.fullmatch(url):
+                raise ValueError("it has another scheme, or a part of the password would be taken for the host")
+        except ValueError:  # whose text may hold a part of the password, as the URL does
+            raise SettingsError(
+                "shared configuration: it is no URL of Redis, like redis://[:PASSWORD@]HOST[:PORT][/DATABASE]; in a "
+                "password write / ? # @ : as %2F %3F %23 %40 %3A"
+            ) from None
         where = self._redis.connection_pool.connection_kwargs  # the URL may hold a password
         source = f"Redis at {where.get('host', 'localhost')}:{where.get('port', 6379)}"
         super().__init__(start, source, cache, lambda models: check({n: r for n, r in models.items() if n in start}))

@@ -53,10 +53,10 @@ def open_store(settings: Settings, check: Check, otherwise: Path | None = None) 
     if shared is None:
         return LocalConfig(start, file, check)
     cache = file.with_name(f"shared-{settings.port}.json") if file else None
-    if "://" not in shared:
+    if "://" not in shared and not shared.startswith(("redis:", "rediss:")):  # a slash less is no file
         return WatchedFile(start, shared, cache, check)
     try:
         from server.config.in_redis import RedisConfig
     except ImportError as error:
-        raise SettingsError(f"shared configuration {shared}: pip install 'tome-server[redis]'") from error
+        raise SettingsError("shared configuration in Redis: pip install 'tome-server[redis]'") from error
     return RedisConfig(start, shared, cache, check)

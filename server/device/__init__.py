@@ -9,11 +9,13 @@ batch. `Explainer` follows tokens, by torch in float32 on the model's own weight
 On cuda the backend is torch, replayed from CUDA graphs (graphs.py): one for each schedule and each of a few batch
 sizes, in one memory pool. Before the engine is ready every size is recorded of r=0 and of the deployment's `r`; under
 `auto`, of the other rungs the largest and a lone image, and the rest while nothing is asked. A schedule that was asked
-for three times is recorded too. Nothing is recorded beside another thread's work on the device.
+for three times is recorded too, where the device has memory for it or it is used more than another (uses.py). Nothing
+is recorded beside another thread's work on the device.
 
 On the CPU the backend is OpenVINO where that is installed and takes the model, else torch. OpenVINO compiles static
 shapes, so there are graphs for each schedule: one for a lone image, by all threads, and those of several images that
 run side by side, a thread each. At the start the graphs of r=0 and of the deployment's `r` are compiled; a schedule
-that comes later is answered by torch, at once, while a thread compiles it for the next time. Every graph is compared
-with torch on random images before it is used.
+that comes later is answered by torch, at once; once it was asked for three times a thread compiles it, for fewer batch
+sizes. What is compiled so fits a quarter of the container's memory; where that is full, what is used least makes room.
+Every graph is compared with torch on random images before it is used.
 """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from server.dial import Schedule
+from server.memory import available_bytes
 from server.types import BackendInfo
 from tome_core import MergedViT
 
@@ -50,9 +51,12 @@ class BackendOptions:
         threads: CPU threads; 0 takes what the container may use.
         cache_dir: Where compiled models are kept; None keeps none.
         max_batch_size: Most images in a batch.
+        memory_bytes: What graphs may take that are compiled while the server runs; a quarter of the memory that the
+            container may use. Its models share it.
     """
 
     name: str = "torch"
     threads: int = 0
     cache_dir: Path | None = None
     max_batch_size: int = 32
+    memory_bytes: int = field(default_factory=lambda: available_bytes() // 4)

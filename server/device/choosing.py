@@ -35,8 +35,8 @@ def choose_backend(
     Raises:
         SettingsError: OpenVINO or fp8 was asked for, and cannot be had here; the message says why.
     """
-    refusal = _refusal(device, precision)
-    if options.name != "torch" and refusal is None:
+    refusal = "asked for" if options.name == "torch" else _refusal(device, precision)
+    if refusal is None:
         from server.device.openvino import OpenVINOBackend
 
         try:
@@ -46,21 +46,20 @@ def choose_backend(
             logger.debug("OpenVINO does not take %s", loaded.info.name, exc_info=error)
     if options.name == "openvino":
         raise SettingsError(f"--backend openvino: {refusal}")
-    reason = "asked for" if options.name == "torch" else str(refusal)
-    launched = TorchBackend(loaded, device, precision, reason)
+    launched = TorchBackend(loaded, device, precision, refusal)
     if device.type != "cuda":
         return _told(loaded, launched)
     return _told(loaded, RecordedBackend(launched, options.max_batch_size, CudaRecorder(), alone))
 
 
 def _refusal(device: torch.device, precision: str) -> str | None:
-    """Why OpenVINO cannot be used, before anything of it is tried."""
+    """Why OpenVINO cannot be used, before anything of it is tried. It is imported where it could be, and only there."""
     if device.type != "cpu":
         return f"OpenVINO is used on the CPU, not on {device.type}"
     if precision in ("fp16", "fp8"):
         return f"OpenVINO has no {precision} on CPUs here; it has fp32 and bf16"
     try:
-        import openvino  # noqa: F401
+        from tome_core.quiet import openvino  # noqa: F401
     except ImportError:
         return "the package openvino is not installed; install it with: pip install 'tome-server[openvino]'"
     return None

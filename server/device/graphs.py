@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from server.device.uses import Uses
 from server.dial import Schedule
 from server.recent import Recent
 
@@ -50,7 +51,9 @@ class Graphs:
         max_batch_size: Most images in a batch.
         record: Makes a recording.
         alone: Is held while something is recorded, which tolerates no other thread's work on the device.
-        max_recordings: Most that are kept; the one unused for longest goes first.
+        has_room: Whether the device has memory for one more recording.
+        max_recordings: Most that are kept, the warmed ones among them. A warmed one is kept for good; of the others the
+            one used least makes room.
 
     Attributes:
         buckets: Batch sizes that are recorded; a batch runs padded to the next of them.
@@ -63,13 +66,16 @@ class Graphs:
         max_batch_size: int,
         record: Record,
         alone: AbstractContextManager[bool],
+        has_room: Callable[[], bool] = lambda: True,
         max_recordings: int = 256,
     ) -> None:
         self._forward, self._record, self._max_recordings = forward, record, max_recordings
-        self._alone = alone
+        self._alone, self._has_room = alone, has_room
         self.buckets = buckets(max_batch_size)
         self._held = torch.zeros(max_batch_size, *image.shape, dtype=image.dtype, device=image.device)
-        self._recordings: OrderedDict[tuple[Schedule, int], Recording] = OrderedDict()
+        self._recordings: dict[tuple[Schedule, int], Recording] = {}
+        self._warmed: set[tuple[Schedule, int]] = set()
+        self._uses = Uses[tuple[Schedule, int]]()
         self._later: deque[tuple[Schedule, int]] = deque()
         self._turn = threading.Lock()
         self._seen = Recent[tuple[Schedule, int], int](MOST_SEEN)
@@ -86,6 +92,7 @@ class Graphs:
                 left to `record_next`.
         """
         sizes = list(reversed(self.buckets))  # the largest first: the others fit into its memory
+        self._warmed |= {(schedule, bucket) for bucket in sizes}
         first = sizes if is_likely else list(dict.fromkeys([sizes[0], sizes[-1]]))
         for bucket in first:
             self._try_to_record(schedule, bucket)
@@ -107,13 +114,13 @@ class Graphs:
         key = (schedule, self._bucket(len(images)))
         if key not in self._recordings and len(images) <= self.buckets[-1]:
             self._seen[key] = seen = self._seen.get(key, 0) + 1
-            if _is_time(seen):
+            if _is_time(seen) and self._make_room_for(key):
                 self._try_to_record(*key)
         with self._turn:
+            self._uses.note(key)
             recording = self._recordings.get(key)
             if recording is None:
                 return self._forward(images, schedule)
-            self._recordings.move_to_end(key)
             self._held[: len(images)] = images  # what a longer batch left behind it changes no other image
             recording.replay()
             return recording.output[: len(images)].clone()  # the next replay of any graph may take its memory
@@ -121,7 +128,6 @@ class Graphs:
     def _try_to_record(self, schedule: Schedule, bucket: int) -> None:
         """Records a batch size, or says why not: it is launched then, as one that nobody recorded."""
         if (schedule, bucket) in self._recordings:
-            self._recordings.move_to_end((schedule, bucket))
             return
         try:
             with self._alone, self._turn:
@@ -130,8 +136,17 @@ class Graphs:
             logger.warning("a batch of %d does not fit into the device's memory", bucket)
         except Exception:
             logger.exception("a batch of %d cannot be recorded", bucket)
-        if len(self._recordings) > self._max_recordings:
-            self._recordings.popitem(last=False)
+
+    def _make_room_for(self, key: tuple[Schedule, int]) -> bool:
+        """Whether one may be recorded that nobody warmed; where memory is short it takes the place of one used less."""
+        with self._turn:
+            if key in self._warmed or (len(self._recordings) < self._max_recordings and self._has_room()):
+                return True
+            unwarmed = [each for each in self._recordings if each not in self._warmed]
+            if not unwarmed or self._uses.of(least := self._uses.least(unwarmed)) >= self._uses.of(key):
+                return False
+            del self._recordings[least]
+            return True
 
     def _bucket(self, num_images: int) -> int:
         return next((size for size in self.buckets if size >= num_images), num_images)

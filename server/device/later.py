@@ -58,6 +58,11 @@ class Later(Generic[K, V]):
         self._made: dict[K, V] = {}
         self._failures = Recent[K, tuple[int, float]](_MOST_FAILURES)
 
+    def __len__(self) -> int:
+        """Things that wait, are being made, or were not taken yet."""
+        with self._lock:
+            return len(self._waiting) + (self._making is not None) + len(self._made)
+
     def ask(self, key: K) -> None:
         """Has it made in its turn; nothing where it was made and not taken, or has failed a short while ago."""
         with self._lock:

@@ -1,7 +1,7 @@
 """OpenVINO as the backend: the fastest on CPUs, and the only one here that must compile before it runs.
 
-Graphs are compiled for each schedule. A schedule that is not compiled yet is answered by torch, at once, while a thread
-compiles it for the next time.
+Graphs are compiled for each schedule. A schedule that is not compiled is answered by torch, at once. Once it was asked
+for three times a thread compiles it for the next time, where there is memory for it or it is used more than another.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from server.device.backend import BackendOptions
 from server.device.later import Later
 from server.device.models import LoadedModel
 from server.device.openvino_compiler import TRACING, Compiler
-from server.device.openvino_graphs import BATCH_SIZES, AnyBatch, Run
+from server.device.openvino_graphs import BATCH_SIZES, FEWER_BATCH_SIZES, AnyBatch, Run
 from server.device.torch_backend import TorchBackend
+from server.device.uses import Uses
 from server.dial import Schedule, r_of, text_of
 from server.types import BackendInfo
 
 logger = logging.getLogger(__name__)
 
 MOST_SCHEDULES = 16
-"""Schedules kept in memory besides the warmed ones; the one that was used longest ago makes room."""
+"""Schedules kept in memory besides the warmed ones, however much of it there is."""
+
+SEEN_OFTEN = 3
+"""Batches after which a schedule that nobody warmed is compiled."""
 
 _FASTER = 1.05
 """How much faster bf16 must be for `auto` to take it."""
@@ -42,11 +46,13 @@ class OpenVINOBackend:
     Args:
         loaded: The model; its weights stay float32, which torch answers in.
         precision: "fp32", "bf16", or "auto", which measures both.
-        options: Threads, cache and the largest batch.
+        options: Threads, cache, the largest batch, and memory.
 
     Attributes:
         info: What it is.
         merged: The model as torch computes it.
+        most_schedules: Schedules kept in memory besides the warmed ones: as many as there is memory for, less the one
+            that is compiled while the others are there.
 
     Raises:
         RuntimeError: OpenVINO cannot translate or compile the model, or gets it wrong.
@@ -67,18 +73,25 @@ class OpenVINOBackend:
         self.info = BackendInfo("openvino", precision, f"{reason}; {self._compiler.threads} threads")
         self._runs: dict[Schedule, AnyBatch] = {}
         self._warmed: set[Schedule] = set()
+        self._uses = Uses[Schedule]()
+        schedule_bytes = (1 + len(FEWER_BATCH_SIZES)) * self._compiler.graph_bytes
+        self.most_schedules = max(0, min(MOST_SCHEDULES, options.memory_bytes // schedule_bytes - 1))
         self._later = Later(self._compile_aside, self._called, "openvino")
         self.warm_up(self._unmerged)  # a model that OpenVINO gets wrong is refused here
+        logger.info(
+            "%s: OpenVINO keeps up to %d schedules that requests name, in %d MB of memory; torch answers others",
+            *(self._name, self.most_schedules, self.most_schedules * schedule_bytes / 1e6),
+        )
 
     def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
         """Pixels (B, H, W, 3) in uint8 to logits (B, K)."""
         self._take_over()
-        run = self._runs.pop(schedule, None)
-        if run is None:
+        uses = self._uses.note(schedule)
+        if run := self._runs.get(schedule):
+            return run(self.merged.normalised(pixels))
+        if uses >= SEEN_OFTEN and self._has_room_for(uses):
             self._later.ask(schedule)
-            return self._torch.logits(pixels, schedule)
-        self._runs[schedule] = run  # the latest is the last
-        return run(self.merged.normalised(pixels))
+        return self._torch.logits(pixels, schedule)
 
     def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
         """Compiles the schedule for every batch size, and keeps it for good."""
@@ -97,12 +110,21 @@ class OpenVINOBackend:
         return False
 
     def _take_over(self) -> None:
-        """Takes what was compiled meanwhile; of those that nobody warmed the ones used longest ago make room."""
+        """Takes what was compiled meanwhile; of those that nobody warmed the ones used least make room."""
         if made := self._later.take():
             self._runs |= made
-            unwarmed = [each for each in self._runs if each not in self._warmed]
-            for schedule in unwarmed[:-MOST_SCHEDULES]:
-                del self._runs[schedule]
+            while len(unwarmed := self._unwarmed()) > self.most_schedules:
+                del self._runs[self._uses.least(unwarmed)]
+
+    def _has_room_for(self, uses: int) -> bool:
+        """Whether a schedule of so many uses is compiled: there is memory left, or one that is used less makes room."""
+        unwarmed, coming = self._unwarmed(), len(self._later)
+        if len(unwarmed) + coming < self.most_schedules:
+            return True
+        return bool(unwarmed) and not coming and uses > self._uses.of(self._uses.least(unwarmed))
+
+    def _unwarmed(self) -> list[Schedule]:
+        return [each for each in self._runs if each not in self._warmed]
 
     def _compile_aside(self, schedule: Schedule) -> AnyBatch:
         return self._compile(schedule, aside=True)

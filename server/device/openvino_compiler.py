@@ -14,18 +14,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import openvino
 import timm
 import torch
 
 import tome_core
 from server.cpus import available_cpus
 from server.device.openvino_files import Translations, remove_outdated, touch
-from server.device.openvino_graphs import AnyBatch, Run, any_batch, config_of, run_of
+from server.device.openvino_graphs import (
+    BATCH_SIZES,
+    FEWER_BATCH_SIZES,
+    GRAPH_PER_WEIGHTS,
+    AnyBatch,
+    Run,
+    any_batch,
+    config_of,
+    run_of,
+)
 from server.dial import Schedule, r_of, text_of
 from server.lifetime import end_with_parent
 from tome_core.openvino import save, to_openvino
 from tome_core.openvino_operator import build_operator, to_bfloat16
+from tome_core.quiet import openvino
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +84,11 @@ class Compiler:
         """Keeps what is made of a schedule on disk whatever else is made."""
         self._files.keep(schedule)
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that a compiled graph takes, at most."""
+        return GRAPH_PER_WEIGHTS * sum(4 * each.numel() for each in self._merged.model.parameters())
+
     def any_batch(self, schedule: Schedule, max_batch_size: int, precision: str, aside: bool = False) -> AnyBatch:
         """Compiles a schedule for any number of images up to `max_batch_size`, or takes it from the cache.
 
@@ -82,7 +96,7 @@ class Compiler:
             schedule: `r` of each block.
             max_batch_size: Most images at a time.
             precision: "fp32" or "bf16".
-            aside: Translates it in a process of its own, so that answers go on.
+            aside: Translates it in a process of its own, so that answers go on, and compiles it for fewer batch sizes.
 
         Raises:
             RuntimeError: It cannot be translated or compiled.
@@ -91,7 +105,8 @@ class Compiler:
         def graph(size: int, side_by_side: int) -> Run:
             return self.graph(schedule, size, precision, side_by_side, aside)
 
-        return any_batch(graph, self.threads, max_batch_size, precision)
+        sizes = FEWER_BATCH_SIZES if aside else BATCH_SIZES[precision]
+        return any_batch(graph, self.threads, max_batch_size, sizes)
 
     def graph(
         self, schedule: Schedule, batch_size: int, precision: str, side_by_side: int = 1, aside: bool = False

@@ -19,6 +19,9 @@ MOST_TRANSLATIONS = 16
 """Of a model, besides those that are warmed. Each has weights of its own, 85 MB for ViT-S in float32: OpenVINO writes
 the constants of a graph into one file, in its order, and beside the weights there are some of each schedule."""
 
+DISK_SHARE = 0.1
+"""What translations of a model may take besides the warmed ones, of the disk's free space and themselves together."""
+
 MOST_FOLDERS = 16
 _DAY_S = 86_400.0
 OUTDATED_S = 30 * _DAY_S
@@ -69,13 +72,17 @@ class Translations:
         self._remove(self.graph(schedule))
 
     def make_room(self) -> None:
-        """Removes those that were used longest ago, beyond the number that is kept."""
+        """Removes those that were used longest ago, beyond the number and the share of the disk that is kept."""
         graphs = [each for each in self._folder.glob("*.xml") if each not in self._kept]
-        for graph in sorted(graphs, key=_unused_s)[MOST_TRANSLATIONS:]:
-            self._remove(graph)
+        sizes = {graph: sum(map(_bytes_of, _parts(graph))) for graph in sorted(graphs, key=_unused_s)}
+        most, taken = DISK_SHARE * (_free_bytes(self._folder) + sum(sizes.values())), 0
+        for number, (graph, size) in enumerate(sizes.items()):
+            taken += size
+            if number > 0 and (number >= MOST_TRANSLATIONS or taken > most):  # the latest is about to be read
+                self._remove(graph)
 
     def _remove(self, graph: Path) -> None:
-        for each in (graph, graph.with_suffix(".compiled"), graph.with_suffix(".bin")):
+        for each in _parts(graph):
             _remove(each)
 
 
@@ -105,6 +112,26 @@ def touch(path: Path) -> bool:
     except OSError:  # another's, which may be read
         return path.exists()
     return True
+
+
+def _parts(graph: Path) -> tuple[Path, Path, Path]:
+    """All that is of a translation, the graph first."""
+    return graph, graph.with_suffix(".compiled"), graph.with_suffix(".bin")
+
+
+def _bytes_of(path: Path) -> int:
+    """What a file or a folder takes; nothing where it is gone."""
+    try:
+        return sum(map(_bytes_of, path.iterdir())) if path.is_dir() else path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:  # another server has removed it
+        return 0
 
 
 def _unused_s(path: Path) -> float:

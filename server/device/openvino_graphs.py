@@ -10,13 +10,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import openvino
 import torch
 from torch import Tensor
+
+from tome_core.quiet import openvino
 
 BATCH_SIZES = {"fp32": (1, 2, 4), "bf16": (1, 2, 4, 8, 16)}
 """What graphs are compiled for. In fp32 a thread is no faster with more images at a time; in bf16 layers are so fast
 that fetching their weights takes long beside them, and merging gains a sixth from 4 to 16."""
+
+FEWER_BATCH_SIZES = (1, 4)
+"""What graphs are compiled for of a schedule that nobody warmed: the most of that speed for the least memory."""
+
+GRAPH_PER_WEIGHTS = 4
+"""Memory of a compiled graph in either precision, as a multiple of the weights in float32: OpenVINO copies and reorders
+them for every graph, and graphs share nothing. Measured: 2.5 for a lone one, 3.8 side by side."""
 
 Run = Callable[[Tensor], Tensor]
 """Images (n, 3, H, W), float32 on the CPU, to logits (n, K)."""
@@ -49,16 +57,18 @@ class AnyBatch:
         return torch.cat(answers)
 
 
-def any_batch(graph: Callable[[int, int], Run], threads: int, max_batch_size: int, precision: str) -> AnyBatch:
+def any_batch(
+    graph: Callable[[int, int], Run], threads: int, max_batch_size: int, batch_sizes: Sequence[int]
+) -> AnyBatch:
     """Compiles what batches up to a size need.
 
     Args:
         graph: Compiles for a batch size, to run so many of them side by side.
         threads: How many there are.
         max_batch_size: Most images in a batch.
-        precision: "fp32" or "bf16".
+        batch_sizes: What to compile for, of 1 and more; those that no batch is large enough for are left out.
     """
-    sizes = [size for size in BATCH_SIZES[precision] if size <= max(1, math.ceil(max_batch_size / threads))]
+    sizes = [size for size in batch_sizes if size <= max(1, math.ceil(max_batch_size / threads))]
     lone = graph(1, 1)
     lone_will_do = 1 in (threads, max_batch_size)
     side_by_side = {size: lone if size == 1 and lone_will_do else graph(size, threads) for size in sizes}

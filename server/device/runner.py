@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -89,6 +90,7 @@ class Runner:
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
             raise SettingsError(f"device {device!r}: {error}") from error
         options = backend or BackendOptions()
+        options = replace(options, memory_bytes=options.memory_bytes // max(1, len(models)))
         self.alone = _alone_on(str(self._device))
         with on(self._device):
             self._backends = {

@@ -100,7 +100,8 @@ class RecordedBackend:
         self, backend: TorchBackend, max_batch_size: int, record: Record, alone: AbstractContextManager[bool]
     ) -> None:
         self.merged = backend.merged
-        self._graphs = Graphs(backend.logits, backend.black, max_batch_size, record, alone)
+        device = backend.black.device
+        self._graphs = Graphs(backend.logits, backend.black, max_batch_size, record, alone, lambda: has_room(device))
         reason = f"{backend.implementation.name} operations ({backend.implementation.reason}), recorded as graphs"
         self.info = replace(backend.info, reason=f"{backend.info.reason}; {reason}")
 
@@ -121,6 +122,14 @@ class RecordedBackend:
     def warm_further(self) -> bool:
         """Records one more batch size; False where all are."""
         return self._graphs.record_next()
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether a tenth of a GPU's memory is free, which large batches may want."""
+    if device.type != "cuda":
+        return True
+    free, total = torch.cuda.mem_get_info(device)
+    return free >= total / 10
 
 
 def set_threads(threads: int) -> None:

@@ -212,7 +212,7 @@ function say(state, text) {
 }
 
 function sayAway(error) {
-  const answers = error.status === 404; // and keeps its metrics elsewhere
+  const answers = [401, 404].includes(error.status); // and keeps its metrics elsewhere, or to those with a key
   if (!answers) say("away", "no answer");
   at("away").textContent = answers
     ? `${error.message}.`

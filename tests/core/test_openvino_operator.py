@@ -34,10 +34,7 @@ def merged_by(
     library: Path, x: Tensor, keys: Tensor, size: Tensor, r: int, num_prefix_tokens: int, precision: str = "f32"
 ) -> tuple[Tensor, Tensor]:
     """What the operator makes of tokens (B, N, C), keys (B, num_heads, N, D) and sizes (B, N)."""
-    from openvino import opset15 as ops
-    from openvino.utils.node_factory import NodeFactory
-
-    factory = NodeFactory()
+    ops, factory = openvino.opset15, openvino.utils.node_factory.NodeFactory()
     factory.add_extension(str(library))
     inputs = [tensor.numpy() for tensor in (x, keys.transpose(1, 2).flatten(2), size)]
     parameters = [ops.parameter(list(each.shape), np.float32) for each in inputs]

@@ -268,7 +268,8 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
 
     monkeypatch.setattr(backend, "_compile", wait_and_compile)
     wanted = model.merged.from_pixels(MEAN, STD)(pixels(1), (3, 0))
-    assert torch.equal(backend.logits(pixels(1), (3, 0)), wanted)  # torch's own: bit for bit
+    for _ in range(openvino.SEEN_OFTEN):
+        assert torch.equal(backend.logits(pixels(1), (3, 0)), wanted)  # torch's own: bit for bit
     assert (3, 0) not in backend._runs
     may_compile.set()
     backend._later._thread.submit(lambda: None).result()  # comes after the compiling
@@ -332,7 +333,7 @@ def test_auto_takes_bf16_only_where_it_is_faster(
     model, now = loaded(), [0.0]
 
     class FakeCompiler:
-        threads, input_size, has_bf16 = 2, (64, 64), True
+        threads, input_size, has_bf16, graph_bytes = 2, (64, 64), True, 1
 
         def __init__(self, *args: Any) -> None:
             pass

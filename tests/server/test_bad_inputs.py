@@ -134,7 +134,7 @@ def bad_forms() -> Iterator[Bad]:
         "a broken header": (b"--x\r\nContent Disposition: form-data\r\n\r\nvalue\r\n" + end, form, (400,)),
         "no line ends": (image.replace(b"\r\n", b"") + end, form, (400,)),
         "no image": (part("r", b"8") + end, form, (400,)),
-        "image as text": (part("image", b"text") + end, form, (422,)),
+        "image as text": (part("image", b"text") + end, form, (415,)),
         "file named otherwise": (part("photo", GOOD, "a.png") + end, form, (422,)),
         "file named r": (image + part("r", b"8", "r.txt") + end, form, (422,)),
         "empty file": (part("image", b"", "a.png") + end, form, (400,)),
@@ -182,7 +182,7 @@ def bad_json() -> Iterator[Bad]:
     for value in images:
         yield row(f"images {value!r}", json.dumps({"images": value}).encode(), 400, 422)
     encoded = "x ==== A AAA !!!! data: data:image/png;base64, data:,x é https://example.org/cat".split()
-    encoded += ["", " " + GOOD_64, GOOD_64[:-5], GOOD_64[:40], base64.b64encode(b"garbage").decode()]
+    encoded += ["", GOOD_64[:-7], GOOD_64[:40], base64.b64encode(b"garbage").decode()]
     for text in encoded:
         yield row(f"base64 {text[:24]!r} ({len(text)})", json.dumps({"images": [GOOD_64, text]}).encode(), 400, 415)
     said: dict[str, list[object]] = {

@@ -46,7 +46,7 @@ def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytes
         "explain": ["model", "weights", "r", "device", "precision", "threads"],
         "models": ["model", "weights"],
         "calibrate": ["model", "weights", "device", "precision", "backend", "threads", "max_batch_size", "state_dir"],
-        "bench": ["api_key"],
+        "bench": ["api_key", "api_key_file"],
     }
     for name in [*flags[command], "config"]:
         assert re.search(rf"{flag(name)} (VALUE|FILE)\s+\w+", shown), name

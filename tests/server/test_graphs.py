@@ -129,14 +129,37 @@ def test_a_schedule_that_nobody_warmed_is_answered_at_once_and_recorded_when_it_
         assert torch.equal(recorded(images, (7,)), logits(images, (7,)))
 
 
-def test_the_recording_unused_for_longest_goes() -> None:
-    recorded = graphs(max_batch_size=1, max_recordings=2)
-    for schedule in ((1,), (2,), (1,), (3,)):
-        recorded.warm_up(schedule)
-    assert len(recorded) == 2
-    images = torch.randn(1, *IMAGE.shape)
-    for schedule in ((1,), (3,), (2,)):
+def ask(recorded: Graphs, schedule: tuple[int, ...], times: int) -> None:
+    for _ in range(times):
+        images = torch.randn(1, *IMAGE.shape)
         assert torch.equal(recorded(images, schedule), logits(images, schedule))
+
+
+@pytest.mark.parametrize("bound", ["count", "memory"])
+def test_the_recording_used_least_makes_room_and_warmed_ones_stay(bound: str) -> None:
+    """`has_room` as the device would say it, of memory that each recording takes a part of."""
+    recorded: Graphs
+    if bound == "count":
+        recorded = graphs(max_batch_size=1, max_recordings=3)
+    else:
+        recorded = Graphs(logits, IMAGE, 1, Repeated, Lock(), lambda: len(recorded) < 3)
+    recorded.warm_up((1,))
+    ask(recorded, (2,), 20)
+    ask(recorded, (3,), SEEN_OFTEN + 1)
+    assert recorded.has(1, (2,)) and recorded.has(1, (3,))
+    for number in range(10, 60):  # which one client makes up
+        ask(recorded, (number,), SEEN_OFTEN)
+    assert [recorded.has(1, (schedule,)) for schedule in (1, 2, 3)] == [True, True, True]
+    ask(recorded, (4,), 4 * SEEN_OFTEN)  # what is used more takes the place of what is used less
+    assert [recorded.has(1, (schedule,)) for schedule in (1, 2, 3, 4)] == [True, True, False, True]
+    assert len(recorded) == 3
+
+
+def test_without_memory_only_what_is_warmed_is_recorded() -> None:
+    recorded = Graphs(logits, IMAGE, 1, Repeated, Lock(), lambda: False)
+    recorded.warm_up((1,))
+    ask(recorded, (2,), 50)
+    assert len(recorded) == 1 and recorded.has(1, (1,))
 
 
 def test_schedules_that_clients_make_up_are_counted_and_forgotten() -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ DAY_S = 86_400
 class FakeCompiler:
     """Compiles at once, what a list does not name."""
 
-    threads, input_size, has_bf16 = 1, (64, 64), False
+    threads, input_size, has_bf16, graph_bytes = 1, (64, 64), False, 1
 
     def __init__(self, merged: Any, *args: Any) -> None:
         self.merged, self.failing, self.compiled = merged, list[Schedule](), list[Schedule]()
@@ -74,10 +75,25 @@ for _name in (
     setattr(Watched, _name, _noting)
 
 
+def made(monkeypatch: pytest.MonkeyPatch, most_schedules: int) -> Any:
+    """A backend that has memory for so many schedules besides the warmed ones, of three graphs of a byte each."""
+    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
+    memory_bytes = 3 * (most_schedules + 1)
+    options = BackendOptions("openvino", 1, max_batch_size=1, memory_bytes=memory_bytes)
+    return openvino.OpenVINOBackend(loaded(), "fp32", options)
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
-    return openvino.OpenVINOBackend(loaded(), "fp32", BackendOptions("openvino", 1, max_batch_size=1))
+    return made(monkeypatch, 16)
+
+
+def ask(backend: Any, schedule: Schedule, times: int = openvino.SEEN_OFTEN) -> None:
+    """Asks for a schedule so often, and waits until nothing is compiled."""
+    for _ in range(times):
+        backend.logits(pixels(1), schedule)
+        settle(backend)
+    backend._take_over()
 
 
 def settle(backend: Any) -> None:
@@ -87,34 +103,78 @@ def settle(backend: Any) -> None:
 
 
 @torch.inference_mode()
-def test_one_thread_has_the_graphs_whoever_compiles(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "MOST_SCHEDULES", 3)
+def test_one_thread_has_the_graphs_whoever_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = made(monkeypatch, 3)
     backend._runs = Watched(backend._runs)
     for number in range(1, 8):
-        backend.logits(pixels(1), (number, 0))
-        settle(backend)
-    backend.logits(pixels(1), (7, 0))
+        ask(backend, (number, 0), openvino.SEEN_OFTEN + number)
     assert Watched.threads == {threading.get_ident()}
     assert list(backend._runs) == [(0, 0), (5, 0), (6, 0), (7, 0)]
 
 
 @torch.inference_mode()
-def test_the_graph_used_longest_ago_makes_room_and_warmed_ones_stay(
-    backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openvino, "MOST_SCHEDULES", 2)
+def test_the_graph_used_least_makes_room_and_warmed_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = made(monkeypatch, 2)
     backend.warm_up((1, 1))
-    for schedule in ((2, 0), (3, 0), (2, 0), (4, 0), (4, 0)):
-        backend.logits(pixels(1), schedule)
-        settle(backend)
+    for schedule, times in (((2, 0), 9), ((3, 0), 4), ((4, 0), 5)):
+        ask(backend, schedule, times)
     assert set(backend._runs) == {(0, 0), (1, 1), (2, 0), (4, 0)}
+
+
+@torch.inference_mode()
+def test_ever_new_schedules_compile_nothing_once_memory_is_full_and_take_it_from_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = made(monkeypatch, 2)
+    for schedule in ((2, 0), (3, 0)):
+        ask(backend, schedule, openvino.SEEN_OFTEN + 1)
+    for number in range(4, 17):
+        ask(backend, (number, 0), openvino.SEEN_OFTEN)
+        ask(backend, (2, 0), 1)
+        ask(backend, (3, 0), 1)
+    assert set(backend._compiler.compiled) == set(backend._runs) == {(0, 0), (2, 0), (3, 0)}
+
+
+@torch.inference_mode()
+def test_no_more_than_fit_are_compiled_where_many_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = made(monkeypatch, 2)
+    with compiler_of.TRACING:  # a compiling thread stands still before it compares
+        for number in range(1, 9):
+            for _ in range(openvino.SEEN_OFTEN):
+                backend.logits(pixels(1), (number, 0))
+    settle(backend)
+    assert len(backend._compiler.compiled) == 1 + 2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("memory_bytes", [0, 3, 5])
+def test_without_memory_for_two_schedules_torch_answers_all_that_nobody_warmed(
+    memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
+    options = BackendOptions("openvino", 1, max_batch_size=1, memory_bytes=memory_bytes)
+    backend = openvino.OpenVINOBackend(loaded(), "fp32", options)
+    ask(backend, (3, 0), 9)
+    assert backend._compiler.compiled == list(backend._runs) == [(0, 0)]
+
+
+def test_however_much_memory_there_is_no_more_than_so_many_schedules_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert made(monkeypatch, 10**6).most_schedules == openvino.MOST_SCHEDULES
+
+
+@torch.inference_mode()
+def test_a_schedule_is_compiled_once_it_was_asked_for_three_times(backend: Any) -> None:
+    ask(backend, (3, 0), 2)
+    assert backend._compiler.compiled == [(0, 0)]
+    ask(backend, (3, 0), 1)
+    assert (3, 0) in backend._runs
 
 
 @torch.inference_mode()
 def test_all_that_is_asked_for_at_once_is_compiled(backend: Any) -> None:
     asked = [(number, 0) for number in range(1, 6)]
     with compiler_of.TRACING:  # a compiling thread stands still before it compares
-        for schedule in asked:
+        for schedule in asked * openvino.SEEN_OFTEN:
             backend.logits(pixels(1), schedule)
     settle(backend)
     backend.logits(pixels(1), (0, 0))
@@ -124,15 +184,11 @@ def test_all_that_is_asked_for_at_once_is_compiled(backend: Any) -> None:
 @torch.inference_mode()
 def test_a_failure_that_passes_excludes_no_schedule(backend: Any) -> None:
     backend._compiler.failing = [(3, 0)]
-    for _ in range(2):
-        backend.logits(pixels(1), (3, 0))
-        settle(backend)
+    ask(backend, (3, 0), openvino.SEEN_OFTEN + 1)
     assert backend._compiler.compiled.count((3, 0)) == 1  # the second time it is too early
     backend._compiler.failing = []
     backend._later._clock = lambda: time.monotonic() + 61
-    backend.logits(pixels(1), (3, 0))
-    settle(backend)
-    backend.logits(pixels(1), (3, 0))
+    ask(backend, (3, 0), 1)
     assert (3, 0) in backend._runs
 
 
@@ -169,6 +225,22 @@ def test_the_translations_used_longest_ago_make_room_with_all_that_is_of_them(fo
     files.make_room()
     kept = {0, 1, *range(many - MOST_TRANSLATIONS + 1, many)}
     assert names(folder) == {f"r{n}-0{end}" if n else f"r0{end}" for n in kept for end in (".xml", ".bin", ".compiled")}
+
+
+@pytest.mark.parametrize(("free", "kept"), [(0, 1), (100, 3), (160, 5), (10**6, 8)])
+def test_translations_take_a_tenth_of_the_disk_and_the_latest_stays(
+    free: int, kept: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight of 5 bytes each, and one that is warmed and counts for nothing."""
+    files = Translations(folder)
+    for number in range(9):
+        translate(files, (1 + number, 0), 1000 - number)
+        files.graph((1 + number, 0)).with_suffix(".bin").write_text("xxx")
+    files.keep((1, 0))
+    monkeypatch.setattr(openvino_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    files.make_room()
+    assert {each.stem for each in folder.glob("*.xml")} == {"r1-0"} | {f"r{9 - number}-0" for number in range(kept)}
+    assert len(list(folder.iterdir())) == 3 * (1 + kept)
 
 
 def test_files_that_vanish_meanwhile_are_no_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Keys, health, the API's description, and the one shape of every error."""
+"""Health, the API's description, and the one shape of every error."""
 
 from __future__ import annotations
 
@@ -18,53 +18,6 @@ PNG = grey_png(100)
 FORM = [("image", ("a.png", PNG))]
 
 
-USER, ADMIN = "user-key", "admin-key"
-
-
-def bearing(key: str | None, *, bearer: bool = True) -> dict[str, str]:
-    if key is None:
-        return {}
-    return {"authorization": f"Bearer {key}"} if bearer else {"x-api-key": key}
-
-
-@pytest.mark.parametrize("bearer", [True, False])
-@pytest.mark.parametrize(
-    ("api_key", "admin_key", "borne", "reading", "changing"),
-    [
-        (None, None, None, 200, 200),
-        (None, None, "any", 200, 200),
-        (USER, None, None, 401, 401),
-        (USER, None, "wrong", 401, 401),
-        (USER, None, "userkey\xe9", 401, 401),
-        (USER, None, USER, 200, 200),
-        (USER, ADMIN, None, 401, 401),
-        (USER, ADMIN, USER, 200, 403),
-        (USER, ADMIN, ADMIN, 200, 200),
-        (None, ADMIN, None, 200, 403),
-        (None, ADMIN, USER, 200, 403),
-        (None, ADMIN, ADMIN, 200, 200),
-    ],
-)
-async def test_keys_open_what_they_should(
-    api_key: str | None, admin_key: str | None, borne: str | None, reading: int, changing: int, bearer: bool
-) -> None:
-    async with serving(api_key=api_key, admin_key=admin_key) as service:
-        headers = {name.encode(): value.encode("latin-1") for name, value in bearing(borne, bearer=bearer).items()}
-        reads = [
-            await service.client.post("/classify", files=FORM, headers=headers),
-            await service.client.get("/v1/models", headers=headers),
-            await service.client.get("/v1/models/tiny", headers=headers),
-        ]
-        change = await service.client.patch("/v1/models/tiny", json={"r": 1}, headers=headers)
-        for response, status in [*((each, reading) for each in reads), (change, changing)]:
-            assert response.status_code == status
-            if status >= 400:
-                assert_is_error(response, status, "unauthorized" if status == 401 else "forbidden")
-            assert ("www-authenticate" in response.headers) == (status == 401)
-        for path in ("/livez", "/readyz", "/healthz", "/metrics"):
-            assert (await service.client.get(path)).status_code == 200
-
-
 async def test_a_ready_service_says_so() -> None:
     async with serving() as service:
         assert (await service.client.get("/livez")).status_code == 200
@@ -81,20 +34,6 @@ async def test_without_an_engine_the_service_lives_and_is_not_ready(tmp_path: Pa
         for answer in answers:
             assert_is_error(answer, 503, "unavailable")
             assert int(answer.headers["retry-after"]) >= 1
-
-
-async def test_the_openapi_document_lists_parameters_and_bodies_and_errors() -> None:
-    async with serving() as service:
-        document = (await service.client.get("/openapi.json")).json()
-        operation = document["paths"]["/classify"]["post"]
-        listed = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
-        assert listed.keys() == {"model", "r", "max_r", "min_agreement", "inflect", "top_k", "deadline_ms"}
-        assert all(each["description"] for each in listed.values())
-        assert operation["requestBody"]["content"].keys() == {"multipart/form-data", "image/*", "application/json"}
-        assert {"400", "413", "415", "422", "429", "503", "504"} <= operation["responses"].keys()
-        assert {"/v1/models", "/v1/models/{name}", "/livez", "/readyz", "/metrics"} <= document["paths"].keys()
-        docs = await service.client.get("/docs")
-        assert docs.status_code == 200 and "text/html" in docs.headers["content-type"]
 
 
 async def test_an_unknown_path_and_a_wrong_method_have_the_one_error_shape() -> None:

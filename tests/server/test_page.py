@@ -12,9 +12,10 @@ from tests.server.conftest import assert_is_error, serving
 STATIC = Path(__file__).resolve().parents[2] / "server" / "static"
 
 
-async def test_the_page_needs_no_key_and_may_load_nothing_from_elsewhere() -> None:
+@pytest.mark.parametrize("path", ["/", "/docs"])
+async def test_a_page_needs_no_key_and_may_load_nothing_from_elsewhere(path: str) -> None:
     async with serving(api_key="secret") as service:
-        response = await service.client.get("/")
+        response = await service.client.get(path)
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/html")
         policy = response.headers["content-security-policy"].split("; ")
@@ -33,14 +34,17 @@ async def test_what_has_not_changed_is_not_sent_again() -> None:
 
 async def test_every_file_that_the_page_names_is_there() -> None:
     async with serving() as service:
-        html = (await service.client.get("/")).text
+        html = "".join([(await service.client.get(path)).text for path in ("/", "/docs")])
         named = set(re.findall(r'(?:src|href|data-sample)="(static/[^"]+)"', html))
         for module in STATIC.glob("*.js"):
             named |= {f"static/{name}" for name in re.findall(r'from "\./([^"]+)"', module.read_text())}
         assert {"static/app.css", "static/app.js"} < named
         for path in named:
             assert (await service.client.get(f"/{path}")).status_code == 200, path
-        assert {f"static/{file.name}" for file in STATIC.glob("*.*")} - named == {"static/index.html"}
+        assert {f"static/{file.name}" for file in STATIC.glob("*.*")} - named == {
+            "static/index.html",
+            "static/docs.html",
+        }
 
 
 @pytest.mark.parametrize("path", ["/static/nothing.js", "/static/../api/app.py", "/static/%2e%2e/api/app.py"])
@@ -49,8 +53,16 @@ async def test_no_other_file_is_given_away(path: str) -> None:
         assert_is_error(await service.client.get(path), 404, "not_found")
 
 
-def test_the_page_has_no_inline_script_or_style_and_names_no_other_origin() -> None:
-    html = (STATIC / "index.html").read_text()
+@pytest.mark.parametrize("name", ["index.html", "docs.html"])
+def test_a_page_names_everything_by_an_address_relative_to_its_own(name: str) -> None:
+    addresses = re.findall(r'(?:src|href|action)="([^"]*)"', (STATIC / name).read_text())
+    assert addresses and not [address for address in addresses if address.startswith("/")]
+    for module in STATIC.glob("*.js"):
+        assert not re.findall(r"""fetch\(["'`]/|send\(["'`]/""", module.read_text()), module
+
+
+def test_a_page_has_no_inline_script_or_style_and_names_no_other_origin() -> None:
+    html = (STATIC / "index.html").read_text() + (STATIC / "docs.html").read_text()
     assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son[a-z]+=", html)
     for file in STATIC.glob("*.*"):
         if file.suffix in (".html", ".css", ".js"):

@@ -46,7 +46,6 @@ def test_tome_config_names_the_file_and_the_flag_wins(tmp_path: Path, monkeypatc
 def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOME_PORT", "")
     monkeypatch.setenv("TOME_CONFIG", "")
-    monkeypatch.setenv("TOME_API_KEY", "")
     (tmp_path / "empty.yaml").touch()
     settings = load_settings({}, str(tmp_path / "empty.yaml"))
     assert (settings.port, settings.api_key) == (8000, None)
@@ -55,12 +54,22 @@ def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in ("model", "weights")])
 def test_every_field_is_a_flag_a_variable_and_a_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default = getattr(Settings.model_validate({}), name)
-    words = {"precision": "fp16", "backend": "torch", "log_level": "debug", "device": "cpu", "host": "::1"}
+    words = {
+        "cors_origin": "http://a:7",
+        "precision": "fp16",
+        "backend": "torch",
+        "log_level": "debug",
+        "device": "cpu",
+        "host": "::1",
+    }
     text = (words | {"decode": "cpu", "min_agreement": "0.9", "drift_sample": "0.9"}).get(name, "7")
+    if name.endswith("_key_file"):
+        text = str(tmp_path / "key")
+        Path(text).write_text("7")
     if name in ("max_r", "min_agreement"):
         monkeypatch.setenv("TOME_R", "auto")  # they go with no other
     by_flag = vars(_parser().parse_args(["serve", f"--{name.replace('_', '-')}", text]))
-    assert by_flag[name] == text
+    assert by_flag[name] == ([text] if name == "cors_origin" else text)
     by_file = load_settings({}, from_yaml(tmp_path, {name: text}))
     monkeypatch.setenv(f"TOME_{name.upper()}", text)
     assert load_settings({}) == by_file == load_settings({name: text})

@@ -1,0 +1,34 @@
+"""Methods that no endpoint names itself: HEAD for every GET, and what a 405 has to tell."""
+
+from __future__ import annotations
+
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class Head:
+    """Answers HEAD as GET, without the body.
+
+    Args:
+        app: Knows GET.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self._app(scope, receive, send)
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_without_body)
+
+
+def allowed(request: Request) -> str:
+    """The methods that a path knows, as the header Allow lists them: those of all its routes."""
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    routes = [route for route in request.app.state.routes if route.path_regex.match(path)]
+    methods = {method for route in routes for method in route.methods}
+    return ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))

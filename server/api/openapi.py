@@ -1,0 +1,81 @@
+"""The API's description: what FastAPI writes of the routes, and what it cannot know of keys and of schemas of ours."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+
+from server.api.access import for_admins, for_scrapers, for_users
+from server.settings import Settings
+
+router = APIRouter(include_in_schema=False)
+
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "X-API-Key: KEY"},
+}
+_EITHER: list[dict[str, list[str]]] = [{name: []} for name in _SCHEMES]
+_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+
+
+@router.get("/openapi.json")
+async def get_openapi(request: Request) -> JSONResponse:
+    """The description, with the path under which a proxy has put this server."""
+    described = describe(request.app)
+    prefix = request.scope.get("root_path") or request.headers.get("x-forwarded-prefix", "")
+    if _PREFIX.fullmatch(prefix.rstrip("/")):
+        described = {**described, "servers": [{"url": prefix.rstrip("/")}]}
+    return JSONResponse(described)
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The description of an application. It is made once, for whoever asks first."""
+    if not hasattr(app.state, "described"):
+        app.state.described = _complete(app.openapi(), app.state.routes, app.state.service.settings)
+    described: dict[str, Any] = app.state.described
+    return described
+
+
+def _complete(described: dict[str, Any], routes: list[APIRoute], settings: Settings) -> dict[str, Any]:
+    components = described.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    described["paths"] = _hoisted(described["paths"], schemas)
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                if status >= "400":
+                    response["content"] = _ERROR  # of text too, as the metrics are
+    wants_key: dict[object, str | None] = {
+        for_users: settings.api_key,
+        for_admins: settings.api_key or settings.admin_key,
+        for_scrapers: settings.metrics_key,
+    }
+    for route in routes:
+        if not any(wants_key.get(each.call) for each in route.dependant.dependencies):
+            continue
+        for method in route.methods or ():
+            operation = described["paths"].get(route.path, {}).get(method.lower())
+            if operation is not None:
+                operation["security"] = _EITHER
+                components["securitySchemes"] = _SCHEMES
+    return described
+
+
+def _hoisted(part: Any, schemas: dict[str, Any]) -> Any:
+    """A part of the description whose schemas point to the common ones: pydantic puts a schema's own beside it."""
+    if isinstance(part, list):
+        return [_hoisted(each, schemas) for each in part]
+    if not isinstance(part, dict):
+        return part
+    for name, schema in part.get("$defs", {}).items():
+        schemas[name] = _hoisted(schema, schemas)
+    return {
+        key: value.replace("#/$defs/", "#/components/schemas/") if key == "$ref" else _hoisted(value, schemas)
+        for key, value in part.items()
+        if key != "$defs"
+    }

@@ -1,0 +1,30 @@
+"""Where packages keep what they make for themselves: in the state folder, and not in the user's home."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+_FOLDERS = {"TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda", "MPLCONFIGDIR": "matplotlib"}
+
+
+def keep_caches_in(state_dir: Path | None) -> None:
+    """Tells Triton, CUDA and matplotlib where to keep files of theirs, unless the user has told them.
+
+    They read it from the environment, which this process's children share, and make a folder when they use it.
+
+    Args:
+        state_dir: The state folder; None keeps them until this process ends.
+    """
+    if _FOLDERS.keys() <= os.environ.keys():
+        return
+    if state_dir is None:
+        folder = Path(tempfile.mkdtemp(prefix="tome-server-caches-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    else:
+        folder = state_dir.expanduser()
+    for variable, name in _FOLDERS.items():
+        os.environ.setdefault(variable, str(folder / name))

@@ -1,0 +1,78 @@
+"""HEAD wherever GET is, what a 405 lists, and bodies that are compressed."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+
+import pytest
+
+from tests.server.conftest import assert_is_error, fake_curve, grey_png, serving
+from tests.server.test_access import ROUTES
+
+GETS = [path for method, path in ROUTES if method == "GET"]
+CHANGING = {"date", "x-request-id", "content-length"}
+
+
+def url_of(path: str) -> str:
+    return path.replace("{name}", "tiny").replace("{path:path}", "app.css")
+
+
+@pytest.mark.parametrize("path", [*GETS, "/nothing", "/v1/models/none", "/static/nothing.js"])
+@pytest.mark.parametrize("headers", [{}, {"x-api-key": "secret"}], ids=["no key", "a key"])
+async def test_head_is_get_without_a_body(path: str, headers: dict[str, str]) -> None:
+    async with serving(api_key="secret", curve=fake_curve()) as service:
+        get = await service.client.get(url_of(path), headers=headers)
+        head = await service.client.head(url_of(path), headers=headers)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert "content-length" in head.headers and head.headers.keys() == get.headers.keys()
+        for name in get.headers.keys() - CHANGING:
+            assert head.headers[name] == get.headers[name], name
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "ODD"])
+async def test_a_method_that_a_path_does_not_know_is_answered_with_all_that_it_knows(method: str) -> None:
+    methods: dict[str, set[str]] = {}
+    for known, path in ROUTES:
+        methods.setdefault(path, set()).update({known, "HEAD"} if known == "GET" else {known})
+    async with serving() as service:
+        for path, all_known in itertools.chain(methods.items(), [("/v1/models/none", {"GET", "HEAD", "PATCH"})]):
+            if method not in all_known:
+                response = await service.client.request(method, url_of(path))
+                assert response.status_code == 405
+                assert response.headers["allow"] == ", ".join(sorted(all_known)), path
+                if method != "HEAD":
+                    assert_is_error(response, 405, "method_not_allowed")
+
+
+JSON = json.dumps({"r": 1}).encode()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip", "GZIP", "odd"])
+@pytest.mark.parametrize(
+    ("method", "path", "content_type", "body"),
+    [
+        ("POST", "/classify", "image/png", grey_png()),
+        ("POST", "/classify", "application/json", b"{}"),
+        ("POST", "/classify", "multipart/form-data; boundary=x", b"--x--"),
+        ("POST", "/v1/explain", "image/png", grey_png()),
+        ("PATCH", "/v1/models/tiny", "application/json", JSON),
+        ("PATCH", "/v1/config", "application/json", JSON),
+    ],
+)
+async def test_a_compressed_body_is_refused_by_the_name_of_its_header(
+    method: str, path: str, content_type: str, body: bytes, encoding: str
+) -> None:
+    async with serving() as service:
+        headers = {"content-type": content_type, "content-encoding": encoding}
+        response = await service.client.request(method, path, content=gzip.compress(body), headers=headers)
+        message = assert_is_error(response, 415, "unsupported_format")
+        assert "Content-Encoding" in message and encoding in message
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity"])
+async def test_a_body_that_is_as_it_is_may_say_so(encoding: str) -> None:
+    async with serving() as service:
+        headers = {"content-type": "image/png", "content-encoding": encoding}
+        assert (await service.client.post("/classify", content=grey_png(), headers=headers)).status_code == 200

@@ -1,0 +1,25 @@
+"""Packages that report to their makers, imported so that they do not: `from tome_core.quiet import openvino`.
+
+The import of openvino alone gives the machine a lasting number, keeps it in the home folder, and sends it to an
+analytics host. It does so by the package openvino_telemetry, without which it works as well, so that package is hidden
+from this process. onnxruntime does the like at its first session, and huggingface_hub tells the hub what is installed;
+variables stop both, also in child processes. Nothing is written for that. All code here imports them through this file.
+"""
+
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnxruntime as onnxruntime
+    import openvino as openvino
+
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # so its import fails, as where it is missing
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def __getattr__(name: str) -> object:
+    if name not in ("onnxruntime", "openvino"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(name)
