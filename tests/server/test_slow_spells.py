@@ -11,11 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from server.api.admission import Admission
+from server.batching.auto import AutoDial
 from server.batching.batcher import Batcher
+from server.batching.policy import Rung
 from server.batching.queues import LONGEST_TRY_PAUSE_S, TRY_AFTER_S
 from server.bench.load import poisson
 from server.calibration.simulator import _in_virtual_time
+from server.dial import AutoR, Schedule
 from server.errors import ServerError
+from server.types import BatchKey
 
 BATCH_S = {"measured": 0.05, "faster than measured": 0.04, "learned": 0.06, "never seen": 0.03}
 """Seconds of a batch of one; each further job takes a fifth of that."""
@@ -141,7 +145,7 @@ def test_an_idle_device_answers_a_second_after_a_slow_spell(
     assert [(ask, status) for ask, status in replies[len(during) :] if status != 200] == []
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(
     spell=st.tuples(st.floats(0, 3), st.floats(0.05, 8), st.floats(1, 1000)),
     load=st.floats(0.1, 0.5),
@@ -154,15 +158,15 @@ def test_a_device_that_has_other_work_answers_soon_after_a_slow_spell(
     begin, length, factor = spell
     random, keys = Random(seed), list(BATCH_S)
     # What piled up in the spell is done by then, and each key was tried.
-    healed = begin + 3 * length + 8 * LONGEST_TRY_PAUSE_S / TRY_AFTER_S
+    healed = begin + 3 * length + len(keys) * LONGEST_TRY_PAUSE_S
     world = World(lambda now: factor if begin <= now < begin + length else 1.0, num_stages)
-    arrivals = poisson(load / max(BATCH_S.values()), healed + 20, seed)
+    arrivals = poisson(load / max(BATCH_S.values()), healed + 10, seed)
     asks = [Ask(at, random.choice(keys), random.choice([1.0, PATIENT_S])) for at in arrivals]
     replies = world.serve(asks)
     assert [(ask, status) for ask, status in replies if ask.at > healed and status != 200] == []
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000), hopeless=st.sampled_from(list(BATCH_S)), num_stages=st.integers(1, 2))
 def test_a_device_that_stays_slow_is_not_kept_busy_by_what_it_cannot_do_in_time(
     seed: int, hopeless: str, num_stages: int
@@ -174,3 +178,39 @@ def test_a_device_that_stays_slow_is_not_kept_busy_by_what_it_cannot_do_in_time(
     replies = world.serve(asks)
     assert all(status == 200 for ask, status in replies if ask.key != hopeless)
     assert world.device_s[hopeless] <= 0.4 * 60  # it is tried once a second while nothing else waits
+
+
+@settings(max_examples=20)
+@given(length=st.floats(0.5, 10), factor=st.floats(1, 100), num_asked=st.integers(1, 20))
+@example(length=5.0, factor=8.0, num_asked=20)
+def test_the_dial_comes_down_again_after_a_slow_spell(length: float, factor: float, num_asked: int) -> None:
+    steps = [Rung((0,), 0.08, 0.02, 1.0), Rung((8,), 0.04, 0.01, 0.9), Rung((16,), 0.01, 0.005, 0.8)]
+    cost = {step.schedule: step for step in steps}
+
+    async def serve() -> list[Schedule]:
+        clock = asyncio.get_running_loop().time
+
+        async def device(key: BatchKey, payloads: Sequence[int]) -> Sequence[int]:
+            await asyncio.sleep(cost[key.schedule].batch_s(len(payloads)) * (factor if clock() < length else 1.0))
+            return payloads
+
+        batcher = Batcher[BatchKey, int, int](
+            device, max_batch_size=8, max_queue_size=1000, batch_timeout_s=0.1, clock=clock
+        )
+        auto = AutoDial(lambda schedule: BatchKey("tiny", schedule, (8, 8)), steps, batcher.speed, clock)
+        batcher.start()
+
+        async def ask(within_s: float) -> Schedule:
+            key = auto.open(AutoR())
+            return await batcher.submit(key, [0], clock() + within_s, lambda batched: batched.key.schedule)
+
+        await asyncio.gather(*(ask(PATIENT_S * factor) for _ in range(num_asked)))
+        await asyncio.sleep(max(0.0, length - clock()))
+        answers = []
+        for _ in range(60):
+            answers.append(await ask(0.5))
+            await asyncio.sleep(0.5)
+        await batcher.close()
+        return answers
+
+    assert _in_virtual_time(serve())[-10:] == [(0,)] * 10
