@@ -126,7 +126,7 @@ async def ask(engine: LocalEngine, request: Classify | Explain) -> Answered[Any]
     """The one answer to a request. What is raised at once is told as an error of the engine, as ipc/server.py does."""
     answers: list[asyncio.Future[Any]] = []
     try:
-        future = engine.answer(request)
+        future: asyncio.Future[Answered[Any]] = engine.answer(request)  # type: ignore[arg-type]
     except Exception as error:
         return error if isinstance(error, ServerError) else EngineError(repr(error))
     future.add_done_callback(answers.append)
@@ -146,7 +146,13 @@ async def test_a_stage_that_fails_at_all_calls_costs_no_more_than_an_error_each(
         broken = Faults([0] * 1000)
         for owner, name in STAGES[stage](engine, device):
             broken.put_into(owner, name, KINDS)
-        requests = [classify(r=AUTO), explain(r=AUTO), classify(r=(4, 4, 4)), classify(r=AUTO), classify()]
+        requests: list[Classify | Explain] = [
+            classify(r=AUTO),
+            explain(r=AUTO),
+            classify(r=(4, 4, 4)),
+            classify(r=AUTO),
+            classify(),
+        ]
         for _ in range(3):
             await asyncio.gather(*(asyncio.wait_for(ask(engine, each), 5) for each in requests))
         for restore in broken.undo:

@@ -205,7 +205,7 @@ def test_the_dial_comes_down_again_after_a_slow_spell(length: float, factor: flo
             return await batcher.submit(key, [0], clock() + within_s, lambda batched: batched.key.schedule)
 
         await asyncio.gather(*(ask(PATIENT_S * factor) for _ in range(num_asked)))
-        await asyncio.sleep(max(0.0, length - clock()))
+        await asyncio.sleep(max(0.0, length - clock()) + 1.01 * TRY_AFTER_S)
         answers = []
         for _ in range(60):
             answers.append(await ask(0.5))
