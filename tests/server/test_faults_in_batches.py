@@ -126,7 +126,7 @@ async def ask(engine: LocalEngine, request: Classify | Explain) -> Answered[Any]
     """The one answer to a request. What is raised at once is told as an error of the engine, as ipc/server.py does."""
     answers: list[asyncio.Future[Any]] = []
     try:
-        future: asyncio.Future[Answered[Any]] = engine.answer(request)  # type: ignore[arg-type]
+        future: asyncio.Future[Answered[Any]] = engine.answer(request)
     except Exception as error:
         return error if isinstance(error, ServerError) else EngineError(repr(error))
     future.add_done_callback(answers.append)
