@@ -110,7 +110,10 @@ class Job(Struct, Generic[K, P, A], eq=False):
         """The key for a batch that this job leads, which it leaves open; None where the choice fails: so does it."""
         assert self.open is not None
         try:
-            return self.open.choose(load)
+            key = self.open.choose(load)
+            if not self.open.allows(key):
+                raise ValueError(f"{key} was chosen, which is not allowed")
+            return key
         except Exception as error:
             self._spoiled("the choice of r", error)
             return None

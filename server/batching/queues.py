@@ -102,6 +102,8 @@ class Queues(Generic[K, P, A]):
                 continue  # it has failed, and is out of the queues by the next look
             most = self._most(key, BATCH_SHARE * (leader.deadline - leader.enqueued_at))
             batch = self._batch(first, key, most, dues)
+            if not batch:
+                continue  # its leader has failed meanwhile
             done_at = now + (1 + ahead) * self._speed(key, len(batch))
             late = [job for job in batch if job.deadline < done_at]
             if len(late) == len(batch) and self._may_try(key, now, ahead):

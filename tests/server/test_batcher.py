@@ -952,3 +952,24 @@ async def test_a_request_of_which_several_jobs_are_late_is_given_up_once_and_the
             await late
         assert it.device.dropped == ["deadline"] * 3
         assert (await it.send("a", 4)).results == ["a:4"]
+
+
+async def test_a_choice_that_fails_or_is_not_allowed_fails_its_request_alone() -> None:
+    def fail(of: object) -> Any:
+        raise ValueError("no rung")
+
+    broken = [
+        Open("g", lambda key: key == "b", fail, lambda key: None),
+        Open("g", fail, lambda load: "a", lambda key: None),
+        Open("g", lambda key: True, lambda load: "a", fail),
+        Open("g", lambda key: key == "b", lambda load: "a", lambda key: None),
+    ]
+    for each in broken:
+        async with bench() as it:
+            await it.keep_busy()
+            failing, mates = it.send(each, 1), [it.send("a", 2), it.send("a", 3), it.send(open_to("a"), 4)]
+            it.device.gate.set()
+            assert [answer.results for answer in await asyncio.gather(*mates)] == [["a:2"], ["a:3"], ["a:4"]]
+            with pytest.raises(EngineError, match="the choice of r"):
+                await failing
+            assert it.batcher.num_waiting == 0
