@@ -10,7 +10,7 @@ from typing import Generic
 
 from server.batching.jobs import A, Asked, Job, K, Open, P
 from server.batching.policy import Load
-from server.batching.speed import MOST_LEARNED, Rate, Speed
+from server.batching.speed import MOST_LEARNED, SHORTEST, Rate, Speed
 from server.errors import DeadlineError, ServerError
 from server.recent import Recent
 
@@ -22,7 +22,8 @@ BATCH_SHARE = 0.3
 
 TRY_AFTER_S = 1.0
 """Where no batch of a key ran for so long, one job is tried that the estimate calls late. Else a slow moment would be
-remembered for ever: what is given up teaches nothing."""
+remembered for ever: what is given up teaches nothing. A device with nothing else to do tries it sooner where half of
+the estimate would do, for times are never quite certain."""
 
 TRY_SHARE, LONGEST_TRY_PAUSE_S = 0.1, 10.0
 """While other jobs wait, tries take this share of the time at most; the pause after one is no longer than that."""
@@ -106,7 +107,7 @@ class Queues(Generic[K, P, A]):
                 continue  # its leader has failed meanwhile
             done_at = now + (1 + ahead) * self._speed(key, len(batch))
             late = [job for job in batch if job.deadline < done_at]
-            if len(late) == len(batch) and self._may_try(key, now, ahead):
+            if len(late) == len(batch) and self._may_try(key, late, now, ahead):
                 self._speed.doubt(key)
                 batch, late = [max(late, key=lambda job: job.deadline)], []
                 self._tried, self._next_try_at = key, now + LONGEST_TRY_PAUSE_S
@@ -185,11 +186,12 @@ class Queues(Generic[K, P, A]):
             if not queue:
                 del self._queues[key]
 
-    def _may_try(self, key: K, now: float, ahead: int) -> bool:
-        """Whether a job that its estimate calls late is computed all the same: the estimate may be old."""
-        is_idle = ahead == 0 and len(self._queues) == 1
+    def _may_try(self, key: K, late: Sequence[Job[K, P, A]], now: float, ahead: int) -> bool:
+        """Whether one of the jobs that the estimate of their key calls late is computed all the same."""
         is_old = now - self._ran_at.get(key, -math.inf) >= TRY_AFTER_S
-        return is_old and (is_idle or now >= self._next_try_at)
+        if ahead == 0 and self.num_waiting == len(late):  # the device has nothing else to do
+            return is_old or max(job.deadline for job in late) >= now + SHORTEST * self._speed(key, 1)
+        return is_old and now >= self._next_try_at
 
     def _next_queue(self, due: dict[K | _Group, float], now: float) -> K | _Group:
         """The one with the oldest job that is due, else the fullest.

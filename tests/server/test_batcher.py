@@ -944,10 +944,22 @@ async def test_an_estimate_that_batches_confirm_is_believed() -> None:
         assert len(it.device.batches) == 3
 
 
+@pytest.mark.parametrize(("within_s", "others", "is_tried"), [(5.5, 0, True), (4.5, 0, False), (5.5, 1, False)])
+async def test_a_device_with_nothing_else_to_do_tries_what_half_of_the_estimate_allows(
+    within_s: float, others: int, is_tried: bool
+) -> None:
+    async with bench(batch=1) as it:
+        await it.learn("a", 10.0)
+        waiting = [it.send("b", payload) for payload in range(others)]
+        (outcome,) = await asyncio.gather(it.send("a", 1, in_s=within_s), return_exceptions=True)
+        assert isinstance(outcome, Batched) == is_tried and isinstance(outcome, DeadlineError) != is_tried
+        await asyncio.gather(*waiting)
+
+
 async def test_a_request_of_which_several_jobs_are_late_is_given_up_once_and_the_loop_lives() -> None:
     async with bench(batch=4) as it:
         await it.learn("a", 2.0)
-        late = it.batcher.submit("a", [1, 2, 3], it.device.now + 1.0, lambda batched: batched)
+        late = it.batcher.submit("a", [1, 2, 3], it.device.now + 0.9, lambda batched: batched)
         with pytest.raises(DeadlineError):
             await late
         assert it.device.dropped == ["deadline"] * 3
