@@ -110,7 +110,7 @@ async def _read_form(request: Request, content_type: str, max_images: int) -> tu
         if part.name == "image":
             if len(uploads) == max_images:
                 raise TooLargeError(
-                    f"the request holds more than {max_images} images; at most {max_images} are allowed",
+                    f"the request holds too many images; at most {max_images} are allowed",
                     max_images=max_images,
                 )
             uploads.append(Upload(part.content, part.filename))
