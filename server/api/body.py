@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from server.api.form import boundary_of, parts_of
+from server.api.form import FormReader, boundary_of
 from server.api.json_body import SMALL, read_json
 from server.api.schemas import JsonBody, Parameters
 from server.errors import InvalidError, TooLargeError, UndecodableError, UnsupportedError, shown
@@ -117,14 +117,20 @@ async def _read_whole(request: Request) -> bytes:
 
 
 async def _read_form(request: Request, content_type: str, max_images: int) -> tuple[list[Upload], dict[str, Any]]:
-    boundary = boundary_of(content_type)
+    form = FormReader(boundary_of(content_type), most=max_images + _MOST_FIELDS + 1)
+    is_over = False
+    while not is_over:
+        message = await request.receive()
+        form.feed(message.get("body", b""))
+        is_over = not message.get("more_body")
+    form.close()
     uploads: list[Upload] = []
     said: list[tuple[str, str]] = []
-    for part in parts_of(await _read_whole(request), boundary):
+    for part in form.parts:
         if part.name == "image":
             if len(uploads) == max_images:
                 raise TooLargeError(
-                    f"the request holds more than {max_images} images; at most {max_images} are allowed",
+                    f"the request holds too many images; at most {max_images} are allowed",
                     max_images=max_images,
                 )
             uploads.append(Upload(part.content, part.filename))

@@ -1,25 +1,28 @@
-"""Forms, multipart/form-data (RFC 7578): the parts of a body that is there as a whole.
+"""Forms, multipart/form-data (RFC 7578): python-multipart finds the parts, and this file says what each is.
 
-The limit on bodies holds for what is kept here, so nothing is written to a disk, and a search for the boundary costs
-less than a parser that sees one byte after the other.
+Starlette's own reader writes large files to a disk, which may be full, and takes a large part without a file name for
+no image. The limit on bodies holds for what is kept here, so nothing needs a disk.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser
+
 from server.errors import UndecodableError, shown
 
-_LONGEST_HEAD = 16 << 10
+_MOST_HEADERS, _LONGEST_HEADER = 16, 16 << 10
 _LONGEST_BOUNDARY = 200  # RFC 2046 has 70, and some clients longer ones
 _PARAMETER = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
 _ESCAPED = re.compile(r'\\(["\\])')
 _WINDOWS_PATH = re.compile(r"^(?:[A-Za-z]:)?\\(?:.*\\)?")
 _CHARSETS = ("utf-8", "iso-8859-1")
-_AS_IT_IS = ("binary", "8bit", "7bit")
+_AS_IT_IS = (b"binary", b"8bit", b"7bit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,44 +46,87 @@ def boundary_of(content_type: str) -> bytes:
     return boundary.encode("latin-1", "replace")
 
 
-def parts_of(body: bytes, boundary: bytes) -> Iterator[Part]:
-    """The parts of a form, one after the other.
+class FormReader:
+    """Reads the parts of a form while its body arrives.
 
-    Raises:
-        UndecodableError: The body is no form of that boundary.
+    Args:
+        boundary: What stands between the parts.
+        most: Parts that it may have.
+
+    Attributes:
+        parts: Those that are there as a whole.
     """
-    mark = b"--" + boundary
-    separator = b"\r\n" + mark
-    at = 0 if body.startswith(mark) else body.find(separator) + 2  # what stands before is a preamble
-    if at == 1:
-        raise _unreadable("it does not hold its boundary; lines must end in CR LF")
-    at += len(mark)
-    while body[at : at + 2] != b"--":
-        line_end = body.find(b"\r\n", at, at + _LONGEST_HEAD)
-        if line_end < 0 or body[at:line_end].strip(b" \t"):
-            raise _unreadable("a boundary is followed by other text; lines must end in CR LF")
-        head_end = body.find(b"\r\n\r\n", line_end, line_end + _LONGEST_HEAD)
-        if head_end < 0:
-            raise _unreadable(f"the head of a part has no end within {_LONGEST_HEAD} bytes")
-        end = body.find(separator, head_end + 4)
-        if end < 0:
+
+    def __init__(self, boundary: bytes, most: int) -> None:
+        self.parts: list[Part] = []
+        self._most = most
+        self._header, self._value = bytearray(), bytearray()
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._content: list[bytes] = []
+        self._is_whole = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._add_to_header,
+                "on_header_value": self._add_to_value,
+                "on_header_end": self._end_header,
+                "on_part_data": self._add_to_content,
+                "on_part_end": self._end,
+                "on_end": self._finish,
+            },
+            max_header_count=_MOST_HEADERS,
+            max_header_size=_LONGEST_HEADER,
+        )
+
+    def feed(self, piece: bytes) -> None:
+        """Reads on; raises UndecodableError where the body is no form of that boundary, or has too many parts."""
+        try:
+            self._parser.write(piece)
+        except FormParserError as error:
+            raise _unreadable(str(error)) from None
+
+    def close(self) -> None:
+        """Ends the reading; raises UndecodableError where the last boundary has not come."""
+        if not self._is_whole:
             raise _unreadable("it ends before its last boundary")
-        name, filename = _described(body[line_end + 2 : head_end])
-        yield Part(name, filename, body[head_end + 4 : end])
-        at = end + len(separator)
+
+    def _begin(self) -> None:
+        if len(self.parts) == self._most:
+            raise _unreadable(f"it has more than {self._most} parts")
+        self._headers, self._content = [], []
+
+    def _add_to_header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _add_to_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_header(self) -> None:
+        self._headers.append((bytes(self._header).lower(), bytes(self._value)))
+        self._header.clear()
+        self._value.clear()
+
+    def _add_to_content(self, data: bytes, start: int, end: int) -> None:
+        self._content.append(data[start:end])
+
+    def _end(self) -> None:
+        name, filename = _described(self._headers)
+        self.parts.append(Part(name, filename, b"".join(self._content)))
+
+    def _finish(self) -> None:
+        self._is_whole = True
 
 
-def _described(head: bytes) -> tuple[str, str | None]:
+def _described(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, str | None]:
     """Name and file name of a part, from its headers."""
     disposition = ""
-    for line in _text(head).split("\r\n"):
-        header, _, value = line.partition(":")
-        kind = header.strip().lower()
-        if kind == "content-disposition":
-            disposition = value.strip()
-        elif kind == "content-transfer-encoding" and value.strip().lower() not in _AS_IT_IS:
+    for header, value in headers:
+        if header == b"content-disposition":
+            disposition = _text(value).strip()
+        elif header == b"content-transfer-encoding" and value.strip().lower() not in _AS_IT_IS:
             raise _unreadable(
-                f"Content-Transfer-Encoding is {shown(value.strip())}; send the bytes of a part as they are"
+                f"Content-Transfer-Encoding is {shown(_text(value).strip())}; send the bytes of a part as they are"
             )
     said = _parameters(disposition)
     if not disposition.lower().startswith("form-data") or "name" not in said:

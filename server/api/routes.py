@@ -33,7 +33,10 @@ BODY = {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                "properties": {
+                    "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+                },
+                "required": ["image"],
             }
         },
         "image/*": {"schema": {"type": "string", "format": "binary"}},

@@ -86,7 +86,7 @@ async def test_two_images_are_one_too_many() -> None:
     async with serving() as service:
         files = [("image", ("a.png", grey_png())), ("image", ("b.png", grey_png()))]
         response = await service.client.post("/v1/explain", files=files)
-        assert "2 images; at most 1" in assert_is_error(response, 413, "too_large")
+        assert "at most 1 are allowed" in assert_is_error(response, 413, "too_large")
 
 
 async def test_an_explanation_needs_the_key_and_a_place_in_the_queue() -> None:
