@@ -16,6 +16,9 @@ _WINDOW_S = 5.0
 _KNOWN = 30
 """After so many answers it is known; the first are those of a cold device."""
 
+_LONGEST = 4.0
+"""The time between two answers counts as so many times what was expected at most: a stall says nothing of the pace."""
+
 _SLACK = 0.7
 """The share of its time that a request may wait for those before it; the batcher gives the rest to its batch."""
 
@@ -71,7 +74,7 @@ class Admission:
                 retry_after_s=self._turn_of(images, may_wait_s),
             )
         if self._in_flight == 0:
-            self._answered_at = self._clock()
+            self._begin()
         self._in_flight += images
         IN_FLIGHT.inc(images)
         try:
@@ -84,10 +87,20 @@ class Admission:
             self._in_flight -= images
             IN_FLIGHT.dec(images)
 
+    def _begin(self) -> None:
+        """There is work again. What was learned before counts the less, the longer there was none."""
+        now = self._clock()
+        weight = math.exp((self._answered_at - now) / _WINDOW_S)
+        self._busy_s *= weight
+        self._recent *= weight
+        self._answered_at = now
+
     def _answered(self, images: int) -> None:
         """Learns how fast work is done. What leaves without an answer says nothing of it."""
         now = self._clock()
         passed_s = now - self._answered_at
+        if self._num_answered >= _KNOWN and self._recent:
+            passed_s = min(passed_s, _LONGEST * self._in_flight * self._per_image_s)
         weight = math.exp(-passed_s / _WINDOW_S)  # by time and not by image: a batch is answered all at once
         self._busy_s = weight * self._busy_s + passed_s
         self._recent = weight * self._recent + images

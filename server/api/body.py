@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,12 +13,13 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from server.api.form import FormReader, boundary_of
+from server.api.json_body import SMALL, read_json
 from server.api.schemas import JsonBody, Parameters
 from server.errors import InvalidError, TooLargeError, UndecodableError, UnsupportedError, shown
 
 M = TypeVar("M", bound=BaseModel)
 
-_PROBLEMS_TOLD = 5
+_PROBLEMS_TOLD = 3
 _MOST_FIELDS = 100
 _LONGEST_FIELD = 64 << 10
 _WHITE_SPACE = b" \t\r\n\v\f"
@@ -50,15 +53,19 @@ async def read_request(request: Request, max_images: int) -> tuple[list[Upload],
     """
     header = request.headers.get("content-type", "")
     content_type = header.partition(";")[0].strip().lower()
-    query = _without_repeats(request.query_params.multi_items())
+    query = _read_query(request)
     if content_type == "multipart/form-data":
         uploads, said = await _read_form(request, header, max_images)
         parameters = parse(Parameters, _joined(query, said))
     elif content_type == "application/json":
-        body = parse(JsonBody, _joined(query, await read_json(request)))
-        _check_count(len(body.images), max_images)
-        uploads = [Upload(_from_base64(text, index)) for index, text in enumerate(body.images)]
-        parameters = body
+        said = _joined(query, await read_json(request, max_images))
+        if isinstance(said.get("images"), list):  # before each of them is looked at
+            _check_count(len(said["images"]), max_images)
+        parameters = body = parse(JsonBody, said)
+        if sum(map(len, body.images)) <= SMALL:
+            uploads = _uploads_of(body.images)
+        else:
+            uploads = await asyncio.to_thread(_uploads_of, body.images)
     elif content_type.startswith("image/") or content_type == "application/octet-stream":
         uploads, parameters = [Upload(await _read_whole(request))], parse(Parameters, query)
     else:
@@ -90,6 +97,13 @@ def invalid(problems: Sequence[Any], model: type[BaseModel] | None = None) -> In
         else:
             lines.append(f"{field} is {shown(problem.get('input'))}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
     return InvalidError("; ".join(lines))
+
+
+def _read_query(request: Request) -> dict[str, Any]:
+    num_pairs = request.scope["query_string"].count(b"&") + 1
+    if num_pairs > _MOST_FIELDS:
+        raise InvalidError(f"the query has {num_pairs} parameters; at most {_MOST_FIELDS} are allowed")
+    return _without_repeats(request.query_params.multi_items())
 
 
 async def _read_whole(request: Request) -> bytes:
@@ -133,15 +147,8 @@ async def _read_form(request: Request, content_type: str, max_images: int) -> tu
     return uploads, _without_repeats(said)
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """A JSON object; raises UndecodableError where the body is none."""
-    try:
-        body = await request.json()
-    except (ValueError, RecursionError) as error:
-        raise UndecodableError(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise UndecodableError('the body must be a JSON object like {"images": ["..."]}')
-    return body
+def _uploads_of(texts: Sequence[str]) -> list[Upload]:
+    return [Upload(_from_base64(text, index)) for index, text in enumerate(texts)]
 
 
 def _from_base64(text: str, index: int) -> bytes:
@@ -170,10 +177,8 @@ def _joined(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     said = dict(pairs)
     if len(said) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise InvalidError(
-            f"{_listed(sorted(set(names), key=names.count, reverse=True)[:1])}: given twice; say it once"
-        )
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise InvalidError(f"{shown(name)}: given twice; say it once")
     return said
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request, Response
 
 from server.api.access import ERRORS, ForAdmins, ForUsers
-from server.api.body import parse, read_json
+from server.api.body import parse
+from server.api.json_body import read_json
 from server.api.schemas import Config, DeployedR, PatchConfig, PatchModel
 from server.dial import AutoR, RSetting, parse_setting, r_of
 from server.errors import InvalidError, shown

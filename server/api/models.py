@@ -10,8 +10,9 @@ from fastapi import APIRouter, Header, Request, Response
 
 from server import curve as curves
 from server.api.access import ERRORS, ForAdmins, ForUsers
-from server.api.body import parse, read_json
+from server.api.body import parse
 from server.api.config import expected_version, setting_of, tag
+from server.api.json_body import read_json
 from server.api.schemas import (
     AutoBounds,
     Backend,

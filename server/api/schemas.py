@@ -11,6 +11,9 @@ from server.ipc.messages import Reason
 
 RSource = Literal["request", "deployment"]
 
+LEAST_DEADLINE_MS = 1.0
+"""No answer takes less: a shorter deadline is a mistake, such as one in seconds."""
+
 
 class Parameters(BaseModel):
     """The parameters of a classification, from the query, the form or the JSON body."""
@@ -25,7 +28,9 @@ class Parameters(BaseModel):
     )
     inflect: float | None = Field(None, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r.")
     top_k: int | None = Field(None, ge=1, description="Classes to answer with, likeliest first; 5 when absent.")
-    deadline_ms: float | None = Field(None, gt=0, description="Time after which the answer is worth nothing.")
+    deadline_ms: float | None = Field(
+        None, ge=LEAST_DEADLINE_MS, description="Time after which the answer is worth nothing."
+    )
 
 
 class JsonBody(Parameters):

@@ -11,7 +11,7 @@ from fastapi import Request
 from server.api.access import Service
 from server.api.body import Upload, read_request
 from server.api.patience import at_most
-from server.api.schemas import Parameters, RSource
+from server.api.schemas import LEAST_DEADLINE_MS, Parameters, RSource
 from server.dial import AutoR, Schedule, parse_setting
 from server.errors import InvalidError, shown
 from server.ipc.messages import Answered
@@ -103,7 +103,9 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
         raise InvalidError(f"top_k is {shown(top_k)}; it must lie between 1 and {len(info.labels)}")
     timeout_s = longest_s if parameters.deadline_ms is None else parameters.deadline_ms / 1e3
     if timeout_s > longest_s:
-        raise InvalidError(f"deadline_ms is {1e3 * timeout_s:g}; it must lie between 0 and {1e3 * longest_s:g}")
+        raise InvalidError(
+            f"deadline_ms is {1e3 * timeout_s:g}; it must lie between {LEAST_DEADLINE_MS:g} and {1e3 * longest_s:g}"
+        )
     return Terms(info, r, top_k, timeout_s, start + timeout_s)
 
 

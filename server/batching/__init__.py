@@ -3,7 +3,8 @@
 `Batcher` (batcher.py) takes requests of some payloads and feeds one device, batch by batch; `Queues` (queues.py) says
 which jobs go next: those of the fullest key, unless a job has waited `batch_timeout_s` or nears its deadline, so that
 no rare `r` starves. It never waits out a timer: an idle device takes what is there. A batch takes 30 % of its first
-job's time at most, by what `Speed` knows; what cannot be done in time is given up before it is computed. `Pipeline`
+job's time at most, by what `Speed` knows; what cannot be done in time is given up before it is computed. Outliers do
+not move what it knows, and an estimate that refuses work is tried again when it is a second old. `Pipeline`
 (pipeline.py) takes batches through their stages: one is prepared while the one before computes, and full ones are
 handed on before the stage is free; the slower stage is the pace that `Speed` learns.
 

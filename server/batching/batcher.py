@@ -17,9 +17,9 @@ from server.batching.jobs import A, Asked, Batched, Job, K, Open, P
 from server.batching.pipeline import Pipeline, Stage
 from server.batching.policy import Load
 from server.batching.queues import Queues
-from server.batching.speed import Speed
+from server.batching.speed import Mean, Speed
 from server.deadlines import Deadlines
-from server.errors import QueueFullError, ServerError, UnavailableError
+from server.errors import EngineError, QueueFullError, ServerError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Batcher(Generic[K, P, A]):
     ) -> None:
         self._max_queue_size = max_queue_size
         self._observer, self._idle, self._clock = observer, idle, clock
-        self.speed = Speed[K]()
+        self.speed = Speed[K](clock)
         self._queues = Queues[K, P, A](
             self.speed,
             self._dropped,
@@ -82,7 +82,7 @@ class Batcher(Generic[K, P, A]):
             num_stages=1 if prepare is None else 2,
         )
         self._deadlines = Deadlines(self._queues.expire, clock)
-        self._per_job_s = 0.0
+        self._stage_s, self._per_job_s = Mean(0.2), Mean(0.2)
         self._between: list[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = []
         self._stirred = asyncio.Event()
         self._pipeline = Pipeline[K, P, A](prepare, run_batch, self._ran, self._stirred, clock)
@@ -134,7 +134,7 @@ class Batcher(Generic[K, P, A]):
         if self.num_waiting + len(payloads) > self._max_queue_size:
             raise QueueFullError(
                 f"{self.num_waiting} images wait already; at most {self._max_queue_size} may",
-                retry_after_s=self.num_waiting * self._per_job_s,
+                retry_after_s=self.num_waiting * self._per_job_s.value,
             )
         open_ = key if isinstance(key, Open) else None
         assert len(payloads) == 1 or open_ is None, "two open jobs might get two keys"
@@ -184,7 +184,7 @@ class Batcher(Generic[K, P, A]):
                 elif self._closed:
                     return
                 else:
-                    await self._idle(self._stirred)
+                    await self._be_idle()
         finally:
             self._pipeline.stop()
             for _, done in self._between:
@@ -195,11 +195,24 @@ class Batcher(Generic[K, P, A]):
         """Has the next batch on its way, where one is to be taken; says whether it was."""
         if not self._pipeline.has_room(self._queues.has_full_batch):
             return False
-        taken = self._queues.take(self._clock(), self._pipeline.num_under_way)
+        try:
+            taken = self._queues.take(self._clock(), self._pipeline.num_under_way)
+        except Exception as error:  # a fault of ours, which must not end the service; nor come again and again
+            logger.exception("no batch could be formed of what waits")
+            self._queues.fail_all(EngineError(f"no batch could be formed: {error!r}"))
+            return False
         if taken is None:
             return False
         self._pipeline.begin(*taken)
         return True
+
+    async def _be_idle(self) -> None:
+        """Spends the time until something arrives."""
+        try:
+            await self._idle(self._stirred)
+        except Exception:  # nobody waits for it
+            logger.exception("what is done while nothing waits has failed")
+            await self._stirred.wait()
 
     async def _do_between(self) -> None:
         """Does what is to be done between batches, once each; not what comes meanwhile, or batches might starve."""
@@ -220,7 +233,6 @@ class Batcher(Generic[K, P, A]):
         """Answers the jobs of a batch, and learns of its time."""
         now = self._clock()
         run_s = now - started
-        self._queues.ran(key, now)
         waits_s = []
         for job, outcome in zip(jobs, outcomes, strict=True):
             if isinstance(outcome, ServerError):
@@ -228,10 +240,12 @@ class Batcher(Generic[K, P, A]):
             else:
                 waits_s.append(started - job.enqueued_at)
                 job.answer(outcome, len(jobs), waits_s[-1], run_s)
+        self._queues.ran(key, now, pace_s)
         if len(waits_s) == len(jobs):  # else it was split, and its time says nothing of a batch
             self.speed.observe(key, len(jobs), pace_s)
-            self._queues.stage_s = _moved(self._queues.stage_s, pace_s)
-            self._per_job_s = _moved(self._per_job_s, pace_s / len(jobs))
+            self._stage_s.add(pace_s)
+            self._per_job_s.add(pace_s / len(jobs))
+            self._queues.stage_s = self._stage_s.value
         if waits_s:
             self._tell(lambda observer: observer.batch_ran(key, waits_s, pace_s))
 
@@ -246,8 +260,3 @@ class Batcher(Generic[K, P, A]):
             event(self._observer)
         except Exception:  # a full disk under the metrics, say
             logger.exception("the batcher's observer failed")
-
-
-def _moved(mean: float, value: float) -> float:
-    """A moving mean that starts at its first value."""
-    return 0.8 * mean + 0.2 * value if mean else value

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from server.batching.auto import AutoDial
@@ -278,7 +278,7 @@ class LocalEngine:
 
     async def _in_time(self, thread: ThreadPoolExecutor, work: Callable[[], A]) -> A:
         """The result of work on a thread; gives this engine up when that takes longer than any batch can."""
-        working = asyncio.get_running_loop().run_in_executor(thread, work)
+        working = asyncio.get_running_loop().run_in_executor(thread, _plainly, work)
         await asyncio.wait([working], timeout=HANGS_AFTER_S)
         if not working.done():
             logger.critical("the device hangs: it has worked for %g s on one batch", HANGS_AFTER_S)
@@ -296,3 +296,17 @@ class LocalEngine:
             logger.critical("the device works no more", exc_info=error)
             self._broken.set()
             raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
+
+
+def _plainly(work: Callable[[], A]) -> A:
+    """Does work; what a future of asyncio does not carry as an error becomes one that it does.
+
+    StopIteration would never arrive there, a cancellation would look like one of the batch loop, and SystemExit would
+    end the process.
+    """
+    try:
+        return work()
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration | CancelledError):
+            raise
+        raise RuntimeError(f"the device raised {error!r}") from error

@@ -106,11 +106,35 @@ class Job(Struct, Generic[K, P, A], eq=False):
     deadline: float
     is_queued: bool = True
 
+    def choose(self, load: Load) -> K | None:
+        """The key for a batch that this job leads, which it leaves open; None where the choice fails: so does it."""
+        assert self.open is not None
+        try:
+            key = self.open.choose(load)
+            if not self.open.allows(key):
+                raise ValueError(f"{key} was chosen, which is not allowed")
+            return key
+        except Exception as error:
+            self._spoiled("the choice of r", error)
+            return None
+
+    def may_go_under(self, key: K) -> bool:
+        """Whether it may be computed under a key, of those that it stands beside."""
+        try:
+            return self.open is None or self.open.allows(key)
+        except Exception as error:
+            self._spoiled("the choice of r", error)
+            return False
+
     def got(self, key: K) -> None:
         """Leaves the queue for a batch of a key."""
         self.is_queued = False
         if self.open is not None:  # now: later it would be the note of another moment
-            self.asked.batched.key, self.asked.batched.note = key, self.open.note(key)
+            self.asked.batched.key = key
+            try:
+                self.asked.batched.note = self.open.note(key)
+            except Exception as error:
+                self._spoiled("the choice of r", error)
 
     def answer(self, result: A, batch_size: int, wait_s: float, run_s: float) -> None:
         """Adds its result to the request's, and answers that when it was the last."""
@@ -126,6 +150,10 @@ class Job(Struct, Generic[K, P, A], eq=False):
         if asked.num_left == 0 and not asked.future.done():
             try:
                 asked.future.set_result(asked.finish(batched))
-            except Exception as error:  # it is this request's, and not the batch loop's
-                logger.exception("the answer to a request could not be made of its results")
-                asked.fail(EngineError(f"no answer could be made of the results: {error!r}"))
+            except Exception as error:
+                self._spoiled("the answer to a request", error)
+
+    def _spoiled(self, what: str, error: Exception) -> None:
+        """Fails the request: a fault in what it brought along is not its neighbours', nor the batch loop's."""
+        logger.exception("%s failed", what)
+        self.asked.fail(EngineError(f"{what} failed: {error!r}"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic
 
 from server.batching.jobs import A, Job, K, P
 from server.batching.splitting import run_split
-from server.errors import ServerError, UnavailableError
+from server.errors import EngineError, ServerError, UnavailableError
+
+logger = logging.getLogger(__name__)
 
 Stage = Callable[[K, Sequence[Any]], Awaitable[Sequence[Any]]]
 """What it makes of each payload of a batch, in order, or the ServerError of that one. It is called in the order of the
@@ -100,7 +103,12 @@ class Pipeline(Generic[K, P, A]):
             for job in jobs:
                 job.asked.fail(UnavailableError("the engine was stopped", retry_after_s=1))
             raise
-        self._ran(key, jobs, outcomes, started, max(prepare_s, compute_s))
+        try:
+            self._ran(key, jobs, outcomes, started, max(prepare_s, compute_s))
+        except Exception as error:  # a fault of ours
+            logger.exception("a batch could not be ended")
+            for job in jobs:  # those that have no answer yet
+                job.asked.fail(EngineError(f"the batch could not be ended: {error!r}"))
 
 
 async def _made(stage: Stage[K], key: K, payloads: Sequence[Any]) -> list[Any]:

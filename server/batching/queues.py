@@ -10,8 +10,8 @@ from typing import Generic
 
 from server.batching.jobs import A, Asked, Job, K, Open, P
 from server.batching.policy import Load
-from server.batching.speed import MOST_LEARNED, Rate, Speed
-from server.errors import DeadlineError
+from server.batching.speed import MOST_LEARNED, SHORTEST, Rate, Speed
+from server.errors import DeadlineError, ServerError
 from server.recent import Recent
 
 ARRIVALS_WINDOW_S = 2.0
@@ -20,9 +20,13 @@ ARRIVALS_WINDOW_S = 2.0
 BATCH_SHARE = 0.3
 """A batch takes no more than this share of the time that its first job was given: it also waits for the one before."""
 
-DOUBT_S = 1.0
-"""After so long without a batch an estimate by which all are late is not believed: one is tried. Else a slow moment
-would be remembered for ever, for what is given up teaches nothing."""
+TRY_AFTER_S = 1.0
+"""Where no batch of a key ran for so long, one job is tried that the estimate calls late. Else a slow moment would be
+remembered for ever: what is given up teaches nothing. A device with nothing else to do tries it sooner where half of
+the estimate would do, for times are never quite certain."""
+
+TRY_SHARE, LONGEST_TRY_PAUSE_S = 0.1, 10.0
+"""While other jobs wait, tries take this share of the time at most; the pause after one is no longer than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class Queues(Generic[K, P, A]):
         self._unanswered: set[Asked[K, A]] = set()
         self._arrivals = Rate(ARRIVALS_WINDOW_S)
         self._ran_at = Recent[K, float](MOST_LEARNED)
+        self._tried: K | None = None
+        self._next_try_at = -math.inf
         self.num_waiting = 0
         self.stage_s = 0.0
 
@@ -92,15 +98,19 @@ class Queues(Generic[K, P, A]):
             dues = {key: self._dues(queue) for key, queue in self._queues.items()}
             first = self._next_queue({key: min(due) for key, due in dues.items()}, now)
             leader = self._queues[first][dues[first].index(min(dues[first]))]
-            key = leader.open.choose(self.load(now)) if leader.open else first
-            assert not isinstance(key, _Group)
+            key = leader.choose(self.load(now)) if isinstance(first, _Group) else first
+            if key is None:
+                continue  # it has failed, and is out of the queues by the next look
             most = self._most(key, BATCH_SHARE * (leader.deadline - leader.enqueued_at))
             batch = self._batch(first, key, most, dues)
+            if not batch:
+                continue  # its leader has failed meanwhile
             done_at = now + (1 + ahead) * self._speed(key, len(batch))
             late = [job for job in batch if job.deadline < done_at]
-            if late and ahead == 0 and now - self._ran_at.setdefault(key, now) >= DOUBT_S:
+            if len(late) == len(batch) and self._may_try(key, late, now, ahead):
                 self._speed.doubt(key)
-                batch, late = [leader], []
+                batch, late = [max(late, key=lambda job: job.deadline)], []
+                self._tried, self._next_try_at = key, now + LONGEST_TRY_PAUSE_S
             for job in late:  # they would only keep the others waiting
                 self._give_up(job.asked)
             if not late:
@@ -112,9 +122,12 @@ class Queues(Generic[K, P, A]):
                 return key, batch
         return None
 
-    def ran(self, key: K, now: float) -> None:
-        """Notes that a batch of a key ended: what is expected of the next one is no old memory."""
+    def ran(self, key: K, now: float, pace_s: float) -> None:
+        """Notes that a batch of a key ended, which kept the device for so long."""
         self._ran_at[key] = now
+        if key == self._tried:
+            pause_s = max(TRY_AFTER_S, pace_s * (1 / TRY_SHARE - 1))
+            self._tried, self._next_try_at = None, now + min(pause_s, LONGEST_TRY_PAUSE_S)
 
     def load(self, now: float) -> Load:
         """What waits and what comes, at this moment."""
@@ -130,6 +143,13 @@ class Queues(Generic[K, P, A]):
             else:
                 nearest = min(nearest, asked.deadline)
         return nearest
+
+    def fail_all(self, error: ServerError) -> None:
+        """Gives up all that waits, with an error."""
+        for asked in {job.asked for queue in self._queues.values() for job in queue}:
+            asked.fail(error)
+            self.leave(asked)
+        self._queues.clear()
 
     def leave(self, asked: Asked[K, A], reason: str = "cancelled") -> None:
         """Takes out what still waits of a request that is over: it is answered, or nobody waits for it."""
@@ -166,6 +186,13 @@ class Queues(Generic[K, P, A]):
             if not queue:
                 del self._queues[key]
 
+    def _may_try(self, key: K, late: Sequence[Job[K, P, A]], now: float, ahead: int) -> bool:
+        """Whether one of the jobs that the estimate of their key calls late is computed all the same."""
+        is_old = now - self._ran_at.get(key, -math.inf) >= TRY_AFTER_S
+        if ahead == 0 and self.num_waiting == len(late):  # the device has nothing else to do
+            return is_old or max(job.deadline for job in late) >= now + SHORTEST * self._speed(key, 1)
+        return is_old and now >= self._next_try_at
+
     def _next_queue(self, due: dict[K | _Group, float], now: float) -> K | _Group:
         """The one with the oldest job that is due, else the fullest.
 
@@ -192,7 +219,7 @@ class Queues(Generic[K, P, A]):
             jobs, due = self._queues[queue], dues[queue]
             # They mostly stand in this order already, and to sort them is then to look once.
             order = sorted(range(len(jobs)), key=due.__getitem__)
-            fitting = (jobs[index] for index in order if (open_ := jobs[index].open) is None or open_.allows(key))
+            fitting = (jobs[index] for index in order if jobs[index].may_go_under(key))
             batch += itertools.islice(fitting, most - len(batch))
         return batch
 

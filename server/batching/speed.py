@@ -1,9 +1,14 @@
-"""How long batches take and how many jobs arrive: estimates that follow the device and the load."""
+"""How long batches take and how many jobs arrive: estimates that follow the device and the load.
+
+Times on a shared machine have outliers: a stall makes one batch a hundred times longer. One batch that is far off what
+was expected moves an estimate by little. Two in a row, both too long or both too short, replace it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,18 +22,87 @@ FORGET = 0.97
 MOST_LEARNED = 256
 """Keys whose lines were learned from batches alone: any client may name another list of `r`."""
 
+LONGEST, SHORTEST = 4.0, 0.5
+"""Times what was expected: beyond these a batch is far off."""
+
+FADE_S = 5.0
+"""While no batch of a key runs, its own factor fades in this time to that of all keys."""
+
+
+class Mean:
+    """A moving mean of times, or of factors, that one outlier hardly moves.
+
+    Args:
+        gain: The weight of each new number.
+        value: Where it starts; None where the first number is the start.
+
+    Attributes:
+        value: The mean; 0 before the first number.
+    """
+
+    __slots__ = ("_far", "_gain", "value")
+
+    def __init__(self, gain: float, value: float | None = None) -> None:
+        self._gain = gain
+        self.value = value or 0.0
+        self._far: tuple[bool, float] | None = None
+
+    def doubt(self) -> None:
+        """Has the next number replace the mean, should it be far too short: the mean is old."""
+        self._far = False, 0.0
+
+    def add(self, number: float) -> None:
+        """Moves the mean towards a number."""
+        mean, before, self._far = self.value, self._far, None
+        if mean == 0:
+            self.value = number
+            return
+        longest, shortest = LONGEST * mean, SHORTEST * mean
+        if not shortest <= number <= longest:
+            is_long = number > longest
+            self._far = is_long, number
+            if before is not None and before[0] == is_long:
+                self.value = min(before[1], number) if is_long else max(before[1], number)
+                return
+        self.value = mean + self._gain * (min(number, longest) - mean)
+
 
 @dataclass(slots=True)
-class _Sums:
-    """Weighted sums over batches of n jobs that took t seconds."""
+class _Line:
+    """The least squares line through batches of n jobs that took t seconds, as weighted sums.
+
+    Beyond the sizes that were seen a line is a guess. So a batch is too long where it took far more than batches of its
+    size or larger ones, and too short where it took far less than batches of its size or smaller ones.
+    """
 
     weight: float = 0.0
     n: float = 0.0
     n2: float = 0.0
     t: float = 0.0
     nt: float = 0.0
+    far: tuple[bool, tuple[tuple[int, float], ...]] | None = None
+
+    def doubt(self) -> None:
+        """Has the next batch replace all before it, should it be far too short: they are old."""
+        self.far = False, ()
 
     def add(self, n: int, seconds: float) -> None:
+        """Learns of a batch."""
+        if not self.weight:
+            return self._count(n, seconds)
+        (a, b), usual = self.line(), self.n / self.weight
+        longest, shortest = LONGEST * (a + b * max(n, usual)), SHORTEST * (a + b * min(n, usual))
+        before, self.far = self.far, None
+        if not shortest <= seconds <= longest:
+            self.far = seconds > longest, ((n, seconds),)
+            if before is not None and before[0] == self.far[0]:
+                self.weight = self.n = self.n2 = self.t = self.nt = 0.0
+                for batch in before[1]:
+                    self._count(*batch)
+                return self._count(n, seconds)
+        self._count(n, min(seconds, longest))
+
+    def _count(self, n: int, seconds: float) -> None:
         self.weight = FORGET * self.weight + 1
         self.n = FORGET * self.n + n
         self.n2 = FORGET * self.n2 + n * n
@@ -36,7 +110,7 @@ class _Sums:
         self.nt = FORGET * self.nt + n * seconds
 
     def line(self) -> tuple[float, float]:
-        """a and b of the least squares line a + b n, neither below zero."""
+        """a and b of the line a + b n, neither below zero."""
         spread = self.n2 * self.weight - self.n * self.n
         if spread > 1e-9 * self.n2 * self.weight:
             b = (self.nt * self.weight - self.n * self.t) / spread
@@ -53,54 +127,66 @@ class Speed(Generic[K]):
 
     Where a line is known beforehand, batches that run tell by what factor the device is now off it, and that is kept
     for good; else they are all that the line is fitted to, and the key that ran longest ago is forgotten.
+
+    Args:
+        clock: Monotonic seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._known: dict[K, tuple[float, float]] = {}
-        self._factors: dict[K, float] = {}
-        self._overall = 1.0
-        self._sums = Recent[K, _Sums](MOST_LEARNED)
+        self._factors: dict[K, tuple[Mean, float]] = {}  # and when the last batch of the key ran
+        self._overall = Mean(0.1, 1.0)
+        self._learned = Recent[K, _Line](MOST_LEARNED)
 
     def expect(self, key: K, a: float, b: float) -> None:
         """Tells the line of a key as it was measured, in seconds."""
         self._known[key] = (a, b)
         self._factors.pop(key, None)
-        self._sums.pop(key, None)
+        self._learned.pop(key, None)
 
     def observe(self, key: K, n: int, seconds: float) -> None:
         """Learns that a batch of n took so long."""
         if key in self._known:
             a, b = self._known[key]
             factor = seconds / (a + b * n)
-            self._factors[key] = _nearer(self._factors.get(key, self._overall), factor)
-            self._overall = _nearer(self._overall, factor)
+            own = self._own_factor(key)
+            own.value = self._factor(key)
+            own.add(factor)
+            self._factors[key] = own, self._clock()
+            self._overall.add(factor)
         else:
-            sums = self._sums.get(key) or _Sums()
-            sums.add(n, seconds)
-            self._sums[key] = sums
+            line = self._learned.get(key) or _Line()
+            line.add(n, seconds)
+            self._learned[key] = line
 
     def doubt(self, key: K) -> None:
-        """Forgets that a key was slower than it was measured, or all that was learned of it."""
-        self._sums.pop(key, None)
+        """Has the next batch of a key replace what is expected of it, should it be far too short: that is old."""
         if key in self._known:
-            self._factors[key] = min(1.0, self._factors.get(key, self._overall))
+            self._own_factor(key).doubt()
+        elif key in self._learned:
+            self._learned[key].doubt()
 
     def line(self, key: K) -> tuple[float, float] | None:
         """a and b in seconds, or None for a key of which nothing is known."""
         if key in self._known:
-            factor = self._factors.get(key, self._overall)
+            factor = self._factor(key)
             return self._known[key][0] * factor, self._known[key][1] * factor
-        return self._sums[key].line() if key in self._sums else None
+        return self._learned[key].line() if key in self._learned else None
 
     def __call__(self, key: K, n: int) -> float:
         """Seconds that a batch of n is expected to take; 0 where nothing is known."""
         a, b = self.line(key) or (0.0, 0.0)
         return a + b * n
 
+    def _own_factor(self, key: K) -> Mean:
+        return self._factors.setdefault(key, (Mean(0.1), -math.inf))[0]
 
-def _nearer(mean: float, value: float) -> float:
-    """A moving mean over the last ten or so; one wild value, as of a stalled machine, moves it little."""
-    return mean + 0.1 * (min(value, 4 * mean) - mean)
+    def _factor(self, key: K) -> float:
+        """By how much the device is off the known line of a key at this moment."""
+        own, at = self._factors.get(key, (self._overall, -math.inf))
+        overall = self._overall.value
+        return overall + (own.value - overall) * math.exp((at - self._clock()) / FADE_S)
 
 
 class Rate:

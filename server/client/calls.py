@@ -41,7 +41,7 @@ class Asked(TypedDict, total=False):
         min_agreement: With r="auto", the least expected share of answers that are those of r=0.
         inflect: With a single r, a ramp: -1 from 2r down to 0, 1 from 0 up to 2r.
         top_k: How many classes to name; 5 when absent.
-        deadline_ms: Time after which the answer is worth nothing, retries included.
+        deadline_ms: Time after which the answer is worth nothing, retries included; 1 at least.
     """
 
     r: R | None

@@ -78,6 +78,29 @@ def test_before_the_pace_is_known_nobody_is_refused_for_it() -> None:
             assert admission.in_flight == 32
 
 
+def test_after_a_stall_nobody_is_refused_for_it(admission: Admission) -> None:
+    now = admission._clock()
+    admission._clock = lambda: now
+    for _ in range(2):
+        with ExitStack() as in_flight:
+            for _ in range(2):
+                in_flight.enter_context(admission.permit(1, FOREVER))
+            now += 30.0  # the machine stands still
+        with admission.permit(1, 2.0), admission.permit(1, 2.0), admission.permit(1, 2.0):
+            now += 0.1
+
+
+def test_a_stall_before_the_pace_is_known_is_soon_forgotten() -> None:
+    now = 0.0
+    admission = Admission(100, clock=lambda: now)
+    for pause_s in [60.0] * 30 + [0.1] * 6:
+        with admission.permit(1, FOREVER):
+            now += pause_s
+        now += 5.0
+    with admission.permit(2, FOREVER), admission.permit(1, 2.0):
+        assert admission.in_flight == 3
+
+
 @dataclass
 class Run:
     """What became of an open loop of requests in virtual time: when each came, its status, its seconds."""

@@ -93,7 +93,7 @@ R = (
     + ["", "9" * 400, "9" * 5000, "[" * 3000]
 )
 TOP_K = "0 -1 102 1.5 abc NaN 1e400 null %F0%9F%98%80 5,5 true".split() + ["", "9" * 30, "9" * 5000]
-DEADLINE = "0 -1 abc NaN nan Infinity inf -inf 1e400 10001 null 1,5 -0".split() + ["", "9" * 400]
+DEADLINE = "0 0.0005 0.999 -1 abc NaN nan Infinity inf -inf 1e400 10001 null 1,5 -0".split() + ["", "9" * 400]
 INFLECT = "2 -1.01 nan NaN inf -inf abc 1e400 null".split() + [""]
 MODEL = "huge TINY %F0%9F%98%80 ..%2F..%2Fetc%2Fpasswd %00 tiny%20 %FF tiny,tiny".split() + ["", "a" * 3000]
 ODD = """inflect=0.5 r=1,2&inflect=0.5 r=9&inflect=-1 R=8 topk=5 unknown=1 =8 %F0%9F%98%80=1 r=1&r=2 images=x image=x
@@ -188,7 +188,7 @@ def bad_json() -> Iterator[Bad]:
     said: dict[str, list[object]] = {
         "r": [-1, 9, 1.5, True, "x", {}, 10**400, NAN, INF, "\ud800", [], [[]], [None], [9], [1] * 4, ["\ud800"]],
         "top_k": [0, -1, 102, 1.5, "x", [], {}, NAN, 10**40, "\ud800"],
-        "deadline_ms": [0, -1, "x", [], {}, True, NAN, INF, 10**400, 10_001],
+        "deadline_ms": [0, 0.0005, -1, "x", [], {}, True, NAN, INF, 10**400, 10_001],
         "model": [7, [], {}, True, "huge", "", "\ud800", "tiny\0"],
         "inflect": [0.5, "x", [], NAN, INF, 2],
         "colour": ["red", None, "\ud800"],
@@ -202,7 +202,7 @@ def bad_json() -> Iterator[Bad]:
             if (name, value) != ("deadline_ms", True):  # pydantic reads it as 1 ms
                 yield row(f"{name!a}: {str(value)[:20]!a} {type(value).__name__}", body, 400, 404, 422)
     with_r = json.dumps({"images": [GOOD_64], "r": 4, "inflect": NAN})
-    yield row("inflect NaN beside an r", with_r.encode(), 422)
+    yield row("inflect NaN beside an r", with_r.encode(), 400)
     yield row("too many images", json.dumps({"images": [GOOD_64] * 5}).encode(), 413)
     yield row("far too many images", json.dumps({"images": ["A"] * 30_000}).encode(), 413)
     yield row("body too large", json.dumps({"images": ["A" * 200_000]}).encode(), 413)

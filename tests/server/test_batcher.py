@@ -854,7 +854,7 @@ async def test_an_explicit_key_is_never_changed() -> None:
 
 async def test_what_cannot_be_done_in_time_is_given_up_before_it_is_computed() -> None:
     async with bench() as it:
-        it.batcher.speed.expect("a", 0.0, 2.0)
+        await it.learn("a", 2.0)
         busy = await it.keep_busy()
         late, in_time = it.send("a", 1, in_s=1), it.send("a", 2, in_s=100)
         it.device.gate.set()
@@ -862,7 +862,7 @@ async def test_what_cannot_be_done_in_time_is_given_up_before_it_is_computed() -
         with pytest.raises(DeadlineError):
             await late  # it would take 2 s
         assert (await in_time).batch_size == 1
-        assert it.device.batches[1:] == [("a", [2])] and it.device.dropped == ["deadline"]
+        assert it.device.batches[2:] == [("a", [2])] and it.device.dropped == ["deadline"]
 
 
 async def test_a_batch_is_no_larger_than_its_deadline_allows() -> None:
@@ -944,11 +944,44 @@ async def test_an_estimate_that_batches_confirm_is_believed() -> None:
         assert len(it.device.batches) == 3
 
 
+@pytest.mark.parametrize(("within_s", "others", "is_tried"), [(5.5, 0, True), (4.5, 0, False), (5.5, 1, False)])
+async def test_a_device_with_nothing_else_to_do_tries_what_half_of_the_estimate_allows(
+    within_s: float, others: int, is_tried: bool
+) -> None:
+    async with bench(batch=1) as it:
+        await it.learn("a", 10.0)
+        waiting = [it.send("b", payload) for payload in range(others)]
+        (outcome,) = await asyncio.gather(it.send("a", 1, in_s=within_s), return_exceptions=True)
+        assert isinstance(outcome, Batched) == is_tried and isinstance(outcome, DeadlineError) != is_tried
+        await asyncio.gather(*waiting)
+
+
 async def test_a_request_of_which_several_jobs_are_late_is_given_up_once_and_the_loop_lives() -> None:
     async with bench(batch=4) as it:
-        it.batcher.speed.expect("a", 2.0, 0.0)
-        late = it.batcher.submit("a", [1, 2, 3], it.device.now + 1.0, lambda batched: batched)
+        await it.learn("a", 2.0)
+        late = it.batcher.submit("a", [1, 2, 3], it.device.now + 0.9, lambda batched: batched)
         with pytest.raises(DeadlineError):
             await late
         assert it.device.dropped == ["deadline"] * 3
         assert (await it.send("a", 4)).results == ["a:4"]
+
+
+async def test_a_choice_that_fails_or_is_not_allowed_fails_its_request_alone() -> None:
+    def fail(of: object) -> Any:
+        raise ValueError("no rung")
+
+    broken = [
+        Open("g", lambda key: key == "b", fail, lambda key: None),
+        Open("g", fail, lambda load: "a", lambda key: None),
+        Open("g", lambda key: True, lambda load: "a", fail),
+        Open("g", lambda key: key == "b", lambda load: "a", lambda key: None),
+    ]
+    for each in broken:
+        async with bench() as it:
+            await it.keep_busy()
+            failing, mates = it.send(each, 1), [it.send("a", 2), it.send("a", 3), it.send(open_to("a"), 4)]
+            it.device.gate.set()
+            assert [answer.results for answer in await asyncio.gather(*mates)] == [["a:2"], ["a:3"], ["a:4"]]
+            with pytest.raises(EngineError, match="the choice of r"):
+                await failing
+            assert it.batcher.num_waiting == 0

@@ -154,6 +154,22 @@ async def test_a_parameter_said_twice_is_refused_by_name(service: Service) -> No
         assert "'r': given" in assert_is_error(answer, 422, "invalid_parameter")
 
 
+@pytest.mark.parametrize("where", ["query", "form", "JSON"])
+@pytest.mark.parametrize(("deadline_ms", "least"), [(0.0005, "1"), (0.999, "1"), (30_001, "1 and 30000")])
+async def test_a_deadline_out_of_range_is_refused_with_the_range(
+    service: Service, where: str, deadline_ms: float, least: str
+) -> None:
+    post, said = service.client.post, {"deadline_ms": deadline_ms}
+    if where == "JSON":
+        answer = await post("/classify", json={"images": [BASE64], **said})
+    elif where == "form":
+        answer = await post("/classify", data=said, files=[image_part()])
+    else:
+        answer = await post("/classify", params=said, files=[image_part()])
+    message = assert_is_error(answer, 422, "invalid_parameter")
+    assert f"{deadline_ms:g}" in message and (f"equal to {least}" in message or f"between {least}" in message)
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "video/mp4", "", "odd"])
 async def test_another_content_type_is_refused_with_the_list(service: Service, content_type: str) -> None:
     headers = {"content-type": content_type} if content_type else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -448,6 +449,25 @@ class Spoiling(FakeDevice):
 async def test_all_that_waits_side_by_side_is_answered_and_the_loop_lives(
     asked: list[Classify | Explain | str], batch: int, prepares: bool, is_auto: bool
 ) -> None:
+    await serve_side_by_side(asked, batch, prepares, is_auto)
+
+
+EACH_OPERATION: list[Classify | Explain | str] = ["probe"]
+EACH_OPERATION += [kind(r=r) for kind in (classify, explain) for r in (FIXED, LIST, AUTO, BOUNDED, DEPLOYED)]
+EACH_OPERATION += [several(kind(r=AUTO), b"a", b"b") for kind in (classify, explain)]
+
+
+@pytest.mark.parametrize("is_auto", [False, True])
+@pytest.mark.parametrize("prepares", [False, True])
+async def test_every_pair_of_operations_waits_side_by_side(prepares: bool, is_auto: bool) -> None:
+    for pair in itertools.product(EACH_OPERATION, repeat=2):
+        await serve_side_by_side(pair, 4, prepares, is_auto)
+
+
+async def serve_side_by_side(
+    asked: Sequence[Classify | Explain | str], batch: int, prepares: bool, is_auto: bool
+) -> None:
+    """Holds the device until all of these wait, and checks what each is answered."""
     device = Spoiling(prepares=prepares)
     models, steps = [model_info(), model_info("other")], {"tiny": STEPS}
     r = AutoR() if is_auto else 2

@@ -1,0 +1,104 @@
+"""JSON bodies as dicts. What they may hold is bounded before anything is made of it; large ones are read in a thread.
+
+A few megabytes can hold a million values. Python objects of them, and an error for each, would take a hundred times the
+memory and stop the event loop for seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from typing import Any
+
+from fastapi import Request
+
+from server.errors import InvalidError, TooLargeError, UndecodableError, shown
+
+MOST_VALUES = 4096
+"""Values beside images: room for the `r` of each block of many models."""
+
+MOST_FIELDS = 256
+"""Fields of one object: room for many models, too."""
+
+LONGEST_NUMBER, LONGEST_TEXT = 400, 64 << 10
+"""Characters of a number, and of a text that is no image."""
+
+SMALL = 64 << 10
+"""Bytes that are read at once: a thread would take longer than they do."""
+
+_SLICE = 1 << 20
+
+
+async def read_json(request: Request, max_images: int = 0) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        request: Its body is read.
+        max_images: Images that it may hold, as texts of any length in the list `images`.
+
+    Raises:
+        UndecodableError: The body is no JSON, or no object, or a number in it is too long.
+        InvalidError: A field is said twice, an object has too many, or a text is too long.
+        TooLargeError: It holds too many values.
+    """
+    body = await request.body()
+    if len(body) <= SMALL:
+        return parse_object(body, max_images)
+    return await asyncio.to_thread(parse_object, body, max_images)
+
+
+def parse_object(body: bytes, max_images: int = 0) -> dict[str, Any]:
+    """A JSON object of bytes; errors as of `read_json`."""
+    _check_values(body, MOST_VALUES + 2 * max_images)  # a data: prefix has a comma, too
+    try:
+        said = json.loads(
+            body, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_no_number
+        )
+    except (ValueError, RecursionError) as error:
+        raise UndecodableError(f"the body is not JSON: {error}") from None
+    if not isinstance(said, dict):
+        raise UndecodableError('the body must be a JSON object like {"images": ["..."]}')
+    for name, value in said.items():
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise InvalidError(
+                f"{shown(name)} is a text of {len(value)} characters; at most {LONGEST_TEXT} are allowed"
+            )
+    return said
+
+
+def _check_values(body: bytes, most: int) -> None:
+    """Counts the commas: between values of lists and objects there is one, and nesting is bounded by the parser."""
+    commas = 0
+    for begin in range(0, len(body), _SLICE):  # other threads run in between
+        commas += body.count(b",", begin, begin + _SLICE)
+        if commas >= most:
+            raise TooLargeError(f"the body holds more than {most} values", max_values=most)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MOST_FIELDS:
+        raise InvalidError(f"an object of the body has {len(pairs)} fields; at most {MOST_FIELDS} are allowed")
+    said = dict(pairs)
+    if len(said) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise InvalidError(f"{shown(name)}: given twice; say it once")
+    return said
+
+
+def _integer(text: str) -> int:
+    return int(_of_sane_length(text))
+
+
+def _number(text: str) -> float:
+    return float(_of_sane_length(text))
+
+
+def _of_sane_length(text: str) -> str:
+    if len(text) > LONGEST_NUMBER:
+        raise UndecodableError(f"a number of the body has {len(text)} digits; at most {LONGEST_NUMBER} are allowed")
+    return text
+
+
+def _no_number(text: str) -> float:
+    raise UndecodableError(f"the body is not JSON, which has no {text}")
