@@ -57,7 +57,9 @@ REQUESTS = {
     "an expectation": request(
         b"POST /classify", b"Expect: 100-continue\r\nContent-Type: image/png\r\n", grey_png()
     ),
-    "too much": b"POST /classify HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n",
+    "too much": request(
+        b"POST /classify", b"Content-Type: image/png\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n"
+    ),
 }  # fmt: skip
 
 
@@ -120,6 +122,12 @@ def test_who_leaves_makes_no_traceback(service: Listening, tracebacks: list[str]
     service.until(lambda: service.is_idle)
     assert tracebacks == []
     assert_serves(service)
+
+
+def test_a_body_that_is_too_large_is_not_asked_for(service: Listening) -> None:
+    with service.connect() as client:
+        client.sendall(REQUESTS["too much"])
+        assert statuses(all_of(client)) == [413]
 
 
 PIECES = [
