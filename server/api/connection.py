@@ -181,7 +181,7 @@ class Connection(HttpToolsProtocol):
         """Closes the connection at once."""
         self.transport.abort()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """Answers a client that sends no more, as far as it can still be there; gives whether one is."""
         running = self._running
         if running is None or running.response_complete or self._is_ending or running.scope["http_version"] == "1.0":

@@ -67,7 +67,7 @@ REQUESTS = {
 def service() -> Iterator[Listening]:
     """The application around a fake device, on a real socket."""
     engine = local_engine(FakeDevice())
-    with Listening(create_app(Settings(state_dir=None), engine)) as server:
+    with Listening(create_app(Settings.model_validate({"state_dir": None}), engine)) as server:
         server.call(engine.start)
         yield server
         server.run(engine.close())
