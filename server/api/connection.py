@@ -171,7 +171,7 @@ class Connection(HttpToolsProtocol):
         self.pipeline.clear()
         if not (self._is_in_body or self._is_deaf) or self._departure is not None:
             self.transport.close()
-        elif not self._is_ending:
+        elif not self._is_ending and not self.transport.is_closing():
             self._is_deaf = self._is_ending = True
             self.transport.write_eof()
             self.flow.resume_reading()

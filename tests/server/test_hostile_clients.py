@@ -156,7 +156,7 @@ def mutated(source: random.Random) -> bytes:
     return bytes(stream)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(source=st.randoms(use_true_random=False), how=st.sampled_from(["closes", "resets", "waits"]))
 def test_no_bytes_make_a_traceback(service: Listening, tracebacks: list[str], source: random.Random, how: str) -> None:
     stream = mutated(source)
