@@ -172,7 +172,7 @@ class Connection(HttpToolsProtocol):
         self.pipeline.clear()
         if not (self._is_in_body or self._is_deaf) or self._departure is not None:
             self.transport.close()
-        elif not self._is_ending:
+        elif not self._is_ending and not self.transport.is_closing():
             self._is_deaf = self._is_ending = True
             self.transport.write_eof()
             self.flow.resume_reading()
@@ -182,7 +182,7 @@ class Connection(HttpToolsProtocol):
         """Closes the connection at once."""
         self.transport.abort()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """Answers a client that sends no more, as far as it can still be there; gives whether one is."""
         running = self._running
         if running is None or running.response_complete or self._is_ending or running.scope["http_version"] == "1.0":

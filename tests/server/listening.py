@@ -102,8 +102,9 @@ class Listening:
         config = uvicorn.Config(
             self._app, timeout_keep_alive=self._timeout_s, log_config=None, access_log=False, ws="none"
         )
-        self._server = await self.loop.create_server(lambda: Connection(config, self._state, {}), "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
+        self._server = await self.loop.create_server(lambda: Connection(config, self._state, {}), sock=listener)
 
     def call(self, function: Callable[[], object]) -> None:
         """Calls a function in the loop of the server."""

@@ -32,6 +32,8 @@ class Wire(asyncio.Transport):
         self.is_closed = True
 
     def write_eof(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("unable to perform operation; the handler is closed")  # as uvloop
         self.is_ended = True
 
     def is_closing(self) -> bool:
@@ -141,6 +143,25 @@ async def test_the_request_that_is_answered_learns_that_its_client_left_whatever
     await asyncio.sleep(0)
     connection.connection_lost(None)
     await until(lambda: ended == ["http.disconnect"])
+
+
+async def test_an_application_that_fails_after_its_client_has_left_harms_nothing() -> None:
+    goes_on = asyncio.Event()
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await goes_on.wait()
+        raise ValueError("late")
+
+    connection, wire = connected(app=fail)
+    connection.data_received(HEAD)  # its body is still to come
+    await until(lambda: b"HTTP/1.1 200" in wire.sent)
+    (task,) = connection.tasks
+    wire.close()
+    connection.connection_lost(None)
+    goes_on.set()
+    await task
+    assert not wire.is_ended
 
 
 async def test_an_application_is_told_of_a_client_that_leaves_while_it_asks_to_be() -> None:

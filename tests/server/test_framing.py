@@ -132,10 +132,13 @@ REFUSED = {
 ONCE = {
     "HTTP/1.0": GOOD.replace(b"1.1", b"1.0"),
     "HTTP/1.0 without a host": GOOD.replace(b"1.1", b"1.0").replace(HOST, b""),
+    "HTTP/1.0 that would be kept": GOOD.replace(b"1.1", b"1.0").replace(
+        b"\r\n\r\n", b"\r\nConnection: keep-alive\r\n\r\n"
+    ),
     "a request to close": GOOD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
     "a request to close or upgrade": GOOD.replace(b"\r\n\r\n", b"\r\nUpgrade: a\r\nConnection: close, upgrade\r\n\r\n"),
 }
-"""Answered, and the connection is closed."""
+"""Answered, and the connection is closed: nothing behind it is executed."""
 
 
 @pytest.fixture
@@ -181,9 +184,9 @@ def test_a_refusal_waits_for_its_turn(listening: Listening, recorder: Recorder, 
 @pytest.mark.parametrize("name", ONCE)
 def test_who_wants_one_answer_gets_one(listening: Listening, recorder: Recorder, name: str) -> None:
     with listening.connect() as client:
-        client.sendall(ONCE[name])
+        client.sendall(ONCE[name] + SMUGGLED)
         assert statuses(all_of(client)) == [200]
-    assert recorder.done == ["GET /good"]
+    assert recorder.done == ["GET /good"] and "/smuggled" not in recorder.called
 
 
 def test_an_upgrade_in_two_packets_is_one_request(listening: Listening, recorder: Recorder) -> None:

@@ -57,7 +57,9 @@ REQUESTS = {
     "an expectation": request(
         b"POST /classify", b"Expect: 100-continue\r\nContent-Type: image/png\r\n", grey_png()
     ),
-    "too much": b"POST /classify HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n",
+    "too much": request(
+        b"POST /classify", b"Content-Type: image/png\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n"
+    ),
 }  # fmt: skip
 
 
@@ -65,7 +67,7 @@ REQUESTS = {
 def service() -> Iterator[Listening]:
     """The application around a fake device, on a real socket."""
     engine = local_engine(FakeDevice())
-    with Listening(create_app(Settings(state_dir=None), engine)) as server:
+    with Listening(create_app(Settings.model_validate({"state_dir": None}), engine)) as server:
         server.call(engine.start)
         yield server
         server.run(engine.close())
@@ -122,6 +124,12 @@ def test_who_leaves_makes_no_traceback(service: Listening, tracebacks: list[str]
     assert_serves(service)
 
 
+def test_a_body_that_is_too_large_is_not_asked_for(service: Listening) -> None:
+    with service.connect() as client:
+        client.sendall(REQUESTS["too much"])
+        assert statuses(all_of(client)) == [413]
+
+
 PIECES = [
     b"\r\n", b"\n", b"\0", b":", b",", b'"', b" ", b"\t", b"%00", b"%ff", b"\xff\xfe", b"-1", b"9" * 20, b"{", b"[",
     b"A" * 5000, b"HTTP/1.0", b"chunked", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n",
@@ -148,7 +156,7 @@ def mutated(source: random.Random) -> bytes:
     return bytes(stream)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(source=st.randoms(use_true_random=False), how=st.sampled_from(["closes", "resets", "waits"]))
 def test_no_bytes_make_a_traceback(service: Listening, tracebacks: list[str], source: random.Random, how: str) -> None:
     stream = mutated(source)

@@ -64,7 +64,7 @@ async def few(recorder: Recorder, room: Room) -> AsyncIterator[tuple[Acceptor, l
     yield acceptor, clients
     await acceptor.close()
     for connection in list(state.connections):
-        connection.transport.abort()  # type: ignore[union-attr]
+        connection.transport.abort()
     for client in clients:
         client.writer.close()
     await until(lambda: not state.connections)
