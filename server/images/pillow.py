@@ -11,12 +11,13 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
-from server.images import bmp, png, tiff
+from server.images import avif, bmp, png, tiff
 from server.images.image import JpegFile, Pixels
 from server.images.jpeg import END, ENGINE_BYTES, ENGINE_PIXELS, SAMPLINGS, START, usual_jpeg
 from server.images.limits import check_pixels
 from server.images.orientation import orientation, turn_upright
 from server.images.preprocessing import Preprocessing
+from server.images.segments import without_segments
 from server.images.unended import ended
 
 Image.init()
@@ -26,10 +27,12 @@ _RESAMPLING = {
 }
 _ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
 _LYING = (5, 6, 7, 8)  # EXIF orientations of images whose rows stand upright as columns
+_REPAIRED = "repaired"  # in `info` of an image whose file is not the one that came
 _LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
-# The header check below is stricter than Pillow's warning and gives the client an answer.
+# Of large images the header check below tells the client; of odd metadata nobody need know, once for each file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -97,6 +100,7 @@ def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
     return (
         isinstance(image, JpegImageFile)
         and image.format == "JPEG"  # and not MPO, a JPEG with more behind it
+        and _REPAIRED not in image.info
         and bool(image.tile)  # nvJPEG takes a header without a scan for an image
         and image.mode in ("L", "RGB")
         and bytes(16 * columns + rows for _, columns, rows, _ in image.layer) in SAMPLINGS
@@ -115,7 +119,7 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
     if not encoded:
         raise UndecodableError("the image is empty")
     try:
-        with Image.open(io.BytesIO(_readable(encoded, max_pixels)), formats=FORMATS) as image:
+        with _identified(_readable(encoded, max_pixels)) as image:
             check_pixels(*image.size, max_pixels)
             yield image
     except (ServerError, MemoryError):
@@ -131,7 +135,7 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _readable(encoded: bytes, max_pixels: int) -> bytes:
-    """A file of the same picture of which Pillow gives the right pixels; where it would not, an error names the kind."""
+    """A file of the same picture whose pixels Pillow gives right; an error names the kind of one that it would not."""
     if encoded.startswith(START):
         return ended(encoded, max_pixels)
     if encoded.startswith(png.SIGNATURE):
@@ -140,7 +144,20 @@ def _readable(encoded: bytes, max_pixels: int) -> bytes:
         return tiff.one_page(encoded)
     if encoded.startswith(bmp.SIGNATURE):
         return bmp.plain(encoded, max_pixels)
+    if avif.is_avif(encoded):
+        return avif.without_metadata(encoded)
     return encoded
+
+
+def _identified(encoded: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError:
+        if not encoded.startswith(START):
+            raise
+        image = Image.open(io.BytesIO(without_segments(encoded)), formats=FORMATS)
+        image.info[_REPAIRED] = True
+        return image
 
 
 def _pixels(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> bytes:

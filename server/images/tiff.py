@@ -1,10 +1,10 @@
-"""TIFF: the page that is the image, with the tags that its pixels need, where it is of a kind that is known to be read.
+"""TIFF: the page that is the image, with the tags that its pixels need, if it is of a kind that is known to be read.
 
-TIFF says in a dozen tags how its samples are to be understood, and Pillow looks at some of them: it clips 32 bits, takes
-signed samples for unsigned ones, and lays uncompressed planes of 16 bits over one another. So what the tags say is held
-against a list of the combinations whose pixels are right, which a test proves; all others are refused by their name.
-What is read is read by libtiff, whatever its compression, from a directory that holds nothing else: no tag that says
-nothing of the pixels can break the reading.
+A dozen tags of a TIFF say how its samples are to be understood, and Pillow looks at some of them: it clips 32 bits,
+takes signed samples for unsigned ones, and lays uncompressed planes of 16 bits over one another. So the tags are held
+against a list of combinations whose pixels are right, as a test proves. Every other combination is refused by its name.
+What is on the list is read by libtiff, whatever its compression, from a directory that holds nothing else: no tag that
+says nothing of the pixels can break the reading.
 """
 
 from __future__ import annotations
@@ -271,7 +271,9 @@ def _palette(page: _Page) -> tuple[int, ...]:
     """The colours in 16 bits; some programs write them in 8."""
     colours = page.values(_PALETTE)
     if len(colours) != 3 << page.value(_BITS, 1):
-        raise UndecodableError(f"the TIFF's palette holds {len(colours)} numbers instead of {3 << page.value(_BITS, 1)}")
+        raise UndecodableError(
+            f"the TIFF's palette holds {len(colours)} numbers instead of {3 << page.value(_BITS, 1)}"
+        )
     return colours if max(colours) > 255 else tuple(colour * 257 for colour in colours)
 
 

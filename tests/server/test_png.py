@@ -172,7 +172,7 @@ def test_what_turns_the_image_is_kept_though_other_metadata_is_broken(form: str,
         "eXIf": chunk(b"eXIf", content[6:]),
         "zTXt": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(written)),
         "tEXt": chunk(b"tEXt", b"Raw profile type exif\0" + written),
-        "iTXt": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation=\"6\"/>"),
+        "iTXt": chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'),
     }[form]
     wanted = np.rot90(PIXELS, -1)
     got = decoded(having(chunk(b"gAMA", b""), turning, chunk(b"zTXt", b"a\0\0" + LARGE), end=end), HEIGHT, WIDTH)

@@ -415,7 +415,27 @@ def test_pages_that_refer_to_themselves_end() -> None:
     assert decoded(bytes(encoded), 8, 8)[0, 0].tolist() == [9] * 3
 
 
-ANCILLARY = [270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 318, 700, 33432, 33723, 34377, 34665, 34675, 34853, 50706]
+ANCILLARY = [
+    270,
+    271,
+    272,
+    282,
+    283,
+    296,
+    305,
+    306,
+    315,
+    316,
+    318,
+    700,
+    33432,
+    33723,
+    34377,
+    34665,
+    34675,
+    34853,
+    50706,
+]
 
 
 @settings(max_examples=150, deadline=None)
@@ -446,8 +466,8 @@ def test_no_tag_that_says_nothing_of_pixels_can_break_them(
     "encoded",
     [
         b"II*\0", b"MM\0*\0\0\0\x08", b"II*\0\x08\0\0\0\xff\xff", b"II*\0\0\0\0\0", b"II+\0\x08\0\0\0",
-        plain_grey(t262=("H", [])), plain_grey(t257=("H", [])), plain_grey(t258=("f", [8])), plain_grey(t262=("b", [1])),
-        plain_grey(t262=("H", [3]), t320=("H", [7] * 700)), plain_grey()[:-30],
+        plain_grey(t262=("H", [])), plain_grey(t257=("H", [])), plain_grey(t258=("f", [8])),
+        plain_grey(t262=("b", [1])), plain_grey(t262=("H", [3]), t320=("H", [7] * 700)), plain_grey()[:-30],
     ],
 )  # fmt: skip
 def test_broken_directories_are_an_answer_to_the_client(encoded: bytes) -> None:
