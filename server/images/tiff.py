@@ -16,9 +16,11 @@ from typing import NamedTuple
 from PIL import Image, TiffImagePlugin
 
 from server.errors import UndecodableError, UnsupportedError
+from server.images import libtiff
 
 SIGNATURES = tuple(TiffImagePlugin.PREFIXES)
 
+libtiff.silence()
 TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader knows neither planes of 16 bits nor tiles of planes
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
@@ -71,7 +73,7 @@ for _order, _suffix in ((TiffImagePlugin.II, ""), (TiffImagePlugin.MM, "B")):
 
 class _Tag(NamedTuple):
     type: int
-    count: int
+    length: int
     field: bytes  # the values, or where they lie
 
 
@@ -106,11 +108,11 @@ class _Page(NamedTuple):
         if tag is None:
             return default
         encoded, order, pointer, _ = self.file
-        count = min(tag.count, _MOST_VALUES)
+        count = min(tag.length, _MOST_VALUES)
         layout = struct.Struct(f"{order}{count}{_VALUES.get(tag.type, '')}")
         if tag.type not in _VALUES or count == 0:
             raise UndecodableError(f"the TIFF's tag {number} holds no whole number")
-        if tag.count * (layout.size // count) <= len(tag.field):
+        if tag.length * (layout.size // count) <= len(tag.field):
             return layout.unpack_from(tag.field)
         (offset,) = struct.unpack(order + pointer, tag.field)
         if offset + layout.size > len(encoded):

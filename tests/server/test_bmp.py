@@ -128,7 +128,7 @@ def test_of_16_to_32_bits_the_pixels_are_right(file: tuple[bytes, Array]) -> Non
 
 
 @st.composite
-def palettes(draw: st.DrawFn, bits: int) -> list[tuple[int, ...]]:
+def palettes(draw: st.DrawFn, bits: int) -> Sequence[Sequence[int]]:
     """Colours, few or many; or the greys and black and white that Pillow has its own mind about."""
     few = draw(st.integers(1, 1 << bits))
     form = draw(st.sampled_from(["any", "greys", "black and white", "white and black"]))

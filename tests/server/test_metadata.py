@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as server.images.pill
 WIDTH, HEIGHT = 32, 24
 TEXT = b"x" * 60
 BEFORE_TEXT = 26  # of EXIF: a header, and a directory whose one entry is the text
-FORMATS_WITH_EXIF = [format for format in ("JPEG", "WEBP", "AVIF") if format in FORMATS]
+FORMATS_WITH_EXIF: list[str] = [format for format in ("JPEG", "WEBP", "AVIF") if format in FORMATS]
 
 
 def with_exif(format: str) -> bytes:
