@@ -324,6 +324,24 @@ def plain_grey(bits: int = 8, samples: int = 1, order: str = "<", **more: tuple[
     return tiff({number: said for number, said in tags.items() if said[1]}, [bytes(range(64)) * 32], order)
 
 
+@pytest.mark.parametrize(("extra", "wanted"), [(2, [204, 204, 255]), (0, [0, 0, 255]), (None, None)])
+def test_a_palette_may_have_alpha_and_rgb_an_alpha_of_which_nothing_is_said(
+    extra: int | None, wanted: list[int] | None
+) -> None:
+    colours = [0] * 256 + [0] * 256 + [0] * 7 + [65535] * 249
+    tags: dict[int, tuple[str, Sequence[int]]] = {
+        256: ("I", [4]), 257: ("I", [4]), 258: ("H", [8, 8]), 259: ("H", [1]), 262: ("H", [3]), 277: ("H", [2]),
+        278: ("I", [4]), 320: ("H", colours),
+    }  # fmt: skip
+    if extra is not None:
+        tags[338] = ("H", [extra])
+        assert decoded(tiff(tags, [bytes((9, 51)) * 16]), 4, 4)[0, 0].tolist() == wanted
+        return
+    del tags[320]
+    tags |= {258: ("H", [8] * 4), 262: ("H", [2]), 277: ("H", [4])}
+    assert decoded(tiff(tags, [bytes((0, 0, 255, 51)) * 16]), 4, 4)[0, 0].tolist() == [204, 204, 255]
+
+
 REFUSED |= {f"{bits} bits": (f"{bits} bits", plain_grey(bits)) for bits in (3, 5, 6, 7, 10, 14, 24, 32, 64)}
 REFUSED |= {
     "samples of unlike bits": ("5, 6, 5 bits", plain_grey(t262=("H", [2]), t258=("H", [5, 6, 5]), t277=("H", [3]))),
@@ -346,6 +364,12 @@ REFUSED |= {
     "turned bits, packed": ("fill order 2", plain_grey(t259=("H", [5]), t266=("H", [2]))),
     "three planes": ("planes", plain_grey(t284=("H", [3]))),
     "planes of grey and alpha": ("planes", plain_grey(8, 2, t284=("H", [2]), t338=("H", [2]))),
+    "planes of RGB and a fourth sample": ("planes", plain_grey(8, 4, t262=("H", [2]), t284=("H", [2]))),
+    "planes of CIELab": ("planes of CIELab", plain_grey(8, 3, t262=("H", [8]), t284=("H", [2]))),
+    "JPEG in planes": ("JPEG", plain_grey(8, 3, t259=("H", [7]), t262=("H", [2]), t284=("H", [2]))),
+    "JPEG of a palette": ("JPEG of palette", plain_grey(t259=("H", [7]), t262=("H", [3]))),
+    "subsampled YCbCr": ("subsampled", plain_grey(8, 3, t262=("H", [6]), t530=("H", [2, 1]))),
+    "YCbCr of which nothing is said": ("subsampled", plain_grey(8, 3, t262=("H", [6]))),
     "other inks": ("inks", plain_grey(8, 4, t262=("H", [5]), t332=("H", [2]))),
     "a big-endian BigTIFF": ("BigTIFF", by_tifffile(GREY.astype(">u2"), bigtiff=True, byteorder=">")),
 }  # fmt: skip
