@@ -107,10 +107,8 @@ def _check_kind(page: Page) -> None:
     if photometric == _RGB and samples == 4 and not extra:
         extra = (_ALPHA,)  # as all readers take a fourth sample of which nothing is said
     if extra not in _READ[photometric].get(bits[0], []) or samples != _COLOURS.get(photometric, 1) + len(extra):
-        raise UnsupportedError(
-            f"a TIFF with {bits[0]} bits a sample, {samples} samples a pixel ({colour}) and extra samples "
-            f"{list(extra)} is not read"
-        )
+        more = f" and extra samples {list(extra)}" if extra else ""
+        raise UnsupportedError(f"a TIFF with {bits[0]} bits a sample, {samples} a pixel ({colour}){more} is not read")
     _check_layout(page, photometric, extra)
     _check_coding(page, photometric, compression, bits[0])
 

@@ -347,7 +347,7 @@ REFUSED |= {
     "samples of unlike bits": ("5, 6, 5 bits", plain_grey(t262=("H", [2]), t258=("H", [5, 6, 5]), t277=("H", [3]))),
     "RGB of 12 bits": ("12 bits", plain_grey(t262=("H", [2]), t258=("H", [12, 12, 12]), t277=("H", [3]))),
     "grey of 16 bits with alpha": ("16 bits", plain_grey(16, 2, t338=("H", [2]))),
-    "two samples": ("2 samples", plain_grey(8, 2)),
+    "two samples": ("2 a pixel", plain_grey(8, 2)),
     "an alpha of a kind of its own": ("999", plain_grey(8, 2, t338=("H", [999]))),
     "a sensor": ("raw sensor", plain_grey(t262=("H", [32803]))),
     "ICCLab": ("ICCLab", plain_grey(t262=("H", [9]), t277=("H", [3]))),
