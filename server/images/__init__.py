@@ -6,6 +6,11 @@ HTTP process reads the header in a few microseconds (`jpeg.py`) and passes the f
 (four colours, plain RGB, EXIF orientations, several pictures, cut-off files, more than 16 megapixels or 4 MiB), Pillow
 looks at, as at every other format.
 
+Before Pillow sees a file its header decides, by a list, whether the pixels will be right. `tiff.py` and `bmp.py` write
+the directory or header again in a form that is known to be read right, or refuse the kind by its name; `png.py`,
+`avif.py` and `segments.py` leave out metadata that could keep the pixels from being read, and `unended.py` puts the end
+on a JPEG that lacks nothing else. docs/formats.md lists what is read.
+
 On a GPU nvJPEG writes each file's planes, luminance and two colours, as they lie in the file (`nvjpeg_library.py`,
 `nvjpeg_planes.py`), by orders from three threads. From its hardware decoder they are those of libjpeg, bit by bit.
 Four kernel launches a batch (`resize_kernel.py`) then do what libjpeg and Pillow do after that: they interpolate the

@@ -7,13 +7,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.images import avif, bmp, png, tiff
 from server.images.image import JpegFile, Pixels
-from server.images.jpeg import END, ENGINE_BYTES, ENGINE_PIXELS, SAMPLINGS, usual_jpeg
+from server.images.jpeg import END, ENGINE_BYTES, ENGINE_PIXELS, SAMPLINGS, START, usual_jpeg
+from server.images.limits import check_pixels
+from server.images.orientation import orientation, turn_upright
 from server.images.preprocessing import Preprocessing
+from server.images.segments import without_segments
+from server.images.unended import ended
 
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
@@ -22,10 +27,12 @@ _RESAMPLING = {
 }
 _ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
 _LYING = (5, 6, 7, 8)  # EXIF orientations of images whose rows stand upright as columns
+_REPAIRED = "repaired"  # in `info` of an image whose file is not the one that came
 _LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
-# The header check below is stricter than Pillow's warning and gives the client an answer.
+# Of large images the header check below tells the client; of odd metadata nobody need know, once for each file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -93,6 +100,7 @@ def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
     return (
         isinstance(image, JpegImageFile)
         and image.format == "JPEG"  # and not MPO, a JPEG with more behind it
+        and _REPAIRED not in image.info
         and bool(image.tile)  # nvJPEG takes a header without a scan for an image
         and image.mode in ("L", "RGB")
         and bytes(16 * columns + rows for _, columns, rows, _ in image.layer) in SAMPLINGS
@@ -101,7 +109,7 @@ def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
         and image.width * image.height <= ENGINE_PIXELS
         and len(encoded) <= ENGINE_BYTES
         and encoded.endswith(END)
-        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        and orientation(image) == 1
     )
 
 
@@ -111,12 +119,8 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
     if not encoded:
         raise UndecodableError("the image is empty")
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise TooLargeError(
-                    f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are allowed",
-                    max_pixels=max_pixels,
-                )
+        with _identified(_readable(encoded, max_pixels)) as image:
+            check_pixels(*image.size, max_pixels)
             yield image
     except (ServerError, MemoryError):
         raise
@@ -128,6 +132,32 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise TooLargeError(f"the image has more than {max_pixels} pixels", max_pixels=max_pixels) from None
     except Exception as error:  # Pillow's readers raise whatever broken bytes lead them to
         raise UndecodableError(f"the image cannot be decoded: {error}") from error
+
+
+def _readable(encoded: bytes, max_pixels: int) -> bytes:
+    """A file of the same picture whose pixels Pillow gives right; an error names the kind of one that it would not."""
+    if encoded.startswith(START):
+        return ended(encoded, max_pixels)
+    if encoded.startswith(png.SIGNATURE):
+        return png.only_pixels(encoded)
+    if encoded.startswith(tiff.SIGNATURES):
+        return tiff.one_page(encoded)
+    if encoded.startswith(bmp.SIGNATURE):
+        return bmp.plain(encoded, max_pixels)
+    if avif.is_avif(encoded):
+        return avif.without_metadata(encoded)
+    return encoded
+
+
+def _identified(encoded: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError:
+        if not encoded.startswith(START):
+            raise
+        image = Image.open(io.BytesIO(without_segments(encoded)), formats=FORMATS)
+        image.info[_REPAIRED] = True
+        return image
 
 
 def _pixels(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> bytes:
@@ -152,13 +182,13 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tupl
     """
     if not isinstance(image, JpegImageFile):
         return 1, image.size
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    width, height = image.size[::-1] if orientation in _LYING else image.size
+    turned = orientation(image)
+    width, height = image.size[::-1] if turned in _LYING else image.size
     to_width, to_height = preprocessing.resized(width, height)
     most = min(width // max(to_width, 1), height // max(to_height, 1)) // _LEFT_TO_RESIZE
     for shrink in (8, 4, 2):
         # Of a side that is no multiple, the last pixel is more than there is; turned, it would be the first.
-        is_exact = orientation == 1 or not (width % shrink or height % shrink)
+        is_exact = turned == 1 or not (width % shrink or height % shrink)
         if shrink <= most and is_exact:
             image.draft(None, (image.width // shrink, image.height // shrink))
             return shrink, (width, height)
@@ -167,18 +197,31 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tupl
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """The first frame, upright, in 8-bit RGB; what is transparent becomes white."""
-    mode = image.mode
-    ImageOps.exif_transpose(image, in_place=True)
-    if mode in _SIXTEEN_BITS:
-        # A plain conversion would clip everything over 255 to white.
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    elif mode == "F":
-        raise UndecodableError("floating-point images have no defined brightness; send 8 or 16 bits a channel")
+    turn_upright(image)
+    if image.mode in _SIXTEEN_BITS:
+        image = _eight_bits(image)
+    elif image.mode == "La":  # grey multiplied by its alpha, of which Pillow makes nothing else
+        image = image.convert("LA")
+    elif image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # as browsers: an alpha that would hide everything is none
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 8 bits; a plain conversion would clip everything over 255 to white."""
+    whole = image.convert("I")
+    grey = whole.point(tiff.shades(image), "L")
+    hidden = image.info.get("transparency")
+    if hidden is None:
+        grey.info.pop("transparency", None)
+        return grey
+    grey.info.pop("transparency", None)
+    alpha = whole.point(bytes(0 if value == hidden else 255 for value in range(1 << 16)), "L")
+    return Image.merge("LA", (grey, alpha))
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int]:

@@ -311,5 +311,5 @@ def test_a_format_that_is_not_on_the_list_is_unsupported_and_the_list_is_told(fo
 
 
 def test_floating_point_pixels_are_refused() -> None:
-    with pytest.raises(UndecodableError, match="floating-point"):
+    with pytest.raises(UnsupportedError, match="floating-point"):
         decode(encode(Image.new("F", (8, 8), 0.5), "TIFF"), preprocessing(), MAX_PIXELS)
