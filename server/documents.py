@@ -30,7 +30,7 @@ def read_yaml(content: str | bytes) -> object:
     try:
         return yaml.load(content, _Loader)
     except Exception as error:  # besides its own errors PyYAML lets out what int(), date() and the like say of a value
-        raise InvalidError(f"it is no YAML: {_sentence(error)}") from error
+        raise InvalidError(f"it is no YAML: {sentence(error)}") from error
 
 
 def read_json(content: str | bytes) -> object:
@@ -42,8 +42,9 @@ def read_json(content: str | bytes) -> object:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InvalidError(f"it is no JSON: {_sentence(error)}") from error
+        raise InvalidError(f"it is no JSON: {sentence(error)}") from error
 
 
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:_LONGEST]
+def sentence(error: Exception) -> str:
+    """What an error of somebody else's says, in a line that is not long."""
+    return " ".join((str(error) or type(error).__name__).split())[:_LONGEST]
