@@ -75,6 +75,8 @@ class ModelSpec(BaseModel):
     def _read(cls, value: Any) -> Any:
         if isinstance(value, str):
             source, *pairs = re.split(r",(?=[a-z_]+=)", value)
+            if "," in source and not source.startswith("local-dir:"):
+                raise ValueError(f"{value!r} must read SOURCE[,weights=FILE][,name=NAME][,r=R]")
             value = {"source": source, **dict(pair.split("=", 1) for pair in pairs)}
         if isinstance(value, dict) and isinstance(value.get("source"), str) and not value.get("name"):
             value = {**value, "name": _default_name(value["source"])}

@@ -187,7 +187,8 @@ def _built(described: Described, more: Mapping[str, Any]) -> Any:
         merged = tome_core.wrap(model)
         merged.family.check_head(model)
     except Exception as error:  # timm raises whatever its layers make of their arguments
-        raise SettingsError(f"cannot build {described.architecture!r}: {sentence(error)}") from error
+        said = f" with {shown(dict(described.args))}" if described.args else ""
+        raise SettingsError(f"cannot build {described.architecture!r}{said}: {sentence(error)}") from error
     if not model.num_classes:
         raise SettingsError(f"{described.architecture} has no classifier: it gives features, not classes")
     return model

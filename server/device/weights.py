@@ -94,7 +94,7 @@ def _prefix(file: Path, names: Collection[str], wanted: Collection[str]) -> str:
             f"{file} holds the weights of another model: none of its {len(names)} tensors has a name of it"
         )
     if len(ranked) == 2 and ranked[0][1] == ranked[1][1] and "" not in dict(ranked):
-        several = " and ".join(repr(prefix) for prefix, _ in ranked)
+        several = " and ".join(sorted(repr(prefix) for prefix, _ in ranked))
         raise SettingsError(f"{file} holds several sets of weights, named {several}; it must hold one")
     return "" if found[""] == ranked[0][1] else ranked[0][0]
 
