@@ -98,7 +98,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    host: str = Field(
+        "127.0.0.1", description="address or name to listen on; 0.0.0.0 for every interface, :: with IPv6"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model: tuple[ModelSpec, ...] = Field(
         (ModelSpec(source="bundled", name=BUNDLED_NAME),),

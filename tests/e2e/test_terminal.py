@@ -60,7 +60,7 @@ def test_a_service_that_is_to_outlive_its_terminal_does(start_service: StartServ
 
 
 def test_a_second_ctrl_c_waits_for_nothing_more(start_service: StartService) -> None:
-    service = start_service("--drain-delay-s", "3600")
+    service = start_service("--drain-delay-s", "60")
     send_to_all(service, signal.SIGINT)
     service.until(lambda: httpx.get(f"{service.url}/readyz").status_code == 503)
     send_to_all(service, signal.SIGINT)
