@@ -21,6 +21,7 @@ NEEDED = "a model folder holds config.json with 'architecture', a name of timm's
 MOST_BYTES = 16 << 20
 """Of a config.json: 22,000 classes with their descriptions take 2 MB."""
 
+_EITHER_PLACE = ("num_classes", "label_names", "label_descriptions")
 _MOST_BLOCKS = 1000
 _LARGEST = 1_000_000
 _OF_TIMM = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"}
@@ -71,7 +72,7 @@ class Described:
 
     architecture: str
     args: Mapping[str, Any] = field(default_factory=dict)
-    pretrained_cfg: Mapping[str, Any] | None = None
+    pretrained_cfg: dict[str, Any] | None = None
     label_names: object = None
     label_descriptions: object = None
 
@@ -97,33 +98,28 @@ def read_config(file: Path) -> Described:
                 "interpolation, crop_pct"
             )
         config = {**config, "pretrained_cfg": config, "label_names": config.get("label_names", config.get("labels"))}
+    if isinstance(config["pretrained_cfg"], dict):  # what may stand there too
+        inner = {name: config["pretrained_cfg"].get(name) for name in _EITHER_PLACE}
+        config = inner | _without_null(config)
     read = checked(_File, config, str(file))
-    pretrained_cfg = _without_null(read.pretrained_cfg)
     if not timm.is_model(read.architecture):
         raise SettingsError(f"{file}: timm has no architecture {shown(read.architecture)}")
-    args = _without_null(read.model_args)
+    args, pretrained_cfg = _without_null(read.model_args), _without_null(read.pretrained_cfg)
     _check_args(args, str(file))
     size = pretrained_cfg.get("input_size", [3, *_pair(args["img_size"])] if "img_size" in args else None)
     channels = args.get("in_chans", size[0] if isinstance(size, list) and size else 3)
     if channels != 3:
         raise SettingsError(f"{file}: the model takes images of {shown(channels)} channels; they must have 3, for RGB")
     images = checked(ImageConfig, pretrained_cfg | {"input_size": size}, f"{file}: pretrained_cfg")
-    fixed = images.fixed_input_size and not args.get("dynamic_img_size") and args.get("strict_img_size", True)
+    takes_any = args.get("dynamic_img_size") or args.get("strict_img_size") is False
     known = images.model_dump() | {
-        "input_size": (3, *images.input_size[1:]),
-        "fixed_input_size": bool(fixed),
         "architecture": read.architecture,
+        "input_size": (3, *images.input_size[1:]),
+        "fixed_input_size": images.fixed_input_size and not takes_any,
     }
-    num_classes = pretrained_cfg.get("num_classes") if read.num_classes is None else read.num_classes
-    if num_classes is not None:
-        known["num_classes"] = checked(_File, config | {"num_classes": num_classes}, str(file)).num_classes
-    return Described(
-        read.architecture,
-        args,
-        known,
-        pretrained_cfg.get("label_names") if read.label_names is None else read.label_names,
-        pretrained_cfg.get("label_descriptions") if read.label_descriptions is None else read.label_descriptions,
-    )
+    if read.num_classes is not None:
+        known["num_classes"] = read.num_classes
+    return Described(read.architecture, args, known, read.label_names, read.label_descriptions)
 
 
 def checked(kind: type[Read], values: Mapping[str, Any], where: str) -> Read:

@@ -27,12 +27,12 @@ def load(folder: Path, **more: Any) -> LoadedModel:
     return load_model(ModelSpec(source=f"local-dir:{folder}", **({"name": "mine"} | more)))
 
 
-def classify(loaded: LoadedModel) -> dict[str, float]:
-    """Warms the model up as a start does, and gives each label its probability for one grey image."""
+def classify(loaded: LoadedModel) -> tuple[list[str], list[float]]:
+    """Warms the model up as a start does; the labels for one grey image, the likeliest first, and their probabilities."""
     info = loaded.info
     runner = Runner({info.name: loaded}, "cpu", "fp32")
     key = info.batch_key(info.schedule(0))
     runner.warm_up(key)
     pixels = torch.full((1, *key.input_size, 3), 100, dtype=torch.uint8)
     ((indices, scores),) = runner.top_k(key, pixels, len(info.labels))
-    return {info.labels[index]: score for index, score in zip(indices, scores, strict=True)}
+    return [info.labels[index] for index in indices], scores

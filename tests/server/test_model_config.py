@@ -55,7 +55,7 @@ RIGHT: dict[str, object] = {
 @pytest.mark.parametrize("field", RIGHT)
 def test_what_is_clear_is_taken(field: str, folder: Path) -> None:
     edit(folder, put(field, RIGHT[field]))
-    assert set(classify(load(folder))) == {"cat", "dog", "goldfish"}
+    assert set(classify(load(folder))[0]) == {"cat", "dog", "goldfish"}
 
 
 WRONG: list[tuple[str, object, str]] = [
@@ -155,7 +155,7 @@ def test_a_file_that_is_no_config_stops_the_start_with_one_sentence(case: str, f
 def test_a_config_in_any_unicode_is_read(encoding: str, folder: Path) -> None:
     file = folder / "config.json"
     file.write_bytes(file.read_text().encode(encoding))
-    assert len(classify(load(folder))) == 3
+    assert len(classify(load(folder))[1]) == 3
 
 
 def test_the_one_mapping_that_timm_once_wrote_is_read(folder: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_one_mapping_that_timm_once_wrote_is_read(folder: Path) -> None:
         config.update(config.pop("pretrained_cfg"), labels=config.pop("label_names"))
 
     edit(folder, flatten)
-    assert set(classify(load(folder))) == {"cat", "dog", "goldfish"}
+    assert set(classify(load(folder))[0]) == {"cat", "dog", "goldfish"}
 
 
 def test_a_model_for_any_size_takes_the_one_that_its_config_names(folder: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_model_for_any_size_takes_the_one_that_its_config_names(folder: Path) 
     edit(folder, put("pretrained_cfg.input_size", [3, 64, 64]))
     loaded = load(folder)
     assert (loaded.info.num_tokens, loaded.info.preprocessing.input_size) == (65, (64, 64))
-    assert len(classify(loaded)) == 3
+    assert len(classify(loaded)[1]) == 3
 
 
 FIELDS = [
@@ -211,12 +211,12 @@ def test_whatever_a_field_holds_the_start_ends_or_every_image_has_an_answer(
     for field, value in sorted(changes.items(), reverse=True):  # what lies deeper first: its parent may go
         edit(folder, put(field, value))
     try:
-        answer = classify(load(folder))
+        labels, scores = classify(load(folder))
     except (SettingsError, EngineError) as error:
         assert str(error) and "\n" not in str(error) and len(str(error)) < 1000
         return
-    assert sum(answer.values()) == pytest.approx(1, abs=1e-3)
-    assert all(label and isinstance(label, str) for label in answer)
+    assert sum(scores) == pytest.approx(1, abs=1e-3)
+    assert all(label and isinstance(label, str) for label in labels)
 
 
 def test_check_says_in_one_line_what_a_folder_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
