@@ -28,7 +28,7 @@ def load(folder: Path, **more: Any) -> LoadedModel:
 
 
 def classify(loaded: LoadedModel) -> tuple[list[str], list[float]]:
-    """Warms the model up as a start does; the labels for one grey image, the likeliest first, and their probabilities."""
+    """Warms the model up as a start does; gives the labels for one grey image, likeliest first, and their scores."""
     info = loaded.info
     runner = Runner({info.name: loaded}, "cpu", "fp32")
     key = info.batch_key(info.schedule(0))

@@ -200,7 +200,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2))
 @example({"pretrained_cfg.crop_pct": 0.1})
 @example({"model_args.patch_size": 64})
