@@ -33,7 +33,7 @@ def read_yaml(content: str | bytes) -> object:
     try:
         return yaml.load(content, _Loader)
     except Exception as error:  # besides its own errors PyYAML lets out what int(), date() and the like say of a value
-        raise InvalidError(f"it is no YAML: {_sentence(error)}") from error
+        raise InvalidError(f"it is no YAML: {_without_quotes(error)}") from error
 
 
 def read_json(content: str | bytes) -> object:
@@ -45,11 +45,16 @@ def read_json(content: str | bytes) -> object:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InvalidError(f"it is no JSON: {_sentence(error)}") from error
+        raise InvalidError(f"it is no JSON: {_without_quotes(error)}") from error
 
 
-def _sentence(error: Exception) -> str:
-    text = str(error)
+def sentence(error: Exception) -> str:
+    """What an error of somebody else's says, in a line that is not long."""
+    return " ".join((str(error) or type(error).__name__).split())[:_LONGEST]
+
+
+def _without_quotes(error: Exception) -> str:
+    text = sentence(error)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:  # whose text quotes the line
         text = f"{error.problem}, line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
-    return _QUOTED.sub("...", " ".join(text.split()))[:_LONGEST]
+    return _QUOTED.sub("...", text)

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from server.dial import MOST_MAX_R, AutoR, RSetting, parse_setting
 from server.documents import read_yaml
@@ -33,7 +43,14 @@ def _r(value: object) -> RSetting:
         raise ValueError(error.message) from None
 
 
+def _source_at_home(source: str) -> str:
+    kind, colon, folder = source.partition(":")
+    return f"{kind}:{os.path.expanduser(folder)}" if kind == "local-dir" and colon else source
+
+
 R = Annotated[RSetting, BeforeValidator(_r)]
+AtHome = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path that may begin with `~`, which a shell knows at the beginning of a word only."""
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 Key = Annotated[str | None, BeforeValidator(checked_key)]
 
@@ -50,13 +67,14 @@ class SettingsError(ValueError):
 class ModelSpec(BaseModel):
     """One model to serve: `SOURCE[,weights=FILE][,name=NAME][,r=R]`, or the same keys as a YAML mapping.
 
-    SOURCE is `bundled`, a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER` (the Hugging Face layout).
+    SOURCE is `bundled`, a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER` (the Hugging Face layout). FOLDER and
+    FILE may begin with `~`, and may hold blanks and commas: only a comma before `word=` ends them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str = Field(min_length=1)
-    weights: str | None = None
+    source: Annotated[str, AfterValidator(_source_at_home)] = Field(min_length=1)
+    weights: AtHome | None = None
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     r: R | None = None
 
@@ -64,8 +82,8 @@ class ModelSpec(BaseModel):
     @classmethod
     def _read(cls, value: Any) -> Any:
         if isinstance(value, str):
-            source, *pairs = value.split(",")
-            if any("=" not in pair for pair in pairs):
+            source, *pairs = re.split(r",(?=[a-z_]+=)", value)
+            if "," in source and not source.startswith("local-dir:"):
                 raise ValueError(f"{value!r} must read SOURCE[,weights=FILE][,name=NAME][,r=R]")
             value = {"source": source, **dict(pair.split("=", 1) for pair in pairs)}
         if isinstance(value, dict) and isinstance(value.get("source"), str) and not value.get("name"):
@@ -76,8 +94,11 @@ class ModelSpec(BaseModel):
 def _default_name(source: str) -> str:
     if source == "bundled":
         return BUNDLED_NAME
-    kind, _, rest = source.rpartition(":")
-    return Path(rest).resolve().name if kind == "local-dir" else rest.rsplit("/", 1)[-1].split("@")[0]
+    kind, _, folder = source.partition(":")
+    if kind != "local-dir":
+        return source.rpartition(":")[2].rsplit("/", 1)[-1].split("@")[0]
+    name = os.path.basename(os.path.realpath(os.path.expanduser(folder)))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "model"
 
 
 class Settings(BaseModel):
@@ -85,15 +106,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    host: str = Field(
+        "127.0.0.1", description="address or name to listen on; 0.0.0.0 for every interface, :: with IPv6"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model: tuple[ModelSpec, ...] = Field(
         (ModelSpec(source="bundled", name=BUNDLED_NAME),),
-        min_length=1,
         description="a model to serve, SOURCE[,weights=FILE][,name=NAME][,r=R] with SOURCE one of bundled, a timm "
         "name, hf-hub:ORG/NAME, local-dir:FOLDER; give it again for more, the first is the default",
     )
-    weights: str | None = Field(
+    weights: AtHome | None = Field(
         None, description="safetensors file for the one --model; 'random' for untrained weights"
     )
     r: R = Field(
@@ -213,9 +235,18 @@ class Settings(BaseModel):
             raise ValueError("it must be auto, a device, or several with a comma between, as in cuda:0,cuda:1")
         return ",".join(names)
 
-    @field_validator("model", "cors_origin", mode="before")
+    @field_validator("model", mode="before")
     @classmethod
-    def _several(cls, value: Any) -> Any:
+    def _several_models(cls, value: Any) -> Any:
+        """Models with blanks between; a path with a blank in it is quoted, as for a shell."""
+        models = shlex.split(value) if isinstance(value, str) else value
+        if not models:
+            raise ValueError("it must name at least one model")
+        return models
+
+    @field_validator("cors_origin", mode="before")
+    @classmethod
+    def _several_origins(cls, value: Any) -> Any:
         return value.split() if isinstance(value, str) else value
 
     @field_validator("cors_origin")
@@ -297,7 +328,7 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = read_yaml(Path(path).read_bytes())
+        content = read_yaml(Path(os.path.expanduser(path)).read_bytes())
     except (OSError, ValueError, InvalidError) as error:  # ValueError: a path that can be none
         raise SettingsError(f"config file {path}: {error}") from None
     if content is None:  # an empty file

@@ -11,7 +11,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from types import FrameType
@@ -21,7 +23,8 @@ from prometheus_client import multiprocess as shared_metrics
 
 from server.api.accept import Places
 from server.lifetime import Pulse, configure_logging
-from server.settings import Settings, SettingsError
+from server.listening import listen, url_of
+from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,8 @@ class Child:
         self._pulse.reset()
         self._silent_s = 0.0
         self.process = _spawn.Process(target=self._target, args=self._args, name=self._name)
-        self.process.start()
+        with _unreachable_for_the_terminal():
+            self.process.start()
         self._started_at = time.monotonic()
         logger.info("%s is process %d", self._name, self.process.pid)
 
@@ -94,6 +98,11 @@ class Child:
         if self.process is not None:
             self.process.terminate()
 
+    def kill(self) -> None:
+        """Ends the process at once, whatever it does."""
+        if self.process is not None:
+            self.process.kill()
+
     def end(self, ends_at: float) -> None:
         """Waits for the process until a moment of the monotonic clock, then kills it."""
         if self.process is None:
@@ -110,19 +119,22 @@ def serve(settings: Settings) -> int:
     """Runs the service until SIGTERM or Ctrl-C.
 
     Returns:
-        The exit status: 0 after a drain, 1 when the service cannot run as it is told to.
+        The exit status: 0 after a drain, 1 when the service cannot run as it is told to, or ends without one.
 
     Raises:
         SettingsError: The address cannot be listened on.
     """
     configure_logging(settings.log_level)
-    with tempfile.TemporaryDirectory(prefix="tome-server-") as folder, _listen(settings) as listener:
+    with _unreachable_for_the_terminal():
+        resource_tracker.ensure_running()  # a process of Python's own, which a closed terminal would end
+    with tempfile.TemporaryDirectory(prefix="tome-server-") as folder, listen(settings.host, settings.port) as listener:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         return _supervise(settings, listener, folder)
 
 
 def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
-    told_to_end = _on_signals()
+    children: list[Child] = []
+    told_to_end = _on_signals(children)
     devices = settings.devices()
     names = [f"engine-{index}" for index in range(len(devices))] if len(devices) > 1 else ["engine"]
     sockets = [os.path.join(folder, f"{name}.sock") for name in names]
@@ -135,9 +147,9 @@ def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
         Child(f"http-{index}", _run_http, settings, listener, sockets, places, index): index
         for index in range(settings.http_workers)
     }
-    children = [*engines, *workers]
-    address, port = listener.getsockname()[:2]
-    logger.info("http://%s:%d; try: curl -F image=@photo.jpg 'http://%s:%d/classify?r=8'", address, port, address, port)
+    children += [*engines, *workers]
+    url = url_of(listener)
+    logger.info("%s; try: curl -F image=@photo.jpg '%s/classify?r=8'", url, url)
     status = 0
     try:
         for child in children:
@@ -168,7 +180,12 @@ def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
         listener.close()  # the HTTP processes have it too, and close it when they accept no more
         _end(list(workers), settings.drain_delay_s + _DRAIN_S)
         _end(list(engines), _DRAIN_S)  # after the HTTP processes: they answer what those still hold
-    return status
+    return 1 if _is_hurried(told_to_end) else status
+
+
+def _is_hurried(told_to_end: Sequence[int]) -> bool:
+    """Whether Ctrl-C was pressed twice: then nothing more is waited for."""
+    return told_to_end.count(signal.SIGINT) > 1
 
 
 def _end(children: Sequence[Child], within_s: float) -> None:
@@ -206,21 +223,31 @@ def _run_http(
         sys.exit(1)
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+@contextmanager
+def _unreachable_for_the_terminal() -> Iterator[None]:
+    """Processes that start meanwhile never get what a terminal sends to all: the supervisor alone ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
-        raise SettingsError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from None
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _on_signals() -> list[int]:
-    """A list that holds the signal once the service is told to end."""
+def _on_signals(children: Sequence[Child]) -> list[int]:
+    """A list that holds the signal once the service is told to end; a second Ctrl-C ends its processes at once.
+
+    The end of a terminal (SIGHUP) tells it too, but for a service that was started to outlive it, as by nohup.
+    """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if _is_hurried(received):
+            for child in children:
+                child.kill()
 
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, receive)
     return received

@@ -1,4 +1,4 @@
-"""`tome-server models`: load the models that serve would and describe them."""
+"""`tome-server models`: load the models that serve would and describe them, or check a model folder."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import argparse
 import json
 from dataclasses import asdict
 
-from server.settings import Settings
+from server.settings import Settings, load_settings
 
-HELP = "load the models that serve would and describe them"
+HELP = "load the models that serve would and describe them, or check a model folder"
 SETTINGS: tuple[str, ...] = ("model", "weights")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one line a model")
+    parser.add_argument(
+        "--check",
+        metavar="FOLDER",
+        help="load this model folder instead, classify a black image, and say in one line what it is or what is wrong",
+    )
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.device.models import load_model
 
+    if args.check is not None:
+        print(_checked(args.check, settings.weights))
+        return 0
     for spec in settings.specs():
         loaded = load_model(spec)
         info, counts = loaded.info, loaded.merged.token_counts
@@ -34,3 +42,21 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         )
         print("  tokens left: " + ", ".join(f"{count} at r={r}" for r, count in ladder.items()))
     return 0
+
+
+def _checked(folder: str, weights: str | None) -> str:
+    """What a model folder holds, after all that a start does with it; raises what a start would."""
+    from server.device.models import load_model
+    from server.device.runner import Runner
+
+    source = f"local-dir:{folder.removeprefix('local-dir:')}"
+    (spec,) = load_settings({"model": [{"source": source}], "weights": weights}).specs()
+    loaded = load_model(spec)
+    info = loaded.info
+    Runner({info.name: loaded}, "cpu", "fp32").warm_up(info.batch_key(info.schedule(0)))
+    height, width = info.preprocessing.input_size
+    parameters = sum(parameter.numel() for parameter in loaded.merged.parameters())
+    return (
+        f"{folder} is all right: {info.architecture}, {len(info.labels)} classes, {height} x {width} px, "
+        f"{parameters:,} parameters"
+    )

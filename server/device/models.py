@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.data.config import resolve_model_data_config
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from torch import nn
+import torch
 
 import tome_core
+from server.device import weights
+from server.device.class_labels import class_labels
+from server.device.model_config import FILE as CONFIG_FILE
+from server.device.model_config import NEEDED, Described, ImageConfig, checked, read_config
+from server.documents import sentence
+from server.errors import shown
 from server.images.preprocessing import Preprocessing
 from server.settings import ModelSpec, SettingsError
 from server.types import ModelInfo
@@ -24,7 +26,6 @@ from server.types import ModelInfo
 logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,33 +37,107 @@ class LoadedModel:
     weights: Path | None = None
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from: a folder, a repository of the hub, or timm's own collection.
+
+    Attributes:
+        name: As it was given.
+        folder: The folder; None for the others.
+        repo, revision: On the hub; empty for the others.
+    """
+
+    name: str
+    folder: Path | None = None
+    repo: str = ""
+    revision: str = ""
+
+    @staticmethod
+    def of(source: str) -> _Source:
+        kind, _, rest = source.partition(":")
+        if source == "bundled":
+            return _Source(source, BUNDLED)
+        if kind == "local-dir":
+            if not rest:
+                raise SettingsError("local-dir: names no folder")
+            return _Source(source, Path(rest))
+        if kind in ("hf-hub", "hf_hub"):
+            repo, _, revision = rest.partition("@")
+            return _Source(source, repo=repo, revision=revision)
+        return _Source(source)
+
+    def describe(self) -> Described:
+        """What timm is to build."""
+        if self.folder is not None:
+            if not self.folder.is_dir():
+                raise SettingsError(f"there is no folder {self.folder}; {NEEDED}")
+            return read_config(self.folder / CONFIG_FILE)
+        if self.repo:
+            return read_config(_fetched(self, self.repo, self.revision, CONFIG_FILE))
+        if not timm.is_model(self.name):
+            raise SettingsError(
+                f"timm has no model {shown(self.name)}; a model is bundled, a name of timm's, hf-hub:ORG/NAME or "
+                "local-dir:FOLDER"
+            )
+        return Described(self.name)
+
+    def weights_file(self, pretrained_cfg: Mapping[str, Any]) -> Path:
+        """Where the source keeps its weights; from a hub they are downloaded, or taken from its cache."""
+        if self.folder is not None:
+            return weights.weights_in(self.folder)
+        repo, revision = self.repo, self.revision
+        if not repo:
+            repo, _, revision = str(pretrained_cfg.get("hf_hub_id") or "").partition("@")
+        if not repo:
+            raise SettingsError(f"{self.name} comes without weights on the hub; give a file with weights=")
+        return _fetched(self, repo, revision, weights.FILE)
+
+
+def _fetched(source: _Source, repo: str, revision: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download  # on demand: it is slow to import, and most models are local
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision or None))
+    except (OSError, ValueError) as error:
+        hint = "; give a file with weights=" if file == weights.FILE else ""
+        raise SettingsError(f"{source.name}: cannot fetch {file} of {repo} ({sentence(error)}){hint}") from error
+
+
 def load_model(spec: ModelSpec) -> LoadedModel:
     """Builds a model, loads its weights, and reads its preprocessing and label names.
 
     Raises:
         SettingsError: The source is unknown, its weights are not to be had or do not fit, or tokens cannot merge in it.
+            The message is one line.
     """
-    source = f"local-dir:{BUNDLED}" if spec.source == "bundled" else spec.source
     try:
-        model: Any = timm.create_model(source, pretrained=False)
-        merged = tome_core.wrap(model)
-        merged.family.check_head(model)
-    except (RuntimeError, ValueError, OSError, TypeError, KeyError) as error:
-        raise SettingsError(f"model {spec.name}: cannot build {spec.source!r}: {error}") from error
-    if not model.num_classes:
-        raise SettingsError(f"model {spec.name}: {spec.source} has no classifier: it gives features, not classes")
-    file = None
+        return _load(spec)
+    except SettingsError as error:
+        raise SettingsError(f"model {spec.name}: {error}") from error
+
+
+def _load(spec: ModelSpec) -> LoadedModel:
+    source = _Source.of(spec.source)
+    described = source.describe()
+    with torch.device("meta"):  # shapes alone: whatever sizes are asked for, nothing is computed and no memory taken
+        plan, images = _sized(described)
+    labels = class_labels(described.label_names, described.label_descriptions, plan.num_classes)
+    file = state = None
     if spec.weights == "random":
         logger.warning("%s has random weights: its answers mean nothing", spec.name)
     else:
-        file = Path(spec.weights) if spec.weights else _weights_file(source, model.pretrained_cfg)
-        _load_weights(model, spec, file)
+        file = Path(spec.weights) if spec.weights else source.weights_file(plan.pretrained_cfg)
+        state = weights.read_weights(file, plan)
+    model, _ = _sized(described)
+    if state is not None:
+        model.load_state_dict(state)
+    merged = tome_core.wrap(model)
     info = ModelInfo(
         name=spec.name,
         architecture=model.pretrained_cfg.get("architecture", type(model).__name__),
         source=spec.source,
-        labels=_labels(spec, model),
-        preprocessing=_preprocessing(spec, model),
+        labels=labels,
+        preprocessing=images,
         num_blocks=merged.num_blocks,
         num_tokens=merged.num_tokens,
         num_prefix_tokens=merged.num_prefix_tokens,
@@ -71,68 +146,59 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     return LoadedModel(merged.eval(), info, file)
 
 
-def _weights_file(source: str, pretrained_cfg: Mapping[str, Any]) -> Path:
-    """Where the source keeps its weights; from a hub they are downloaded, or taken from its cache."""
-    if source.startswith("local-dir:"):
-        file = Path(source.removeprefix("local-dir:")) / WEIGHTS_FILE
-        if not file.exists():
-            raise SettingsError(f"{source} has no {WEIGHTS_FILE}; weights are read from safetensors only")
-        return file
-    hub_id = str(pretrained_cfg.get("hf_hub_id") or "")
-    if not hub_id:
-        raise SettingsError(f"{source} comes without weights on the hub; give a file with weights=")
-    from huggingface_hub import hf_hub_download  # on demand: it is slow to import, and most models are local
-
-    repo, _, revision = hub_id.partition("@")
-    try:
-        return Path(hf_hub_download(repo, WEIGHTS_FILE, revision=revision or None))
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"{source}: cannot fetch {WEIGHTS_FILE} of {repo} ({error}); give a file with weights="
-        ) from error
-
-
-def _load_weights(model: nn.Module, spec: ModelSpec, file: Path) -> None:
-    if not file.is_file():
-        raise SettingsError(f"model {spec.name}: there is no weights file {file}")
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise SettingsError(f"model {spec.name}: {file} is not a safetensors file ({error})") from error
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise SettingsError(f"model {spec.name}: the weights in {file} do not fit {spec.source}: {error}") from error
-
-
-def _preprocessing(spec: ModelSpec, model: nn.Module) -> Preprocessing:
-    config: dict[str, Any] = resolve_model_data_config(model)
-    _, height, width = config["input_size"]
-    if config["crop_mode"] not in ("center", "squash") or height != width:
-        raise SettingsError(
-            f"model {spec.name}: crop mode {config['crop_mode']!r} at {height} x {width} px is not supported; "
-            "supported: 'center' and 'squash' at square sizes"
-        )
-    resize = math.floor(height / config["crop_pct"])
-    return Preprocessing(
-        input_size=(height, width),
+def _sized(described: Described) -> tuple[Any, Preprocessing]:
+    """A model for images of the size that its configuration names, and how it wants them."""
+    model = _built(described, {})
+    images = checked(ImageConfig, model.pretrained_cfg, "its configuration")
+    wanted, takes = images.input_size[1:], _own_size(model)
+    if takes is not None and takes != wanted and images.fixed_input_size:
+        wanted = takes  # as timm: what the model is built with says more than what its weights came with
+    if takes is not None and takes != wanted:
+        if "img_size" in described.args and model.patch_embed.strict_img_size:
+            raise SettingsError(
+                f"its configuration names images of {_text(wanted)} px (input_size), and a model that takes "
+                f"{_text(takes)} px (img_size)"
+            )
+        model = _built(described, {"img_size": wanted})
+    if wanted[0] != wanted[1]:
+        raise SettingsError(f"it takes images of {_text(wanted)} px; they must be square")
+    resize = math.floor(wanted[0] / images.crop_pct)
+    preprocessing = Preprocessing(
+        input_size=wanted,
         resize_size=(resize, resize),
-        crop_mode=config["crop_mode"],
-        interpolation=config["interpolation"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        crop_mode=images.crop_mode,
+        interpolation=images.interpolation,
+        mean=images.mean,
+        std=images.std,
     )
+    return model, preprocessing
 
 
-def _labels(spec: ModelSpec, model: Any) -> tuple[str, ...]:
-    """Words for each class: the model's own, else ImageNet's where the number of classes tells which, else numbers."""
-    names = model.pretrained_cfg.get("label_names")
-    if names:
-        if len(names) != model.num_classes:
-            raise SettingsError(f"model {spec.name}: {len(names)} label names for {model.num_classes} classes")
-        described = model.pretrained_cfg.get("label_descriptions") or {}
-        return tuple(described.get(name, name) for name in names)
-    subset = infer_imagenet_subset(model)
-    if subset:
-        return tuple(ImageNetInfo(subset).label_descriptions())
-    return tuple(f"class {index}" for index in range(model.num_classes))
+def _built(described: Described, more: Mapping[str, Any]) -> Any:
+    """A timm model in which tokens can merge, and which classifies.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    try:
+        model: Any = timm.create_model(
+            described.architecture, pretrained_cfg=described.pretrained_cfg, **{**described.args, **more}
+        )
+        merged = tome_core.wrap(model)
+        merged.family.check_head(model)
+    except Exception as error:  # timm raises whatever its layers make of their arguments
+        said = f" with {shown(dict(described.args))}" if described.args else ""
+        raise SettingsError(f"cannot build {described.architecture!r}{said}: {sentence(error)}") from error
+    if not model.num_classes:
+        raise SettingsError(f"{described.architecture} has no classifier: it gives features, not classes")
+    return model
+
+
+def _own_size(model: Any) -> tuple[int, int] | None:
+    """Height and width that the model was built for; None where it takes any."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -18,7 +18,8 @@ from server.device.choosing import choose_backend
 from server.device.models import LoadedModel
 from server.device.prepared import Prepared, is_whole, rows
 from server.dial import r_of, text_of
-from server.errors import EngineError
+from server.documents import sentence
+from server.errors import EngineError, ServerError
 from server.ipc.messages import TopK
 from server.settings import SettingsError
 from server.types import BackendInfo, BatchKey
@@ -164,12 +165,21 @@ class Runner:
         Args:
             key: Model and schedule.
             is_likely: It is asked for at once.
+
+        Raises:
+            EngineError: That fails: what a start cannot do, no request can.
         """
         start = time.perf_counter()
         backend = self._backends[key.model]
-        with on(self._device):
-            backend.warm_up(key.schedule, is_likely)
-        self.top_k(key, torch.zeros(1, *key.input_size, 3, dtype=torch.uint8, device=self._device), 1)
+        try:
+            with on(self._device):
+                backend.warm_up(key.schedule, is_likely)
+            self.top_k(key, torch.zeros(1, *key.input_size, 3, dtype=torch.uint8, device=self._device), 1)
+        except (ServerError, SettingsError):
+            raise
+        except Exception as error:
+            logger.debug("%s cannot be warmed up", key.model, exc_info=True)
+            raise EngineError(f"{key.model} cannot classify a black image: {sentence(error)}") from error
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
         logger.info(
             "%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, backend.info.precision, took_s

@@ -110,7 +110,7 @@ def test_a_live_r_reaches_every_http_process_at_once_and_outlives_a_restart(
     assert (answer["r"], answer["config_version"]) == (13, version)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_every_process_with_status_0(start_service: StartService, number: signal.Signals) -> None:
     service = start_service()
     children = [service.pid_of(name) for name in ("engine", "http-0")]

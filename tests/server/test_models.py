@@ -42,7 +42,7 @@ def _small_timm() -> Any:
 
     def create_small(name: str, **options: Any) -> Any:
         size: dict[str, Any] = {"depth": 1, "embed_dim": 24} if name == SMALL else {}
-        return create(name, **options, **size)
+        return create(name, **(size | options))
 
     patch.setattr(timm, "create_model", create_small)
     yield
@@ -168,13 +168,13 @@ def pickled_weights(folder: Path) -> ModelSpec:
 
 REFUSED: dict[str, tuple[Callable[[Path], ModelSpec], str]] = {
     "pickle only": (pickle_only, "safetensors only"),
-    "no config": (without_config, "config.json|cannot build"),
-    "broken config": (broken_config, "cannot build"),
+    "no config": (without_config, r"there is no .*config\.json"),
+    "broken config": (broken_config, r"config\.json cannot be read: it is no JSON"),
     "weights of another shape": (weights_of_another_shape, "do not fit"),
     "broken weights": (broken_weights, "not a safetensors file"),
     "weights cut short": (weights_cut_short, "not a safetensors file"),
     "pickled weights": (pickled_weights, "not a safetensors file"),
-    "no folder": (lambda folder: spec(folder / "nothing"), "mine"),
+    "no folder": (lambda folder: spec(folder / "nothing"), "mine: there is no folder"),
     "no weights file": (lambda folder: spec(SMALL, weights=str(folder / "nothing")), "no weights file"),
     "a folder for weights": (lambda folder: spec(SMALL, weights=str(folder)), "mine"),
     "unknown name": (lambda folder: spec("vit_of_nobody"), "vit_of_nobody"),

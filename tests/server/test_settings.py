@@ -192,6 +192,47 @@ def test_several_models_keep_their_order_and_their_own_r(monkeypatch: pytest.Mon
     assert [(spec.name, spec.r) for spec in specs] == [("one", 4), ("two", 8)]
 
 
+@pytest.mark.parametrize(
+    ("text", "source", "weights", "name", "r"),
+    [
+        ("local-dir:/my models/a b", "local-dir:/my models/a b", None, "a-b", None),
+        ("local-dir:/m/a,b,weights=/m/c,d.st,r=8", "local-dir:/m/a,b", "/m/c,d.st", "a-b", 8),
+        ("local-dir:/m/a:b", "local-dir:/m/a:b", None, "a-b", None),
+        ("local-dir:/m/日本", "local-dir:/m/日本", None, "model", None),
+        ("local-dir:~/m,weights=~/w.st", "local-dir:/home/me/m", "/home/me/w.st", "m", None),
+        ("vit,r=3,2,1", "vit", None, "vit", (3, 2, 1)),
+    ],
+)
+def test_paths_may_hold_blanks_commas_and_a_home(
+    text: str, source: str, weights: str | None, name: str, r: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (spec,) = load_settings({"model": [text]}).model
+    assert (spec.source, spec.weights, spec.name, spec.r) == (source, weights, name, r)
+
+
+def test_a_variable_quotes_a_path_with_a_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOME_MODEL", "'local-dir:/my models/cats,r=4' bundled")
+    cats, bundled = load_settings({}).model
+    assert (cats.source, cats.r, bundled.source) == ("local-dir:/my models/cats", 4, "bundled")
+
+
+def test_the_file_of_weights_and_the_config_file_may_lie_at_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my settings.yaml").write_text("weights: ~/w.safetensors\n")
+    (spec,) = load_settings({}, "~/my settings.yaml").specs()
+    assert spec.weights == f"{tmp_path}/w.safetensors"
+
+
+@pytest.mark.parametrize("models", ["", " ", "'local-dir:/a b", [], ["local-dir:/\udcff"], ["bundled,colour=red"]])
+def test_models_that_cannot_be_read_stop_the_start_with_one_line(models: Any) -> None:
+    with pytest.raises(SettingsError, match="model") as refusal:
+        load_settings({"model": models})
+    assert "\n" not in str(refusal.value)
+
+
 def test_weights_go_to_the_one_model() -> None:
     (spec,) = load_settings({"model": ["vit"], "weights": "a.safetensors"}).specs()
     assert spec.weights == "a.safetensors"

@@ -1,0 +1,188 @@
+"""The config.json of a model folder, checked before timm sees it: what is wrong with it is told in one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import timm
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.documents import read_json
+from server.errors import InvalidError, shown
+from server.settings import SettingsError
+
+FILE = "config.json"
+NEEDED = "a model folder holds config.json with 'architecture', a name of timm's, and model.safetensors"
+MOST_BYTES = 16 << 20
+"""Of a config.json: 22,000 classes with their descriptions take 2 MB."""
+
+_EITHER_PLACE = ("num_classes", "label_names", "label_descriptions")
+_MOST_BLOCKS = 1000
+_LARGEST = 1_000_000
+_OF_TIMM = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"}
+
+Side = Annotated[int, Field(ge=1, le=4096)]
+Mean = Annotated[float, Field(ge=0, le=1)]
+Std = Annotated[float, Field(ge=0.001, le=1)]
+Read = TypeVar("Read", bound=BaseModel)
+
+
+class ImageConfig(BaseModel):
+    """How a model wants its images; the names and the defaults are those of timm's `pretrained_cfg`."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    input_size: tuple[Side, Side, Side] = (3, 224, 224)
+    fixed_input_size: bool = False
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
+    crop_pct: float = Field(0.875, ge=0.1, le=1)
+    crop_mode: Literal["center", "squash"] = "center"
+    mean: tuple[Mean, Mean, Mean] = (0.485, 0.456, 0.406)
+    std: tuple[Std, Std, Std] = (0.229, 0.224, 0.225)
+
+
+class _File(BaseModel):
+    """What is read of config.json."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    architecture: str
+    num_classes: int | None = Field(None, ge=0, le=_LARGEST)
+    model_args: dict[str, Any] = {}
+    pretrained_cfg: dict[str, Any]
+    label_names: Any = None
+    label_descriptions: Any = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """What timm is to build.
+
+    Attributes:
+        architecture: A name of timm's.
+        args: What the model is built with.
+        pretrained_cfg: What goes with its weights; None for what timm itself has under that name.
+        label_names, label_descriptions: Of the classes, as they are written; None where nothing is said.
+    """
+
+    architecture: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    pretrained_cfg: dict[str, Any] | None = None
+    label_names: object = None
+    label_descriptions: object = None
+
+
+def read_config(file: Path) -> Described:
+    """What a model folder says of its model.
+
+    Raises:
+        SettingsError: It says nothing that timm can build, or nothing that images can be prepared by.
+    """
+    config = _content(file)
+    if "architecture" not in config:
+        if "model_type" in config or "architectures" in config:
+            raise SettingsError(
+                f"{file.parent} is a folder of Hugging Face transformers ({shown(config.get('model_type'))}); "
+                f"{NEEDED}, as timm.models.save_for_hf writes them"
+            )
+        raise SettingsError(f"{file} names no 'architecture'; {NEEDED}")
+    if config.get("pretrained_cfg") is None:
+        if "mean" not in config:  # timm once wrote all in one mapping
+            raise SettingsError(
+                f"{file} has no 'pretrained_cfg', which says how images are prepared: input_size, mean, std, "
+                "interpolation, crop_pct"
+            )
+        config = {**config, "pretrained_cfg": config, "label_names": config.get("label_names", config.get("labels"))}
+    if isinstance(config["pretrained_cfg"], dict):  # what may stand there too
+        inner = {name: config["pretrained_cfg"].get(name) for name in _EITHER_PLACE}
+        config = inner | _without_null(config)
+    read = checked(_File, config, str(file))
+    if not timm.is_model(read.architecture):
+        raise SettingsError(f"{file}: timm has no architecture {shown(read.architecture)}")
+    args, pretrained_cfg = _without_null(read.model_args), _without_null(read.pretrained_cfg)
+    _check_args(args, str(file))
+    size = pretrained_cfg.get("input_size", [3, *_pair(args["img_size"])] if "img_size" in args else None)
+    channels = args.get("in_chans", size[0] if isinstance(size, list) and size else 3)
+    if channels != 3:
+        raise SettingsError(f"{file}: the model takes images of {shown(channels)} channels; they must have 3, for RGB")
+    images = checked(ImageConfig, pretrained_cfg | {"input_size": size}, f"{file}: pretrained_cfg")
+    takes_any = args.get("dynamic_img_size") or args.get("strict_img_size") is False
+    known = images.model_dump() | {
+        "architecture": read.architecture,
+        "input_size": (3, *images.input_size[1:]),
+        "fixed_input_size": images.fixed_input_size and not takes_any,
+    }
+    if read.num_classes is not None:
+        known["num_classes"] = read.num_classes
+    return Described(read.architecture, args, known, read.label_names, read.label_descriptions)
+
+
+def checked(kind: type[Read], values: Mapping[str, Any], where: str) -> Read:
+    """Values in their types and ranges; null counts as not said.
+
+    Args:
+        kind: Names, types and ranges.
+        values: What was written.
+        where: What the message calls the place.
+
+    Raises:
+        SettingsError: One of them is wrong.
+    """
+    try:
+        return kind.model_validate(_without_null(values))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        raise SettingsError(f"{where}: {name}: {problem['msg']} (got {shown(problem['input'])})") from None
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise SettingsError(f"there is no {file}; {NEEDED}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that can be none
+        raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from None
+    if len(content) > MOST_BYTES:
+        raise SettingsError(f"{file} has more than {MOST_BYTES} bytes")
+    try:
+        config = read_json(content)
+    except InvalidError as error:
+        raise SettingsError(f"{file} cannot be read: {error.message}") from None
+    if not isinstance(config, dict):
+        raise SettingsError(f"{file} holds no mapping but {shown(config)}")
+    return config
+
+
+def _without_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_args(args: Mapping[str, Any], file: str) -> None:
+    """Refuses what would have timm read other files, or build for ever."""
+    for name, value in args.items():
+        where = f"{file}: model_args.{name}"
+        if name in _OF_TIMM:
+            raise SettingsError(f"{where}: it is no argument of a model")
+        least, most = (1, _MOST_BLOCKS) if name.startswith("depth") else (-_LARGEST, _LARGEST)
+        for number in _numbers(value):
+            if not math.isfinite(number) or not least <= number <= most:
+                raise SettingsError(f"{where} is {shown(number)}; it must lie between {least} and {most}")
+
+
+def _pair(size: object) -> list[object]:
+    return list(size) if isinstance(size, list) else [size, size]
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for each in value for number in _numbers(each)]
+    return [value] if isinstance(value, int | float) else []
