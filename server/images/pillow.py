@@ -213,13 +213,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 8 bits; a plain conversion would clip everything over 255 to white."""
-    whole = image.convert("I")
+    whole, hidden = image.convert("I"), image.info.get("transparency")
     grey = whole.point(tiff.shades(image), "L")
-    hidden = image.info.get("transparency")
+    grey.info.pop("transparency", None)  # a value of 16 bits
     if hidden is None:
-        grey.info.pop("transparency", None)
         return grey
-    grey.info.pop("transparency", None)
     alpha = whole.point(bytes(0 if value == hidden else 255 for value in range(1 << 16)), "L")
     return Image.merge("LA", (grey, alpha))
 
