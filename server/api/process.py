@@ -20,6 +20,7 @@ from server.api.connection import Connection
 from server.ipc.client import RemoteEngine
 from server.ipc.devices import Devices
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector
+from server.memory import give_large_blocks_back
 from server.settings import Settings
 
 _DRAIN_S = 25
@@ -46,6 +47,7 @@ def main(
     """
     configure_logging(settings.log_level)
     end_with_parent()
+    give_large_blocks_back()
     engines = [RemoteEngine(path, index) for index, path in enumerate(socket_paths)]
     engine = engines[0] if len(engines) == 1 else Devices(engines)
 
@@ -55,6 +57,7 @@ def main(
         beating = asyncio.create_task(pulse.beat())
         yield
         beating.cancel()
+        app.state.service.decoders.close()
         await engine.close()
 
     app = create_app(settings, engine, lifespan)

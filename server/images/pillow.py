@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
 from server.images.image import JpegFile, Pixels
-from server.images.jpeg import END, ENGINE_BYTES, ENGINE_PIXELS, SAMPLINGS, usual_jpeg
+from server.images.jpeg import END, ENGINE_BYTES, ENGINE_PIXELS, MOST_SCANS, SAMPLINGS, scans_from, usual_jpeg
 from server.images.preprocessing import Preprocessing
 
 Image.init()
@@ -22,8 +22,12 @@ _RESAMPLING = {
 }
 _ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
 _LYING = (5, 6, 7, 8)  # EXIF orientations of images whose rows stand upright as columns
-_LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
+LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
+_BAND_PIXELS = 1 << 18
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+# By default a single AVIF takes a thread for each CPU of the machine, whatever the container's share is.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 # The header check below is stricter than Pillow's warning and gives the client an answer.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -101,8 +105,17 @@ def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
         and image.width * image.height <= ENGINE_PIXELS
         and len(encoded) <= ENGINE_BYTES
         and encoded.endswith(END)
+        and (not image.info.get("progressive") or scans_from(encoded, 0) <= MOST_SCANS)
         and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     )
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises TooLargeError of an image that has more pixels than are allowed."""
+    if width * height > max_pixels:
+        raise TooLargeError(
+            f"the image has {width} x {height} pixels; at most {max_pixels} are allowed", max_pixels=max_pixels
+        )
 
 
 @contextmanager
@@ -112,11 +125,7 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise UndecodableError("the image is empty")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise TooLargeError(
-                    f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are allowed",
-                    max_pixels=max_pixels,
-                )
+            check_pixels(image.width, image.height, max_pixels)
             yield image
     except (ServerError, MemoryError):
         raise
@@ -155,7 +164,7 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tupl
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     width, height = image.size[::-1] if orientation in _LYING else image.size
     to_width, to_height = preprocessing.resized(width, height)
-    most = min(width // max(to_width, 1), height // max(to_height, 1)) // _LEFT_TO_RESIZE
+    most = min(width // max(to_width, 1), height // max(to_height, 1)) // LEFT_TO_RESIZE
     for shrink in (8, 4, 2):
         # Of a side that is no multiple, the last pixel is more than there is; turned, it would be the first.
         is_exact = orientation == 1 or not (width % shrink or height % shrink)
@@ -168,6 +177,10 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tupl
 def _to_rgb(image: Image.Image) -> Image.Image:
     """The first frame, upright, in 8-bit RGB; what is transparent becomes white."""
     mode = image.mode
+    image.load()
+    image.getexif()
+    for name in ("exif", "Raw profile type exif"):
+        image.info.pop(name, None)  # which `exif_transpose` would write anew, whatever is in it
     ImageOps.exif_transpose(image, in_place=True)
     if mode in _SIXTEEN_BITS:
         # A plain conversion would clip everything over 255 to white.
@@ -175,10 +188,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif mode == "F":
         raise UndecodableError("floating-point images have no defined brightness; send 8 or 16 bits a channel")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
+        return _over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """An image with alpha on a white ground, a band of rows at a time: the whole at once takes three more copies."""
+    opaque = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        opaque.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return opaque
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int]:

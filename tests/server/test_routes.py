@@ -19,6 +19,7 @@ from server.api.patience import at_most
 from server.batching.policy import Rung
 from server.dial import AutoR, RSetting
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.images import decoders
 from server.images.image import JpegFile, Pixels
 from server.images.pillow import read
 from server.ipc.messages import Answered, Choice, Classify, Explain, Merges, Reason, TopK
@@ -194,7 +195,7 @@ async def test_a_change_while_images_are_decoded_counts_for_all_of_them(monkeypa
         return read(encoded, *args)
 
     async with serving(r=5) as service:
-        monkeypatch.setattr(reading, "read", read_slowly)
+        monkeypatch.setattr(decoders, "read", read_slowly)
         call = asyncio.create_task(service.client.post("/classify", files=photos(1, 2, 3)))
         await until(decoding.is_set)
         await service.client.patch("/v1/models/tiny", json={"r": 8})
