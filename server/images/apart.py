@@ -19,10 +19,13 @@ import msgspec
 
 from server.errors import ServerError, TooLargeError, UnavailableError, UndecodableError
 from server.images.cost import Cost
-from server.images.decoder import MOST_CPU_S, Decoded, Job, Refused, receive, send
+from server.images.decoder import READY, Decoded, Job, Refused, receive, send
 from server.images.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
+
+MOST_CPU_S = 10
+"""Processor time for one image; 50 megapixels of lossless WebP take 2 s."""
 
 _IDLE_S = 60.0
 _PROGRAM = "from server.images.decoder import main; main()"
@@ -82,13 +85,13 @@ class DecoderProcess:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_killed = False
+        self._is_spent = False
         self.close: Callable[[], object] = lambda: None
 
     @property
     def is_usable(self) -> bool:
         """Whether it can be asked again."""
-        return not self._is_killed and self._process is not None and self._process.poll() is None
+        return not self._is_spent and self._process is not None and self._process.poll() is None
 
     def decode(self, job: Job, encoded: bytes) -> bytes:
         """Decodes an image; blocks, and is called from a thread.
@@ -101,8 +104,11 @@ class DecoderProcess:
         if self._process is None:
             self._process = _start()
             self.close = weakref.finalize(self, _end, self._process)
-            if self._is_killed:
+            if self._is_spent:
                 self.kill()
+            if _pipes(self._process)[1].read(len(READY)) != READY:
+                logger.error("a decoder process ends at its start, with status %s", self._process.wait())
+                raise UnavailableError("the decoder of large images does not start", retry_after_s=1)
         stdin, stdout = _pipes(self._process)
         try:
             send(stdin, job, encoded)
@@ -110,32 +116,18 @@ class DecoderProcess:
         except OSError:  # it has died
             packed = None
         if packed is None:
-            raise self._epitaph(self._process.wait())
+            raise _epitaph(self._process.wait(), job)
         answer = msgspec.msgpack.decode(packed, type=Decoded | Refused)
         if isinstance(answer, Refused):
+            self._is_spent = answer.code == TooLargeError.code  # what it took may lie about in pieces
             raise ServerError.of(answer.code, answer.message, None, answer.details)
         return answer.data
 
     def kill(self) -> None:
         """Ends the process, whatever it does; may be called from any thread."""
-        self._is_killed = True
+        self._is_spent = True
         if self._process is not None:
             self._process.kill()
-
-    def _epitaph(self, status: int) -> ServerError:
-        """What a client is told of a process's death by its image."""
-        if status == -signal.SIGXCPU:
-            return TooLargeError(
-                f"decoding the image takes more than {MOST_CPU_S} s of processor time", max_decode_s=MOST_CPU_S
-            )
-        if status == -signal.SIGKILL:
-            return TooLargeError("decoding the image takes more memory than there is")
-        if status < 0:
-            return UndecodableError(
-                f"the image cannot be decoded: the decoder crashed ({signal.Signals(-status).name})"
-            )
-        logger.error("a decoder process ended with status %d", status)
-        return UnavailableError("the decoder of large images does not run", retry_after_s=1)
 
 
 class Apart:
@@ -171,7 +163,7 @@ class Apart:
             )
         memory = min(cost.memory or self._memory, self._memory)
         async with self._turns.turn(memory):
-            job = Job(len(encoded), preprocessing, self._max_pixels, memory)
+            job = Job(len(encoded), preprocessing, self._max_pixels, memory, MOST_CPU_S)
             decoder = self._decoder()
             self._busy.add(decoder)
             try:
@@ -234,6 +226,18 @@ def _start() -> subprocess.Popen[bytes]:
     except OSError as error:
         logger.error("no decoder process can be started: %s", error)
         raise UnavailableError("the decoder of large images cannot be started", retry_after_s=1) from error
+
+
+def _epitaph(status: int, job: Job) -> ServerError:
+    """What a client is told of a process's death by its image."""
+    if status == -signal.SIGXCPU:
+        return TooLargeError(
+            f"decoding the image takes more than {job.cpu_s} s of processor time", max_decode_s=job.cpu_s
+        )
+    if status == -signal.SIGKILL:
+        return TooLargeError("decoding the image takes more memory than there is")
+    logger.warning("a decoder process crashed with status %d", status)
+    return UndecodableError(f"the image cannot be decoded: the decoder crashed on it (status {status})")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -17,8 +17,11 @@ from server.images.structure import Structure, structure_of
 MOST_BLOCK_VISITS = 500_000_000
 """Blocks of a JPEG times its scans: 4 s. A photo of 50 megapixels has 2 million blocks at most."""
 
+MOST_PARTS = 1 << 18
+"""Strips or tiles of a TIFF: as many as rows, of an image that is 190 pixels wide."""
+
 _MOST_OF_A_THREAD = 96 << 20  # what any usual photo of 24 megapixels needs, progressive ones too
-_FIXED = 1 << 20
+_FIXED = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ def cost_of(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> Co
         max_pixels: Largest width x height.
 
     Raises:
-        TooLargeError: It has too many pixels, or scans for its size.
+        TooLargeError: It has too many pixels, or more scans or parts than decoding may take time for.
     """
     found = structure_of(encoded)
     if found is None:
@@ -86,6 +89,10 @@ def cost_of(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> Co
             f"the JPEG has {found.scans} scans of {width} x {height} pixels; of that size at most "
             f"{MOST_BLOCK_VISITS // found.blocks} are allowed",
             max_scans=MOST_BLOCK_VISITS // found.blocks,
+        )
+    if found.parts > MOST_PARTS:
+        raise TooLargeError(
+            f"the TIFF has {found.parts} strips or tiles; at most {MOST_PARTS} are allowed", max_parts=MOST_PARTS
         )
     if not width or not height:
         return Cost(0, 0, False)

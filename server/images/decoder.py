@@ -24,8 +24,8 @@ from server.images.pillow import decode
 from server.images.preprocessing import Preprocessing
 from server.memory import give_large_blocks_back
 
-MOST_CPU_S = 10
-"""Processor time for one image; 50 megapixels of lossless WebP take 2 s."""
+READY = b"ready"
+"""What it says first, so that whatever ends it later is known to be an image's fault."""
 
 _SPARE = 32 << 20  # a thread's stack, and what Python itself needs
 _NICENESS = 5  # photos in the other processes come first
@@ -38,12 +38,14 @@ class Job(Struct, frozen=True, array_like=True):
         size: Bytes of the file.
         preprocessing, max_pixels: As for `decode`.
         memory: Bytes that decoding may take.
+        cpu_s: Seconds of processor time that it may take.
     """
 
     size: int
     preprocessing: Preprocessing
     max_pixels: int
     memory: int
+    cpu_s: int
 
 
 class Decoded(Struct, frozen=True, array_like=True, tag="decoded"):
@@ -86,34 +88,37 @@ def main() -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):  # libraries write about each strange file
         os.dup2(silence, stream.fileno())
+    answers.write(READY)
+    answers.flush()
     while packed := receive(jobs):
         job = msgspec.msgpack.decode(packed, type=Job)
-        _limit(job.memory + job.size)
+        _limit(job.memory + job.size, job.cpu_s)
         send(answers, _decoded(jobs.read(job.size), job))
 
 
 def _decoded(encoded: bytes, job: Job) -> Decoded | Refused:
     try:
         return Decoded(decode(encoded, job.preprocessing, job.max_pixels))
+    except ServerError as error:
+        return Refused(error.code, error.message, error.details)
     except MemoryError:
-        error: ServerError = TooLargeError(
-            f"decoding the image takes more than the {job.memory >> 20} MiB of memory that it may have",
-            max_memory=job.memory,
-        )
-    except ServerError as refusal:
-        error = refusal
-    return Refused(error.code, error.message, error.details)
+        pass  # until here the traceback holds what was taken
+    return Refused(
+        TooLargeError.code,
+        f"decoding the image takes more than the {job.memory >> 20} MiB of memory that it may have",
+        {"max_memory": job.memory},
+    )
 
 
-def _limit(memory: int) -> None:
-    """Allows so much memory from now on, and `MOST_CPU_S` of processor time, past which the kernel kills."""
+def _limit(memory: int, cpu_s: int) -> None:
+    """Allows so much memory from now on, and so much processor time, past which the kernel kills."""
     with contextlib.suppress(OSError, ValueError):  # not Linux, or a lower limit of the user's
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + memory + _SPARE
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime) + 1 + MOST_CPU_S
+    seconds = int(used.ru_utime + used.ru_stime) + 1 + cpu_s
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 

@@ -20,6 +20,9 @@ MOST_SEGMENTS = 256
 MOST_SCANS = 20
 """Each may go through the whole image, for a few bytes. libjpeg writes 10 scans, other encoders up to 16 or so."""
 
+_LEAST_SCAN = 10  # bytes
+_BLOCK_VISITS = 1 << 25
+"""Blocks of 8 x 8 times scans that take no time to speak of: a third of a second of libjpeg."""
 _MOST_SEARCHED = 1 << 18  # bytes, in 0.15 ms
 _WINDOW = 1 << 20
 
@@ -58,7 +61,7 @@ def usual_jpeg(encoded: bytes) -> tuple[int, int] | None:
 
 def _read(encoded: bytes) -> tuple[int, int] | None:
     size: tuple[int, int] | None = None
-    components, baseline, exifs = 0, False, 0
+    samplings, components, baseline, exifs = b"", 0, False, 0
     at = len(START)
     for _ in range(MOST_SEGMENTS):
         mark, kind, length = _segment(encoded, at)
@@ -76,14 +79,17 @@ def _read(encoded: bytes) -> tuple[int, int] | None:
             names = encoded[start + 6 : at : 3]
             if size or bits != 8 or length != 8 + 3 * components or not 0 < width * height <= ENGINE_PIXELS:
                 return None
-            if encoded[start + 7 : at : 3] not in SAMPLINGS or (components == 3 and names not in _YCBCR):
+            samplings = encoded[start + 7 : at : 3]
+            if samplings not in SAMPLINGS or (components == 3 and names not in _YCBCR):
                 return None
             size, baseline = (width, height), kind == _FRAMES[0]
         elif kind == _SCAN:
             scanned = encoded[start]
             together = scanned == components or not baseline
-            is_whole = size is not None and together and length == 6 + 2 * scanned and at < len(encoded) - len(END)
-            return size if is_whole and (baseline or _has_few_scans(encoded, at)) else None
+            is_whole = together and length == 6 + 2 * scanned and at < len(encoded) - len(END)
+            if size is None or not is_whole:
+                return None
+            return size if baseline or _has_few_scans(encoded, at, blocks_of(samplings, *size)) else None
         elif kind == _APP1:
             content = encoded[start:at]
             exifs += content.startswith(b"Exif\0\0")
@@ -92,6 +98,14 @@ def _read(encoded: bytes) -> tuple[int, int] | None:
         elif not (_APP0 <= kind <= _APP15 and _is_harmless(kind, encoded[start:at])):
             return None
     return None
+
+
+def blocks_of(samplings: bytes, width: int, height: int) -> int:
+    """Blocks of 8 x 8 samples of all components, by how each is sampled: columns, then rows, in half a byte each."""
+    across = max((sampling >> 4 for sampling in samplings), default=1) or 1
+    down = max((sampling & 15 for sampling in samplings), default=1) or 1
+    units = -(-width // (8 * across)) * -(-height // (8 * down))  # the parts that are coded together
+    return units * sum((sampling >> 4) * (sampling & 15) for sampling in samplings)
 
 
 def scans_from(encoded: bytes, at: int) -> int:
@@ -105,8 +119,10 @@ def scans_from(encoded: bytes, at: int) -> int:
     return sum(len(_scan_marks(encoded, start, start + _WINDOW + 1)) for start in windows)
 
 
-def _has_few_scans(encoded: bytes, at: int) -> bool:
-    """Whether a progressive file has the scans that encoders write; no, where it is too long to be searched at once."""
+def _has_few_scans(encoded: bytes, at: int, blocks: int) -> bool:
+    """Whether the scans of a progressive file are few enough, for its size; no, where it takes long to count them."""
+    if (len(encoded) - at) // _LEAST_SCAN * blocks <= _BLOCK_VISITS:
+        return True
     return len(encoded) - at <= _MOST_SEARCHED and 1 + scans_from(encoded, at) <= MOST_SCANS
 
 

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from server.images.jpeg import MOST_SCANS, MOST_SEGMENTS, is_upright, scans_from
+from server.images.jpeg import MOST_SCANS, MOST_SEGMENTS, blocks_of, is_upright, scans_from
 
 _MOST_CHUNKS = 4096
 _MOST_METADATA = 1 << 20
@@ -36,6 +36,7 @@ class Structure:
         copies: Of the file itself, that its reader makes at most.
         coefficients: Bytes that a decoder holds besides the pixels, as libjpeg for several scans.
         blocks, scans: Of a JPEG, how many blocks of 8 x 8 samples each of how many scans may go through; else 0.
+        parts: Strips or tiles of a TIFF; else 0.
         may_shrink: Whether it is a JPEG, which can be decoded at a part of its size.
         is_upright: Whether no metadata turns it.
     """
@@ -48,13 +49,15 @@ class Structure:
     coefficients: int = 0
     blocks: int = 0
     scans: int = 0
+    parts: int = 0
     may_shrink: bool = False
     is_upright: bool = False
 
 
 _ANY = Structure(0, 0, 18, False, copies=3)
-_ANY_JPEG = Structure(0, 0, 8.5, False)
+_OF_JPEG = 8.5
 _be = struct.Struct(">BBH").unpack_from
+_frame = struct.Struct(">BHHB").unpack_from
 _chunk = struct.Struct(">I4s").unpack_from
 _riff = struct.Struct("<4sI").unpack_from
 
@@ -73,44 +76,37 @@ def structure_of(encoded: bytes) -> Structure | None:
 
 
 def _jpeg(encoded: bytes) -> Structure:
-    found, at = _ANY_JPEG, 2
-    progressive, components, exifs, resources, upright, plain = False, 0, 0, 0, True, True
+    width = height = blocks = components = exifs = resources = 0
+    progressive, upright, plain, at = False, True, True, 2
     for _ in range(MOST_SEGMENTS):
         mark, kind, length = _be(encoded, at)
         start, at = at + 4, at + 2 + length
         if mark != 0xFF or length < 2 or kind < 0xC0 or 0xD0 <= kind <= 0xD9:
-            return found
+            break
         if kind == 0xDA:
             # Of several scans the decoder keeps all coefficients, 2 bytes each, until the last has come.
             several = progressive or encoded[start] < components
             scans = 1 + (scans_from(encoded, at) if several else 0)
-            plain = plain and found.blocks > 0 and scans <= MOST_SCANS
-            kept = 128 * found.blocks if several else 0
-            return replace(found, is_plain=plain, scans=scans, coefficients=kept, is_upright=upright)
+            plain = plain and blocks > 0 and scans <= MOST_SCANS
+            kept = 128 * blocks if several else 0
+            return Structure(width, height, _OF_JPEG, plain, 0, kept, blocks, scans, 0, True, upright)
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            bits, height, width, components = struct.unpack_from(">BHHB", encoded, start)
-            plain = plain and kind <= 0xC2 and bits == 8 and components in (1, 3, 4) and not found.blocks
-            progressive, found = kind > 0xC1, _frame(encoded[start + 6 : at], width, height)
+            plain = plain and kind <= 0xC2 and not blocks
+            bits, height, width, components = _frame(encoded, start)
+            plain = plain and bits == 8 and components in (1, 3, 4)
+            progressive, blocks = kind > 0xC1, blocks_of(encoded[start + 7 : at : 3], width, height)
         elif kind == 0xE1:
             content = encoded[start:at]
             if content.startswith(b"Exif\0\0"):
                 exifs += 1
                 plain = plain and exifs == 1 and _directory(content[6:]) <= _MOST_DIRECTORY
             upright = upright and _is_upright(content)
-        elif kind == 0xE2 and encoded.startswith(b"MPF", start):
-            plain = plain and length <= _MOST_EXIF
+        elif kind == 0xE2:
+            plain = plain and (length <= _MOST_EXIF or not encoded.startswith(b"MPF", start))
         elif kind == 0xED:
             resources += 1
             plain = plain and resources <= _MOST_RESOURCES
-    return found
-
-
-def _frame(components: bytes, width: int, height: int) -> Structure:
-    samplings = [(sampling >> 4 or 1, sampling & 15 or 1) for sampling in components[1::3]] or [(1, 1)]
-    across, down = (max(side) for side in zip(*samplings, strict=True))
-    units = -(-width // (8 * across)) * -(-height // (8 * down))  # the parts that are coded together
-    blocks = units * sum(columns * rows for columns, rows in samplings)
-    return replace(_ANY_JPEG, width=width, height=height, blocks=blocks, may_shrink=True)
+    return Structure(width, height, _OF_JPEG, False, may_shrink=True)
 
 
 def _is_upright(content: bytes) -> bool:
@@ -214,12 +210,14 @@ def _tiff(encoded: bytes) -> Structure:
     if version != 42:
         return _ANY
     (count,) = struct.unpack_from(order + "H", encoded, first)
-    sides = {256: 0, 257: 0}
+    sides, parts = {256: 0, 257: 0}, 0
     for at in range(first + 2, first + 2 + 12 * min(count, _MOST_ENTRIES), 12):
-        tag, kind = struct.unpack_from(order + "HH", encoded, at)
+        tag, kind, number = struct.unpack_from(order + "HHI", encoded, at)
         if tag in sides:
             (sides[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), encoded, at + 8)
-    return replace(_ANY, width=sides[256], height=sides[257])
+        elif tag in (273, 279, 324, 325):  # where strips or tiles are, and how long
+            parts = max(parts, number)
+    return replace(_ANY, width=sides[256], height=sides[257], parts=parts)
 
 
 def _avif(encoded: bytes) -> Structure:
