@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from server.api import explain, reading, routes, terms
+from server.api import explain, routes, terms
 from server.api.admission import Admission
 from server.api.patience import at_most
 from server.batching.policy import Rung
@@ -408,7 +408,7 @@ async def test_the_deadline_holds_while_decoding_too(monkeypatch: pytest.MonkeyP
         return read(*args)
 
     async with serving() as service:
-        monkeypatch.setattr(reading, "read", read_for_long)
+        monkeypatch.setattr(decoders, "read", read_for_long)
         late = await service.classify(PNG, status=504, deadline_ms=50)
         assert (late.json()["error"]["code"], decoding.is_set()) == ("deadline_exceeded", True)
         done.set()
