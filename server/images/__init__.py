@@ -6,6 +6,10 @@ HTTP process reads the header in a few microseconds (`jpeg.py`) and passes the f
 (four colours, plain RGB, EXIF orientations, several pictures, cut-off files, more than 16 megapixels or 4 MiB), Pillow
 looks at, as at every other format.
 
+Small files can take gigabytes, or minutes. `structure.py` reads what the structure of a file says, `cost.py` makes of it
+what decoding will take; `decoders.py` has plain photos decoded in threads, and the rest apart (`apart.py`), in processes
+with limits of memory and time (`decoder_process.py`, and `decoder.py`, which runs in them), by turns (`turns.py`).
+
 On a GPU nvJPEG writes each file's planes, luminance and two colours, as they lie in the file (`nvjpeg_library.py`,
 `nvjpeg_planes.py`), by orders from three threads. From its hardware decoder they are those of libjpeg, bit by bit.
 Four kernel launches a batch (`resize_kernel.py`) then do what libjpeg and Pillow do after that: they interpolate the
