@@ -6,9 +6,10 @@ HTTP process reads the header in a few microseconds (`jpeg.py`) and passes the f
 (four colours, plain RGB, EXIF orientations, several pictures, cut-off files, more than 16 megapixels or 4 MiB), Pillow
 looks at, as at every other format.
 
-Small files can take gigabytes, or minutes. `structure.py` reads what the structure of a file says, `cost.py` makes of it
-what decoding will take; `decoders.py` has plain photos decoded in threads, and the rest apart (`apart.py`), in processes
-with limits of memory and time (`decoder_process.py`, and `decoder.py`, which runs in them), by turns (`turns.py`).
+Some small files take gigabytes or minutes to decode. `structure.py` reads the structure of a file, and `cost.py`
+computes what decoding will take. `decoders.py` decodes plain photos in threads. All other files are decoded apart
+(`apart.py`), in processes with limits of memory and time: `decoder_process.py` is the parent's side, `decoder.py`
+runs in the process, and `turns.py` says whose turn it is.
 
 On a GPU nvJPEG writes each file's planes, luminance and two colours, as they lie in the file (`nvjpeg_library.py`,
 `nvjpeg_planes.py`), by orders from three threads. From its hardware decoder they are those of libjpeg, bit by bit.

@@ -1,8 +1,8 @@
-"""What decoding an image will cost, known from its structure before any of it is done, and what a process may spend.
+"""What decoding an image will take, computed from the file's structure before anything is decoded; and the budget.
 
-A quarter of the memory that the container has is for decoding, shared evenly by the HTTP processes. Photos are decoded
-in threads, each within a small part of that; what costs more, or is in doubt, is decoded apart, in processes that share
-the rest and can be killed.
+A quarter of the container's memory is for decoding. The HTTP processes share it evenly. Photos are decoded in
+threads, each within a small part of it. Images that need more, and files that are not plain, are decoded apart, in
+processes that share the rest and can be killed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A decoder process: decodes image files one after the other, under limits of memory and time that the kernel keeps.
 
-It is a program of its own, started as `python -c "from server.images.decoder import main; main()"`: it loads Pillow,
-and neither torch nor HTTP. What a file does to it is that file's error alone: it may be killed at any moment.
+It is a program of its own, started as `python -c "from server.images.decoder import main; main()"`. It loads Pillow,
+and neither torch nor HTTP. It may be killed at any moment: only the image that it decodes is lost.
 """
 
 from __future__ import annotations

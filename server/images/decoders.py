@@ -1,4 +1,4 @@
-"""Where an HTTP process decodes: photos in threads, what costs more, or cannot be foreseen, apart."""
+"""The decoders of an HTTP process: threads for photos, processes for all that is expensive or may be."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MOST_PROCESSES = 4
 
 
 class Decoders:
-    """The decoders of one HTTP process, whose memory and time are bounded whatever clients send.
+    """The decoders of one HTTP process. Their memory and time are bounded, whatever clients send.
 
-    A photo never waits for a large image, and large images take turns in the order in which they came.
+    A photo never waits for a large image. Large images take turns in the order in which they came.
 
     Args:
         max_pixels: Largest width x height.
@@ -49,7 +49,7 @@ class Decoders:
         return image
 
     def _read(self, encoded: bytes, preprocessing: Preprocessing, decodes_jpeg: bool) -> Image | Cost:
-        """The image; or what decoding it costs, where that is too much for a thread."""
+        """The image; or the cost of decoding it, if that is too much for a thread."""
         cost = cost_of(encoded, preprocessing, self._max_pixels)
         if cost.is_plain and cost.memory <= self.budget.of_a_thread:
             return read(encoded, preprocessing, self._max_pixels, decodes_jpeg)

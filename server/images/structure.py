@@ -1,11 +1,11 @@
-"""What the structure of an image file says, without a decoder: size, memory for a pixel, and whether it is plain.
+"""The structure of an image file, read without a decoder: its size, memory for each pixel, and whether it is plain.
 
-A file is plain if the time and the memory of its decoding follow from its size in pixels: it is of a common format, and
-has no more segments, scans or metadata than cameras and image programs write. Decoders take seconds, or gigabytes, for
-small files that are made for that: directories whose entries all point to the same bytes, thousands of scans, comments
-in many pieces. TIFF and AVIF are never plain: they are rare, and have too many ways to be expensive.
+A file is plain if its size in pixels tells how much memory and time decoding takes. It has a common format, and no more
+segments, scans or metadata than cameras and image programs write. Other small files can take seconds or gigabytes:
+directories whose entries all point to the same bytes, thousands of scans, comments in many pieces. TIFF and AVIF are
+never plain: they are rare, and can be expensive in too many ways.
 
-Each reader here looks at a bounded number of fields. Wherever it is in doubt, the file is not plain.
+Each reader looks at a bounded number of fields. In doubt, the file is not plain.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Structure:
         is_plain: Whether memory and time follow from the size.
         copies: Of the file itself, that its reader makes at most.
         coefficients: Bytes that a decoder holds besides the pixels, as libjpeg for several scans.
-        blocks, scans: Of a JPEG, how many blocks of 8 x 8 samples each of how many scans may go through; else 0.
+        blocks, scans: Of a JPEG: its blocks of 8 x 8 samples, and its scans, each of which may visit every block.
         parts: Strips or tiles of a TIFF; else 0.
         may_shrink: Whether it is a JPEG, which can be decoded at a part of its size.
         is_upright: Whether no metadata turns it.
@@ -63,7 +63,7 @@ _riff = struct.Struct("<4sI").unpack_from
 
 
 def structure_of(encoded: bytes) -> Structure | None:
-    """Reads the structure of a file; None of a file that is in none of the formats, which costs nothing to refuse."""
+    """Reads the structure of a file. The result is None for a file of another format, which costs nothing to refuse."""
     read = next((read for starts, read in _READERS if encoded.startswith(starts)), None)
     if read is None:
         if encoded[4:8] != b"ftyp":
