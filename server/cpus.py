@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from server.cgroups import cgroups
 
 
 def available_cpus(root: Path = Path("/")) -> int:
@@ -20,7 +22,7 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 def _shares(root: Path) -> Iterator[float]:
     """CPUs' worth of time that each cgroup over this process allows; nothing where there is none or no limit."""
-    for folder in _cgroups(root):
+    for folder in cgroups("cpu", root):
         try:
             if (of_version_2 := folder / "cpu.max").exists():
                 quota, period = of_version_2.read_text().split()
@@ -30,23 +32,3 @@ def _shares(root: Path) -> Iterator[float]:
                 yield int(quota) / int(period)
         except (OSError, ValueError, ZeroDivisionError):  # no such file, as in the topmost cgroup, or not for us
             continue
-
-
-def _cgroups(root: Path) -> Iterator[Path]:
-    """The folders of the cgroups that this process is in, of both versions, each with all that it lies in.
-
-    Inside a container the path is mostly "/". Where it is the host's, which is not mounted here, "/" is its ancestor.
-    """
-    mounted = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = ["0::/"]
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        place = PurePosixPath("/") if ".." in path.split("/") else PurePosixPath(path)  # ".." is outside of what we see
-        for name in {controllers, "cpu"} if controllers else {""}:
-            for each in (place, *place.parents):
-                yield mounted / name / each.relative_to("/")

@@ -1,12 +1,17 @@
-"""How much memory this process may use."""
+"""How much memory this process may use, and how it returns what it no longer needs."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from server.cgroups import cgroups
 
 _LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")  # the first two are cgroup version 2's
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_LARGE = 4 << 20
 
 
 def available_bytes(root: Path = Path("/")) -> int:
@@ -16,6 +21,20 @@ def available_bytes(root: Path = Path("/")) -> int:
         root: Where `proc` and `sys` lie.
     """
     return min([_machine(root), *_limits(root)])
+
+
+def give_large_blocks_back() -> None:
+    """Makes the C library return each block of 4 MiB or more to the system as soon as it is free.
+
+    By default glibc keeps free blocks of up to 32 MiB, in one arena for each decoder thread. Large images then leave
+    gigabytes behind. Smaller blocks are still kept, because photos of a usual size would pay for page faults.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library than glibc
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    mallopt(_M_TRIM_THRESHOLD, _LARGE)
 
 
 def _machine(root: Path) -> int:
@@ -28,29 +47,9 @@ def _machine(root: Path) -> int:
 
 def _limits(root: Path) -> Iterator[int]:
     """The limit of each cgroup over this process. Version 1 writes a huge number where there is none."""
-    for folder in _cgroups(root):
+    for folder in cgroups("memory", root):
         for name in _LIMITS:
             try:
                 yield int((folder / name).read_text())
             except (OSError, ValueError):  # no such file, as in the topmost cgroup, or "max"
                 continue
-
-
-def _cgroups(root: Path) -> Iterator[Path]:
-    """The folders of the memory cgroups that this process is in, of both versions, each with all that it lies in.
-
-    Inside a container the path is mostly "/". Where it is the host's, which is not mounted here, "/" is its ancestor.
-    """
-    mounted = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = ["0::/"]
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        place = PurePosixPath("/") if ".." in path.split("/") else PurePosixPath(path)  # ".." is outside of what we see
-        for name in {controllers, "memory"} if controllers else {""}:
-            for each in (place, *place.parents):
-                yield mounted / name / each.relative_to("/")

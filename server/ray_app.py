@@ -115,6 +115,7 @@ class Replica:
         exporting = asyncio.create_task(export_forever(), name="metrics to Ray")
         yield  # until Ray has seen the last answer leave
         exporting.cancel()
+        app.state.service.decoders.close()
         await self._engine.close()
 
     async def check_health(self) -> None:

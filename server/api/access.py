@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from fastapi import Depends, Request
 from server.api.admission import Admission
 from server.api.schemas import ErrorBody
 from server.errors import ForbiddenError, UnauthorizedError
+from server.images.decoders import Decoders
 from server.ipc.engine import Engine
 from server.settings import Settings
 
@@ -50,7 +50,7 @@ class Service:
     settings: Settings
     engine: Engine
     admission: Admission
-    decoders: Executor
+    decoders: Decoders
 
 
 # Coroutines, though they wait for nothing: FastAPI would run plain functions in threads, at 0.1 ms each. And one for

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,8 +21,8 @@ from server.api.body import invalid
 from server.api.direct import Direct, Handlers
 from server.api.methods import Head, allowed
 from server.api.middleware import SAFE, Front
-from server.cpus import available_cpus
 from server.errors import ServerError
+from server.images.decoders import Decoders
 from server.ipc.engine import Engine
 from server.settings import Settings
 
@@ -57,8 +56,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # what asks for it costs each request 0.01 ms
     )
     app.state.is_draining = False
-    # An executor, since its threads stay as few when callers leave; more of them would only hold more memory.
-    decoders = ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode")
+    decoders = Decoders(settings.max_image_pixels, settings.http_workers)
     app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
     ours = (routes.router, explain.router, models.router, config.router, health.router, openapi.router, page.router)
     routers = (*instead, *ours)

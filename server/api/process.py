@@ -22,6 +22,7 @@ from server.api.room import Room, allow_many_files, most_connections
 from server.ipc.client import RemoteEngine
 from server.ipc.devices import Devices
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector
+from server.memory import give_large_blocks_back
 from server.settings import Settings
 
 _DRAIN_S = 25
@@ -50,6 +51,7 @@ def main(
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each odd byte that a client sends
     end_with_parent()
     allow_many_files()
+    give_large_blocks_back()
     engines = [RemoteEngine(path, index) for index, path in enumerate(socket_paths)]
     engine = engines[0] if len(engines) == 1 else Devices(engines)
 
@@ -59,6 +61,7 @@ def main(
         beating = asyncio.create_task(pulse.beat())
         yield
         beating.cancel()
+        app.state.service.decoders.close()
         await engine.close()
 
     app = create_app(settings, engine, lifespan)

@@ -13,7 +13,7 @@ from server.api.body import Upload
 from server.api.terms import Terms
 from server.errors import TooLargeError, UndecodableError, UnsupportedError
 from server.images.image import Image
-from server.images.pillow import as_it_came, read
+from server.images.pillow import as_it_came
 from server.ipc.messages import Answered, Request
 from server.types import ModelInfo
 
@@ -23,12 +23,12 @@ OF_AN_IMAGE = (UndecodableError, UnsupportedError, TooLargeError)
 
 
 async def read_images(uploads: Sequence[Upload], info: ModelInfo, service: Service) -> tuple[list[Image], float]:
-    """The images of a request, side by side in the decoders' threads, and the seconds that the slowest took.
+    """The images of a request, decoded side by side, and the seconds that the slowest took.
 
     Raises:
         UndecodableError, UnsupportedError, TooLargeError: One of them cannot be decoded; the details say which.
     """
-    loop, max_pixels = asyncio.get_running_loop(), service.settings.max_image_pixels
+    max_pixels = service.settings.max_image_pixels
 
     async def read_one(index: int, upload: Upload) -> tuple[Image, float]:
         start = time.perf_counter()
@@ -37,9 +37,7 @@ async def read_images(uploads: Sequence[Upload], info: ModelInfo, service: Servi
             if info.decodes_jpeg:
                 image = as_it_came(upload.encoded, info.preprocessing, max_pixels)  # sooner than a thread is asked
             if image is None:
-                image = await loop.run_in_executor(
-                    service.decoders, read, upload.encoded, info.preprocessing, max_pixels, info.decodes_jpeg
-                )
+                image = await service.decoders.read(upload.encoded, info.preprocessing, info.decodes_jpeg)
         except OF_AN_IMAGE as error:
             error.details["image"] = index
             raise

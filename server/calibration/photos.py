@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from server.cpus import available_cpus
 from server.device.models import LoadedModel
 from server.device.prepared import stacked
 from server.device.runner import Runner
@@ -29,7 +30,7 @@ def read_photos(files: Sequence[Path], info: ModelInfo, max_pixels: int) -> list
     Raises:
         SettingsError: One of them cannot be decoded.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         return list(pool.map(lambda file: read_photo(str(file), info.preprocessing, max_pixels), files))
 
 

@@ -11,6 +11,11 @@ the directory or header again in a form that is known to be read right, or refus
 `avif.py` and `segments.py` leave out metadata that could keep the pixels from being read, and `unended.py` puts the end
 on a JPEG that lacks nothing else. docs/formats.md lists what is read.
 
+Some small files take gigabytes or minutes to decode. `structure.py` reads the structure of a file, and `cost.py`
+computes what decoding will take. `decoders.py` decodes plain photos in threads. All other files are decoded apart
+(`apart.py`), in processes with limits of memory and time: `decoder_process.py` is the parent's side, `decoder.py`
+runs in the process, and `turns.py` says whose turn it is.
+
 On a GPU nvJPEG writes each file's planes, luminance and two colours, as they lie in the file (`nvjpeg_library.py`,
 `nvjpeg_planes.py`), by orders from three threads. From its hardware decoder they are those of libjpeg, bit by bit.
 Four kernel launches a batch (`resize_kernel.py`) then do what libjpeg and Pillow do after that: they interpolate the

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
 from server.images import avif, bmp, png, tiff
 from server.images.image import JpegFile, Pixels
-from server.images.jpeg import END, ENGINE_BYTES, ENGINE_PIXELS, SAMPLINGS, START, usual_jpeg
+from server.images.jpeg import END, ENGINE_BYTES, ENGINE_PIXELS, MOST_SCANS, SAMPLINGS, START, scans_from, usual_jpeg
 from server.images.limits import check_pixels
 from server.images.orientation import orientation, turn_upright
 from server.images.preprocessing import Preprocessing
@@ -28,8 +28,12 @@ _RESAMPLING = {
 _ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
 _LYING = (5, 6, 7, 8)  # EXIF orientations of images whose rows stand upright as columns
 _REPAIRED = "repaired"  # in `info` of an image whose file is not the one that came
-_LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
+LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
+_BAND_PIXELS = 1 << 18
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+# By default a single AVIF takes a thread for each CPU of the machine, whatever the container's share is.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 # Of large images the header check below tells the client; of odd metadata nobody need know, once for each file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -109,6 +113,7 @@ def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
         and image.width * image.height <= ENGINE_PIXELS
         and len(encoded) <= ENGINE_BYTES
         and encoded.endswith(END)
+        and (not image.info.get("progressive") or scans_from(encoded, 0) <= MOST_SCANS)
         and orientation(image) == 1
     )
 
@@ -185,7 +190,7 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tupl
     turned = orientation(image)
     width, height = image.size[::-1] if turned in _LYING else image.size
     to_width, to_height = preprocessing.resized(width, height)
-    most = min(width // max(to_width, 1), height // max(to_height, 1)) // _LEFT_TO_RESIZE
+    most = min(width // max(to_width, 1), height // max(to_height, 1)) // LEFT_TO_RESIZE
     for shrink in (8, 4, 2):
         # Of a side that is no multiple, the last pixel is more than there is; turned, it would be the first.
         is_exact = turned == 1 or not (width % shrink or height % shrink)
@@ -205,9 +210,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         return image.convert("RGB")  # as browsers: an alpha that would hide everything is none
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
+        return _over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -220,6 +223,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return grey
     alpha = whole.point(bytes(0 if value == hidden else 255 for value in range(1 << 16)), "L")
     return Image.merge("LA", (grey, alpha))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """An image with alpha on a white ground, a band of rows at a time: the whole at once takes three more copies."""
+    opaque = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        opaque.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return opaque
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int]:

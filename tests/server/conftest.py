@@ -263,6 +263,7 @@ async def serving(
             yield Service(client, app, device)
     finally:
         device.gate.set()
+        app.state.service.decoders.close()
         await local.close()
 
 

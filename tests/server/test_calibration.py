@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from server.calibration import photos
 from server.calibration.latency import Latency, measure
 from server.calibration.photos import Calibration, read_photos
 from server.device.models import LoadedModel, load_model
@@ -169,3 +171,18 @@ def test_one_slow_run_does_not_spoil_a_latency() -> None:
 
     assert measure(seconds, [(1, 2), (4, 0)]) == {(1, 2): 0.3, (4, 0): 0.4}
     assert calls[:4] == [(1, 2), (4, 0)] * 2  # in turns
+
+
+def test_as_many_photos_are_decoded_at_once_as_there_are_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, most: int | None = None) -> None:
+            asked.append(most or 0)
+            super().__init__(most)
+
+    monkeypatch.setattr(photos, "available_cpus", lambda: 3)
+    monkeypatch.setattr(photos, "ThreadPoolExecutor", Threads)
+    Image.new("RGB", (9, 9)).save(tmp_path / "photo.png")
+    assert len(read_photos([tmp_path / "photo.png"], model_info(), PIXELS)) == 1
+    assert asked == [3]

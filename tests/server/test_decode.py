@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.images import pillow
 from server.images.pillow import FORMATS, decode
 from server.images.preprocessing import Preprocessing
 from tests.server.conftest import encode
@@ -123,6 +124,24 @@ def test_grey_and_black_and_white_become_rgb(mode: str, value: int, rgb: int) ->
 def test_what_is_transparent_becomes_white(mode: str, value: Any, over_white: list[int], format: str) -> None:
     options = {"lossless": True, "exact": True} if format == "WEBP" else {}
     assert colour(encode(Image.new(mode, (32, 32), value), format, **options)) == pytest.approx(over_white, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGBA", {}),
+        ("LA", {}),
+        ("P", {"transparency": 7}),
+        ("P", {"transparency": bytes(range(256))}),
+        ("RGB", {"transparency": (0, 0, 0)}),
+        ("L", {"transparency": 9}),
+    ],
+)
+def test_bands_over_white_are_the_whole_over_white(mode: str, options: dict[str, Any]) -> None:
+    with Image.open(io.BytesIO(encode(noise(1111, 700, "RGBA").convert(mode), **options))) as image:
+        ground = Image.new("RGBA", image.size, "white")
+        wanted = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+        assert pillow._over_white(image).tobytes() == wanted.tobytes()
 
 
 def palette(width: int = 32) -> Image.Image:

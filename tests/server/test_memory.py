@@ -1,8 +1,10 @@
-"""How much memory may be used, by a made-up /proc and /sys."""
+"""How much memory may be used, by a made-up /proc and /sys; and that large blocks go back to the system."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,32 @@ def test_the_machine_is_asked_where_proc_says_nothing(
 
 def test_of_this_process() -> None:
     assert 0 < available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+KEEPS = """
+import threading
+from server.memory import give_large_blocks_back
+{give}
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+from PIL import Image
+def work():
+    for side in (3000, 3500, 4000):
+        image, keeper = Image.new("RGBA", (side, side), "red"), bytearray(100_000)
+        copy = image.copy()
+        kept.append(keeper)
+kept = []
+threads = [threading.Thread(target=work) for _ in range(4)]
+before = resident()
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+print(resident() - before)
+"""
+
+
+def test_large_blocks_go_back_to_the_system() -> None:
+    kept = subprocess.run(
+        [sys.executable, "-c", KEEPS.format(give="give_large_blocks_back()")],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert int(kept.stdout) < 40 << 20

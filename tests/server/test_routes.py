@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from server.api import explain, reading, routes, terms
+from server.api import explain, routes, terms
 from server.api.admission import Admission
 from server.api.patience import at_most
 from server.batching.policy import Rung
 from server.dial import AutoR, RSetting
 from server.errors import ServerError, TooLargeError, UndecodableError, UnsupportedError
+from server.images import decoders
 from server.images.image import JpegFile, Pixels
 from server.images.pillow import read
 from server.ipc.messages import Answered, Choice, Classify, Explain, Merges, Reason, TopK
@@ -194,7 +195,7 @@ async def test_a_change_while_images_are_decoded_counts_for_all_of_them(monkeypa
         return read(encoded, *args)
 
     async with serving(r=5) as service:
-        monkeypatch.setattr(reading, "read", read_slowly)
+        monkeypatch.setattr(decoders, "read", read_slowly)
         call = asyncio.create_task(service.client.post("/classify", files=photos(1, 2, 3)))
         await until(decoding.is_set)
         await service.client.patch("/v1/models/tiny", json={"r": 8})
@@ -407,7 +408,7 @@ async def test_the_deadline_holds_while_decoding_too(monkeypatch: pytest.MonkeyP
         return read(*args)
 
     async with serving() as service:
-        monkeypatch.setattr(reading, "read", read_for_long)
+        monkeypatch.setattr(decoders, "read", read_for_long)
         late = await service.classify(PNG, status=504, deadline_ms=50)
         assert (late.json()["error"]["code"], decoding.is_set()) == ("deadline_exceeded", True)
         done.set()

@@ -1,0 +1,143 @@
+"""A decoder process: decodes image files one after the other, under limits of memory and time that the kernel keeps.
+
+It is a program of its own, started as `python -c "from server.images.decoder import main; main()"`. It loads Pillow,
+and neither torch nor HTTP. It may be killed at any moment: only the image that it decodes is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+from msgspec import Struct
+
+from server.errors import ServerError, TooLargeError
+from server.images.pillow import decode
+from server.images.preprocessing import Preprocessing
+from server.memory import give_large_blocks_back
+
+READY = b"ready"
+"""What it says first, so that whatever ends it later is known to be an image's fault."""
+
+_SPARE = 32 << 20  # a thread's stack, and what Python itself needs
+_NICENESS = 5  # photos in the other processes come first
+
+
+class Job(Struct, frozen=True, array_like=True):
+    """An image to decode; its file follows.
+
+    Attributes:
+        size: Bytes of the file.
+        preprocessing, max_pixels: As for `decode`.
+        memory: Bytes that decoding may take.
+        cpu_s: Seconds of processor time that it may take.
+    """
+
+    size: int
+    preprocessing: Preprocessing
+    max_pixels: int
+    memory: int
+    cpu_s: int
+
+
+class Decoded(Struct, frozen=True, array_like=True, tag="decoded"):
+    """Rows of RGB bytes."""
+
+    data: bytes
+
+
+class Refused(Struct, frozen=True, array_like=True, tag="refused"):
+    """A `ServerError`."""
+
+    code: str
+    message: str
+    details: dict[str, Any]
+
+
+def send(stream: IO[bytes], message: Struct, file: bytes = b"") -> None:
+    """Writes a message, behind its length, and a file."""
+    packed = msgspec.msgpack.encode(message)
+    stream.write(len(packed).to_bytes(4, "big"))
+    stream.write(packed)
+    stream.write(file)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> bytes | None:
+    """Reads a message; None when the other side is gone."""
+    size = stream.read(4)
+    packed = stream.read(int.from_bytes(size, "big"))
+    return packed if len(size) == 4 and packed else None
+
+
+def main() -> None:
+    """Decodes what comes by standard input, until nobody is there to ask."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
+    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    _end_with_parent(jobs.fileno())
+    _yield_to_others()
+    give_large_blocks_back()
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):  # libraries write about each strange file
+        os.dup2(silence, stream.fileno())
+    answers.write(READY)
+    answers.flush()
+    while packed := receive(jobs):
+        job = msgspec.msgpack.decode(packed, type=Job)
+        _limit(job.memory + job.size, job.cpu_s)
+        send(answers, _decoded(jobs.read(job.size), job))
+
+
+def _decoded(encoded: bytes, job: Job) -> Decoded | Refused:
+    try:
+        return Decoded(decode(encoded, job.preprocessing, job.max_pixels))
+    except ServerError as error:
+        return Refused(error.code, error.message, error.details)
+    except MemoryError:
+        pass  # until here the traceback holds what was taken
+    return Refused(
+        TooLargeError.code,
+        f"decoding the image takes more than the {job.memory >> 20} MiB of memory that it may have",
+        {"max_memory": job.memory},
+    )
+
+
+def _limit(memory: int, cpu_s: int) -> None:
+    """Allows so much memory from now on, and so much processor time, past which the kernel kills."""
+    with contextlib.suppress(OSError, ValueError):  # not Linux, or a lower limit of the user's
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + memory + _SPARE
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + 1 + cpu_s
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _yield_to_others() -> None:
+    """Lets other processes compute first; and where the container's memory ends, this one is killed first."""
+    with contextlib.suppress(OSError):
+        os.nice(_NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _end_with_parent(pipe: int) -> None:
+    """Ends the process as soon as nobody holds the other end of a pipe, even in the middle of an image."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(pipe, 0)
+        poll.poll()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
