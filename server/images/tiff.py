@@ -54,7 +54,7 @@ _READ: dict[int, dict[int, list[tuple[int, ...]]]] = {
 """What is read, by photometric interpretation and bits a sample: which samples there may be besides the colours."""
 
 _NONE, _JPEG = 1, 7
-_FAX = (2, 3, 4)
+_FAX = (3, 4)  # but not 2, of which libtiff may lose the last row
 _PREDICTED = (5, 8, 32946, 34925, 50000)  # LZW, Deflate by both its numbers, LZMA, Zstandard
 _COMPRESSIONS = (_NONE, _JPEG, *_FAX, *_PREDICTED, 32773)  # the last is PackBits
 _BY_JPEG = (_BLACK, _RGB, _CMYK, _YCBCR)
