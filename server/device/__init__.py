@@ -9,8 +9,8 @@ batch. `Explainer` follows tokens, by torch in float32 on the model's own weight
 On cuda the backend is torch, replayed from CUDA graphs (graphs.py): one for each schedule and each of a few batch
 sizes, in one memory pool. Before the engine is ready every size is recorded of r=0 and of the deployment's `r`; under
 `auto`, of the other rungs the largest and a lone image, and the rest while nothing is asked. A schedule that was asked
-for three times is recorded too, where the device has memory for it or it is used more than another (uses.py). Nothing is
-recorded beside another thread's work on the device.
+for three times is recorded too, where the device has memory for it or it is used more than another (uses.py). Nothing
+is recorded beside another thread's work on the device.
 
 On the CPU the backend is OpenVINO where that is installed and takes the model, else torch. OpenVINO compiles static
 shapes, so there are graphs for each schedule: one for a lone image, by all threads, and those of several images that

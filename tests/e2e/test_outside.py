@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.audited import audited, noted
-from tests.e2e.conftest import Service
+from tests.e2e.service import Service
 
 pytestmark = pytest.mark.slow
 
