@@ -32,7 +32,7 @@ if __name__ == "__main__":
     merged = load_model(Settings().specs()[0]).merged
     compiler = Compiler(merged, (64, 64), 2, Path(sys.argv[1]))
     runs, taken = [], []
-    for r in (1, 2, 3, 4):
+    for r in (1, 2, 3):
         runs.append(compiler.any_batch((r,) * merged.num_blocks, 32, "fp32", aside=True))
         runs[-1](torch.zeros(32, 3, 64, 64))
         taken.append(anonymous())
@@ -46,8 +46,8 @@ def test_a_schedule_takes_no_more_than_is_counted_and_gives_it_back(tmp_path: Pa
     pytest.importorskip("openvino", reason="the package openvino is not installed")
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "cache")]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert process.returncode == 0, process.stderr
     graphs, graph_bytes, first, *_, last, after = map(int, process.stdout.split())
-    assert graphs * graph_bytes < last - first < 3 * graphs * graph_bytes  # of three schedules after the first
+    assert graphs * graph_bytes < last - first < 2 * graphs * graph_bytes  # of two schedules after the first
     assert after - first < (last - first) / 3

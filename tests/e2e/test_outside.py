@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.audited import audited, noted
-from tests.e2e.conftest import Service
+from tests.e2e.service import Service
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def run(folder: Path, *command: str, status: int = 0) -> None:
     """Runs Python in a folder, and says what was sent or written where nothing should be."""
     (folder / "out").mkdir(exist_ok=True)
     process = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=audited(folder), capture_output=True, text=True, timeout=300
+        [sys.executable, *command], cwd=folder, env=audited(folder), capture_output=True, text=True, timeout=600
     )
     assert process.returncode == status, process.stderr
     check(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def logits(images: Tensor, schedule: tuple[int, ...]) -> Tensor:
     return images.flatten(1)[:, :5] * (1 + sum(schedule))
 
 
-def graphs(max_batch_size: int = 8, **kwargs: int) -> Graphs:
+def graphs(max_batch_size: int = 8, **kwargs: Any) -> Graphs:
     return Graphs(logits, IMAGE, max_batch_size, Repeated, Lock(), **kwargs)
 
 
