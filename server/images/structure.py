@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from server.images.jpeg import MOST_SCANS, MOST_SEGMENTS, blocks_of, is_upright, scans_from
+from server.images.unended import has_end
 
 _MOST_CHUNKS = 4096
 _MOST_METADATA = 1 << 20
@@ -89,7 +90,11 @@ def _jpeg(encoded: bytes) -> Structure:
             scans = 1 + (scans_from(encoded, at) if several else 0)
             plain = plain and blocks > 0 and scans <= MOST_SCANS
             kept = 128 * blocks if several else 0
-            return Structure(width, height, _OF_JPEG, plain, 0, kept, blocks, scans, 0, True, upright)
+            if not has_end(
+                encoded
+            ):  # it is decoded several times, at its full size, to see whether that is all it lacks
+                return Structure(width, height, _OF_JPEG, False, 4, kept, blocks, scans, 0, False, upright)
+            return Structure(width, height, _OF_JPEG, plain, 1, kept, blocks, scans, 0, True, upright)
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             plain = plain and kind <= 0xC2 and not blocks
             bits, height, width, components = _frame(encoded, start)
@@ -144,11 +149,13 @@ def _png(encoded: bytes) -> Structure:
         at += 12 + length
     else:
         plain = False
-    if bits == 16 or transparent:
+    if bits == 16 and transparent:
+        bytes_per_pixel = 15.5
+    elif bits == 16 or transparent:
         bytes_per_pixel = 10.5
     else:
         bytes_per_pixel = 8.5 if colours == 2 else 6.0
-    return Structure(width, height, bytes_per_pixel, plain and metadata <= _MOST_METADATA)
+    return Structure(width, height, bytes_per_pixel, plain and metadata <= _MOST_METADATA, copies=1)
 
 
 def _webp(encoded: bytes) -> Structure:
@@ -199,9 +206,9 @@ def _bmp(encoded: bytes) -> Structure:
     (header,) = struct.unpack_from("<I", encoded, 14)
     if header < 16:
         width, height = struct.unpack_from("<HH", encoded, 18)
-        return Structure(width, height, 9, header == 12)
+        return Structure(width, height, 9, header == 12, copies=1)
     width, height, _, _, compression = struct.unpack_from("<iiHHI", encoded, 18)
-    return Structure(abs(width), abs(height), 9, compression in (0, 3))  # others are unpacked in Python
+    return Structure(abs(width), abs(height), 9, compression in (0, 3), copies=1)  # others are unpacked in Python
 
 
 def _tiff(encoded: bytes) -> Structure:

@@ -46,7 +46,7 @@ def ended(encoded: bytes, max_pixels: int) -> bytes:
         TooLargeError: The end is missing, and the image has more than `max_pixels`.
         Exception: Whatever Pillow raises of a broken file.
     """
-    if encoded.endswith(END) or encoded.rfind(END) > encoded.rfind(bytes((0xFF, _SCAN))):
+    if has_end(encoded):
         return encoded
     whole = encoded.rstrip(b"\xff")  # half a mark
     if not _has_all_scans(whole):
@@ -55,6 +55,11 @@ def ended(encoded: bytes, max_pixels: int) -> bytes:
     pixels = _checksum(with_end, max_pixels)
     is_whole = all(_checksum(whole + bits + END, max_pixels) == pixels for bits in _ANY_BITS)
     return with_end if is_whole else encoded
+
+
+def has_end(encoded: bytes) -> bool:
+    """Whether an end mark stands at the end of a JPEG, or anywhere behind its last scan."""
+    return encoded.endswith(END) or encoded.rfind(END) > encoded.rfind(bytes((0xFF, _SCAN)))
 
 
 def _checksum(encoded: bytes, max_pixels: int) -> int:
