@@ -19,6 +19,7 @@ from server.api.app import create_app
 from server.api.connection import Connection
 from server.ipc.client import RemoteEngine
 from server.ipc.devices import Devices
+from server.ipc.door import Door
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector
 from server.settings import Settings
 
@@ -29,7 +30,7 @@ _CLOSE = (b"connection", b"close")
 def main(
     settings: Settings,
     listener: socket.socket,
-    socket_paths: Sequence[str],
+    doors: Sequence[Door],
     places: Places,
     index: int,
     pulse: Pulse,
@@ -39,14 +40,14 @@ def main(
     Args:
         settings: Limits and keys.
         listener: The socket that all HTTP processes share.
-        socket_paths: Where the engines are.
+        doors: The ways to the engines.
         places: What the HTTP processes know of each other.
         index: The place of this one.
         pulse: Beats while it serves.
     """
     configure_logging(settings.log_level)
     end_with_parent()
-    engines = [RemoteEngine(path, index) for index, path in enumerate(socket_paths)]
+    engines = [RemoteEngine(door, index) for index, door in enumerate(doors)]
     engine = engines[0] if len(engines) == 1 else Devices(engines)
 
     @asynccontextmanager
