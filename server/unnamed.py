@@ -12,7 +12,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable
 from multiprocessing.reduction import DupFd
-from typing import Any
+from typing import Any, Literal
 
 
 class UnnamedFile:
@@ -27,7 +27,7 @@ class UnnamedFile:
         weakref.finalize(self, os.close, self._descriptor)
 
     def __reduce__(self) -> tuple[Callable[[Any], UnnamedFile], tuple[Any]]:
-        return _received, (DupFd(self._descriptor),)  # type: ignore[no-untyped-call]
+        return _received, (DupFd(self._descriptor),)
 
     def fileno(self) -> int:
         """Its descriptor in this process."""
@@ -46,24 +46,27 @@ class UnnamedFile:
         os.ftruncate(self._descriptor, 0)
 
 
+Format = Literal["b", "i", "Q"]
+
+
 class SharedNumbers:
-    """So many numbers that processes share, as one of the formats of `array` says. A child gets it as an argument.
+    """So many integers that processes share. A child gets them as an argument.
 
     Args:
-        format: "i" for a C int, "Q" for 64 bits without a sign, "b" for a byte.
+        format: Of `array`: "i" for a C int, "Q" for 64 bits without a sign, "b" for a byte.
         numbers: The first values.
     """
 
-    def __init__(self, format: str, numbers: Iterable[int]) -> None:
+    def __init__(self, format: Format, numbers: Iterable[int]) -> None:
         file, content = UnnamedFile(), array(format, numbers).tobytes()
         file.write(content)
         self._open(file, format)
 
-    def _open(self, file: UnnamedFile, format: str) -> None:
+    def _open(self, file: UnnamedFile, format: Format) -> None:
         self._file, self._format = file, format
         self._numbers = memoryview(mmap.mmap(file.fileno(), 0)).cast(format)
 
-    def __reduce__(self) -> tuple[Callable[[UnnamedFile, str], SharedNumbers], tuple[UnnamedFile, str]]:
+    def __reduce__(self) -> tuple[Callable[[UnnamedFile, Format], SharedNumbers], tuple[UnnamedFile, Format]]:
         return _opened, (self._file, self._format)
 
     def __getitem__(self, index: int) -> int:
@@ -77,7 +80,7 @@ class SharedNumbers:
         return self._numbers.tolist()
 
 
-def _opened(file: UnnamedFile, format: str) -> SharedNumbers:
+def _opened(file: UnnamedFile, format: Format) -> SharedNumbers:
     numbers = SharedNumbers.__new__(SharedNumbers)
     numbers._open(file, format)
     return numbers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -43,7 +44,7 @@ class LocalConfig:
 
     A file that is spoilt or removed never stops the service: the last good configuration goes on, also over a restart,
     for which a copy of it is kept beside the file. The spoilt file stays where it is, to be mended; the next change
-    moves it aside, to `.refused`.
+    moves it aside, to `.1.refused` or the next number that is free.
 
     Args:
         start: Each model's `r` from the settings.
@@ -203,7 +204,8 @@ class LocalConfig:
 
     def _write(self, path: Path, version: int, changes: Mapping[str, Change]) -> None:
         if self._problem is not None and os.path.lexists(path):
-            aside = path.with_suffix(".refused")
+            names = (path.with_suffix(f".{number}.refused") for number in itertools.count(1))
+            aside = next(name for name in names if not os.path.lexists(name))
             os.replace(path, aside)
             logger.warning("state file %s, which is not used, is now %s", path, aside)
         replace_file(path, _line(version, changes))

@@ -289,13 +289,13 @@ async def test_a_change_sets_a_spoilt_state_file_aside(tmp_path: Path) -> None:
     source.put(source.document(GOOD))
     store = LocalConfig(START, source.path, check)
     before = store.configuration
-    for kind in ("binary", "not readable", "vanished"):
+    for kind in ("binary", "not readable", "vanished", "empty"):
         KINDS[kind](source)
         assert store.configuration == before and stale()
         before = await store.change({"tiny": 4})
         assert store.configuration == before and not stale()
         assert LocalConfig(START, source.path, check).configuration == before
-    assert source.path.with_suffix(".refused").exists()
+    assert [source.path.with_suffix(f".{number}.refused").exists() for number in (1, 2, 3, 4)] == [True] * 3 + [False]
 
 
 async def test_a_spoilt_state_file_of_which_nothing_was_kept_leaves_the_settings(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ async def test_a_spoilt_state_file_of_which_nothing_was_kept_leaves_the_settings
     store = LocalConfig(START, source.path, check)
     assert store.configuration == Configuration(1, START) and stale()
     assert (await store.change({"tiny": 4})).models["tiny"] == 4 and not stale()
-    assert source.path.with_suffix(".refused").read_bytes() == b"spoilt"
+    assert source.path.with_suffix(".1.refused").read_bytes() == b"spoilt"
 
 
 async def test_what_was_kept_in_memory_is_that_of_the_engines_alone(tmp_path: Path) -> None:
