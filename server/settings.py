@@ -217,7 +217,7 @@ class Settings(BaseModel):
             return state_dir.expanduser()
         except RuntimeError:
             raise SettingsError(
-                f"state_dir: {state_dir} cannot be found, for this user has no home folder; name another folder, or none"
+                f"state_dir: {state_dir} cannot be found, for this user has no home folder; name another, or none"
             ) from None
 
     def specs(self) -> tuple[ModelSpec, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,11 +13,16 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 
 from server.api.schemas import JsonBody, Parameters
 from server.errors import InvalidError, TooLargeError, UndecodableError, UnsupportedError, shown
 
 M = TypeVar("M", bound=BaseModel)
+
+MultiPartParser.spool_max_size = (
+    sys.maxsize
+)  # in memory: bodies are bounded, and /tmp may be full
 
 _PROBLEMS_TOLD = 5
 CONTENT_TYPES = ("multipart/form-data", "application/json", "image/*", "application/octet-stream")
