@@ -20,9 +20,7 @@ from server.errors import InvalidError, TooLargeError, UndecodableError, Unsuppo
 
 M = TypeVar("M", bound=BaseModel)
 
-MultiPartParser.spool_max_size = (
-    sys.maxsize
-)  # in memory: bodies are bounded, and /tmp may be full
+MultiPartParser.spool_max_size = sys.maxsize  # in memory: bodies are bounded, and /tmp may be full
 
 _PROBLEMS_TOLD = 5
 CONTENT_TYPES = ("multipart/form-data", "application/json", "image/*", "application/octet-stream")

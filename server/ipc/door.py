@@ -19,6 +19,8 @@ class Door:
 
     def __init__(self) -> None:
         self._inside, self._outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for each in (self._inside, self._outside):
+            each.setblocking(False)  # for all processes: send_fds and recv_fds mind no flags
 
     def fileno(self) -> int:
         """What is readable while a connection waits to be taken."""
@@ -33,7 +35,7 @@ class Door:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
-                socket.send_fds(self._outside, [b"\0"], [theirs.fileno()], socket.MSG_DONTWAIT)
+                socket.send_fds(self._outside, [b"\0"], [theirs.fileno()])
             except OSError:
                 ours.close()
                 raise
@@ -42,7 +44,7 @@ class Door:
     def take(self) -> socket.socket | None:
         """The engine's end of a connection that waits; None where none does, or no descriptor is left for it."""
         with contextlib.suppress(OSError):
-            _, descriptors, _, _ = socket.recv_fds(self._inside, 1, 1, socket.MSG_DONTWAIT)
+            _, descriptors, _, _ = socket.recv_fds(self._inside, 1, 1)
             if descriptors:
                 return socket.socket(fileno=descriptors[0])
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -453,6 +454,52 @@ async def test_when_the_engine_dies_all_calls_in_flight_fail_and_a_restarted_one
         await until(lambda: remote.is_up)
         assert await first(remote.answer(classify(b"again"))) == class_of(b"again", (3, 3, 3))
         await remote.close()
+
+
+async def test_an_engine_that_dies_before_it_greets_is_waited_for_by_the_next_one(door: Door, at_once: None) -> None:
+    remote = RemoteEngine(door)
+    remote.start()
+    for _ in range(3):
+        end = None
+        while end is None:  # it takes the connection, and dies
+            end = door.take()
+            await asyncio.sleep(0.001)
+        end.close()
+        assert not remote.is_up
+        with pytest.raises(UnavailableError):
+            await remote.answer(classify())
+    async with listening(FakeEngine(), door):
+        await until(lambda: remote.is_up)
+        assert await first(remote.answer(classify(b"x"))) == class_of(b"x", (3, 3, 3))
+        await remote.close()
+
+
+async def test_more_connections_than_may_wait_for_an_engine_are_all_taken_by_it(door: Door, at_once: None) -> None:
+    remotes = [RemoteEngine(door) for _ in range(40)]
+    for remote in remotes:
+        remote.start()
+    await asyncio.sleep(0.01)  # those beyond what the kernel lets wait try again
+    async with listening(FakeEngine(), door):
+        await until(lambda: all(remote.is_up for remote in remotes))
+        for remote in remotes:
+            await remote.close()
+
+
+def test_a_full_door_is_told_and_leaves_no_descriptor_open(door: Door) -> None:
+    waiting = []
+    with pytest.raises(OSError):
+        while len(waiting) < 10_000:
+            waiting.append(door.knock())
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError):
+        door.knock()
+    assert len(os.listdir("/proc/self/fd")) == before
+    for end in waiting:
+        end.close()
+        taken = door.take()
+        assert taken is not None and taken.recv(1) == b""  # its client is gone
+        taken.close()
+    assert door.take() is None
 
 
 async def test_an_http_process_that_leaves_has_its_requests_withdrawn_and_others_keep_theirs(door: Door) -> None:
