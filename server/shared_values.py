@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any
 
@@ -26,7 +26,7 @@ _USED = struct.Struct("<Q")
 _ENTRY = struct.Struct("<dI")
 """A value and the length of its name, which follows; all entries begin at multiples of eight bytes."""
 _FIRST_BYTES = 1 << 16
-_MERGED = {"livemin": min, "livemax": max, "livesum": sum}
+_MERGED: dict[str, Callable[[list[float]], float]] = {"livemin": min, "livemax": max, "livesum": sum}
 """How a gauge of several processes is one, by prometheus_client's name for it."""
 
 
@@ -103,9 +103,14 @@ class Collector:
             count = 0.0
             for bound in sorted(counts):
                 count += counts[bound]
-                metrics[family].add_sample(f"{family}_bucket", labels | {"le": floatToGoString(bound)}, count)
+                metrics[family].add_sample(f"{family}_bucket", labels | {"le": _written(bound)}, count)
             metrics[family].add_sample(f"{family}_count", labels, count)
         return metrics.values()
+
+
+def _written(bound: float) -> str:
+    text: str = floatToGoString(bound)  # type: ignore[no-untyped-call]
+    return text
 
 
 class _Writer:

@@ -58,7 +58,7 @@ class EngineServer:
         if end is None:
             return
         end.setblocking(False)
-        opening = self._loop.create_task(self._loop.connect_accepted_socket(self._connect, end))  # type: ignore[arg-type]
+        opening = self._loop.create_task(self._loop.connect_accepted_socket(self._connect, end))
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
 

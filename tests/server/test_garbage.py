@@ -84,7 +84,7 @@ class Source(Protocol):
 
 class File:
     heals: ClassVar[frozenset[str]] = frozenset()
-    longest = MOST_BYTES
+    longest: ClassVar[int] = MOST_BYTES
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.file"
@@ -128,7 +128,7 @@ class State(File):
 
 class InRedis:
     heals: ClassVar[frozenset[str]] = frozenset({"vanished"})  # it is written again
-    longest = 60_000  # what is longer fakeredis sends as redis-py cannot read it
+    longest: ClassVar[int] = 60_000  # what is longer fakeredis sends as redis-py cannot read it
 
     def __init__(self, folder: Path) -> None:
         self.state = folder / "state"

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
@@ -486,7 +487,7 @@ async def test_more_connections_than_may_wait_for_an_engine_are_all_taken_by_it(
 
 
 def test_a_full_door_is_told_and_leaves_no_descriptor_open(door: Door) -> None:
-    waiting = []
+    waiting: list[socket.socket] = []
     with pytest.raises(OSError):
         while len(waiting) < 10_000:
             waiting.append(door.knock())
