@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -35,11 +33,13 @@ from server.device.torch_backend import set_threads
 from server.dial import AutoR, RSetting, Schedule
 from server.errors import EngineError, InvalidError
 from server.images.nvjpeg import engine_decodes
-from server.ipc.server import serve_engine
+from server.ipc.door import Door
+from server.ipc.server import EngineServer
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
 from server.metrics import ENGINE_STARTS
 from server.settings import ModelSpec, Settings, SettingsError
 from server.types import find_model
+from server.unnamed import UnnamedFile
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +48,33 @@ _DRAIN_S = 30.0
 OpenConfig = Callable[[Settings, Check], ConfigStore]
 
 
-def main(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
-    """Runs an engine process; sets `ready` once it serves.
+def main(
+    settings: Settings,
+    door: Door,
+    agreed_file: Path | None,
+    last_good: UnnamedFile,
+    ready: UnnamedFile,
+    pulse: Pulse,
+) -> None:
+    """Runs an engine process; writes into `ready` once it serves.
 
     Args:
         settings: What it serves, on one device.
-        socket_path: Where. Beside it, in the folder of this server's processes, is the live configuration of a server
-            that keeps none over a restart.
-        ready: Is set.
+        door: Where its clients come from.
+        agreed_file: By which the engines of a server that keeps no state agree on the live configuration.
+        last_good: Keeps the last good configuration over a restart of the engine.
+        ready: Holds something from then on.
         pulse: Beats from then on.
     """
     configure_logging(settings.log_level)
     end_with_parent()
     set_threads(settings.threads)
-    file = Path(socket_path).with_name("config.json")
     try:
-        engine = build_engine(settings, functools.partial(open_store, otherwise=file))
+        engine = build_engine(settings, functools.partial(open_store, otherwise=agreed_file, memory=last_good))
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(uvloop.run(_serve(engine, socket_path, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
+    sys.exit(uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
 
 
 def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> LocalEngine:
@@ -166,7 +173,7 @@ def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]
     return run
 
 
-async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pulse, drain_s: float) -> int:
+async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float) -> int:
     """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better).
 
     Told to end, it serves on until the HTTP processes have left, for so long at most: whoever signals a whole group of
@@ -175,14 +182,12 @@ async def _serve(engine: LocalEngine, socket_path: str, ready: Event, pulse: Pul
     told_to_end = asyncio.Event()
     beating = asyncio.create_task(pulse.beat())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
-    if os.path.exists(socket_path):  # left by an engine that was killed
-        os.unlink(socket_path)
     engine.start()
-    server = await serve_engine(engine, socket_path)
+    server = EngineServer(engine, door)
     spare_the_collector()
     take_turns_quickly()
     ENGINE_STARTS.inc()
-    ready.set()
+    ready.write(b"1")
     logger.info("serving %s", ", ".join(engine.catalog()))
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -14,6 +14,7 @@ import sys
 import threading
 
 from server.repeats import CountingHandler
+from server.unnamed import SharedNumbers
 
 _BEAT_S = 0.5
 _OBJECTS_A_COLLECTION = 20_000
@@ -23,21 +24,21 @@ class Pulse:
     """Shows the supervisor that a process's event loop turns: a count in shared memory that the loop moves on."""
 
     def __init__(self) -> None:
-        self._count = multiprocessing.get_context("spawn").RawValue("Q", 0)
+        self._count = SharedNumbers("Q", [0])
 
     @property
     def count(self) -> int:
         """Beats since the process started; 0 while it is still loading."""
-        return int(self._count.value)
+        return self._count[0]
 
     def reset(self) -> None:
         """Forgets the beats of a process that is gone."""
-        self._count.value = 0
+        self._count[0] = 0
 
     async def beat(self) -> None:
         """Beats for as long as it is awaited."""
         while True:
-            self._count.value += 1
+            self._count[0] += 1
             await asyncio.sleep(_BEAT_S)
 
 

@@ -1,26 +1,23 @@
 """Every metric of the service, and how they are written out. Labels come from closed sets.
 
-With several processes, prometheus_client keeps the numbers in files of a shared folder (PROMETHEUS_MULTIPROC_DIR, set
-by the supervisor before it starts any process), so that a scrape of one process shows them all.
+The processes of a server keep their numbers in memory that they share (`shared_values.py`), so that a scrape of one
+process shows them all.
 """
 
 from __future__ import annotations
 
 import bisect
-import os
-import struct
-import time
 from collections import Counter as Counts
 from collections.abc import Hashable, Sequence
 
 from prometheus_client import REGISTRY as OWN_REGISTRY
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from server.dial import label_of
+from server.shared_values import Collector, joined
 from server.types import BatchKey
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_TRIES, _RETRY_S = 4, 0.002
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 REQUESTS = Counter("tome_requests", "Requests to classify, answered", ["model", "r", "code"])
@@ -50,6 +47,11 @@ CONFIG_SOURCE_UP.set(1)  # for a process that reads none: the least of all count
 CONFIG_REFUSED = Gauge(
     "tome_config_refused",
     "Whether what the source of a shared configuration said last is refused",
+    multiprocess_mode="livemax",
+)
+CONFIG_STALE = Gauge(
+    "tome_config_stale",
+    "Whether the last good configuration serves because its source is gone, cannot be read, or is refused",
     multiprocess_mode="livemax",
 )
 DRIFT_CHECKED = Counter("tome_drift_checked", "Answered images computed again at r=0", ["model", "r"])
@@ -90,13 +92,8 @@ def _observe_all(histogram: Histogram, values: Sequence[float]) -> None:
 
 def exposition() -> bytes:
     """All metrics of all processes, in Prometheus' text format."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    if not joined():
         return generate_latest(OWN_REGISTRY)
     registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    for _ in range(_TRIES):
-        try:
-            return generate_latest(registry)
-        except (struct.error, OSError):  # a process that starts has made its file, and not filled it yet
-            time.sleep(_RETRY_S)
+    registry.register(Collector(joined()))
     return generate_latest(registry)

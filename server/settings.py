@@ -280,11 +280,21 @@ class Settings(BaseModel):
 
         Those on port 0 share one, and with it their live `r`.
         """
-        return self.state_dir.expanduser() / f"config-{self.port}.json" if self.state_dir else None
+        return self._state_folder(self.state_dir) / f"config-{self.port}.json" if self.state_dir else None
 
     def cache_dir(self) -> Path | None:
         """Where compiled models are kept over a restart."""
-        return self.state_dir.expanduser() / "openvino" if self.state_dir else None
+        return self._state_folder(self.state_dir) / "openvino" if self.state_dir else None
+
+    @staticmethod
+    def _state_folder(state_dir: Path) -> Path:
+        """Raises SettingsError where it lies in a home folder that this user does not have."""
+        try:
+            return state_dir.expanduser()
+        except RuntimeError:
+            raise SettingsError(
+                f"state_dir: {state_dir} cannot be found, for this user has no home folder; name another, or none"
+            ) from None
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """The models to load, each with its own weights and `r`."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 import socket
 import sys
@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
-from multiprocessing.synchronize import Event
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from prometheus_client import multiprocess as shared_metrics
-
 from server.api.accept import Places
+from server.ipc.door import Door
 from server.lifetime import Pulse, configure_logging
 from server.listening import listen, url_of
-from server.settings import Settings
+from server.settings import Settings, SettingsError
+from server.shared_values import Sheet, join
+from server.unnamed import UnnamedFile
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,6 @@ class Child:
         self._pause_s = _RESTART_AFTER_S if lived_long else min(2 * self._pause_s + _RESTART_AFTER_S, _LONGEST_PAUSE_S)
         self.restart_at = now + self._pause_s
         logger.warning("process %s (%d) ended with status %d", self._name, self.process.pid, status)
-        shared_metrics.mark_process_dead(self.process.pid)  # type: ignore[no-untyped-call]
         self.process = None
         return status
 
@@ -127,24 +127,39 @@ def serve(settings: Settings) -> int:
     configure_logging(settings.log_level)
     with _unreachable_for_the_terminal():
         resource_tracker.ensure_running()  # a process of Python's own, which a closed terminal would end
-    with tempfile.TemporaryDirectory(prefix="tome-server-") as folder, listen(settings.host, settings.port) as listener:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        return _supervise(settings, listener, folder)
+    with listen(settings.host, settings.port) as listener, contextlib.ExitStack() as stack:
+        doors = [stack.enter_context(contextlib.closing(Door())) for _ in settings.devices()]
+        return _supervise(settings, listener, doors, _agreed_file(settings, stack))
 
 
-def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
+def _agreed_file(settings: Settings, stack: contextlib.ExitStack) -> Path | None:
+    """By which several engines agree on the live configuration where they keep no state; None where none is needed."""
+    if settings.state_file() is not None or len(settings.devices()) == 1:
+        return None
+    try:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tome-server-"))
+    except OSError as error:
+        raise SettingsError(
+            f"several devices without --state-dir need a folder for temporary files: {error.strerror}; set TMPDIR"
+        ) from None
+    return Path(folder) / "config.json"
+
+
+def _supervise(settings: Settings, listener: socket.socket, doors: Sequence[Door], agreed_file: Path | None) -> int:
     children: list[Child] = []
     told_to_end = _on_signals(children)
     devices = settings.devices()
     names = [f"engine-{index}" for index in range(len(devices))] if len(devices) > 1 else ["engine"]
-    sockets = [os.path.join(folder, f"{name}.sock") for name in names]
-    engines: dict[Child, Event] = {}  # each with whether it has ever been ready
-    for name, device, path in zip(names, devices, sockets, strict=True):
-        ready = _spawn.Event()
-        engines[Child(name, _run_engine, settings.model_copy(update={"device": device}), path, ready)] = ready
+    last_good = UnnamedFile()
+    sheets = [Sheet() for _ in range(len(devices) + settings.http_workers)]
+    engines: dict[Child, UnnamedFile] = {}  # each with what holds something once it has ever been ready
+    for index, (name, device, door) in enumerate(zip(names, devices, doors, strict=True)):
+        ready, its_settings = UnnamedFile(), settings.model_copy(update={"device": device})
+        child = Child(name, _run_engine, sheets, index, its_settings, door, agreed_file, last_good, ready)
+        engines[child] = ready
     places = Places(settings.http_workers)
     workers = {
-        Child(f"http-{index}", _run_http, settings, listener, sockets, places, index): index
+        Child(f"http-{index}", _run_http, sheets, len(devices) + index, settings, listener, doors, places, index): index
         for index in range(settings.http_workers)
     }
     children += [*engines, *workers]
@@ -160,12 +175,13 @@ def _supervise(settings: Settings, listener: socket.socket, folder: str) -> int:
             multiprocessing.connection.wait(alive, timeout=0.2)
             passed_s = time.monotonic() - watched_at
             watched_at += passed_s
-            for child in children:
+            for child, sheet in zip(children, sheets, strict=True):
                 child.watch(passed_s)
                 if child.process and not child.process.is_alive():
                     child.bury()
+                    sheet.forget_gauges()
                     if child in engines:
-                        has_been_ready = engines[child].is_set()
+                        has_been_ready = bool(engines[child].read())
                     else:
                         places.leave(workers[child])
                         has_been_ready = places.was_ever_open(workers[child])
@@ -197,25 +213,38 @@ def _end(children: Sequence[Child], within_s: float) -> None:
         child.end(ends_at)
 
 
-def _run_engine(settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
+def _run_engine(
+    sheets: Sequence[Sheet],
+    sheet: int,
+    settings: Settings,
+    door: Door,
+    agreed_file: Path | None,
+    last_good: UnnamedFile,
+    ready: UnnamedFile,
+    pulse: Pulse,
+) -> None:
+    join(sheets, sheet)
     from server import engine_process  # imports torch: in the engine process alone
 
-    engine_process.main(settings, socket_path, ready, pulse)
+    engine_process.main(settings, door, agreed_file, last_good, ready, pulse)
 
 
 def _run_http(
+    sheets: Sequence[Sheet],
+    sheet: int,
     settings: Settings,
     listener: socket.socket,
-    socket_paths: Sequence[str],
+    doors: Sequence[Door],
     places: Places,
     index: int,
     pulse: Pulse,
 ) -> None:
     configure_logging(settings.log_level)
     try:
+        join(sheets, sheet)
         from server.api import process  # imports FastAPI: in the HTTP processes alone
 
-        process.main(settings, listener, socket_paths, places, index, pulse)
+        process.main(settings, listener, doors, places, index, pulse)
     except Exception as error:
         if places.was_ever_open(index):
             raise

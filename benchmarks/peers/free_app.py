@@ -11,14 +11,15 @@ import multiprocessing.connection
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import Sequence
 
 import uvloop
 
 from server.api.accept import Places
 from server.images.preprocessing import Preprocessing
+from server.ipc.door import Door
 from server.ipc.messages import Item, TopK
+from server.shared_values import Sheet, join
 from server.types import BatchKey, ModelInfo
 
 SIDE = 32  # pixels
@@ -26,45 +27,45 @@ SIDE = 32  # pixels
 
 def main() -> None:
     spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # as the supervisor has it
-        listener = socket.create_server(("127.0.0.1", int(os.environ.get("PEER_PORT", "8000"))), backlog=2048)
-        socket_path = os.path.join(folder, "engine.sock")
-        told_to_end: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, frame: told_to_end.append(number))
-        processes = [spawn.Process(name="engine", target=_engine, args=(socket_path,))]
-        places = Places(int(os.environ.get("PEER_HTTP", "1")))
-        for number in range(len(places.held())):
-            args = (listener, socket_path, places, number)
-            processes.append(spawn.Process(name=f"http-{number}", target=_http, args=args))
-        for process in processes:
-            process.start()
-            print(f"{process.name} is process {process.pid}", flush=True)
-        while not told_to_end:
-            if multiprocessing.connection.wait([process.sentinel for process in processes], timeout=0.2):
-                break  # one died, and the others are worth nothing without it
-        for process in reversed(processes):
-            process.terminate()
-            process.join()
+    listener = socket.create_server(("127.0.0.1", int(os.environ.get("PEER_PORT", "8000"))), backlog=2048)
+    told_to_end: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: told_to_end.append(number))
+    places, door = Places(int(os.environ.get("PEER_HTTP", "1"))), Door()
+    sheets = [Sheet() for _ in range(1 + len(places.held()))]  # as the supervisor has it
+    processes = [spawn.Process(name="engine", target=_engine, args=(sheets, door))]
+    for number in range(len(places.held())):
+        args = (sheets, listener, door, places, number)
+        processes.append(spawn.Process(name=f"http-{number}", target=_http, args=args))
+    for process in processes:
+        process.start()
+        print(f"{process.name} is process {process.pid}", flush=True)
+    while not told_to_end:
+        if multiprocessing.connection.wait([process.sentinel for process in processes], timeout=0.2):
+            break  # one died, and the others are worth nothing without it
+    for process in reversed(processes):
+        process.terminate()
+        process.join()
 
 
-def _http(listener: socket.socket, socket_path: str, places: Places, index: int) -> None:
+def _http(sheets: Sequence[Sheet], listener: socket.socket, door: Door, places: Places, index: int) -> None:
+    join(sheets, 1 + index)
     from server.api import process
     from server.lifetime import Pulse
     from server.settings import Settings
 
     settings = Settings.model_validate({"log_level": "warning"})
-    process.main(settings, listener, [socket_path], places, index, Pulse())
+    process.main(settings, listener, [door], places, index, Pulse())
 
 
-def _engine(socket_path: str) -> None:
-    uvloop.run(_serve(socket_path))
+def _engine(sheets: Sequence[Sheet], door: Door) -> None:
+    join(sheets, 0)
+    uvloop.run(_serve(door))
 
 
-async def _serve(socket_path: str) -> None:
+async def _serve(door: Door) -> None:
     from server.batching.engine import LocalEngine
     from server.config.local import LocalConfig
-    from server.ipc.server import serve_engine
+    from server.ipc.server import EngineServer
 
     told_to_end = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
@@ -83,7 +84,7 @@ async def _serve(socket_path: str) -> None:
     )
     engine = LocalEngine({"free": info}, _Free(), LocalConfig({"free": 0}))
     engine.start()
-    server = await serve_engine(engine, socket_path)
+    server = EngineServer(engine, door)
     await told_to_end.wait()
     server.close()
     await engine.close()

@@ -11,12 +11,12 @@ import asyncio
 import errno
 import logging
 import math
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Sequence
 
 from server.api.room import Room
+from server.unnamed import SharedNumbers
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,13 @@ class Places:
     """
 
     def __init__(self, count: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._held = spawn.RawArray("i", [_AWAY] * count)
-        self._looks = spawn.RawArray("Q", count)
-        self._opened = spawn.RawArray("b", count)
+        self._held = SharedNumbers("i", [_AWAY] * count)
+        self._looks = SharedNumbers("Q", [0] * count)
+        self._opened = SharedNumbers("b", [0] * count)
 
     def held(self) -> list[int | None]:
         """Connections of each process; None where it accepts none."""
-        return [None if held == _AWAY else held for held in self._held[:]]
+        return [None if held == _AWAY else held for held in self._held.all()]
 
     def hold(self, index: int, connections: int) -> None:
         """A process accepts, and holds so many connections."""
@@ -69,7 +68,7 @@ class Places:
 
     def looks(self) -> list[int]:
         """How often each process has seen that somebody waits."""
-        return list(self._looks[:])
+        return self._looks.all()
 
 
 def wait_s(mine: int, others: Sequence[int]) -> float:

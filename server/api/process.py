@@ -21,6 +21,7 @@ from server.api.connection import Connection
 from server.api.room import Room, allow_many_files, most_connections
 from server.ipc.client import RemoteEngine
 from server.ipc.devices import Devices
+from server.ipc.door import Door
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector
 from server.memory import give_large_blocks_back
 from server.settings import Settings
@@ -32,7 +33,7 @@ _CLOSE = (b"connection", b"close")
 def main(
     settings: Settings,
     listener: socket.socket,
-    socket_paths: Sequence[str],
+    doors: Sequence[Door],
     places: Places,
     index: int,
     pulse: Pulse,
@@ -42,7 +43,7 @@ def main(
     Args:
         settings: Limits and keys.
         listener: The socket that all HTTP processes share.
-        socket_paths: Where the engines are.
+        doors: The ways to the engines.
         places: What the HTTP processes know of each other.
         index: The place of this one.
         pulse: Beats while it serves.
@@ -52,7 +53,7 @@ def main(
     end_with_parent()
     allow_many_files()
     give_large_blocks_back()
-    engines = [RemoteEngine(path, index) for index, path in enumerate(socket_paths)]
+    engines = [RemoteEngine(door, index) for index, door in enumerate(doors)]
     engine = engines[0] if len(engines) == 1 else Devices(engines)
 
     @asynccontextmanager

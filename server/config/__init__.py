@@ -8,5 +8,8 @@ the same: who starts the server with another `--r` means that one.
 Many servers share one configuration by Redis (`in_redis.py`: a change through any of them reaches all, is compared
 with the version that it is made upon, and is refused while Redis is away; versions never go back) or by a file that
 somebody else writes (`watched.py`). On Ray it is pushed (`pushed.py`). What is wrong for a model of this server is
-refused whole; the last good configuration goes on, and is kept in the state folder for a start without the source.
+refused whole.
+
+Whatever becomes of a source, the last good configuration goes on (`last_good.py`): a copy in memory outlives the
+engine, one in the state folder outlives the server. `tome_config_stale` is 1 meanwhile.
 """

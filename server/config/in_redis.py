@@ -18,6 +18,7 @@ from server.dial import RSetting
 from server.errors import InvalidError, ServerError, UnavailableError
 from server.settings import SettingsError
 from server.types import Configuration
+from server.unnamed import UnnamedFile
 
 KEY = "tome:configuration"
 """Of the document, and of the channel that says that it has changed."""
@@ -42,7 +43,14 @@ class RedisConfig(SharedConfig):
         SettingsError: The URL is none of Redis.
     """
 
-    def __init__(self, start: Mapping[str, RSetting], url: str, cache: Path | None, check: Check) -> None:
+    def __init__(
+        self,
+        start: Mapping[str, RSetting],
+        url: str,
+        cache: Path | None,
+        check: Check,
+        memory: UnnamedFile | None = None,
+    ) -> None:
         try:
             # Without timeouts of its own, which lose a cancellation that comes at the wrong moment (asyncio.wait_for).
             self._redis: Redis = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=None)
@@ -55,7 +63,9 @@ class RedisConfig(SharedConfig):
             ) from None
         where = self._redis.connection_pool.connection_kwargs  # the URL may hold a password
         source = f"Redis at {where.get('host', 'localhost')}:{where.get('port', 6379)}"
-        super().__init__(start, source, cache, lambda models: check({n: r for n, r in models.items() if n in start}))
+        super().__init__(
+            start, source, cache, lambda models: check({n: r for n, r in models.items() if n in start}), memory
+        )
         with redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S) as client:
             try:
                 self._take_over(client.get(KEY))
@@ -106,20 +116,32 @@ class RedisConfig(SharedConfig):
             document = _document(raw)
             if document.version > self._shared.version:
                 self._adopt(document)
+            else:
+                self._say_taken()
         except ServerError as error:
             self._say_refused(error)
             return None
         return document.version
 
     async def _write(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
-        """Puts changes upon the newest document that is known, here or there."""
+        """Puts changes upon the newest document that is known, here or there.
+
+        Raises:
+            UnavailableError: What is there is no configuration, or holds an `r` that a model of this server cannot
+                merge and the changes leave.
+        """
+        self._check(changes)
         async with self._redis.pipeline() as transaction:
             while True:
                 await transaction.watch(KEY)
-                newest = max(_document(await transaction.get(KEY)), self._shared, key=lambda each: each.version)
+                raw = await transaction.get(KEY)
+                try:
+                    newest = max(_document(raw), self._shared, key=lambda each: each.version)
+                    document = Configuration(newest.version + bool(changes), {**newest.models, **changes})
+                    self._check(document.models)
+                except ServerError as error:  # which is no fault of the changes
+                    raise UnavailableError(f"what {self._source} says is refused: {error.message}") from error
                 refuse_stale(expected_version, newest.version)
-                document = Configuration(newest.version + bool(changes), {**newest.models, **changes})
-                self._check(document.models)
                 transaction.multi()  # type: ignore[no-untyped-call]
                 transaction.set(KEY, json.dumps(document.to_json()))
                 transaction.publish(KEY, document.version)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
+from server.config.files import read_file, replace_file
+from server.config.last_good import LastGood
 from server.config.stored import read_versioned
 from server.dial import RSetting, setting_from_json, setting_to_json
-from server.errors import ConflictError, EngineError, InvalidError, UnavailableError, shown
-from server.metrics import CONFIG_VERSION
-from server.settings import SettingsError
+from server.errors import ConflictError, EngineError, InvalidError, ServerError, UnavailableError, shown
+from server.metrics import CONFIG_STALE, CONFIG_VERSION
 from server.types import Configuration
+from server.unnamed import UnnamedFile
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +42,15 @@ class LocalConfig:
     and nothing is lost with the process that changed it. Changes take turns by a lock beside it, which the kernel frees
     when its holder dies.
 
+    A file that is spoilt or removed never stops the service: the last good configuration goes on, also over a restart,
+    for which a copy of it is kept beside the file. The spoilt file stays where it is, to be mended; the next change
+    moves it aside, to `.1.refused` or the next number that is free.
+
     Args:
         start: Each model's `r` from the settings.
         path: JSON file that keeps live changes; None keeps them in memory.
         check: Raises InvalidError where the models cannot merge as the file says.
-
-    Raises:
-        SettingsError: The file is there and cannot be read, or not written.
+        memory: What keeps the last good configuration over a restart of the engine.
     """
 
     def __init__(
@@ -54,22 +58,25 @@ class LocalConfig:
         start: Mapping[str, RSetting],
         path: Path | None = None,
         check: Callable[[Mapping[str, RSetting]], None] = lambda models: None,
+        memory: UnnamedFile | None = None,
     ) -> None:
         self._start, self._path, self._check = dict(start), path, check
+        self._last_good = LastGood(memory, path.with_suffix(".good.json") if path else None)
         self._stamp: _Stamp | None = None
+        self._refused: tuple[_Stamp, ServerError] | None = None
         self._problem: str | None = None
         self._take_over(1, {})
-        if path is None:
-            return
-        self._look(path)
+        CONFIG_STALE.set(0)
+        recalled = self._last_good.recall(self._read)
+        if recalled is not None:
+            self._take_over(*recalled)
+        if path is not None:
+            self._catch_up(path)
         for name, (r, replaced) in self._changes.items():
             if name in self._start and replaced == self._start[name]:
                 logger.info("%s: r=%s, set live earlier, stays in force", name, r)
-        if self._without_outdated() != self._changes:
-            try:
-                self._forget_outdated(path)
-            except OSError as error:
-                raise SettingsError(f"state file {path} cannot be written: {error.strerror}") from error
+        if path is not None and self._without_outdated() != self._changes:
+            self._forget_outdated(path)
 
     @property
     def configuration(self) -> Configuration:
@@ -81,6 +88,7 @@ class LocalConfig:
         """On disk before in memory."""
         if self._path is None:
             self._take_over(*self._changed(changes, expected_version))
+            self._keep()
             return self._configuration
         try:
             with _lock_file(self._path) as lock:
@@ -110,49 +118,80 @@ class LocalConfig:
         return {n: change for n, change in self._changes.items() if self._start.get(n, change[1]) == change[1]}
 
     def _forget_outdated(self, path: Path) -> None:
-        """Removes what was set live over other start settings; of several engines that start, one does it."""
-        with _lock_file(path) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._look(path)
-            kept = self._without_outdated()
-            for name in self._changes.keys() - kept.keys():
-                r, replaced = self._changes[name]
-                now = self._start[name]
-                logger.info("%s: r=%s was set live over r=%s; started with r=%s now", name, r, replaced, now)
-            if kept != self._changes:
-                self._write(path, self._configuration.version + 1, kept)
-        self._look(path)
+        """Removes what was set live over other start settings; of several engines that start, one does it.
+
+        Where it cannot be removed from the file, each engine leaves it out for itself.
+        """
+        try:
+            with _lock_file(path) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._catch_up(path)
+                kept = self._without_outdated()
+                for name in self._changes.keys() - kept.keys():
+                    r, replaced = self._changes[name]
+                    now = self._start[name]
+                    logger.info("%s: r=%s was set live over r=%s; started with r=%s now", name, r, replaced, now)
+                if kept != self._changes and self._problem is None:
+                    self._write(path, self._configuration.version + 1, kept)
+            self._catch_up(path)
+        except OSError as error:
+            logger.warning("state file %s cannot be written: %s", path, error.strerror)
+        if self._without_outdated() != self._changes:
+            self._take_over(self._configuration.version + 1, self._without_outdated())
 
     def _catch_up(self, path: Path) -> None:
-        """Looks, and goes on with what is known where nothing can be seen."""
+        """Looks, and goes on with what is known where nothing good can be seen."""
         try:
             self._look(path)
-            self._problem = None
-        except (OSError, SettingsError) as error:
-            if str(error) != self._problem:  # once: it is looked at for every job
-                logger.error("%s; configuration %d goes on", error, self._configuration.version)
-            self._problem = str(error)
+            problem = None
+        except (FileNotFoundError, NotADirectoryError):  # nothing has been changed yet, or somebody removed it
+            problem = "it is gone" if self._stamp is not None or self._changes else None
+        except (OSError, ServerError) as error:
+            problem = str(error)
+        if problem == self._problem:
+            return  # it was said: the file is looked at for every job
+        if problem is not None:
+            logger.error(
+                "state file %s is not used: %s; configuration %d goes on, and the next change replaces the file",
+                path,
+                problem,
+                self._configuration.version,
+            )
+        self._problem = problem
+        CONFIG_STALE.set(problem is not None)
 
     def _look(self, path: Path) -> None:
         """Takes over what the file says, if it was replaced since.
 
         Raises:
-            SettingsError: It cannot be read.
+            InvalidError: It is no configuration, or none for these models.
+            OSError: It cannot be read.
         """
+        stamp = _stamp(os.stat(path))
+        if stamp == self._stamp:
+            return
+        if self._refused is not None and stamp == self._refused[0]:
+            raise self._refused[1]
         try:
-            if _stamp(os.stat(path)) == self._stamp:
-                return
-            with path.open("rb") as file:
-                stamp, content = _stamp(os.fstat(file.fileno())), file.read()
-            version, said = read_versioned(content)
-            changes = {name: _change(name, entry) for name, entry in said.items()}
-            self._check(self._in_force(changes))
-        except (FileNotFoundError, NotADirectoryError):
-            return  # nothing has been changed yet, or somebody removed it
-        except (OSError, InvalidError) as error:
-            raise SettingsError(f"state file {path} cannot be read ({error}); mend or remove it") from error
-        self._stamp = stamp
+            status, content = read_file(path)
+            stamp = _stamp(status)
+            version, changes = self._read(content)
+        except ServerError as error:
+            self._refused = stamp, error
+            raise
+        self._stamp, self._refused = stamp, None
         self._take_over(version, changes)
+        self._keep()
+
+    def _read(self, content: bytes) -> tuple[int, dict[str, Change]]:
+        """Version and changes; raises InvalidError where a file holds none, or none for these models."""
+        version, said = read_versioned(content)
+        changes = {name: _change(name, entry) for name, entry in said.items()}
+        self._check(self._in_force(changes))
+        return version, changes
+
+    def _keep(self) -> None:
+        self._last_good.keep(_line(self._configuration.version, self._changes))
 
     def _take_over(self, version: int, changes: dict[str, Change]) -> None:
         self._changes = changes
@@ -164,11 +203,19 @@ class LocalConfig:
         return {name: r for name, (r, replaced) in changes.items() if self._start.get(name) == replaced}
 
     def _write(self, path: Path, version: int, changes: Mapping[str, Change]) -> None:
-        models = {
-            name: {"r": setting_to_json(r), "start": setting_to_json(replaced)}
-            for name, (r, replaced) in changes.items()
-        }
-        replace_file(path, json.dumps({"version": version, "models": models}))
+        if self._problem is not None and os.path.lexists(path):
+            names = (path.with_suffix(f".{number}.refused") for number in itertools.count(1))
+            aside = next(name for name in names if not os.path.lexists(name))
+            os.replace(path, aside)
+            logger.warning("state file %s, which is not used, is now %s", path, aside)
+        replace_file(path, _line(version, changes))
+
+
+def _line(version: int, changes: Mapping[str, Change]) -> str:
+    models = {
+        name: {"r": setting_to_json(r), "start": setting_to_json(replaced)} for name, (r, replaced) in changes.items()
+    }
+    return json.dumps({"version": version, "models": models})
 
 
 def _change(name: str, entry: object) -> Change:
@@ -207,24 +254,3 @@ def refuse_stale(expected_version: int | None, version: int) -> None:
         raise ConflictError(
             f"the configuration is at version {version}, not {expected_version}; read it again", config_version=version
         )
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file as a whole: a start after a crash sees the old one or the new one, whoever else writes it.
-
-    Its time is later than that of the one it replaces, by a nanosecond at least: a file system counts ticks of
-    milliseconds, and may give the inode of the last but one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.new")
-    try:
-        with unfinished.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        replaced_ns = path.stat().st_mtime_ns if path.exists() else 0
-        now_ns = max(time.time_ns(), replaced_ns + 1)
-        os.utime(unfinished, ns=(now_ns, now_ns))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from server.config.local import replace_file
+from server.config.last_good import LastGood
 from server.config.stored import read_configuration
 from server.dial import RSetting
 from server.errors import ServerError
-from server.metrics import CONFIG_REFUSED, CONFIG_SOURCE_UP, CONFIG_VERSION
+from server.metrics import CONFIG_REFUSED, CONFIG_SOURCE_UP, CONFIG_STALE, CONFIG_VERSION
 from server.types import Configuration
+from server.unnamed import UnnamedFile
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,22 @@ class SharedConfig:
         source: Where it comes from, for the log.
         cache: JSON file that keeps the last good one for a start without the source; None for none.
         check: Whether the models of this server can merge like that.
+        memory: What keeps the last good one over a restart of the engine.
     """
 
-    def __init__(self, start: Mapping[str, RSetting], source: str, cache: Path | None, check: Check) -> None:
-        self._start, self._source, self._cache, self._check = dict(start), source, cache, check
-        self._shared = self._read_cache() or Configuration(1, {})
+    def __init__(
+        self,
+        start: Mapping[str, RSetting],
+        source: str,
+        cache: Path | None,
+        check: Check,
+        memory: UnnamedFile | None = None,
+    ) -> None:
+        self._start, self._source, self._check = dict(start), source, check
+        self._last_good = LastGood(memory, cache)
+        recalled = self._last_good.recall(self._read)
+        self._is_recalled = recalled is not None
+        self._shared = recalled or Configuration(1, {})
         self._problem: str | None = None
         self._refusal: str | None = None
         CONFIG_SOURCE_UP.set(1)
@@ -50,28 +62,35 @@ class SharedConfig:
             ServerError: A model of this server cannot merge like that; nothing changes.
         """
         self._check(shared.models)
-        self._shared = shared
+        self._shared, self._refusal = shared, None
         self._say_taken()
         CONFIG_VERSION.set(shared.version)
         logger.info("configuration %d of %s is in force", shared.version, self._source)
-        if self._cache is not None:
-            try:
-                replace_file(self._cache, json.dumps(shared.to_json()))
-            except OSError as error:
-                logger.warning("it cannot be kept in %s for the next start: %s", self._cache, error.strerror)
+        self._last_good.keep(json.dumps(shared.to_json()))
 
     def _say_taken(self) -> None:
         """Notes that what the source says is what holds."""
+        if self._refusal is not None:
+            logger.info("what %s says is in force again", self._source)
         self._refusal = None
         CONFIG_REFUSED.set(0)
+        self._note_staleness()
 
     def _say_refused(self, error: Exception) -> None:
         """Says it once for each cause; where nobody has foreseen it, with the traceback."""
         cause, unforeseen = (error.message, None) if isinstance(error, ServerError) else (repr(error), error)
         if cause != self._refusal:
-            logger.error("what %s says is refused: %s", self._source, cause, exc_info=unforeseen)
+            version = self._shared.version
+            logger.error(
+                "what %s says is refused: %s; configuration %d goes on",
+                self._source,
+                cause,
+                version,
+                exc_info=unforeseen,
+            )
         self._refusal = cause
         CONFIG_REFUSED.set(1)
+        self._note_staleness()
 
     def _say_reached(self, problem: str | None = None) -> None:
         """Notes whether the source can be read, and says so when that changes."""
@@ -82,16 +101,13 @@ class SharedConfig:
             version = self._shared.version
             logger.warning("%s cannot be read (%s); configuration %d goes on", self._source, problem, version)
         self._problem = problem
+        self._note_staleness()
 
-    def _read_cache(self) -> Configuration | None:
-        if self._cache is None:
-            return None
-        try:
-            cached = read_configuration(self._cache.read_bytes())
-            self._check(cached.models)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ServerError) as error:
-            logger.warning("what %s keeps of %s is not used: %s", self._cache, self._source, error)
-            return None
-        return cached
+    def _note_staleness(self) -> None:
+        CONFIG_STALE.set(self._problem is not None or self._refusal is not None)
+
+    def _read(self, content: bytes) -> Configuration:
+        """What was kept; raises a ServerError where it is none for these models."""
+        kept = read_configuration(content)
+        self._check(kept.models)
+        return kept

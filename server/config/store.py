@@ -12,6 +12,7 @@ from server.config.watched import WatchedFile
 from server.dial import RSetting
 from server.settings import Settings, SettingsError
 from server.types import Configuration
+from server.unnamed import UnnamedFile
 
 
 class ConfigStore(Protocol):
@@ -37,26 +38,30 @@ class ConfigStore(Protocol):
         ...
 
 
-def open_store(settings: Settings, check: Check, otherwise: Path | None = None) -> ConfigStore:
+def open_store(
+    settings: Settings, check: Check, otherwise: Path | None = None, memory: UnnamedFile | None = None
+) -> ConfigStore:
     """The keeper that the settings ask for: this machine's, a file that somebody else writes, or Redis.
 
     Args:
         settings: Those of the server.
         check: Whether its models can merge like that.
         otherwise: The file by which its engines agree where the settings name no folder for one.
+        memory: What keeps the last good configuration over a restart of the engine.
 
     Raises:
-        SettingsError: It cannot be read, or holds an `r` that a model cannot merge.
+        SettingsError: What servers share cannot be read, or holds an `r` that a model cannot merge, and nothing good
+            was kept of it.
     """
     start = {spec.name: spec.r or 0 for spec in settings.specs()}
     shared, file = settings.shared_config, settings.state_file() or otherwise
     if shared is None:
-        return LocalConfig(start, file, check)
+        return LocalConfig(start, file, check, memory)
     cache = file.with_name(f"shared-{settings.port}.json") if file else None
     if "://" not in shared and not shared.startswith(("redis:", "rediss:")):  # a slash less is no file
-        return WatchedFile(start, shared, cache, check)
+        return WatchedFile(start, shared, cache, check, memory)
     try:
         from server.config.in_redis import RedisConfig
     except ImportError as error:
         raise SettingsError("shared configuration in Redis: pip install 'tome-server[redis]'") from error
-    return RedisConfig(start, shared, cache, check)
+    return RedisConfig(start, shared, cache, check, memory)

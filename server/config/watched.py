@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from server.config.files import read_file
 from server.config.pushed import PushedConfig
 from server.config.shared import Check
 from server.dial import RSetting, parse_setting
 from server.documents import read_yaml
 from server.errors import InvalidError, ServerError, shown
 from server.settings import SettingsError
+from server.unnamed import UnnamedFile
 
 POLL_S = 0.3
 """A look costs microseconds, and works where notifications do not: on network mounts, over the swap of a symlink."""
@@ -22,36 +24,56 @@ class WatchedFile(PushedConfig):
     """Follows a YAML or JSON file: `models: {NAME: {r: 8}}`, with `max_r` and `min_agreement` beside `r: auto`.
 
     The file is read as a whole whenever what it holds has changed, through whatever symbolic links lead to it. One that
-    cannot be read or is wrong changes nothing; at the start it ends the start.
+    cannot be read or is wrong changes nothing. A start then goes on with what was kept of it; where nothing was, it
+    ends the start.
 
     Raises:
-        SettingsError: It cannot be read, or names an `r` that a model cannot merge, or a model that is not served.
+        SettingsError: It cannot be read, or names an `r` that a model cannot merge, or a model that is not served; and
+            no good one was kept.
     """
 
-    def __init__(self, start: Mapping[str, RSetting], path: str, cache: Path | None, check: Check) -> None:
-        super().__init__(start, f"the file {path}", cache, check)
+    def __init__(
+        self,
+        start: Mapping[str, RSetting],
+        path: str,
+        cache: Path | None,
+        check: Check,
+        memory: UnnamedFile | None = None,
+    ) -> None:
+        super().__init__(start, f"the file {path}", cache, check, memory)
         self._path = Path(path)
+        self._seen: bytes | None = None
         try:
-            self._seen = self._path.read_bytes()
+            _, self._seen = read_file(self._path)
             self.take_over(_models(self._seen))
         except (OSError, ValueError, ServerError) as error:  # ValueError: a path that can be none
-            raise SettingsError(f"shared configuration {path}: {error}") from error
+            if not self._is_recalled:
+                raise SettingsError(f"shared configuration {path}: {error}") from error
+            self._say_why(error)
 
     async def follow(self) -> None:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                content = await asyncio.to_thread(self._path.read_bytes)
+                _, content = await asyncio.to_thread(read_file, self._path)
             except Exception as error:  # the next look may find what is good
-                self._say_reached(str(error) or repr(error))
+                self._seen = None
+                self._say_why(error)
                 continue
+            self._say_reached()
             if content != self._seen:
                 self._seen = content
                 try:
                     self.take_over(_models(content))
                 except Exception as error:  # so may the next content be
                     self.refuse(error)
-            self._say_reached()
+
+    def _say_why(self, error: Exception) -> None:
+        """Says why the file changes nothing: what is there is refused, or it cannot be read."""
+        if isinstance(error, ServerError):
+            self.refuse(error)
+        else:
+            self._say_reached(str(error) or repr(error))
 
 
 def _models(content: bytes) -> dict[str, RSetting]:

@@ -1,4 +1,4 @@
-"""The engine as an HTTP process has it: behind a Unix socket."""
+"""The engine as an HTTP process has it: in another process, behind a door."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from server.curve import Curve
 from server.deadlines import Deadlines
 from server.dial import RSetting
 from server.errors import DeadlineError, UnavailableError
+from server.ipc.door import Door
 from server.ipc.frames import Frames
 from server.ipc.messages import (
     Answered,
@@ -53,19 +54,22 @@ class LostEngineError(UnavailableError):
 
 
 class RemoteEngine:
-    """An engine behind a Unix socket, which it reconnects to for as long as it lives.
+    """An engine in another process, which it connects to again for as long as it lives.
 
-    When the connection breaks, every call in flight fails at once. A caller that gives up withdraws its call.
+    When the connection breaks, every call in flight fails at once. A caller that gives up withdraws its call. While no
+    engine runs a connection waits for the next one, so the engine is up once it has greeted with its catalog.
 
     Args:
-        path: The socket.
+        door: The way to the engine.
         index: Which of the server's engines it is, for the metrics.
     """
 
-    def __init__(self, path: str, index: int = 0) -> None:
-        self._path, self._up = path, ENGINE_UP.labels(str(index))
+    def __init__(self, door: Door, index: int = 0) -> None:
+        self._door, self._up = door, ENGINE_UP.labels(str(index))
         self._catalog: dict[str, ModelInfo] = {}
+        self._connected: Frames[Reply] | None = None
         self._frames: Frames[Reply] | None = None
+        """The connection, once the engine has greeted."""
         self._calls: dict[int, tuple[asyncio.Future[Any], float]] = {}
         self._deadlines = Deadlines(self._expire)
         self._ids = itertools.count()
@@ -85,7 +89,7 @@ class RemoteEngine:
     @property
     def is_up(self) -> bool:
         """Whether it is connected, and has said what it serves."""
-        return self._frames is not None and bool(self._catalog)
+        return self._frames is not None
 
     @property
     def num_calls(self) -> int:
@@ -152,11 +156,9 @@ class RemoteEngine:
         loop = asyncio.get_running_loop()
         while True:
             is_lost = asyncio.Event()
+            self._connected = frames = Frames(reply_of, self._receive, is_lost.set)
             try:
-                _, self._frames = await loop.create_unix_connection(
-                    lambda is_lost=is_lost: Frames(reply_of, self._receive, is_lost.set),  # type: ignore[misc]
-                    self._path,
-                )
+                await loop.create_unix_connection(lambda frames=frames: frames, sock=self._door.knock())  # type: ignore[misc]
             except OSError:
                 await asyncio.sleep(RECONNECT_S)
                 continue
@@ -165,7 +167,7 @@ class RemoteEngine:
                 logger.warning("the connection to the engine broke; %d calls fail", len(self._calls))
             finally:
                 self._up.set(0)
-                frames, self._frames = self._frames, None
+                self._frames = None
                 frames.close()
                 for future, _ in self._calls.values():
                     if not future.done():
@@ -176,6 +178,7 @@ class RemoteEngine:
         answer = reply.answer
         if isinstance(answer, Catalog):
             self._catalog = {info.name: info for info in answer.models}
+            self._frames = self._connected
             self._up.set(1)
             return
         future, _ = self._calls.get(reply.id, (None, None))

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from server.errors import EngineError, ServerError
+from server.ipc.door import Door
 from server.ipc.engine import Engine
 from server.ipc.frames import Frames
 from server.ipc.messages import (
@@ -31,30 +32,41 @@ logger = logging.getLogger(__name__)
 
 
 class EngineServer:
-    """Answers calls, in whatever order they are done. What a process has asked is withdrawn when it is gone."""
+    """Answers calls, in whatever order they are done. What a process has asked is withdrawn when it is gone.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._server: asyncio.Server | None = None
+    Args:
+        engine: Who answers.
+        door: Where the HTTP processes come from.
+    """
+
+    def __init__(self, engine: Engine, door: Door) -> None:
+        self._engine, self._door = engine, door
+        self._loop = asyncio.get_running_loop()
+        self._opening: set[asyncio.Task[Any]] = set()
         self._connections: set[_Connection] = set()
         self._is_alone = asyncio.Event()
         self._is_alone.set()
-
-    async def start(self, path: str) -> None:
-        """Begins to listen."""
-
-        def connect() -> Frames[Call]:
-            connection = _Connection(self._engine, self._forget)
-            self._connections.add(connection)
-            self._is_alone.clear()
-            return connection.frames
-
-        self._server = await asyncio.get_running_loop().create_unix_server(connect, path)
+        self._loop.add_reader(door.fileno(), self._take)
 
     def close(self) -> None:
         """Takes no new connection."""
-        assert self._server is not None
-        self._server.close()
+        self._loop.remove_reader(self._door.fileno())
+
+    def _take(self) -> None:
+        """Takes one connection; the loop comes back where more wait."""
+        end = self._door.take()
+        if end is None:
+            return
+        end.setblocking(False)
+        opening = self._loop.create_task(self._loop.connect_accepted_socket(self._connect, end))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+
+    def _connect(self) -> Frames[Call]:
+        connection = _Connection(self._engine, self._forget)
+        self._connections.add(connection)
+        self._is_alone.clear()
+        return connection.frames
 
     async def left(self, within_s: float) -> None:
         """Returns when every HTTP process has left, or when the time is over."""
@@ -68,13 +80,6 @@ class EngineServer:
         self._connections.discard(connection)
         if not self._connections:
             self._is_alone.set()
-
-
-async def serve_engine(engine: Engine, path: str) -> EngineServer:
-    """Offers an engine on a Unix socket."""
-    server = EngineServer(engine)
-    await server.start(path)
-    return server
 
 
 class _Connection:

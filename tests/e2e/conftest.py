@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
     """Starts services of one state folder, which end with the test."""
     running: list[Service] = []
 
-    def start(*flags: str, wait: bool = True) -> Service:
-        service = Service(*flags, state_dir=tmp_path / "state")
+    def start(*flags: str, wait: bool = True, environment: Mapping[str, str] | None = None) -> Service:
+        service = Service(*flags, state_dir=tmp_path / "state", environment=environment)
         running.append(service)
         if wait:
             service.wait_until_ready()

@@ -13,26 +13,28 @@ import os
 import signal
 import sys
 import time
-from multiprocessing.synchronize import Event
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from server import cli, supervisor
-from server import engine_process as process
-from server.device.torch_backend import TorchBackend
 from server.dial import Schedule
-from server.lifetime import Pulse
-from server.settings import Settings
+from server.shared_values import Sheet, join
 from tests.e2e.clients import DEADLY_GREY
 
 
-def run_engine(folder: Path, settings: Settings, socket_path: str, ready: Event, pulse: Pulse) -> None:
+def run_engine(folder: Path, sheets: Sequence[Sheet], sheet: int, *args: Any) -> None:
     """Runs the engine process, with a model that minds the folder."""
+    join(sheets, sheet)
+    from server import engine_process as process  # which has metrics
+    from server.device.torch_backend import TorchBackend
+
     compute = TorchBackend.logits
 
-    def logits(self: TorchBackend, pixels: Tensor, schedule: Schedule) -> Tensor:
+    def logits(self: Any, pixels: Tensor, schedule: Schedule) -> Tensor:
         with (folder / "batches").open("a") as file:
             file.write(f"{len(pixels)} {os.getpid()}\n")
         while (folder / "hold").exists():
@@ -47,7 +49,7 @@ def run_engine(folder: Path, settings: Settings, socket_path: str, ready: Event,
         return compute(self, pixels, schedule)
 
     TorchBackend.logits = logits  # type: ignore[method-assign]
-    process.main(settings, socket_path, ready, pulse)
+    process.main(*args)
 
 
 if __name__ == "__main__":

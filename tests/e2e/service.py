@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
@@ -27,14 +27,18 @@ class Service:
         flags: Its settings.
         state_dir: Where it keeps its state.
         faults: A folder by which its engine can be broken; see `faulty.py`.
+        environment: Further variables.
     """
 
-    def __init__(self, *flags: str, state_dir: Path, faults: Path | None = None) -> None:
+    def __init__(
+        self, *flags: str, state_dir: Path, faults: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         program = ["server.cli"] if faults is None else ["tests.e2e.faulty", str(faults)]
         command = [sys.executable, "-m", *program, "serve", "--port", "0", "--state-dir", str(state_dir)]
         command += ["--backend", "torch", *flags]  # which starts at once
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TOME_")}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TOME_")}
+        variables = {**inherited, **(environment or {})}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
         self.log: list[str] = []
         self._address = threading.Event()
         self.url = ""

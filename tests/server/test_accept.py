@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,9 @@ import uvloop
 
 from server.api import accept
 from server.api.accept import _LONGEST_WAIT_S, Acceptor, Places, wait_s
+from server.ipc.door import Door
 from server.settings import Settings
+from server.shared_values import Sheet
 from server.supervisor import Child, _run_http
 from tests.server.conftest import until
 
@@ -185,12 +186,15 @@ async def test_a_client_that_leaves_before_it_is_accepted_is_nothing(caplog: pyt
 class Fleet:
     """HTTP processes that share a socket, as the supervisor has them, without an engine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.places = Places(PROCESSES)
-        settings, nowhere = Settings.model_validate({"log_level": "warning"}), [str(folder / "engine.sock")]
+        settings, self.nowhere = Settings.model_validate({"log_level": "warning"}), Door()
+        sheets = [Sheet() for _ in range(PROCESSES)]
         self.children = [
-            Child(f"http-{index}", _run_http, settings, self.listener, nowhere, self.places, index)
+            Child(
+                f"http-{index}", _run_http, sheets, index, settings, self.listener, [self.nowhere], self.places, index
+            )
             for index in range(PROCESSES)
         ]
 
@@ -223,9 +227,8 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    fleet = Fleet(tmp_path)
+def fleet() -> Iterator[Fleet]:
+    fleet = Fleet()
     for child in fleet.children:
         child.start()
     try:
@@ -237,6 +240,7 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
         for child in fleet.children:
             child.end(time.monotonic() + 30)
         fleet.listener.close()
+        fleet.nowhere.close()
 
 
 @pytest.mark.slow

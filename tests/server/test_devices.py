@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
@@ -464,32 +461,3 @@ async def test_clients_of_several_are_told_of_two_deaths_and_do_not_notice_one()
             await until(lambda: not any(fake.num_calls and not fake.is_up for fake in fakes))
         assert_is_error(await call, 500, "engine_error")
         assert service.app.state.service.admission.in_flight == 0
-
-
-def exposition(folder: Path, *lines: str) -> str:
-    """What a process does to the metrics, which gives what a scrape of it shows."""
-    code = "\n".join(["from server.metrics import *", *lines, "print(exposition().decode())"])
-    environment: dict[str, Any] = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-
-
-def test_a_scrape_shows_the_engine_that_is_down_and_the_worst_of_what_they_measure(tmp_path: Path) -> None:
-    """Two HTTP processes of which one has lost engine 1, and two engines."""
-    exposition(tmp_path, "ENGINE_UP.labels('0').set(1); ENGINE_UP.labels('1').set(1)")
-    exposition(tmp_path, "ENGINE_UP.labels('0').set(1); ENGINE_UP.labels('1').set(0)")
-    for version, agreement, drift in ((4, 0.97, 0), (5, 0.8, 1)):
-        exposition(
-            tmp_path,
-            f"CONFIG_VERSION.set({version}); CONFIG_SOURCE_UP.set(1); CONFIG_REFUSED.set(0)",
-            f"LIVE_AGREEMENT.labels('tiny', '8').set({agreement}); DRIFT.labels('tiny', '8').set({drift})",
-        )
-    shown = exposition(tmp_path).splitlines()
-    assert 'tome_engine_up{engine="0"} 1.0' in shown
-    assert 'tome_engine_up{engine="1"} 0.0' in shown
-    assert 'tome_live_agreement{model="tiny",r="8"} 0.8' in shown
-    assert 'tome_drift{model="tiny",r="8"} 1.0' in shown
-    assert "tome_config_version 5.0" in shown
-    assert "tome_config_source_up 1.0" in shown  # an HTTP process, which reads no source, has no say
-    assert "tome_config_source_up 0.0" in exposition(tmp_path, "CONFIG_SOURCE_UP.set(0)").splitlines()

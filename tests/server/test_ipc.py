@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
-import tempfile
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
+from contextlib import asynccontextmanager, closing
 from typing import Any, cast
 
 import pytest
@@ -22,8 +22,9 @@ from server.images.image import Image, JpegFile, Pixels
 from server.ipc import client, frames
 from server.ipc.client import GRACE_S, LostEngineError, RemoteEngine
 from server.ipc.devices import Devices
+from server.ipc.door import Door
 from server.ipc.messages import Answered, Choice, Classify, Explain, Merges, Request, TopK
-from server.ipc.server import EngineServer, serve_engine
+from server.ipc.server import EngineServer
 from server.types import Configuration, ModelInfo
 from tests.server.conftest import (
     FakeDevice,
@@ -120,9 +121,9 @@ async def first(answering: Coroutine[Any, Any, Answered[TopK]]) -> int:
 
 
 @pytest.fixture
-def socket_path() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:  # tmp_path may be longer than a socket's name can be
-        yield str(Path(folder) / "s")
+def door() -> Iterator[Door]:
+    with closing(Door()) as door:
+        yield door
 
 
 @pytest.fixture
@@ -132,9 +133,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def connected(engine: FakeEngine, path: str) -> AsyncIterator[RemoteEngine]:
-    async with listening(engine, path):
-        remote = RemoteEngine(path)
+async def connected(engine: FakeEngine, door: Door) -> AsyncIterator[RemoteEngine]:
+    async with listening(engine, door):
+        remote = RemoteEngine(door)
         remote.start()
         try:
             await until(lambda: remote.is_up)
@@ -145,9 +146,9 @@ async def connected(engine: FakeEngine, path: str) -> AsyncIterator[RemoteEngine
 
 
 @asynccontextmanager
-async def listening(engine: FakeEngine, path: str) -> AsyncIterator[EngineServer]:
+async def listening(engine: FakeEngine, door: Door) -> AsyncIterator[EngineServer]:
     """An engine on a socket; at the end it is gone with all its connections, as when its process dies."""
-    server = await serve_engine(engine, path)
+    server = EngineServer(engine, door)
     try:
         yield server
     finally:
@@ -155,13 +156,12 @@ async def listening(engine: FakeEngine, path: str) -> AsyncIterator[EngineServer
         for connection in server._connections:
             connection.frames.close()
         await server.left(within_s=60)
-        Path(path).unlink(missing_ok=True)
 
 
 async def test_an_engine_that_does_not_read_is_asked_no_more_until_it_does(
-    socket_path: str, monkeypatch: pytest.MonkeyPatch
+    door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with connected(FakeEngine(), socket_path) as remote:
+    async with connected(FakeEngine(), door) as remote:
         monkeypatch.setattr(client, "MOST_UNSENT", 1000)
         first = asyncio.create_task(remote.answer(classify(bytes(5000))))
         await asyncio.sleep(0)  # it stands in the buffer, for the loop has not turned since
@@ -170,20 +170,20 @@ async def test_an_engine_that_does_not_read_is_asked_no_more_until_it_does(
         assert (await first).results and (await remote.answer(classify())).results
 
 
-async def test_the_catalog_crosses_whole_and_in_order(socket_path: str) -> None:
-    async with connected(FakeEngine(), socket_path) as remote:
+async def test_the_catalog_crosses_whole_and_in_order(door: Door) -> None:
+    async with connected(FakeEngine(), door) as remote:
         assert remote.catalog() == FakeEngine().catalog()
         assert list(remote.catalog()) == ["tiny", "large"]
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 def test_answers_find_their_callers_under_many_concurrent_calls(
-    run: Callable[[Coroutine[Any, Any, None]], None], socket_path: str
+    run: Callable[[Coroutine[Any, Any, None]], None], door: Door
 ) -> None:
     """On the event loop of tests, and on that of the processes; some are larger than a socket holds."""
 
     async def ask() -> None:
-        async with connected(FakeEngine(), socket_path) as remote:
+        async with connected(FakeEngine(), door) as remote:
             data = [random.Random(seed).randbytes(16 + 9_973 * (seed % 71)) for seed in range(300)]
             schedules = [None if seed % 3 else (seed % 5, 2, 0) for seed in range(300)]
             asked = [
@@ -200,7 +200,7 @@ def test_answers_find_their_callers_under_many_concurrent_calls(
     run(ask())
 
 
-async def test_a_request_arrives_as_it_was_and_its_answer_too(socket_path: str) -> None:
+async def test_a_request_arrives_as_it_was_and_its_answer_too(door: Door) -> None:
     engine = FakeEngine()
     images: list[Image] = [Pixels(b"one"), JpegFile(random.Random(1).randbytes(300_000), 40, 30), Pixels(b"three")]
     asked: list[Request[Any]] = [
@@ -208,7 +208,7 @@ async def test_a_request_arrives_as_it_was_and_its_answer_too(socket_path: str) 
         for kind in (Classify, Explain)
         for r in (None, (1, 2, 3), AutoR(), AutoR(8, 0.9))
     ]
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         for engine.auto in (None, Choice((3, 3, 3), "load", 0.97), Choice((0, 0, 0), "idle", None)):
             for request in asked:
                 answered = await remote.answer(request)
@@ -218,16 +218,16 @@ async def test_a_request_arrives_as_it_was_and_its_answer_too(socket_path: str) 
 
 
 @pytest.mark.parametrize("r", [8, (4, 2), AutoR(max_r=16), AutoR(None, 0.95)])
-async def test_the_configuration_crosses_both_ways(r: RSetting, socket_path: str) -> None:
-    async with connected(FakeEngine(), socket_path) as remote:
+async def test_the_configuration_crosses_both_ways(r: RSetting, door: Door) -> None:
+    async with connected(FakeEngine(), door) as remote:
         assert await remote.configuration() == Configuration(7, {"tiny": 3})
         changed = await remote.configure({"tiny": r, "large": 1}, 41)
         assert changed == Configuration(42, {"tiny": r, "large": 1}) == await remote.configuration()
         assert await remote.configure({"tiny": r}, None) == Configuration(0, {"tiny": r})
 
 
-async def test_the_curve_crosses_whole(socket_path: str) -> None:
-    async with connected(FakeEngine(), socket_path) as remote:
+async def test_the_curve_crosses_whole(door: Door) -> None:
+    async with connected(FakeEngine(), door) as remote:
         assert await remote.curve("tiny") == fake_curve()
         with pytest.raises(NotFoundError, match="large has no curve"):
             await remote.curve("large")
@@ -236,12 +236,12 @@ async def test_the_curve_crosses_whole(socket_path: str) -> None:
 @pytest.mark.parametrize("kind", ServerError.__subclasses__())
 @pytest.mark.parametrize("at_once", [False, True], ids=["later", "at once"])
 async def test_every_error_keeps_its_kind_its_words_and_its_facts(
-    kind: type[ServerError], at_once: bool, socket_path: str
+    kind: type[ServerError], at_once: bool, door: Door
 ) -> None:
     engine = FakeEngine()
     failure = kind("no, and here is why: é", retry_after_s=2.5, max_r=8, models=["tiny"])
     engine.failure, engine.refusal = (None, failure) if at_once else (failure, None)
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         with pytest.raises(kind) as raised:
             await remote.answer(classify())
         got = raised.value
@@ -252,7 +252,7 @@ async def test_every_error_keeps_its_kind_its_words_and_its_facts(
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["later", "at once"])
 async def test_any_other_exception_of_the_engine_is_an_engine_error_of_that_call_alone(
-    at_once: bool, socket_path: str
+    at_once: bool, door: Door
 ) -> None:
     async def fail() -> Answered[Any]:
         raise ZeroDivisionError("by zero")
@@ -267,7 +267,7 @@ async def test_any_other_exception_of_the_engine_is_an_engine_error_of_that_call
 
     engine = Breaking()
     engine.gate.clear()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         beside = asyncio.create_task(first(remote.answer(classify(b"beside"))))
         await until(lambda: engine.running == {b"beside"})
         with pytest.raises(EngineError, match="by zero"):
@@ -277,9 +277,9 @@ async def test_any_other_exception_of_the_engine_is_an_engine_error_of_that_call
         assert await beside == class_of(b"beside", (3, 3, 3))
 
 
-async def test_a_check_that_fails_says_so(socket_path: str) -> None:
+async def test_a_check_that_fails_says_so(door: Door) -> None:
     engine = FakeEngine()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         await remote.check()
         engine.failure = QueueFullError("full", retry_after_s=1)
         with pytest.raises(QueueFullError):
@@ -314,10 +314,10 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def test_calls_of_one_turn_leave_in_one_write_and_so_do_the_answers_of_a_batch(
-    socket_path: str, writes: list[int]
+    door: Door, writes: list[int]
 ) -> None:
     engine = FakeEngine()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         engine.gate.clear()
         writes.clear()
         names = [bytes([index]) for index in range(50)]
@@ -332,10 +332,10 @@ async def test_calls_of_one_turn_leave_in_one_write_and_so_do_the_answers_of_a_b
         assert [answer.results[0].indices[0] for answer in answers] == [class_of(name, (3, 3, 3)) for name in names]
 
 
-async def test_cancelling_a_call_withdraws_its_request_and_no_other(socket_path: str) -> None:
+async def test_cancelling_a_call_withdraws_its_request_and_no_other(door: Door) -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         calls = {name: asyncio.create_task(first(remote.answer(classify(name)))) for name in (b"a", b"b", b"c")}
         await until(lambda: engine.running == {b"a", b"b", b"c"})
         calls[b"b"].cancel()
@@ -347,10 +347,10 @@ async def test_cancelling_a_call_withdraws_its_request_and_no_other(socket_path:
         assert await calls[b"a"] == class_of(b"a", (3, 3, 3))
 
 
-async def test_a_call_that_is_cancelled_before_it_has_left_is_withdrawn_too(socket_path: str) -> None:
+async def test_a_call_that_is_cancelled_before_it_has_left_is_withdrawn_too(door: Door) -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         gone = asyncio.create_task(remote.answer(classify(b"gone")))
         await asyncio.sleep(0)
         gone.cancel()
@@ -361,10 +361,10 @@ async def test_a_call_that_is_cancelled_before_it_has_left_is_withdrawn_too(sock
         assert gone.cancelled() and remote.num_calls == 0
 
 
-async def test_an_engine_that_no_longer_keeps_deadlines_is_given_up_some_time_after_them(socket_path: str) -> None:
+async def test_an_engine_that_no_longer_keeps_deadlines_is_given_up_some_time_after_them(door: Door) -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         request, later = classify(b"now", in_s=500), classify(b"later", in_s=800)
         calls = [asyncio.create_task(remote.answer(each)) for each in (request, later)]
         await until(lambda: len(engine.running) == 2)
@@ -381,10 +381,10 @@ async def test_an_engine_that_no_longer_keeps_deadlines_is_given_up_some_time_af
         assert (await calls[1]).config_version == 7
 
 
-async def test_a_timer_gives_it_up(socket_path: str) -> None:
+async def test_a_timer_gives_it_up(door: Door) -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         for _ in range(2):
             with pytest.raises(DeadlineError):
                 await remote.answer(classify(in_s=0.02 - GRACE_S))
@@ -392,14 +392,14 @@ async def test_a_timer_gives_it_up(socket_path: str) -> None:
 
 
 async def test_an_engine_that_answers_in_time_is_heard_although_the_deadline_has_passed_on_the_way(
-    socket_path: str, monkeypatch: pytest.MonkeyPatch
+    door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "GRACE_S", 1000.0)
-    async with connected(FakeEngine(), socket_path) as remote:
+    async with connected(FakeEngine(), door) as remote:
         assert await first(remote.answer(classify(b"late", in_s=-500))) == class_of(b"late", (3, 3, 3))
 
 
-async def test_a_check_of_a_hanging_engine_is_unavailable(socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_check_of_a_hanging_engine_is_unavailable(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
 
     async def hang() -> None:
@@ -407,14 +407,14 @@ async def test_a_check_of_a_hanging_engine_is_unavailable(socket_path: str, monk
 
     monkeypatch.setattr(engine, "check", hang)
     monkeypatch.setattr(client, "CALL_TIMEOUT_S", 0.01)
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         with pytest.raises(UnavailableError) as refusal:
             await remote.check()
         assert refusal.value.retry_after_s and not isinstance(refusal.value, LostEngineError)
 
 
-async def test_before_the_engine_is_there_everything_is_unavailable(socket_path: str) -> None:
-    remote = RemoteEngine(socket_path)
+async def test_before_the_engine_is_there_everything_is_unavailable(door: Door) -> None:
+    remote = RemoteEngine(door)
     remote.start()
     with pytest.raises(UnavailableError, match="loading") as refusal:
         remote.catalog()
@@ -435,13 +435,13 @@ async def test_before_the_engine_is_there_everything_is_unavailable(socket_path:
 
 
 async def test_when_the_engine_dies_all_calls_in_flight_fail_and_a_restarted_one_serves(
-    socket_path: str, at_once: None
+    door: Door, at_once: None
 ) -> None:
-    remote = RemoteEngine(socket_path)
+    remote = RemoteEngine(door)
     remote.start()
     engine = FakeEngine()
     engine.gate.clear()
-    async with listening(engine, socket_path):
+    async with listening(engine, door):
         await until(lambda: remote.is_up)
         calls = [asyncio.create_task(remote.answer(classify(bytes([index])))) for index in range(20)]
         await until(lambda: len(engine.running) == 20)
@@ -451,17 +451,63 @@ async def test_when_the_engine_dies_all_calls_in_flight_fail_and_a_restarted_one
     assert not remote.is_up
     with pytest.raises(UnavailableError):
         await remote.answer(classify())
-    async with listening(FakeEngine(), socket_path):
+    async with listening(FakeEngine(), door):
         await until(lambda: remote.is_up)
         assert await first(remote.answer(classify(b"again"))) == class_of(b"again", (3, 3, 3))
         await remote.close()
 
 
-async def test_an_http_process_that_leaves_has_its_requests_withdrawn_and_others_keep_theirs(socket_path: str) -> None:
+async def test_an_engine_that_dies_before_it_greets_is_waited_for_by_the_next_one(door: Door, at_once: None) -> None:
+    remote = RemoteEngine(door)
+    remote.start()
+    for _ in range(3):
+        end = None
+        while end is None:  # it takes the connection, and dies
+            end = door.take()
+            await asyncio.sleep(0.001)
+        end.close()
+        assert not remote.is_up
+        with pytest.raises(UnavailableError):
+            await remote.answer(classify())
+    async with listening(FakeEngine(), door):
+        await until(lambda: remote.is_up)
+        assert await first(remote.answer(classify(b"x"))) == class_of(b"x", (3, 3, 3))
+        await remote.close()
+
+
+async def test_more_connections_than_may_wait_for_an_engine_are_all_taken_by_it(door: Door, at_once: None) -> None:
+    remotes = [RemoteEngine(door) for _ in range(40)]
+    for remote in remotes:
+        remote.start()
+    await asyncio.sleep(0.01)  # those beyond what the kernel lets wait try again
+    async with listening(FakeEngine(), door):
+        await until(lambda: all(remote.is_up for remote in remotes))
+        for remote in remotes:
+            await remote.close()
+
+
+def test_a_full_door_is_told_and_leaves_no_descriptor_open(door: Door) -> None:
+    waiting: list[socket.socket] = []
+    with pytest.raises(OSError):
+        while len(waiting) < 10_000:
+            waiting.append(door.knock())
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError):
+        door.knock()
+    assert len(os.listdir("/proc/self/fd")) == before
+    for end in waiting:
+        end.close()
+        taken = door.take()
+        assert taken is not None and taken.recv(1) == b""  # its client is gone
+        taken.close()
+    assert door.take() is None
+
+
+async def test_an_http_process_that_leaves_has_its_requests_withdrawn_and_others_keep_theirs(door: Door) -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    async with connected(engine, socket_path) as stays:
-        leaves = RemoteEngine(socket_path)
+    async with connected(engine, door) as stays:
+        leaves = RemoteEngine(door)
         leaves.start()
         await until(lambda: leaves.is_up)
         lost = [asyncio.create_task(leaves.answer(classify(name))) for name in (b"x", b"y")]
@@ -476,13 +522,13 @@ async def test_an_http_process_that_leaves_has_its_requests_withdrawn_and_others
 
 
 @pytest.mark.parametrize("garbage", [b"\0\0\0\5hello", b"\0\0\0\0", b"\0\0\0\2\xff\xff"], ids=["text", "empty", "odd"])
-async def test_garbage_ends_the_connection_that_it_came_over_and_no_other(garbage: bytes, socket_path: str) -> None:
+async def test_garbage_ends_the_connection_that_it_came_over_and_no_other(garbage: bytes, door: Door) -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         kept = asyncio.create_task(first(remote.answer(classify(b"kept"))))
         await until(lambda: engine.running == {b"kept"})
-        reader, writer = await asyncio.open_unix_connection(socket_path)
+        reader, writer = await asyncio.open_unix_connection(sock=door.knock())
         writer.write(garbage)
         with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
             await reader.readexactly(1 << 20)  # the catalog, and then the end
@@ -491,11 +537,11 @@ async def test_garbage_ends_the_connection_that_it_came_over_and_no_other(garbag
         assert await kept == class_of(b"kept", (3, 3, 3))
 
 
-async def test_an_engine_that_says_nonsense_is_lost_and_connected_to_again(socket_path: str, at_once: None) -> None:
+async def test_an_engine_that_says_nonsense_is_lost_and_connected_to_again(door: Door, at_once: None) -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    async with listening(engine, socket_path) as server:
-        remote = RemoteEngine(socket_path)
+    async with listening(engine, door) as server:
+        remote = RemoteEngine(door)
         remote.start()
         await until(lambda: remote.is_up)
         lost = asyncio.create_task(remote.answer(classify(b"lost")))
@@ -512,13 +558,13 @@ async def test_an_engine_that_says_nonsense_is_lost_and_connected_to_again(socke
 
 
 async def test_a_withdrawn_request_is_not_computed_by_a_real_engine(
-    socket_path: str, caplog: pytest.LogCaptureFixture
+    door: Door, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = FakeDevice()
     local = local_engine(device)
     local.start()
-    server = await serve_engine(local, socket_path)
-    remote = RemoteEngine(socket_path)
+    server = EngineServer(local, door)
+    remote = RemoteEngine(door)
     remote.start()
     await until(lambda: remote.is_up)
     device.gate.clear()
@@ -537,12 +583,12 @@ async def test_a_withdrawn_request_is_not_computed_by_a_real_engine(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-async def test_all_images_of_a_request_are_answered_in_order_by_a_real_engine(socket_path: str) -> None:
+async def test_all_images_of_a_request_are_answered_in_order_by_a_real_engine(door: Door) -> None:
     device = FakeDevice()
     local = local_engine(device, r=2, max_batch_size=2)
     local.start()
-    server = await serve_engine(local, socket_path)
-    remote = RemoteEngine(socket_path)
+    server = EngineServer(local, door)
+    remote = RemoteEngine(door)
     remote.start()
     await until(lambda: remote.is_up)
     images: list[Image] = [Pixels(bytes([index])) for index in range(5)]
@@ -557,9 +603,9 @@ async def test_all_images_of_a_request_are_answered_in_order_by_a_real_engine(so
     await local.close()
 
 
-async def test_a_server_that_takes_nobody_new_knows_when_the_last_http_process_has_left(socket_path: str) -> None:
-    server = await serve_engine(FakeEngine(), socket_path)
-    remote = RemoteEngine(socket_path)
+async def test_a_server_that_takes_nobody_new_knows_when_the_last_http_process_has_left(door: Door) -> None:
+    server = EngineServer(FakeEngine(), door)
+    remote = RemoteEngine(door)
     remote.start()
     await until(lambda: remote.is_up)
     server.close()
@@ -571,13 +617,13 @@ async def test_a_server_that_takes_nobody_new_knows_when_the_last_http_process_h
     await server.left(within_s=1000)
 
 
-async def test_a_jpeg_crosses_as_it_came_and_a_catalog_says_whether_it_may(socket_path: str) -> None:
+async def test_a_jpeg_crosses_as_it_came_and_a_catalog_says_whether_it_may(door: Door) -> None:
     class Decoding(FakeEngine):
         def catalog(self) -> dict[str, ModelInfo]:
             return {"tiny": model_info(decodes_jpeg=True)}
 
     engine = Decoding()
-    async with connected(engine, socket_path) as remote:
+    async with connected(engine, door) as remote:
         assert remote.catalog()["tiny"].decodes_jpeg
         file = JpegFile(random.Random(1).randbytes(4_000_000), 40, 30)
         sent = Classify(model="tiny", images=[file], r=(1, 2, 3), deadline=time.monotonic() + 1e3, top_k=1)
@@ -588,10 +634,10 @@ async def test_a_jpeg_crosses_as_it_came_and_a_catalog_says_whether_it_may(socke
 class Pool:
     """Several engines behind sockets of their own, each of which can die, and the server's view of them."""
 
-    def __init__(self, folder: str, count: int) -> None:
+    def __init__(self, count: int) -> None:
         self.engines = [FakeEngine() for _ in range(count)]
-        self.paths = [f"{folder}{index}" for index in range(count)]
-        self.remotes = [RemoteEngine(path, index) for index, path in enumerate(self.paths)]
+        self.doors = [Door() for _ in range(count)]
+        self.remotes = [RemoteEngine(door, index) for index, door in enumerate(self.doors)]
         self.devices = Devices(self.remotes)
         self._alive = [asyncio.Event() for _ in range(count)]
         self._serving: list[asyncio.Task[None]] = []
@@ -604,7 +650,7 @@ class Pool:
         await until(lambda: all(remote.is_up for remote in self.remotes))
 
     async def _serve(self, index: int) -> None:
-        async with listening(self.engines[index], self.paths[index]):
+        async with listening(self.engines[index], self.doors[index]):
             await self._alive[index].wait()
 
     async def holder_of(self, data: bytes) -> int:
@@ -620,11 +666,12 @@ class Pool:
         await self.devices.close()
         for index in range(len(self.engines)):
             await self.kill(index)
+            self.doors[index].close()
 
 
 @asynccontextmanager
-async def several(folder: str, count: int) -> AsyncIterator[Pool]:
-    pool = Pool(folder, count)
+async def several(count: int) -> AsyncIterator[Pool]:
+    pool = Pool(count)
     await pool.start()
     try:
         yield pool
@@ -636,8 +683,8 @@ def times_asked(engines: Sequence[FakeEngine], data: bytes) -> int:
     return sum(request.images[0].data == data for engine in engines for request in engine.asked)
 
 
-async def test_what_an_engine_held_when_it_went_down_is_answered_by_another_once(socket_path: str) -> None:
-    async with several(socket_path, 2) as pool:
+async def test_what_an_engine_held_when_it_went_down_is_answered_by_another_once(door: Door) -> None:
+    async with several(2) as pool:
         calls = {name: asyncio.create_task(first(pool.devices.answer(classify(name)))) for name in (b"a", b"b", b"c")}
         victim = await pool.holder_of(b"b")
         await until(lambda: sum(len(engine.running) for engine in pool.engines) == 3)
@@ -650,8 +697,8 @@ async def test_what_an_engine_held_when_it_went_down_is_answered_by_another_once
             assert times_asked(pool.engines, name) == (2 if name in held else 1)
 
 
-async def test_a_request_that_was_in_flight_at_two_deaths_is_not_tried_a_third_time(socket_path: str) -> None:
-    async with several(socket_path, 3) as pool:
+async def test_a_request_that_was_in_flight_at_two_deaths_is_not_tried_a_third_time(door: Door) -> None:
+    async with several(3) as pool:
         call = asyncio.create_task(pool.devices.answer(classify(b"deadly")))
         for _ in range(2):
             await pool.kill(await pool.holder_of(b"deadly"))
@@ -669,9 +716,9 @@ async def test_a_request_that_was_in_flight_at_two_deaths_is_not_tried_a_third_t
 )
 @pytest.mark.parametrize("path", ["/classify", "/v1/explain"])
 async def test_clients_are_told_of_engines_that_went_down(
-    path: str, count: int, deaths: int, status: int, code: str, socket_path: str
+    path: str, count: int, deaths: int, status: int, code: str, door: Door
 ) -> None:
-    async with several(socket_path, count) as pool:
+    async with several(count) as pool:
         engine = pool.remotes[0] if count == 1 else pool.devices
         async with serving(engine=engine) as service:
             headers = {"content-type": "image/png"}
@@ -686,8 +733,8 @@ async def test_clients_are_told_of_engines_that_went_down(
 
 
 @pytest.mark.parametrize("path", ["/classify", "/v1/explain"])
-async def test_clients_do_not_notice_that_one_of_two_engines_went_down(path: str, socket_path: str) -> None:
-    async with several(socket_path, 2) as pool, serving(engine=pool.devices) as service:
+async def test_clients_do_not_notice_that_one_of_two_engines_went_down(path: str, door: Door) -> None:
+    async with several(2) as pool, serving(engine=pool.devices) as service:
         headers = {"content-type": "image/png"}
         call = asyncio.create_task(service.client.post(path, content=grey_png(), headers=headers))
         pixels = bytes([100]) * (8 * 8 * 3)

@@ -1,24 +1,17 @@
-"""Metrics: what is counted, under labels of closed sets, exactly, over several processes."""
+"""Metrics: what is counted, under labels of closed sets, exactly. Of several processes: test_shared_values.py."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from server import metrics
 from server.metrics import BatchMetrics
 from server.types import BatchKey
 from tests.server.conftest import grey_png, serving, until
 
-ROOT = Path(__file__).resolve().parents[2]
 PNG = grey_png()
 
 
@@ -98,7 +91,7 @@ async def test_the_scrape_is_prometheus_text_with_every_metric_of_the_service() 
         ours = {name for name in families if name.startswith("tome_")}
         stages = {f"tome_{stage}_duration_seconds" for stage in ("request", "decode", "queue", "inference")}
         rest = {"requests", "images", "batch_size", "dropped_images", "in_flight_images", "engine_up", "engine_starts"}
-        rest |= {"config_version", "drift_checked", "drift_agreed", "live_agreement", "drift"}
+        rest |= {"config_version", "config_stale", "drift_checked", "drift_agreed", "live_agreement", "drift"}
         assert ours >= stages | {f"tome_{name}" for name in rest}
         assert all(families[name].documentation for name in ours)
 
@@ -112,31 +105,3 @@ def test_drops_are_counted_by_reason_and_a_health_check_is_no_batch() -> None:
     observer.batch_ran(None, [0.1], 0.1)
     observer.batch_ran(key, [0.1, 0.2], 0.5)
     assert (dropped["cancelled"](), dropped["deadline"](), batches()) == (1, 0, 1)
-
-
-def test_a_scrape_of_one_process_shows_the_numbers_of_all(tmp_path: Path) -> None:
-    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    count = "from server.metrics import *; REQUESTS.labels('tiny', '8', '200').inc({}); IN_FLIGHT.set(5)"
-    for number in (2, 3):
-        subprocess.run([sys.executable, "-c", count.format(number)], env=environment, cwd=ROOT, check=True)
-    scrape = "import sys; from server.metrics import *; sys.stdout.buffer.write(exposition())"
-    shown = subprocess.run(
-        [sys.executable, "-c", scrape], env=environment, cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    assert 'tome_requests_total{code="200",model="tiny",r="8"} 5.0' in shown
-
-
-def test_a_scrape_that_meets_a_process_at_its_start_looks_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    looks = []
-
-    def look(registry: object) -> bytes:
-        looks.append(registry)
-        if len(looks) < 3:
-            raise struct.error("unpack_from requires a buffer of at least 4 bytes")
-        return b"all"
-
-    monkeypatch.setattr(metrics, "generate_latest", look)
-    assert metrics.exposition() == b"all" and len(looks) == 3

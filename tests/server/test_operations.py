@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import closing
 
 import pytest
 
 from server.errors import ServerError
 from server.ipc.client import RemoteEngine
+from server.ipc.door import Door
 from tests.server.conftest import (
     assert_is_error,
     grey_png,
@@ -25,8 +26,9 @@ async def test_a_ready_service_says_so() -> None:
             assert (await service.client.get(path)).json() == {"status": "ready", "models": ["tiny"]}
 
 
-async def test_without_an_engine_the_service_lives_and_is_not_ready(tmp_path: Path) -> None:
-    remote = RemoteEngine(str(tmp_path / "none"))
+async def test_without_an_engine_the_service_lives_and_is_not_ready() -> None:
+    with closing(Door()) as door:
+        remote = RemoteEngine(door)
     async with serving(engine=remote) as service:
         assert (await service.client.get("/livez")).status_code == 200
         answers = [await service.client.get(path) for path in ("/readyz", "/healthz", "/v1/models", "/v1/models/tiny")]

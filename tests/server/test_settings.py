@@ -255,6 +255,15 @@ def test_a_complaint_does_not_tell_the_keys() -> None:
     assert "hush" not in str(refusal.value)
 
 
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container that runs with a number that no file knows."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict[int, object]().__getitem__)
+    with pytest.raises(SettingsError, match="state_dir: .* no home folder"):
+        load_settings({}).state_file()
+    assert load_settings({"state_dir": "none"}).state_file() is None
+
+
 def test_the_state_file_is_one_a_port_or_none(tmp_path: Path) -> None:
     assert Settings.model_validate({"state_dir": tmp_path, "port": 81}).state_file() == tmp_path / "config-81.json"
     assert load_settings({"state_dir": "none"}).state_file() is None

@@ -258,6 +258,18 @@ class TestRedis:
                 await until(lambda: store.configuration == Configuration(6, START | {"tiny": 3}))
         assert caplog.text.count("is refused: MemoryError(") == 1
 
+    @pytest.mark.parametrize("text", ["{", '{"version": 9, "models": {"large": 99}}'])
+    async def test_a_change_upon_what_is_refused_is_not_the_fault_of_who_asks(self, text: str, url: str) -> None:
+        async with followed(RedisConfig(START, url, None, check)) as store:
+            before = await store.change({"tiny": 8})
+            with redis.Redis.from_url(url) as client:
+                client.set(KEY, text)
+                with pytest.raises(UnavailableError, match="Redis at .* is refused"):
+                    await store.change({"tiny": 1})
+                assert client.get(KEY) == text.encode() and store.configuration == before
+                client.delete(KEY)
+            assert (await store.change({"tiny": 1})).version == before.version + 1
+
     async def test_models_of_other_servers_are_left_as_they_are(self, url: str) -> None:
         other = RedisConfig({"huge": 1}, url, None, lambda models: None)
         async with followed(other), followed(RedisConfig(START, url, None, check)) as store:

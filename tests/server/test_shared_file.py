@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.config import local
-from server.config.local import LocalConfig, replace_file
+from server.config.files import replace_file
+from server.config.local import LocalConfig
 from server.dial import RSetting
 from server.errors import ConflictError, UnavailableError
-from server.settings import SettingsError
 from server.types import Configuration
 from tests.server.conftest import until
 
@@ -131,7 +131,7 @@ def test_no_change_of_several_processes_is_lost(file: Path) -> None:
 REPLACER = """
 import sys
 from pathlib import Path
-from server.config.local import replace_file
+from server.config.files import replace_file
 
 print("ready", flush=True)
 sys.stdin.readline()
@@ -214,23 +214,3 @@ async def test_of_engines_that_start_at_once_one_forgets_what_is_outdated(
     assert [engine.configuration for engine in engines] == [known] * 4
     known = await engines[0].change({"tiny": 6})
     assert LocalConfig(start, file).configuration == engines[3].configuration == known
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]"])
-async def test_a_file_that_is_spoilt_or_removed_while_it_serves_changes_nothing(
-    content: str | None, file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = LocalConfig(START, file)
-    before = await store.change({"tiny": 8})
-    if content is None:
-        file.unlink()
-    else:
-        file.write_text(content)
-        with pytest.raises(SettingsError, match="cannot be read"):
-            LocalConfig(START, file)
-    for _ in range(3):
-        assert store.configuration == before
-    assert len(caplog.records) == (content is not None)  # said once
-    await store.change({"tiny": 9}, before.version)
-    assert LocalConfig(START, file).configuration == Configuration(before.version + 1, START | {"tiny": 9})
-    assert json.loads(file.read_text())["version"] == before.version + 1

@@ -30,7 +30,7 @@ def child() -> Child:
 
 
 def beat(child: Child) -> None:
-    child._pulse._count.value += 1
+    child._pulse._count[0] += 1
 
 
 def killed(child: Child) -> int:

@@ -1,0 +1,67 @@
+"""The last good configuration, kept for a start whose source gives none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from server.config.files import read_file, replace_file
+from server.errors import ServerError
+from server.unnamed import UnnamedFile
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class LastGood:
+    """Keeps one document in two places: in memory for an engine that restarts, in a file for a server that restarts.
+
+    Args:
+        memory: Outlives the engine process, whatever becomes of disks; None where the engine is not supervised.
+        file: Outlives the server; None where it keeps no state.
+    """
+
+    def __init__(self, memory: UnnamedFile | None = None, file: Path | None = None) -> None:
+        self._memory, self._file = memory, file
+        self._problem: str | None = None
+
+    def keep(self, line: str) -> None:
+        """Keeps a document of one line. Where the file cannot be written, that is logged once."""
+        if self._memory is not None:
+            self._memory.write(f"{line}\n".encode())
+        if self._file is None or self._holds(self._file, line):
+            return
+        try:
+            replace_file(self._file, line)
+            self._problem = None
+        except OSError as error:
+            problem = f"the configuration cannot be kept in {self._file} for the next start: {error.strerror}"
+            if problem != self._problem:
+                logger.warning("%s", problem)
+            self._problem = problem
+
+    @staticmethod
+    def _holds(file: Path, line: str) -> bool:
+        try:
+            return read_file(file)[1] == line.encode()
+        except (OSError, ServerError):
+            return False
+
+    def recall(self, read: Callable[[bytes], T]) -> T | None:
+        """What was kept, as `read` understands it; None where nothing was kept that it does not refuse."""
+        if self._memory is not None and (line := self._memory.read().partition(b"\n")[0]):
+            try:
+                return read(line)
+            except ServerError as error:
+                logger.warning("the configuration that was in force before the restart is not used: %s", error)
+        if self._file is not None:
+            try:
+                return read(read_file(self._file)[1])
+            except (FileNotFoundError, NotADirectoryError):
+                pass  # nothing was kept yet
+            except (OSError, ServerError) as error:
+                logger.warning("the configuration that %s keeps is not used: %s", self._file, error)
+        return None

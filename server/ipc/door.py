@@ -1,0 +1,55 @@
+"""The way to an engine process: a pair of sockets without a name, which the supervisor makes and all processes share.
+
+Who wants a connection makes a pair of connected sockets, and sends one of them through the door. There is no file that
+somebody could remove, a full disk could refuse, or another user could open; and what was sent while no engine ran waits
+for the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+
+class Door:
+    """Outside it knock the HTTP processes, inside it the engine takes what they send. A process gets it as an argument.
+
+    It never blocks.
+    """
+
+    def __init__(self) -> None:
+        self._inside, self._outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for each in (self._inside, self._outside):
+            each.setblocking(False)  # for all processes: send_fds and recv_fds mind no flags
+
+    def fileno(self) -> int:
+        """What is readable while a connection waits to be taken."""
+        return self._inside.fileno()
+
+    def knock(self) -> socket.socket:
+        """One end of a new connection, of which the engine gets the other.
+
+        Raises:
+            OSError: As many wait as the system lets, or there are no descriptors left.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                socket.send_fds(self._outside, [b"\0"], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        return ours
+
+    def take(self) -> socket.socket | None:
+        """The engine's end of a connection that waits; None where none does, or no descriptor is left for it."""
+        with contextlib.suppress(OSError):
+            _, descriptors, _, _ = socket.recv_fds(self._inside, 1, 1)
+            if descriptors:
+                return socket.socket(fileno=descriptors[0])
+        return None
+
+    def close(self) -> None:
+        """Of this process; the others keep theirs."""
+        self._inside.close()
+        self._outside.close()
