@@ -454,7 +454,7 @@ async def test_all_that_waits_side_by_side_is_answered_and_the_loop_lives(
 
 EACH_OPERATION: list[Classify | Explain | str] = ["probe"]
 EACH_OPERATION += [kind(r=r) for kind in (classify, explain) for r in (FIXED, LIST, AUTO, BOUNDED, DEPLOYED)]
-EACH_OPERATION += [several(kind(r=AUTO), b"a", b"b") for kind in (classify, explain)]
+EACH_OPERATION += [replace(each, images=[Pixels(b"a"), Pixels(b"b")]) for each in (classify(r=AUTO), explain(r=AUTO))]
 
 
 @pytest.mark.parametrize("is_auto", [False, True])
