@@ -95,7 +95,8 @@ def invalid(problems: Sequence[Any], model: type[BaseModel] | None = None) -> In
         elif problem["type"] == "missing":
             lines.append(f"{field} is missing")
         else:
-            lines.append(f"{field} is {shown(problem.get('input'))}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+            named = f"{field} is" if field else "one of the names is"
+            lines.append(f"{named} {shown(problem.get('input'))}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
     return InvalidError("; ".join(lines))
 
 

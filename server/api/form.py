@@ -58,22 +58,18 @@ class FormReader:
     """
 
     def __init__(self, boundary: bytes, most: int) -> None:
-        self.parts: list[Part] = []
-        self._most = most
-        self._header, self._value = bytearray(), bytearray()
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._content: list[bytes] = []
-        self._is_whole = False
+        self._collector = _Collector(most)
+        self.parts = self._collector.parts
         self._parser = MultipartParser(
             boundary,
             {
-                "on_part_begin": self._begin,
-                "on_header_field": self._add_to_header,
-                "on_header_value": self._add_to_value,
-                "on_header_end": self._end_header,
-                "on_part_data": self._add_to_content,
-                "on_part_end": self._end,
-                "on_end": self._finish,
+                "on_part_begin": self._collector.begin,
+                "on_header_field": self._collector.add_to_header,
+                "on_header_value": self._collector.add_to_value,
+                "on_header_end": self._collector.end_header,
+                "on_part_data": self._collector.add_to_content,
+                "on_part_end": self._collector.end,
+                "on_end": self._collector.finish,
             },
             max_header_count=_MOST_HEADERS,
             max_header_size=_LONGEST_HEADER,
@@ -88,34 +84,51 @@ class FormReader:
 
     def close(self) -> None:
         """Ends the reading; raises UndecodableError where the last boundary has not come."""
-        if not self._is_whole:
+        if not self._collector.is_whole:
             raise _unreadable("it ends before its last boundary")
 
-    def _begin(self) -> None:
+
+class _Collector:
+    """Puts the parts together from what the parser finds.
+
+    The parser keeps these methods. So they belong to an object that does not refer to the parser: a cycle would keep
+    every body in memory until the garbage collector comes, which is rare.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.parts: list[Part] = []
+        self.is_whole = False
+        self._most = most
+        self._header, self._value = bytearray(), bytearray()
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._content: list[bytes] = []
+
+    def begin(self) -> None:
         if len(self.parts) == self._most:
             raise _unreadable(f"it has more than {self._most} parts")
-        self._headers, self._content = [], []
+        self._headers = []
 
-    def _add_to_header(self, data: bytes, start: int, end: int) -> None:
+    def add_to_header(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
 
-    def _add_to_value(self, data: bytes, start: int, end: int) -> None:
+    def add_to_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
 
-    def _end_header(self) -> None:
+    def end_header(self) -> None:
         self._headers.append((bytes(self._header).lower(), bytes(self._value)))
         self._header.clear()
         self._value.clear()
 
-    def _add_to_content(self, data: bytes, start: int, end: int) -> None:
+    def add_to_content(self, data: bytes, start: int, end: int) -> None:
         self._content.append(data[start:end])
 
-    def _end(self) -> None:
+    def end(self) -> None:
         name, filename = _described(self._headers)
-        self.parts.append(Part(name, filename, b"".join(self._content)))
+        content, self._content = b"".join(self._content), []
+        self.parts.append(Part(name, filename, content))
 
-    def _finish(self) -> None:
-        self._is_whole = True
+    def finish(self) -> None:
+        self.is_whole = True
 
 
 def _described(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, str | None]:

@@ -104,7 +104,8 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
     timeout_s = longest_s if parameters.deadline_ms is None else parameters.deadline_ms / 1e3
     if timeout_s > longest_s:
         raise InvalidError(
-            f"deadline_ms is {1e3 * timeout_s:g}; it must lie between {LEAST_DEADLINE_MS:g} and {1e3 * longest_s:g}"
+            f"deadline_ms is {shown(parameters.deadline_ms)}; "
+            f"it must lie between {LEAST_DEADLINE_MS:g} and {1e3 * longest_s:g}"
         )
     return Terms(info, r, top_k, timeout_s, start + timeout_s)
 

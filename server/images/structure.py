@@ -133,7 +133,9 @@ def _directory(tiff: bytes) -> int:
 
 def _png(encoded: bytes) -> Structure:
     width, height, bits, colours = struct.unpack_from(">IIBB", encoded, 16)
-    at, metadata, plain, transparent = 8, 0, encoded[12:16] == b"IHDR", colours in (4, 6)
+    if encoded[12:16] != b"IHDR":  # the header is not where it belongs, so its fields are not read here
+        return _ANY
+    at, metadata, plain, transparent = 8, 0, True, colours in (4, 6)
     for _ in range(_MOST_CHUNKS):
         if at + 8 > len(encoded):
             break

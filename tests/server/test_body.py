@@ -170,6 +170,14 @@ async def test_a_deadline_out_of_range_is_refused_with_the_range(
     assert f"{deadline_ms:g}" in message and (f"equal to {least}" in message or f"between {least}" in message)
 
 
+async def test_a_message_quotes_the_value_that_it_refuses(service: Service) -> None:
+    answer = await service.client.post("/classify", params={"deadline_ms": "30000.0001"}, files=[image_part()])
+    assert "deadline_ms is 30000.0001;" in assert_is_error(answer, 422, "invalid_parameter")
+    body = b'{"images": ["%s"], "\\ud800": 1}' % BASE64.encode()
+    answer = await service.client.post("/classify", content=body, headers={"content-type": "application/json"})
+    assert "one of the names is '\\ud800'" in assert_is_error(answer, 422, "invalid_parameter")
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "video/mp4", "", "odd"])
 async def test_another_content_type_is_refused_with_the_list(service: Service, content_type: str) -> None:
     headers = {"content-type": content_type} if content_type else {}

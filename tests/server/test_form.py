@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import tracemalloc
 from collections.abc import Sequence
 
 import httpx
@@ -162,6 +165,25 @@ def test_garbage_is_refused_or_read_and_nothing_else(pieces: list[bytes]) -> Non
         assert sum(len(read.content) for read in parts_of(body, b"x")) <= len(body)
     except UndecodableError:
         pass
+
+
+@pytest.mark.parametrize("rest", [END, b"--y", b"--x\r\nno header\r\n\r\n"], ids=["whole", "cut off", "broken"])
+def test_what_was_read_is_freed_with_its_reader(rest: bytes) -> None:
+    body = part('form-data; name="image"; filename="a.jpg"', bytes(1 << 20)) + rest
+    gc.disable()  # it comes once in many requests
+    tracemalloc.start()
+    try:
+        for _ in range(4):
+            reader = FormReader(b"x", most=200)
+            with contextlib.suppress(UndecodableError):
+                reader.feed(body)
+                reader.close()
+            del reader
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert held < 1 << 20
 
 
 async def post(service: Service, *parts: bytes) -> httpx.Response:

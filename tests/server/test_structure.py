@@ -102,6 +102,13 @@ def test_what_may_be_expensive_is_not_plain(encoded: bytes) -> None:
     assert found is not None and not found.is_plain
 
 
+def test_a_png_whose_header_is_not_first_gets_no_size_from_another_chunk() -> None:
+    encoded = encode(noise(40, 30, "RGB"), "PNG")
+    found = structure_of(encoded[:8] + chunk(b"CgBI", b"\x50\0\x20\x02") + encoded[8:])
+    assert found is not None
+    assert (found.width, found.height, found.is_plain) == (0, 0, False)
+
+
 def test_the_scans_of_a_jpeg_are_counted() -> None:
     for scans in (1, 7, 3000):
         found = structure_of(many_scans(scans, 100))
