@@ -40,8 +40,8 @@ def read_key(path: object) -> str:
             content = file.read(_LONGEST + 2)
     except (OSError, ValueError, RuntimeError) as error:  # of no UTF-8, of a path that can be none, of no such home
         reason = error.strerror if isinstance(error, OSError) else "it is no text file"
-        raise ValueError(f"{path} cannot be read: {reason}") from None
+        raise ValueError(f"{str(path)!r} cannot be read: {reason}") from None  # pydantic takes UTF-8 only
     try:
         return checked_key(content.removesuffix("\n"))
     except ValueError as error:
-        raise ValueError(f"the key in {path}: {error}") from None
+        raise ValueError(f"the key in {str(path)!r}: {error}") from None

@@ -18,6 +18,13 @@ from server.types import Configuration, ModelInfo, find_model
 router = APIRouter(prefix="/v1/config", responses=ERRORS)
 
 _ETAG = re.compile(r'"?([0-9]{1,18})"?')
+IfMatch = Annotated[
+    str | None,
+    Header(
+        description='The ETag of an answer, like "3"; or * for any.',
+        json_schema_extra={"pattern": rf"^(\*|{_ETAG.pattern})$"},
+    ),
+]
 _EXAMPLE = {"models": {"tome-vit-tiny-64": {"r": 13}}}
 _PATCH_BODY = {
     "required": True,
@@ -32,9 +39,7 @@ async def get_config(response: Response, service: ForUsers) -> Config:
 
 
 @router.patch("", response_model_exclude_none=True, openapi_extra={"requestBody": _PATCH_BODY})
-async def patch_config(
-    request: Request, response: Response, service: ForAdmins, if_match: Annotated[str | None, Header()] = None
-) -> Config:
+async def patch_config(request: Request, response: Response, service: ForAdmins, if_match: IfMatch = None) -> Config:
     """Changes the r of several models at once, all or none; If-Match guards against a race."""
     said = parse(PatchConfig, await read_json(request))
     catalog = service.engine.catalog()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server import curve as curves
 from server.api.access import ERRORS, ForAdmins, ForUsers
 from server.api.body import parse
-from server.api.config import expected_version, setting_of, tag
+from server.api.config import IfMatch, expected_version, setting_of, tag
 from server.api.json_body import read_json
 from server.api.schemas import (
     AutoBounds,
@@ -74,7 +73,7 @@ async def patch_model(
     request: Request,
     response: Response,
     service: ForAdmins,
-    if_match: Annotated[str | None, Header()] = None,
+    if_match: IfMatch = None,
 ) -> ModelDetail:
     """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
     engine = service.engine

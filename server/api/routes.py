@@ -25,6 +25,8 @@ from server.types import ModelInfo
 
 router = APIRouter(responses=ERRORS, route_class=DirectRoute)
 
+PARAMETERS: dict[str, dict[str, Any]] = Parameters.model_json_schema()["properties"]
+_FILE = {"type": "string", "format": "binary"}
 BODY = {
     "required": True,
     "description": "Images. The parameters may stand here instead of in the query: as fields of the form, or beside "
@@ -33,20 +35,16 @@ BODY = {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "properties": {
-                    "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
-                },
+                "properties": {"image": {"type": "array", "items": _FILE, "minItems": 1}, **PARAMETERS},
                 "required": ["image"],
+                "additionalProperties": False,
             }
         },
-        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "image/*": {"schema": _FILE},
+        "application/octet-stream": {"schema": _FILE},
         "application/json": {"schema": JsonBody.model_json_schema()},
     },
 }
-PARAMETERS = [
-    {"name": name, "in": "query", "schema": schema, "description": schema.pop("description", "")}
-    for name, schema in Parameters.model_json_schema()["properties"].items()
-]
 ANSWERED: dict[int | str, dict[str, Any]] = {
     200: {
         "headers": {
@@ -60,7 +58,13 @@ ANSWERED: dict[int | str, dict[str, Any]] = {
         }
     }
 }
-ASKED = {"requestBody": BODY, "parameters": PARAMETERS}
+ASKED = {
+    "requestBody": BODY,
+    "parameters": [
+        {"name": name, "in": "query", "schema": schema, "description": schema["description"]}
+        for name, schema in PARAMETERS.items()
+    ],
+}
 """What `read_request` reads, for the API's description."""
 
 

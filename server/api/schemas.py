@@ -14,6 +14,10 @@ RSource = Literal["request", "deployment"]
 LEAST_DEADLINE_MS = 1.0
 """No answer takes less: a shorter deadline is a mistake, such as one in seconds."""
 
+_NUMBER = {"type": "integer", "minimum": 0}
+_KINDS_OF_R: list[dict[str, Any]] = [_NUMBER, {"type": "array", "items": _NUMBER, "minItems": 1}, {"type": "string"}]
+"""What `r` may be, for the API's description. `parse_setting` checks it."""
+
 
 class Parameters(BaseModel):
     """The parameters of a classification, from the query, the form or the JSON body."""
@@ -21,12 +25,18 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(None, description="A name from /v1/models; the first one when absent.")
-    r: Any = Field(None, description="Tokens merged in each block: a number, a list of one per block, or 'auto'.")
+    r: Any = Field(
+        None,
+        description="Tokens merged in each block: a number, a list of one per block, or 'auto'.",
+        json_schema_extra={"anyOf": [*_KINDS_OF_R, {"type": "null"}]},
+    )
     max_r: int | None = Field(None, ge=0, description="With r=auto: the most tokens that it may merge in a block.")
     min_agreement: float | None = Field(
         None, ge=0, le=1, description="With r=auto: the least expected share of answers that are those of r=0."
     )
-    inflect: float | None = Field(None, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r.")
+    inflect: float | None = Field(
+        None, ge=-1, le=1, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r."
+    )
     top_k: int | None = Field(None, ge=1, description="Classes to answer with, likeliest first; 5 when absent.")
     deadline_ms: float | None = Field(
         None, ge=LEAST_DEADLINE_MS, description="Time after which the answer is worth nothing."
@@ -36,7 +46,7 @@ class Parameters(BaseModel):
 class JsonBody(Parameters):
     """A JSON request: base64 images, and any of the parameters."""
 
-    images: list[str] = Field(description="Images, base64, with or without a data: prefix.")
+    images: list[str] = Field(min_length=1, description="Images, base64, with or without a data: prefix.")
 
 
 class PatchModel(BaseModel):
@@ -44,12 +54,14 @@ class PatchModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    r: Any = Field(description="A number, a list of one per block, or 'auto'.")
+    r: Any = Field(
+        description="A number, a list of one per block, or 'auto'.", json_schema_extra={"anyOf": _KINDS_OF_R}
+    )
     max_r: int | None = Field(None, ge=0, description="With r=auto: the most tokens that it may merge in a block.")
     min_agreement: float | None = Field(
         None, ge=0, le=1, description="With r=auto: the least expected share of answers that are those of r=0."
     )
-    inflect: float | None = Field(None, description="With a single r: a ramp.")
+    inflect: float | None = Field(None, ge=-1, le=1, description="With a single r: a ramp.")
 
 
 class PatchConfig(BaseModel):

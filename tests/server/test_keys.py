@@ -69,6 +69,13 @@ def test_a_file_without_a_key_stops_the_start(key: str, content: bytes | None, n
 def test_what_is_no_file_stops_the_start(tmp_path: Path) -> None:
     assert "Is a directory" in refusal({"api_key_file": str(tmp_path)})
     assert "no text file" in refusal({"api_key_file": "a\0b"})
+    assert "No such file" in refusal({"api_key_file": "/no/\udcff"})  # a name that is no UTF-8, as the system gives it
+
+
+def test_a_key_that_is_wrong_in_a_file_whose_name_is_no_utf_8_stops_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "key-\udcff"
+    file.write_text("two words")
+    assert "visible ASCII" in refusal({"api_key_file": str(file)})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
+from server.api.body import CONTENT_TYPES
 from tests.server.conftest import Service, fake_curve, grey_png, serving
 from tests.server.test_access import KEYS, ROUTES, ask
 
@@ -121,8 +123,51 @@ async def test_the_document_lists_parameters_and_bodies_and_errors() -> None:
         listed = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
         assert listed.keys() == {"model", "r", "max_r", "min_agreement", "inflect", "top_k", "deadline_ms"}
         assert all(each["description"] for each in listed.values())
-        assert operation["requestBody"]["content"].keys() == {"multipart/form-data", "image/*", "application/json"}
+        assert operation["requestBody"]["content"].keys() == set(CONTENT_TYPES)
+        form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
+        assert form["properties"].keys() == {"image", *listed} and form["additionalProperties"] is False
         assert {"400", "413", "415", "422", "429", "503", "504"} <= operation["responses"].keys()
+
+
+R_VALUES = [2, "2", "2,1", "auto", [2, 1], None, True, -1, 1.5, {}, [], [None], [-1]]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "said"),
+    [
+        *(("POST", "/classify", {"r": r}) for r in R_VALUES),
+        *(("PATCH", "/v1/models/{name}", {"r": r}) for r in R_VALUES),
+        *(("POST", "/classify", {"r": 2, "inflect": value}) for value in (-1, 1, None, 1.5, -7)),
+        *(("PATCH", "/v1/models/{name}", {"r": 2, "inflect": value}) for value in (-1, 1, None, 1.5, -7)),
+        ("POST", "/classify", {"images": []}),
+    ],
+    ids=str,
+)
+async def test_a_body_is_taken_where_the_document_allows_it(method: str, path: str, said: dict[str, Any]) -> None:
+    async with serving() as service:
+        document = await description(service)
+        schema = document["paths"][path][method.lower()]["requestBody"]["content"]["application/json"]["schema"]
+        body = said if method == "PATCH" else {"images": [base64.b64encode(grey_png()).decode()], **said}
+        allowed = Draft202012Validator({**schema, "components": document["components"]}).is_valid(body)
+        answer = await service.client.request(method, path.replace("{name}", "tiny"), json=body)
+        assert answer.status_code == 200 if allowed else answer.status_code in (400, 422)
+
+
+@pytest.mark.parametrize("if_match", ["*", '"1"', "1", '"', "one", 'W/"1"', "null", '"-1"', '"1234567890123456789"'])
+async def test_an_if_match_is_taken_where_the_document_allows_it(if_match: str) -> None:
+    async with serving() as service:
+        for path in ("/v1/models/{name}", "/v1/config"):
+            (header,) = (
+                each
+                for each in (await description(service))["paths"][path]["patch"]["parameters"]
+                if each["in"] == "header"
+            )
+            allowed = Draft202012Validator(header["schema"]).is_valid(if_match)
+            said: dict[str, Any] = {"r": 1} if "{name}" in path else {"models": {"tiny": {"r": 1}}}
+            answer = await service.client.patch(
+                path.replace("{name}", "tiny"), json=said, headers={"if-match": if_match}
+            )
+            assert (answer.status_code in (200, 409)) == allowed and (answer.status_code == 422) != allowed
 
 
 @pytest.mark.parametrize(
