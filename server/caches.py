@@ -1,4 +1,4 @@
-"""Where packages keep what they make for themselves: in the state folder, and not in the user's home."""
+"""Makes packages keep their caches in the state folder, and not in the user's home."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _FOLDERS = {"TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda", "MPLCONFIGD
 
 
 def keep_caches_in(state_dir: Path | None) -> None:
-    """Tells Triton, CUDA and matplotlib where to keep files of theirs, unless the user has told them.
+    """Sets the cache folders of Triton, CUDA and matplotlib, unless the user has set them.
 
-    They read it from the environment, which this process's children share, and make a folder when they use it.
+    They read them from the environment, which child processes inherit, and create a folder when they first use it.
 
     Args:
-        state_dir: The state folder; None keeps them until this process ends.
+        state_dir: The state folder; None uses a temporary folder, which is removed when this process ends.
     """
     if _FOLDERS.keys() <= os.environ.keys():
         return
