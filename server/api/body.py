@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from server.api.form import FormReader, boundary_of
-from server.api.json_body import SMALL, read_json
+from server.api.json_body import SMALL, read_json, without_repeats
 from server.api.schemas import JsonBody, Parameters
 from server.errors import InvalidError, TooLargeError, UndecodableError, UnsupportedError, shown
 
@@ -104,7 +103,7 @@ def _read_query(request: Request) -> dict[str, Any]:
     num_pairs = request.scope["query_string"].count(b"&") + 1
     if num_pairs > _MOST_FIELDS:
         raise InvalidError(f"the query has {num_pairs} parameters; at most {_MOST_FIELDS} are allowed")
-    return _without_repeats(request.query_params.multi_items())
+    return without_repeats(request.query_params.multi_items())
 
 
 async def _read_whole(request: Request) -> bytes:
@@ -145,7 +144,7 @@ async def _read_form(request: Request, content_type: str, max_images: int) -> tu
             )
         else:
             said.append((part.name, part.content.decode(errors="replace")))
-    return uploads, _without_repeats(said)
+    return uploads, without_repeats(said)
 
 
 def _uploads_of(texts: Sequence[str]) -> list[Upload]:
@@ -173,14 +172,6 @@ def _joined(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     if twice:
         raise InvalidError(f"{_listed(twice)}: given in the query and in the body; say it once")
     return query | body
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    said = dict(pairs)
-    if len(said) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise InvalidError(f"{shown(name)}: given twice; say it once")
-    return said
 
 
 def _listed(names: Sequence[str]) -> str:

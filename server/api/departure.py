@@ -1,4 +1,4 @@
-"""Whether a client that sends no more has left, or waits for its answer: to the kernel both look the same at first."""
+"""Tells whether a client that has closed its sending side has left, or still waits for its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a request ends: what RFC 9112 rules about that, and the parser (llhttp) does not hold."""
+"""The rules of RFC 9112 on where a request ends that the parser (llhttp) does not enforce."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _HOST = re.compile(rb"[^\s/?#@\\<>\"]*")
 
 
 def refusal(message: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The whole answer to what cannot be read: 400, and the end of its connection.
+    """The whole answer to a request that cannot be read: 400, and the connection is closed.
 
     Args:
         message: What is wrong.
@@ -24,7 +24,7 @@ def refusal(message: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def fault_of(method: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """What forbids to answer a request of such a head, in words; None for a good one.
+    """The reason why a request with this head is refused, in words; None for a good one.
 
     Args:
         method: Its method.
@@ -52,10 +52,10 @@ def fault_of(method: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]
 
 
 def without_upgrade(method: bytes, target: bytes, version: str, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """A head as the parser has read it, without the wish to go on in another protocol.
+    """A head as the parser has read it, without the request to upgrade to another protocol.
 
-    The parser takes what follows such a wish for the other protocol. A server that does not speak it must read a body
-    there (RFC 9110, 7.8).
+    After such a request the parser treats what follows as the other protocol. A server that does not speak that
+    protocol must read a body there (RFC 9110, 7.8).
 
     Args:
         method: Its method.

@@ -79,6 +79,11 @@ def _check_values(body: bytes, most: int) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > MOST_FIELDS:
         raise InvalidError(f"an object of the body has {len(pairs)} fields; at most {MOST_FIELDS} are allowed")
+    return without_repeats(pairs)
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Names and values as a dict; raises InvalidError where a name comes twice."""
     said = dict(pairs)
     if len(said) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)

@@ -1,4 +1,4 @@
-"""Methods that no endpoint names itself: HEAD for every GET, and what a 405 has to tell."""
+"""Methods that no endpoint defines: HEAD for every GET, and the header Allow of a 405."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many connections a process holds, and which of them make room for new ones."""
+"""The limit on the connections of a process, and which of them are closed to make room for new ones."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Idler(Protocol):
 
 
 class Room:
-    """Room for connections. Where there is none left, the one that has been idle for longest is closed.
+    """Room for connections. When there is none left, the connection that has been idle for longest is closed.
 
-    So whoever opens connections and asks for nothing closes their own older ones, and all others are answered.
+    So a client that opens many connections and sends nothing mostly loses its own. All other clients are answered.
 
     Args:
         most: How many connections there may be.
 
     Attributes:
-        idle: Those on which no request is being answered, the one that is idle for longest first.
+        idle: Connections on which no request is being answered. The first has been idle for longest.
     """
 
     def __init__(self, most: int = sys.maxsize) -> None:
@@ -33,7 +33,7 @@ class Room:
         self.idle: dict[Idler, None] = {}
 
     def make(self) -> bool:
-        """Closes a connection; gives whether one was idle."""
+        """Closes the connection that has been idle for longest; returns False if none is idle."""
         for connection in self.idle:
             del self.idle[connection]
             connection.drop()
@@ -42,7 +42,7 @@ class Room:
 
 
 def most_connections() -> int:
-    """How many connections the files that this process may still open allow, with one more file for each request."""
+    """How many connections fit into the files that this process may still open, at two files for each."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY:
         return sys.maxsize
@@ -50,7 +50,7 @@ def most_connections() -> int:
 
 
 def allow_many_files() -> None:
-    """Raises the limit on open files as far as this process may: the usual one is made for other programs."""
+    """Raises the limit on open files as far as this process may. The default is too low for a server."""
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # some systems know no such number
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))

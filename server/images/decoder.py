@@ -72,15 +72,18 @@ def send(stream: IO[bytes], message: Struct, file: bytes = b"") -> None:
 
 
 def receive(stream: IO[bytes]) -> bytes | None:
-    """Reads a message; None when the other side is gone."""
-    size = stream.read(4)
-    packed = stream.read(int.from_bytes(size, "big"))
-    return packed if len(size) == 4 and packed else None
+    """Reads a message; None when the other side is gone, even in the middle of one."""
+    header = stream.read(4)
+    size = int.from_bytes(header, "big")
+    packed = stream.read(size)
+    return packed if len(header) == 4 and len(packed) == size else None
 
 
 def main() -> None:
     """Decodes what comes by standard input, until nobody is there to ask."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
+    # Both may be sent to all processes of the service. The HTTP process first waits for the images in flight.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     _end_with_parent(jobs.fileno())
     _yield_to_others()

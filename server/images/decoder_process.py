@@ -16,6 +16,7 @@ import msgspec
 
 from server.errors import ServerError, TooLargeError, UnavailableError, UndecodableError
 from server.images.decoder import READY, Decoded, Job, Refused, receive, send
+from server.settings import PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class DecoderProcess:
             raise _epitaph(self._process.wait(), job)
         answer = msgspec.msgpack.decode(packed, type=Decoded | Refused)
         if isinstance(answer, Refused):
-            self._is_spent = answer.code == TooLargeError.code  # what it took may lie about in pieces
+            if answer.code == TooLargeError.code:
+                self._is_spent = True  # what it took may lie about in pieces
             raise ServerError.of(answer.code, answer.message, None, answer.details)
         return answer.data
 
@@ -75,12 +77,14 @@ class DecoderProcess:
 def _start() -> subprocess.Popen[bytes]:
     # The same modules as here, and one arena of memory: each further one reserves 64 MiB of its address space.
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "MALLOC_ARENA_MAX": "1"}
+    # It reads files of strangers. So it gets no settings, among which are keys, and no descriptors but its pipes.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     try:
         return subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | paths,
+            env=inherited | paths,
         )
     except OSError as error:
         logger.error("no decoder process can be started: %s", error)

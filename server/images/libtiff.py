@@ -1,7 +1,7 @@
-"""libtiff, told to keep to itself what it thinks of a file.
+"""Keeps libtiff from writing to standard error.
 
-It writes to the process's standard error: of a broken fax a line for each row, so that one small file fills a log.
-Pillow raises an error that the client gets, and has no way to silence the library; so it is asked for by its own name.
+For a broken fax it writes a line for each row, so one small file could fill a log. Pillow reports the error to the
+client, but cannot silence the library. So the error handler is removed through libtiff's own function.
 """
 
 from __future__ import annotations

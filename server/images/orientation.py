@@ -1,4 +1,4 @@
-"""How an image is to be turned, as its EXIF or XMP says. What cannot be read there says nothing."""
+"""The orientation of an image by its EXIF or XMP. Metadata that cannot be read is ignored."""
 
 from __future__ import annotations
 

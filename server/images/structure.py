@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from server.images.avif import is_avif
 from server.images.jpeg import MOST_SCANS, MOST_SEGMENTS, blocks_of, is_upright, scans_from
 from server.images.unended import has_end
 
@@ -67,7 +68,7 @@ def structure_of(encoded: bytes) -> Structure | None:
     """Reads the structure of a file. The result is None for a file of another format, which costs nothing to refuse."""
     read = next((read for starts, read in _READERS if encoded.startswith(starts)), None)
     if read is None:
-        if encoded[4:8] != b"ftyp":
+        if not is_avif(encoded):
             return None
         read = _avif
     try:
@@ -90,9 +91,7 @@ def _jpeg(encoded: bytes) -> Structure:
             scans = 1 + (scans_from(encoded, at) if several else 0)
             plain = plain and blocks > 0 and scans <= MOST_SCANS
             kept = 128 * blocks if several else 0
-            if not has_end(
-                encoded
-            ):  # it is decoded several times, at its full size, to see whether that is all it lacks
+            if not has_end(encoded):  # `unended.py` decodes it several times, at its full size
                 return Structure(width, height, _OF_JPEG, False, 4, kept, blocks, scans, 0, False, upright)
             return Structure(width, height, _OF_JPEG, plain, 1, kept, blocks, scans, 0, True, upright)
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):

@@ -1,4 +1,4 @@
-"""Memory that is shared by turns."""
+"""A limit on the memory that several tasks use at once. They take turns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def turn(self, memory: int) -> AsyncIterator[None]:
-        """Holds a place, and so much memory, of which there is as much in all."""
+        """Holds a place and this much memory, which must not be more than the whole."""
         await self._take(memory)
         try:
             yield
@@ -38,9 +38,9 @@ class Turns:
         except asyncio.CancelledError:
             if turn.cancelled():
                 self._waiting = deque(waiting for waiting in self._waiting if waiting[1] is not turn)
-                self._next()  # it may have stood before smaller ones
+                self._next()  # smaller ones may have waited behind it
             else:
-                self._give_back(memory)  # it had come in the same moment
+                self._give_back(memory)  # its turn came at the same moment
             raise
 
     def _give_back(self, memory: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from server.errors import ServerError, TooLargeError, UnavailableError, Undecoda
 from server.images import apart, decoder_process
 from server.images.apart import Apart
 from server.images.cost import Budget, Cost, cost_of
-from server.images.decoder import Job
+from server.images.decoder import Decoded, Job, receive, send
 from server.images.decoder_process import DecoderProcess
 from server.images.decoders import Decoders
 from server.images.image import JpegFile, Pixels
@@ -182,6 +183,37 @@ async def test_a_decoder_that_does_not_start_is_told_from_a_bad_image(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(UnavailableError, match="cannot be started"):
         await decoding.decode(SMALL, MODEL, ANY)
+
+
+async def test_a_signal_to_all_processes_ends_no_decoder(decoding: Apart) -> None:
+    """As systemd sends it: what is decoded is still waited for."""
+    decoded = asyncio.ensure_future(decoding.decode(ALLOWED, MODEL, ANY))
+    (decoder,) = await working(decoding)
+    os.kill(pid_of(decoder), signal.SIGTERM)
+    os.kill(pid_of(decoder), signal.SIGINT)
+    assert await decoded == decode(ALLOWED, MODEL, MAX_PIXELS)
+
+
+async def test_a_decoder_gets_no_settings_and_no_descriptors(
+    decoding: Apart, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TOME_API_KEY", "a-secret-key")
+    file = tmp_path / "shared"
+    with file.open("w") as shared:
+        os.set_inheritable(shared.fileno(), True)  # as what the supervisor hands to its processes
+        await decoding.decode(SMALL, MODEL, ANY)
+    (decoder,) = decoding._idle
+    process = Path(f"/proc/{pid_of(decoder)}")
+    assert b"a-secret-key" not in (process / "environ").read_bytes()
+    assert str(file) not in {os.readlink(each) for each in (process / "fd").iterdir()}
+
+
+@pytest.mark.parametrize("missing", range(1, 12))
+def test_an_answer_that_is_cut_off_is_none(missing: int) -> None:
+    whole = io.BytesIO()
+    send(whole, Decoded(b"pixel"))
+    assert receive(io.BytesIO(whole.getvalue())) == whole.getvalue()[4:]
+    assert receive(io.BytesIO(whole.getvalue()[:-missing])) is None
 
 
 PARENT = """
