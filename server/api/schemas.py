@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from server.dial import PlainR
 from server.ipc.messages import Reason
@@ -14,8 +14,8 @@ RSource = Literal["request", "deployment"]
 LEAST_DEADLINE_MS = 1.0
 """No answer takes less: a shorter deadline is a mistake, such as one in seconds."""
 
-_NUMBER = {"type": "integer", "minimum": 0}
-_KINDS_OF_R: list[dict[str, Any]] = [_NUMBER, {"type": "array", "items": _NUMBER, "minItems": 1}, {"type": "string"}]
+_NUMBER: JsonValue = {"type": "integer", "minimum": 0}
+_KINDS_OF_R: list[JsonValue] = [_NUMBER, {"type": "array", "items": _NUMBER, "minItems": 1}, {"type": "string"}]
 """What `r` may be, for the API's description. `parse_setting` checks it."""
 
 

@@ -10,6 +10,7 @@ import pytest
 from fastapi import APIRouter
 
 from server.api.app import create_app
+from server.api.body import CONTENT_TYPES
 from server.api.direct import Direct
 from server.settings import Settings
 from tests.server.conftest import Service, grey_png, serving
@@ -83,7 +84,7 @@ async def test_the_hot_endpoints_go_the_short_way_and_are_described() -> None:
         await service.client.get("/livez")
         assert direct_of(service)._routes.keys() == {"/classify", "/v1/classify"}
         described = (await service.client.get("/openapi.json")).json()["paths"]["/classify"]["post"]
-        assert described["requestBody"]["content"].keys() == {"multipart/form-data", "image/*", "application/json"}
+        assert described["requestBody"]["content"].keys() == set(CONTENT_TYPES)
         assert {"401", "429", "504"} <= described["responses"].keys()
 
 
