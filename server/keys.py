@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 KEYS = ("api_key", "admin_key", "metrics_key")
-"""The settings that hold a key. Each has a brother that names a file, as in `api_key_file`."""
+"""The settings that hold a key. For each of them there is one that names a file, as in `api_key_file`."""
 
 _LONGEST = 4096
 

@@ -1,4 +1,4 @@
-"""How much memory this process may use, and how it returns what it no longer needs."""
+"""How much memory this process may use, and how it returns free memory to the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log that counts what repeats: whatever is done to the service, and however often, the log stays short."""
+"""A log handler that counts repeated lines, so that clients cannot fill the log."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _counted(line: _Line) -> logging.LogRecord:
 
 
 def _without_traceback(record: logging.LogRecord, addition: str = "") -> logging.LogRecord:
-    """A record of now that holds no frames, which hold whatever was worked on."""
+    """A new record without a traceback, whose frames would keep images in memory."""
     text = record.getMessage().strip() + addition
     return logging.LogRecord(
         record.name, record.levelno, record.pathname, record.lineno, text, None, None, record.funcName

@@ -37,7 +37,7 @@ class Sheet:
         self.totals, self.gauges = UnnamedFile(), UnnamedFile()
 
     def forget_gauges(self) -> None:
-        """The process is dead: what was so of it at this moment is no longer."""
+        """Forgets the gauges of a process that is dead; its counters stay."""
         self.gauges.clear()
 
     def values(self) -> Iterator[tuple[str, float]]:
@@ -45,7 +45,7 @@ class Sheet:
         for file in (self.totals, self.gauges):
             try:
                 entries = list(_entries(file.read()))
-            except ValueError:  # it has grown between the look at its size and the look at what it holds
+            except ValueError:  # it has grown between the two calls that read it
                 entries = list(_entries(file.read()))
             yield from ((name, value) for name, value, _ in entries)
 
@@ -145,7 +145,7 @@ class _Writer:
 
 
 def _entries(content: bytes) -> Iterator[tuple[str, float, int]]:
-    """Name, value and place of each entry; raises ValueError where what was written is no list of them."""
+    """Name, value and place of each entry; raises ValueError where the content is no such list."""
     if len(content) < _USED.size:
         return  # of a process that has not begun
     place, used = _USED.size, _USED.unpack_from(content)[0]

@@ -79,7 +79,7 @@ async def for_admins(request: Request) -> Service:
 
 
 async def for_scrapers(request: Request) -> Service:
-    """For who bears any of the keys, or for whoever asks when no metrics key is set."""
+    """For requests with any of the keys; for all requests when no metrics key is set."""
     service: Service = request.app.state.service
     settings = service.settings
     if settings.metrics_key and not _bears(request, settings.metrics_key, settings.api_key, settings.admin_key):

@@ -17,7 +17,7 @@ _KNOWN = 30
 """After so many answers it is known; the first are those of a cold device."""
 
 _LONGEST = 4.0
-"""The time between two answers counts as so many times what was expected at most: a stall says nothing of the pace."""
+"""The longest time between two answers that is counted, in expected times: a stall does not show the pace."""
 
 _SLACK = 0.7
 """The share of its time that a request may wait for those before it; the batcher gives the rest to its batch."""
@@ -88,7 +88,7 @@ class Admission:
             IN_FLIGHT.dec(images)
 
     def _begin(self) -> None:
-        """There is work again. What was learned before counts the less, the longer there was none."""
+        """Work begins again. Earlier measurements lose weight with the length of the pause."""
         now = self._clock()
         weight = math.exp((self._answered_at - now) / _WINDOW_S)
         self._busy_s *= weight

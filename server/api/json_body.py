@@ -1,4 +1,4 @@
-"""JSON bodies as dicts. What they may hold is bounded before anything is made of it; large ones are read in a thread.
+"""JSON bodies as dicts. Their number of values is checked before they are parsed; large bodies are parsed in a thread.
 
 A few megabytes can hold a million values. Python objects of them, and an error for each, would take a hundred times the
 memory and stop the event loop for seconds.

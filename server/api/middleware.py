@@ -14,19 +14,19 @@ from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlo
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
-"""By which whoever sends a file does not read the body meanwhile, to learn whether the client leaves.
+"""With this version Starlette does not read the body while it sends a file, to learn whether the client leaves.
 
-What is sent to a client that has left is dropped; but an error of the body would come after its answer has begun."""
+Data for a client that has left is dropped. An error of the body would come after the answer has begun."""
 
 SAFE = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 )
-"""What every answer tells browsers: its type is what it says, no page may frame it, and no link tells where it was."""
+"""Headers of every answer, for browsers: no guessing of its type, no frames around it, and no Referer from it."""
 
 _NOT_KEPT = (b"cache-control", b"no-store")
-"""Of what is read and says nothing else: it changes, and it may need a key. No cache keeps an answer to a POST."""
+"""For answers that do not set it themselves: they change, and may need a key. No cache keeps an answer to a POST."""
 
 LARGEST_BODIES = 8
 """How many bodies of the largest size are held at once."""

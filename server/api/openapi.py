@@ -1,4 +1,4 @@
-"""The API's description: what FastAPI writes of the routes, and what it cannot know of keys and of schemas of ours."""
+"""The API's description: FastAPI describes the routes, and this file adds the keys and our own schemas."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def get_openapi(request: Request) -> JSONResponse:
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """The description of an application. It is made once, for whoever asks first."""
+    """The description of an application. It is made once, at the first request."""
     if not hasattr(app.state, "described"):
         app.state.described = _complete(app.openapi(), app.state.routes, app.state.service.settings)
     described: dict[str, Any] = app.state.described

@@ -197,7 +197,7 @@ class Batcher(Generic[K, P, A]):
             return False
         try:
             taken = self._queues.take(self._clock(), self._pipeline.num_under_way)
-        except Exception as error:  # a fault of ours, which must not end the service; nor come again and again
+        except Exception as error:  # a fault of ours, which must neither end the service nor repeat
             logger.exception("no batch could be formed of what waits")
             self._queues.fail_all(EngineError(f"no batch could be formed: {error!r}"))
             return False

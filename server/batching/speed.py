@@ -48,7 +48,7 @@ class Mean:
         self._far: tuple[bool, float] | None = None
 
     def doubt(self) -> None:
-        """Has the next number replace the mean, should it be far too short: the mean is old."""
+        """Marks the mean as old: the next number replaces it, if that is far smaller."""
         self._far = False, 0.0
 
     def add(self, number: float) -> None:
@@ -83,7 +83,7 @@ class _Line:
     far: tuple[bool, tuple[tuple[int, float], ...]] | None = None
 
     def doubt(self) -> None:
-        """Has the next batch replace all before it, should it be far too short: they are old."""
+        """Marks the line as old: the next batch replaces all before it, if it takes far less time than expected."""
         self.far = False, ()
 
     def add(self, n: int, seconds: float) -> None:
@@ -161,7 +161,7 @@ class Speed(Generic[K]):
             self._learned[key] = line
 
     def doubt(self, key: K) -> None:
-        """Has the next batch of a key replace what is expected of it, should it be far too short: that is old."""
+        """Marks the estimate of a key as old: the next batch replaces it, if that takes far less time than expected."""
         if key in self._known:
             self._own_factor(key).doubt()
         elif key in self._learned:

@@ -140,7 +140,7 @@ class LocalConfig:
             self._take_over(self._configuration.version + 1, self._without_outdated())
 
     def _catch_up(self, path: Path) -> None:
-        """Looks, and goes on with what is known where nothing good can be seen."""
+        """Reads the file if it has changed. If it is not good, the last good configuration stays."""
         try:
             self._look(path)
             problem = None

@@ -1,4 +1,4 @@
-"""How often things were used lately, so that what many use is not given up for what is asked for a few times."""
+"""Counts of recent uses, so that a thing in frequent use is not dropped for one that is used a few times."""
 
 from __future__ import annotations
 

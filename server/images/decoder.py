@@ -25,7 +25,7 @@ from server.images.preprocessing import Preprocessing
 from server.memory import give_large_blocks_back
 
 READY = b"ready"
-"""What it says first, so that whatever ends it later is known to be an image's fault."""
+"""What the process writes first. If it dies after this, an image is the cause."""
 
 _SPARE = 32 << 20  # a thread's stack, and what Python itself needs
 _NICENESS = 5  # photos in the other processes come first
@@ -105,7 +105,7 @@ def _decoded(encoded: bytes, job: Job) -> Decoded | Refused:
     except ServerError as error:
         return Refused(error.code, error.message, error.details)
     except MemoryError:
-        pass  # until here the traceback holds what was taken
+        pass  # the traceback holds the image's memory until this block ends
     return Refused(
         TooLargeError.code,
         f"decoding the image takes more than the {job.memory >> 20} MiB of memory that it may have",

@@ -63,7 +63,7 @@ class DecoderProcess:
         answer = msgspec.msgpack.decode(packed, type=Decoded | Refused)
         if isinstance(answer, Refused):
             if answer.code == TooLargeError.code:
-                self._is_spent = True  # what it took may lie about in pieces
+                self._is_spent = True  # its memory may be fragmented
             raise ServerError.of(answer.code, answer.message, None, answer.details)
         return answer.data
 

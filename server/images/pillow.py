@@ -32,10 +32,10 @@ LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size tha
 _BAND_PIXELS = 1 << 18
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
-# By default a single AVIF takes a thread for each CPU of the machine, whatever the container's share is.
+# By default one AVIF takes a thread for each CPU of the machine, even if the container may use fewer.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-# Of large images the header check below tells the client; of odd metadata nobody need know, once for each file.
+# The header check below tells the client of large images, and odd metadata needs no warning for each file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -205,7 +205,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     turn_upright(image)
     if image.mode in _SIXTEEN_BITS:
         image = _eight_bits(image)
-    elif image.mode == "La":  # grey multiplied by its alpha, of which Pillow makes nothing else
+    elif image.mode == "La":  # grey multiplied by its alpha, which Pillow converts to LA only
         image = image.convert("LA")
     elif image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         return image.convert("RGB")  # as browsers: an alpha that would hide everything is none

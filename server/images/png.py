@@ -1,4 +1,4 @@
-"""PNG files without what is not pixels: text, profiles, times and animation cannot keep an image from being decoded.
+"""Removes everything but pixels from PNG files, so that text, profiles, times and animation cannot stop decoding.
 
 Pillow gives up a file for a comment of more than a MiB, or for a chunk of metadata that is cut off or has a wrong
 checksum. Browsers show such a file, and so does Pillow where the chunk is left out. What turns the image (EXIF and XMP)

@@ -89,7 +89,7 @@ def one_page(encoded: bytes) -> bytes:
 
 
 def _check_kind(page: Page) -> None:
-    """Refuses what is not on the list, by its name."""
+    """Refuses files that are not on the list, and names their kind."""
     if _PHOTOMETRIC not in page.tags:
         raise UndecodableError("the TIFF does not say what its samples mean (no PhotometricInterpretation)")
     photometric, compression = page.value(_PHOTOMETRIC), page.value(_COMPRESSION, _NONE)

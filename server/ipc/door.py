@@ -1,8 +1,8 @@
 """The way to an engine process: a pair of sockets without a name, which the supervisor makes and all processes share.
 
-Who wants a connection makes a pair of connected sockets, and sends one of them through the door. There is no file that
-somebody could remove, a full disk could refuse, or another user could open; and what was sent while no engine ran waits
-for the next one.
+An HTTP process that wants a connection makes a pair of connected sockets, and sends one of them through the door. There
+is no file that somebody could remove, a full disk could refuse, or another user could open. Connections that are sent
+while no engine runs wait for the next one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import socket
 
 
 class Door:
-    """Outside it knock the HTTP processes, inside it the engine takes what they send. A process gets it as an argument.
+    """HTTP processes send connections through it (`knock`), and the engine receives them (`take`). It never blocks.
 
-    It never blocks.
+    A process gets it as an argument.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Door:
             each.setblocking(False)  # for all processes: send_fds and recv_fds mind no flags
 
     def fileno(self) -> int:
-        """What is readable while a connection waits to be taken."""
+        """A descriptor that is readable while a connection waits to be taken."""
         return self._inside.fileno()
 
     def knock(self) -> socket.socket:
