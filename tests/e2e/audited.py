@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_NOT_OF_USERS = (
+    *("TOME_", "XDG_", "HF_", "ORT_", "TORCH", "TRITON_", "CUDA_CACHE_PATH", "MPL"),  # torch sets some where it runs
+    *("CI", "TF_BUILD", "JENKINS_URL"),  # which keep packages from reporting
+)
+"""Beginnings of variables that this process may have, and that say where packages write or whether they report."""
 _FILE = os.environ.get("AUDIT_FILE")
 
 
@@ -19,9 +24,7 @@ def audited(folder: Path) -> dict[str, str]:
     for name in ("home", "site", "tmp"):
         (folder / name).mkdir()
     (folder / "site/sitecustomize.py").write_bytes(Path(__file__).read_bytes())
-    theirs = {name: value for name, value in os.environ.items() if not name.startswith(("TOME_", "XDG_"))}
-    for name in ("CI", "TF_BUILD", "JENKINS_URL"):  # which keep packages from reporting
-        theirs.pop(name, None)
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_OF_USERS)}
     root = Path(__file__).resolve().parents[2]
     ours = {"HOME": "home", "TMPDIR": "tmp", "TOME_STATE_DIR": "state", "AUDIT_FILE": "noted"}
     paths = {"PYTHONPATH": f"{folder / 'site'}{os.pathsep}{root}", "PYTHONDONTWRITEBYTECODE": "1"}

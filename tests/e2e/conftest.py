@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,8 +18,8 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
     """Starts services of one state folder, which end with the test."""
     running: list[Service] = []
 
-    def start(*flags: str, wait: bool = True, environment: Mapping[str, str] | None = None) -> Service:
-        service = Service(*flags, state_dir=tmp_path / "state", environment=environment)
+    def start(*flags: str, wait: bool = True, **options: Any) -> Service:
+        service = Service(*flags, state_dir=tmp_path / "state", **options)
         running.append(service)
         if wait:
             service.wait_until_ready()

@@ -28,17 +28,27 @@ class Service:
         state_dir: Where it keeps its state.
         faults: A folder by which its engine can be broken; see `faulty.py`.
         environment: Further variables.
+        hangup: What SIGHUP does to it before it says so itself, whatever these tests were started by.
     """
 
     def __init__(
-        self, *flags: str, state_dir: Path, faults: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        *flags: str,
+        state_dir: Path,
+        faults: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        hangup: signal.Handlers = signal.SIG_DFL,
     ) -> None:
         program = ["server.cli"] if faults is None else ["tests.e2e.faulty", str(faults)]
         command = [sys.executable, "-m", *program, "serve", "--port", "0", "--state-dir", str(state_dir)]
         command += ["--backend", "torch", *flags]  # which starts at once
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TOME_")}
         variables = {**inherited, **(environment or {})}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
+        before = signal.signal(signal.SIGHUP, hangup)
+        try:
+            self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
+        finally:
+            signal.signal(signal.SIGHUP, before)
         self.log: list[str] = []
         self._address = threading.Event()
         self.url = ""

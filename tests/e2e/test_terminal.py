@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -27,16 +25,6 @@ def send_to_all(service: Service, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-@contextmanager
-def sighup(handler: signal.Handlers) -> Iterator[None]:
-    """What a process does at SIGHUP that is started meanwhile, whatever these tests are started by."""
-    before = signal.signal(signal.SIGHUP, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def answers(service: Service, path: str, status: int) -> None:
     """Waits until a page is answered so. The engine may still load: this is about processes, not about images."""
     service.until(lambda: httpx.get(f"{service.url}{path}").status_code == status)
@@ -54,8 +42,7 @@ def ended(service: Service) -> tuple[int, str]:
 def test_a_terminal_ends_the_service_as_sigterm_does(
     start_service: StartService, number: signal.Signals, has_begun: bool
 ) -> None:
-    with sighup(signal.SIG_DFL):
-        service = start_service(wait=False)
+    service = start_service(wait=False)
     service.until(lambda: any("http-0 is process" in line for line in service.log))
     if has_begun:
         answers(service, "/livez", 200)
@@ -67,8 +54,7 @@ def test_a_terminal_ends_the_service_as_sigterm_does(
 
 
 def test_a_service_that_is_to_outlive_its_terminal_does(start_service: StartService) -> None:
-    with sighup(signal.SIG_IGN):  # as nohup does
-        service = start_service(wait=False)
+    service = start_service(wait=False, hangup=signal.SIG_IGN)  # as nohup does
     answers(service, "/livez", 200)
     ignored = Path(f"/proc/{service.process.pid}/status").read_text().partition("SigIgn:")[2].split()[0]
     assert int(ignored, 16) & 1 << (signal.SIGHUP - 1)
