@@ -29,8 +29,8 @@ _WINDOW = 1 << 20
 START, END = b"\xff\xd8", b"\xff\xd9"
 
 _FRAMES = (0xC0, 0xC2)  # baseline and progressive, 8 bits, Huffman; others are rare
-_SCAN, _QUANTIZATION, _HUFFMAN, _RESTARTS, _COMMENT = 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
-_APP0, _APP1, _APP2, _APP13, _APP14, _APP15 = 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xEF
+SCAN, _QUANTIZATION, _HUFFMAN, _RESTARTS, COMMENT = 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
+APP0, APP1, APP2, APP13, APP14, APP15 = 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xEF
 _YCBCR = (bytes((1, 2, 3)), bytes((0, 1, 2)))
 """Names of components that everyone takes for luminance and two colours."""
 
@@ -38,8 +38,10 @@ SAMPLINGS = frozenset(map(bytes, [(0x11,), *((luminance, 0x11, 0x11) for luminan
 """How components are sampled (columns, then rows, in half a byte each) where libjpeg and nvJPEG are known to agree."""
 
 _scan_marks = re.compile(rb"\xff\xda").findall  # in 0.5 ms a megabyte; bytes.count takes three times as long
-_segment = struct.Struct(">BBH").unpack_from
-_frame = struct.Struct(">BHHB").unpack_from
+read_segment = struct.Struct(">BBH").unpack_from
+"""255, the kind of a segment, and its length, which counts itself."""
+read_frame = struct.Struct(">BHHB").unpack_from
+"""Bits a sample, height, width and components: what a frame's segment begins with."""
 _said_by_xmp = re.compile(rb'tiff:Orientation(?:="|>)([0-9])').search
 _ORIENTATION, _SHORT = 0x0112, 3
 
@@ -64,7 +66,7 @@ def _read(encoded: bytes) -> tuple[int, int] | None:
     samplings, components, baseline, exifs = b"", 0, False, 0
     at = len(START)
     for _ in range(MOST_SEGMENTS):
-        mark, kind, length = _segment(encoded, at)
+        mark, kind, length = read_segment(encoded, at)
         start, at = at + 4, at + 2 + length
         if mark != 0xFF or length < 2 or at > len(encoded):
             return None
@@ -72,10 +74,10 @@ def _read(encoded: bytes) -> tuple[int, int] | None:
             # Tables of 8 bits, each behind its number.
             if (length - 2) % 65 or max(encoded[start:at:65], default=0) > 3:
                 return None
-        elif kind in (_HUFFMAN, _COMMENT, _RESTARTS):
+        elif kind in (_HUFFMAN, COMMENT, _RESTARTS):
             pass
         elif kind in _FRAMES:
-            bits, height, width, components = _frame(encoded, start)
+            bits, height, width, components = read_frame(encoded, start)
             names = encoded[start + 6 : at : 3]
             if size or bits != 8 or length != 8 + 3 * components or not 0 < width * height <= ENGINE_PIXELS:
                 return None
@@ -83,19 +85,19 @@ def _read(encoded: bytes) -> tuple[int, int] | None:
             if samplings not in SAMPLINGS or (components == 3 and names not in _YCBCR):
                 return None
             size, baseline = (width, height), kind == _FRAMES[0]
-        elif kind == _SCAN:
+        elif kind == SCAN:
             scanned = encoded[start]
             together = scanned == components or not baseline
             is_whole = together and length == 6 + 2 * scanned and at < len(encoded) - len(END)
             if size is None or not is_whole:
                 return None
             return size if baseline or _has_few_scans(encoded, at, blocks_of(samplings, *size)) else None
-        elif kind == _APP1:
+        elif kind == APP1:
             content = encoded[start:at]
             exifs += content.startswith(b"Exif\0\0")
             if exifs > 1 or not is_upright(content):
                 return None
-        elif not (_APP0 <= kind <= _APP15 and _is_harmless(kind, encoded[start:at])):
+        elif not (APP0 <= kind <= APP15 and _is_harmless(kind, encoded[start:at])):
             return None
     return None
 
@@ -128,13 +130,13 @@ def _has_few_scans(encoded: bytes, at: int, blocks: int) -> bool:
 
 def _is_harmless(kind: int, content: bytes) -> bool:
     """Whether a program's segment neither says anything of the image nor is one that Pillow stumbles over."""
-    if kind == _APP0:
+    if kind == APP0:
         return not content.startswith(b"JFIF") or len(content) >= 12
-    if kind == _APP2:  # a profile, or that there are more pictures
+    if kind == APP2:  # a profile, or that there are more pictures
         return not content.startswith(b"MPF") and (not content.startswith(b"ICC_PROFILE\0") or len(content) >= 14)
-    if kind == _APP13:
+    if kind == APP13:
         return content[-6:-2] != b"8BIM"
-    if kind == _APP14:
+    if kind == APP14:
         return not content.startswith(b"Adobe") or content[11:12] == b"\1"  # luminance and two colours
     return True
 

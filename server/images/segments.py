@@ -5,15 +5,10 @@ Pillow refuses a file for a segment that is too short for what it begins as. lib
 
 from __future__ import annotations
 
-import struct
+from server.images.jpeg import APP0, APP1, APP14, APP15, COMMENT, SCAN, START, read_segment
 
-from server.images.jpeg import START
-
-_SCAN, _COMMENT, _APP0, _APP1, _APP14, _APP15 = 0xDA, 0xFE, 0xE0, 0xE1, 0xEE, 0xEF
 _JFIF, _ADOBE = b"JFIF\0", b"Adobe"
 _LENGTHS = {_JFIF: 14, _ADOBE: 12}
-
-_segment = struct.Struct(">BBH").unpack_from
 
 
 def without_segments(encoded: bytes) -> bytes:
@@ -26,14 +21,14 @@ def without_segments(encoded: bytes) -> bytes:
     """
     kept, at = [START], len(START)
     while at + 4 <= len(encoded):
-        mark, kind, length = _segment(encoded, at)
-        if mark != 0xFF or kind == _SCAN:
+        mark, kind, length = read_segment(encoded, at)
+        if mark != 0xFF or kind == SCAN:
             break
         if kind == 0xFF:  # one more of those before a mark
             at += 1
             continue
         end = at + 2 + length
-        is_programs = _APP0 <= kind <= _APP15 or kind == _COMMENT
+        is_programs = APP0 <= kind <= APP15 or kind == COMMENT
         if not is_programs or _counts(kind, encoded[at + 4 : end]):
             kept.append(encoded[at:end])
         at = end
@@ -41,5 +36,5 @@ def without_segments(encoded: bytes) -> bytes:
 
 
 def _counts(kind: int, content: bytes) -> bool:
-    name = {_APP0: _JFIF, _APP14: _ADOBE}.get(kind)
-    return kind == _APP1 or (name is not None and content.startswith(name) and len(content) >= _LENGTHS[name])
+    name = {APP0: _JFIF, APP14: _ADOBE}.get(kind)
+    return kind == APP1 or (name is not None and content.startswith(name) and len(content) >= _LENGTHS[name])

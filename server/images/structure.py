@@ -14,8 +14,22 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from server.images import bmp
 from server.images.avif import is_avif
-from server.images.jpeg import MOST_SCANS, MOST_SEGMENTS, blocks_of, is_upright, scans_from
+from server.images.jpeg import (
+    APP1,
+    APP2,
+    APP13,
+    MOST_SCANS,
+    MOST_SEGMENTS,
+    SCAN,
+    START,
+    blocks_of,
+    is_upright,
+    read_frame,
+    read_segment,
+    scans_from,
+)
 from server.images.unended import has_end
 
 _MOST_CHUNKS = 4096
@@ -58,8 +72,6 @@ class Structure:
 
 _ANY = Structure(0, 0, 18, False, copies=3)
 _OF_JPEG = 8.5
-_be = struct.Struct(">BBH").unpack_from
-_frame = struct.Struct(">BHHB").unpack_from
 _chunk = struct.Struct(">I4s").unpack_from
 _riff = struct.Struct("<4sI").unpack_from
 
@@ -79,13 +91,13 @@ def structure_of(encoded: bytes) -> Structure | None:
 
 def _jpeg(encoded: bytes) -> Structure:
     width = height = blocks = components = exifs = resources = 0
-    progressive, upright, plain, at = False, True, True, 2
+    progressive, upright, plain, at = False, True, True, len(START)
     for _ in range(MOST_SEGMENTS):
-        mark, kind, length = _be(encoded, at)
+        mark, kind, length = read_segment(encoded, at)
         start, at = at + 4, at + 2 + length
         if mark != 0xFF or length < 2 or kind < 0xC0 or 0xD0 <= kind <= 0xD9:
             break
-        if kind == 0xDA:
+        if kind == SCAN:
             # Of several scans the decoder keeps all coefficients, 2 bytes each, until the last has come.
             several = progressive or encoded[start] < components
             scans = 1 + (scans_from(encoded, at) if several else 0)
@@ -96,18 +108,18 @@ def _jpeg(encoded: bytes) -> Structure:
             return Structure(width, height, _OF_JPEG, plain, 1, kept, blocks, scans, 0, True, upright)
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             plain = plain and kind <= 0xC2 and not blocks
-            bits, height, width, components = _frame(encoded, start)
+            bits, height, width, components = read_frame(encoded, start)
             plain = plain and bits == 8 and components in (1, 3, 4)
             progressive, blocks = kind > 0xC1, blocks_of(encoded[start + 7 : at : 3], width, height)
-        elif kind == 0xE1:
+        elif kind == APP1:
             content = encoded[start:at]
             if content.startswith(b"Exif\0\0"):
                 exifs += 1
                 plain = plain and exifs == 1 and _directory(content[6:]) <= _MOST_DIRECTORY
             upright = upright and _is_upright(content)
-        elif kind == 0xE2:
+        elif kind == APP2:
             plain = plain and (length <= _MOST_EXIF or not encoded.startswith(b"MPF", start))
-        elif kind == 0xED:
+        elif kind == APP13:
             resources += 1
             plain = plain and resources <= _MOST_RESOURCES
     return Structure(width, height, _OF_JPEG, False, may_shrink=True)
@@ -240,10 +252,10 @@ def _avif(encoded: bytes) -> Structure:
 
 
 _READERS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], Structure]], ...] = (
-    ((b"\xff\xd8",), _jpeg),
+    ((START,), _jpeg),
     ((b"\x89PNG",), _png),
     ((b"RIFF",), _webp),
     ((b"GIF8",), _gif),
-    ((b"BM",), _bmp),
+    ((bmp.SIGNATURE,), _bmp),
     ((b"II", b"MM"), _tiff),
 )

@@ -15,7 +15,7 @@ import zlib
 
 from PIL import Image
 
-from server.images.jpeg import END, START
+from server.images.jpeg import END, SCAN, START
 from server.images.limits import check_pixels
 
 
@@ -29,7 +29,7 @@ _ANY_BITS = [_any_bits(seed) for seed in (1, 2)]  # a hundredth of the files tha
 _ROWS = 64
 
 _FRAMES = (0xC0, 0xC1, 0xC2)
-_PROGRESSIVE, _SCAN = 0xC2, 0xDA
+_PROGRESSIVE = 0xC2
 _ALL_COEFFICIENTS = (1 << 64) - 1
 _MOST_SCANS = 100  # ten times what programs write; each costs time
 _next_mark = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL).search
@@ -59,7 +59,7 @@ def ended(encoded: bytes, max_pixels: int) -> bytes:
 
 def has_end(encoded: bytes) -> bool:
     """Whether an end mark stands at the end of a JPEG, or anywhere behind its last scan."""
-    return encoded.endswith(END) or encoded.rfind(END) > encoded.rfind(bytes((0xFF, _SCAN)))
+    return encoded.endswith(END) or encoded.rfind(END) > encoded.rfind(bytes((0xFF, SCAN)))
 
 
 def _checksum(encoded: bytes, max_pixels: int) -> int:
@@ -85,7 +85,7 @@ def _has_all_scans(encoded: bytes) -> bool:
             if kind in _FRAMES:
                 progressive = kind == _PROGRESSIVE
                 seen = dict.fromkeys(encoded[content + 6 : at : 3], 0)
-            elif kind == _SCAN:
+            elif kind == SCAN:
                 scans += 1
                 if scans > _MOST_SCANS:
                     return False
