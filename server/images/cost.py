@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from server.errors import TooLargeError
 from server.images.limits import check_pixels
-from server.images.pillow import LEFT_TO_RESIZE
+from server.images.pillow import shrink_of
 from server.images.preprocessing import Preprocessing
 from server.images.structure import Structure, structure_of
 
@@ -110,8 +110,4 @@ def _shrink(found: Structure, preprocessing: Preprocessing) -> int:
     """How many times smaller a JPEG is decoded at least, whichever way it is turned."""
     width, height = found.width, found.height
     turns = [(width, height)] if found.is_upright else [(width, height), (height, width)]
-    resized = (preprocessing.resized(*size) for size in turns)
-    sides = [(size[axis], max(to[axis], 1)) for size, to in zip(turns, resized, strict=True) for axis in (0, 1)]
-    most = min(side // wanted for side, wanted in sides) // LEFT_TO_RESIZE
-    exact = (shrink for shrink in (8, 4, 2) if found.is_upright or not (width % shrink or height % shrink))
-    return next((shrink for shrink in exact if shrink <= most), 1)
+    return min(shrink_of(size, preprocessing, found.is_upright) for size in turns)

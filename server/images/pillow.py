@@ -28,7 +28,7 @@ _RESAMPLING = {
 _ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
 _LYING = (5, 6, 7, 8)  # EXIF orientations of images whose rows stand upright as columns
 _REPAIRED = "repaired"  # in `info` of an image whose file is not the one that came
-LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
+_LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
 _BAND_PIXELS = 1 << 18
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
@@ -78,8 +78,6 @@ def read(encoded: bytes, preprocessing: Preprocessing, max_pixels: int, decodes_
     Raises:
         UndecodableError, UnsupportedError, TooLargeError: As `decode`.
     """
-    if decodes_jpeg and (file := as_it_came(encoded, preprocessing, max_pixels)):
-        return file
     with _opened(encoded, max_pixels) as image:
         if decodes_jpeg and _is_for_the_engine(encoded, image):
             _resized_size(image.size, preprocessing, max_pixels)
@@ -188,16 +186,27 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tupl
     if not isinstance(image, JpegImageFile):
         return 1, image.size
     turned = orientation(image)
-    width, height = image.size[::-1] if turned in _LYING else image.size
+    size = image.size[::-1] if turned in _LYING else image.size
+    shrink = shrink_of(size, preprocessing, is_upright=turned == 1)
+    if shrink > 1:
+        image.draft(None, (image.width // shrink, image.height // shrink))
+    return shrink, size
+
+
+def shrink_of(size: tuple[int, int], preprocessing: Preprocessing, is_upright: bool) -> int:
+    """How many times smaller a JPEG is decoded; 1 for not at all.
+
+    Args:
+        size: Width and height of the image as it stands upright.
+        preprocessing: What the model wants.
+        is_upright: Whether its file holds it so.
+    """
+    width, height = size
     to_width, to_height = preprocessing.resized(width, height)
-    most = min(width // max(to_width, 1), height // max(to_height, 1)) // LEFT_TO_RESIZE
-    for shrink in (8, 4, 2):
-        # Of a side that is no multiple, the last pixel is more than there is; turned, it would be the first.
-        is_exact = turned == 1 or not (width % shrink or height % shrink)
-        if shrink <= most and is_exact:
-            image.draft(None, (image.width // shrink, image.height // shrink))
-            return shrink, (width, height)
-    return 1, (width, height)
+    most = min(width // max(to_width, 1), height // max(to_height, 1)) // _LEFT_TO_RESIZE
+    # Of a side that is no multiple, the last pixel is more than there is; turned, it would be the first.
+    exact = (shrink for shrink in (8, 4, 2) if is_upright or not (width % shrink or height % shrink))
+    return next((shrink for shrink in exact if shrink <= most), 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
