@@ -128,11 +128,6 @@ async def _read_form(request: Request, content_type: str, max_images: int) -> tu
     said: list[tuple[str, str]] = []
     for part in form.parts:
         if part.name == "image":
-            if len(uploads) == max_images:
-                raise TooLargeError(
-                    f"the request holds too many images; at most {max_images} are allowed",
-                    max_images=max_images,
-                )
             uploads.append(Upload(part.content, part.filename))
         elif part.filename is not None:
             raise InvalidError(f"the form has a file in {shown(part.name)}; send images as 'image'")
