@@ -213,20 +213,12 @@ def _end(children: Sequence[Child], within_s: float) -> None:
         child.end(ends_at)
 
 
-def _run_engine(
-    sheets: Sequence[Sheet],
-    sheet: int,
-    settings: Settings,
-    door: Door,
-    agreed_file: Path | None,
-    last_good: UnnamedFile,
-    ready: UnnamedFile,
-    pulse: Pulse,
-) -> None:
+def _run_engine(sheets: Sequence[Sheet], sheet: int, *args: Any) -> None:
+    """Runs an engine process; the other arguments are those of `engine_process.main`."""
     join(sheets, sheet)
     from server import engine_process  # imports torch: in the engine process alone
 
-    engine_process.main(settings, door, agreed_file, last_good, ready, pulse)
+    engine_process.main(*args)
 
 
 def _run_http(
