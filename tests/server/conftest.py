@@ -35,6 +35,7 @@ from server.ipc.engine import Engine
 from server.ipc.messages import Classify, Explain, Item, Merges, TopK
 from server.settings import Settings
 from server.types import BatchKey, ModelInfo
+from tests.server.listening import Listening, Recorder
 
 hypothesis_settings.register_profile("server", deadline=None)
 hypothesis_settings.load_profile("server")
@@ -42,6 +43,19 @@ hypothesis_settings.load_profile("server")
 SIDE = 8
 NUM_CLASSES = 101  # a prime: different colours and schedules give different classes
 HANGS_AFTER_S = 60
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """An application that notes what it is asked."""
+    return Recorder()
+
+
+@pytest.fixture
+def listening(recorder: Recorder) -> Iterator[Listening]:
+    """Our connections on a real socket, before that application."""
+    with Listening(recorder) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,17 +11,6 @@ from tests.server.listening import Listening, Recorder, all_of, statuses
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 POST = b"POST /patient HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
 GET = b"GET /good HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-@pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
-
-
-@pytest.fixture
-def listening(recorder: Recorder) -> Iterator[Listening]:
-    with Listening(recorder) as server:
-        yield server
 
 
 @pytest.mark.parametrize("behind", [b"", GET, GET * 3, GET[:20]], ids=["alone", "two", "four", "half a one behind"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -139,17 +138,6 @@ ONCE = {
     "a request to close or upgrade": GOOD.replace(b"\r\n\r\n", b"\r\nUpgrade: a\r\nConnection: close, upgrade\r\n\r\n"),
 }
 """Answered, and the connection is closed: nothing behind it is executed."""
-
-
-@pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
-
-
-@pytest.fixture
-def listening(recorder: Recorder) -> Iterator[Listening]:
-    with Listening(recorder) as server:
-        yield server
 
 
 @pytest.mark.parametrize("name", KEPT)
