@@ -57,7 +57,7 @@ def no_answer(url: str) -> Iterator[None]:
 
 def error_of(response: httpx.Response) -> ServerError:
     """The error that an answer without success holds."""
-    asked_s = retry_after_s(response.headers.get("retry-after"), time.time())
+    asked_s = retry_after_s(response.headers.get("retry-after"), time.time())  # noqa: TID251 - a date in the header
     try:
         told = response.json()["error"]
         error = ServerError.of(told["code"], told["message"], asked_s, told["details"])
