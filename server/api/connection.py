@@ -148,6 +148,7 @@ class Connection(HttpToolsProtocol):
         self._is_deaf = True
         self._refused = fault
         if self._is_in_body:
+            self._is_in_body = False
             broken = self.cycle
             if broken is self._running:
                 if broken.response_started:

@@ -249,3 +249,12 @@ def test_however_a_stream_is_cut_the_answers_are_the_same(requests: list[bytes],
     cuts = sorted(source.randrange(len(stream)) for _ in range(source.choice([1, 3, 10, len(stream)])))
     pieces = [stream[start:end] for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     assert asyncio.run(_answers(pieces)) == asyncio.run(_answers([stream]))
+
+
+@pytest.mark.parametrize("num_before", range(5))
+@pytest.mark.parametrize("name", REFUSED)
+def test_all_requests_before_a_refused_one_are_answered(name: str, num_before: int) -> None:
+    stream = post(length(b"2"), b"hi") * num_before + REFUSED[name] + SMUGGLED
+    answers, done = asyncio.run(_answers([stream]))
+    assert answers[:num_before] == [200] * num_before and len(answers) == num_before + 1
+    assert done[:num_before] == ["POST /post hi"] * num_before
