@@ -74,7 +74,7 @@ def export_program(
     images = torch.zeros(batch_size or 2, 3, *input_size, dtype=weight.dtype, device=weight.device)
     batch = {0: Dim("batch", min=1)} if batch_size is None else None
     # Fused operations would need this code wherever the graph runs.
-    return torch.export.export(FixedR(merged.plain(), r), (images,), dynamic_shapes={"images": batch})
+    return torch.export.export(FixedR(merged.at(r).plain(), r), (images,), dynamic_shapes={"images": batch})
 
 
 def export_onnx(

@@ -34,6 +34,7 @@ class FixedR(nn.Module):
         self.merged = merged
         self.schedule = resolve(r, merged.num_blocks)
         self.training = merged.training
+        merged.at(self.schedule)  # tuned numbers are put in place before a compiler looks on
         # torch.compile counts recompilations by code object, whatever the instance, and fails at the ninth. A copy of
         # its own gives each instance a count of its own; isolate_recompiles=True does so too, in newer torch.
         forward = type(self).forward

@@ -13,6 +13,7 @@ is lost there, all others inherit.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,8 +90,13 @@ def missing_on(device: torch.device) -> str | None:
 
 
 @torch.no_grad()
-def quantise(family: Family, model: Any) -> list[Block8 | None]:
+def quantise(family: Family, model: Any, like: Sequence[Block8 | None] = ()) -> list[Block8 | None]:
     """The blocks' products in float8, as the weights are now; None for a block that stays as it is.
+
+    Args:
+        family: The model's adapter.
+        model: The model.
+        like: The products of a model with the same matrices, which are shared.
 
     Raises:
         UnsupportedModelError: The model cannot be multiplied in float8; the message says why.
@@ -99,7 +105,16 @@ def quantise(family: Family, model: Any) -> list[Block8 | None]:
     if against:
         raise UnsupportedModelError(f"cannot multiply a {type(model).__name__} in float8: {against}")
     blocks = list(family.blocks(model))
-    return [None] * min(FIRST, len(blocks)) + [_block(block) for block in blocks[FIRST:]]
+    made = [None] * min(FIRST, len(blocks)) + [_block(block) for block in blocks[FIRST:]]
+    return [_sharing(block, same) for block, same in zip(made, like, strict=True)] if like else made
+
+
+def _sharing(block: Block8 | None, like: Block8 | None) -> Block8 | None:
+    """Products by the matrices of others: scales follow from norms, float8 matrices do not."""
+    if block is None or like is None:
+        return block
+    pairs = zip(block, like, strict=True)
+    return Block8(*(own and other and own._replace(weight=other.weight) for own, other in pairs))
 
 
 def _block(block: Any) -> Block8:

@@ -91,7 +91,7 @@ def to_openvino(
     """
     from tome_core.quiet import openvino
 
-    program = export_program(_OneOperator(merged.model), r, input_size)
+    program = export_program(_OneOperator(merged.at(r).model), r, input_size)
     _split_projections(program)
     _scale_queries(program)
     _fold_norms(program)

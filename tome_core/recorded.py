@@ -84,7 +84,9 @@ class Recorded(nn.Module):
         if self.training or merged.has_training_layers() or not _can_record(images):
             return self.fixed(images)  # type: ignore[no-any-return]
         # Hooks and autocast make another graph of the same images: the implementation and its reason tell them apart.
-        key = (images.shape, images.dtype, images.device, merged.implementation(images), _autocast(images))
+        # Tuned numbers that were loaded since are those of another model.
+        how = merged.at(self.fixed.schedule), merged.implementation(images), _autocast(images)
+        key = (images.shape, images.dtype, images.device, *how)
         with self._lock, torch.cuda.device(images.device), torch.inference_mode(False), torch.no_grad():
             done = self._done.setdefault(images.device, torch.cuda.Event())
             done.wait()  # recordings share memory, and another thread's stream may still use it

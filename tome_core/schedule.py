@@ -81,6 +81,11 @@ def resolve(r: RLike, num_blocks: int) -> tuple[int, ...]:
     return (_checked(r),) * num_blocks
 
 
+def mean_r(schedule: Sequence[int]) -> int:
+    """The one `r` that a schedule counts as where one is asked for: its mean over all blocks, halves rounded up."""
+    return (2 * sum(schedule) + len(schedule)) // (2 * len(schedule))
+
+
 def max_r(num_tokens: int, num_prefix_tokens: int) -> int:
     """The most tokens that one block can merge: half of those that are not prefix tokens (ToMe, section 3)."""
     return max(num_tokens - num_prefix_tokens, 0) // 2

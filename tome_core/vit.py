@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
+from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -20,6 +21,7 @@ from tome_core.matching import match
 from tome_core.merging import merge, track_source, unmerge
 from tome_core.positions import Position, follow
 from tome_core.schedule import RLike
+from tome_core.tuned import Band, Tuned, sharing
 
 
 class Tokens(NamedTuple):
@@ -71,6 +73,7 @@ class MergedViT(nn.Module):
         num_prefix_tokens: Leading tokens that never merge.
         num_tokens: Tokens that enter the first block at the model's own input size, prefix included.
         max_r: The most tokens that the first block can merge.
+        tuned: What `load_tuned` has read; None before.
 
     Source: Bolya et al., Token Merging, ICLR 2023.
     """
@@ -81,6 +84,8 @@ class MergedViT(nn.Module):
         self._kernels = kernels
         self._normalisation: Normalisation | None = None
         self._float8: list[Block8 | None] = []
+        self._bands: Sequence[Band] = ()
+        self._in_bands: tuple[object, list[Self]] = (None, [])
         self._unfusable = reason_against(self.family, model)
         self._layers = list(model.modules())[1:]
         if kernels == "fused" and self._unfusable:
@@ -90,6 +95,7 @@ class MergedViT(nn.Module):
         self.num_prefix_tokens = self.family.num_prefix_tokens(model)
         self.num_tokens = self.family.num_tokens(model)
         self.max_r = schedule.max_r(self.num_tokens, self.num_prefix_tokens)
+        self.tuned: Tuned | None = None
         self.training = model.training
 
     def forward(self, images: Tensor, r: RLike = 0) -> Tensor:
@@ -134,6 +140,8 @@ class MergedViT(nn.Module):
         """
         if prefix_only and (track or not self.family.reads_prefix_only(self.model)):
             raise ValueError("prefix_only leaves nothing to track, and needs a head that reads prefix tokens alone")
+        if (chosen := self.at(r)) is not self:
+            return chosen.forward_features(images, r, track=track, prefix_only=prefix_only)
         on_gpu = images.is_cuda and not torch.compiler.is_compiling()
         if on_gpu and images.get_device() != torch.cuda.current_device():
             with torch.cuda.device(images.device):  # Triton launches on the current one
@@ -159,6 +167,67 @@ class MergedViT(nn.Module):
     def has_training_layers(self) -> bool:
         """Whether any layer of the timm model is in training mode, a dropout alone perhaps."""
         return any(layer.training for layer in self._layers)
+
+    def load_tuned(self, file: Path | str) -> Self:
+        """Takes tuned numbers for some bands of `r`: the norms and biases that `tome-server tune` has made.
+
+        Every other `r` is computed as before, bit for bit. The matrices are shared by all, and numbers that change
+        later must be the matrices' alone. Models made of this one afterwards (`plain`, `from_pixels`, `in_float8`)
+        have them too.
+
+        Args:
+            file: What `Tuned.save` has written.
+
+        Returns:
+            This model.
+
+        Raises:
+            TunedError: The file holds no tuned numbers, or those of another model or other weights.
+            OSError: The file cannot be read.
+        """
+        tuned = Tuned.load(file)
+        tuned.check(self.model, self.family)
+        return self.take_tuned(tuned)
+
+    def take_tuned(self, tuned: Tuned | None) -> Self:
+        """As `load_tuned`, of numbers that are known to be this model's; None goes back to its own for every `r`."""
+        self.tuned, self._bands = tuned, tuned.bands if tuned else ()
+        self._in_bands = (None, [])
+        return self
+
+    def at(self, r: RLike) -> Self:
+        """The model that computes this `r`: this one, or the one with the tuned numbers of its band."""
+        if not self._bands:
+            return self
+        mean = schedule.mean_r(schedule.resolve(r, self.num_blocks))
+        for place, band in enumerate(self._bands):
+            if mean in band:
+                return self._made_for_bands()[place]
+        return self
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same model with other tensors in the place of some parameters, named as in the timm model.
+
+        Everything else is shared, as `tome_core.tuned.sharing` does it.
+        """
+        model = self._twin()
+        model.take_tuned(None)
+        model.model = sharing(self.model, tensors)
+        model._layers = list(model.model.modules())[1:]
+        if self._float8:
+            model._float8 = fp8.quantise(self.family, model.model, like=self._float8)
+        return model
+
+    def _made_for_bands(self) -> list[Self]:
+        """The models of the bands, as this one is now: on its device, in its dtype, training or not."""
+        weight = next(self.model.parameters())
+        layers = [layer.training for layer in (self.model, *self._layers)]
+        state = id(weight), weight.device, weight.dtype, layers
+        if self._in_bands[0] != state:
+            with torch.inference_mode(False):  # they may meet gradients later
+                made = [self.with_tensors(_like(weight, band.tensors)) for band in self._bands]
+            self._in_bands = (state, made)
+        return self._in_bands[1]
 
     def plain(self) -> Self:
         """The same model, over the same weights, that never runs fused."""
@@ -209,6 +278,7 @@ class MergedViT(nn.Module):
         for name, value in vars(self).items():
             if isinstance(value, dict):
                 twin.__dict__[name] = copy(value)
+        twin._in_bands = (None, [])
         return twin
 
     @property
@@ -297,7 +367,7 @@ class MergedViT(nn.Module):
         patches, prefixes = [], []
         for tokens in kept:
             x = tokens.unmerged()
-            x = self.family.norm(self.model)(x) if norm else x
+            x = self.family.norm(self.at(r).model)(x) if norm else x
             prefix, x = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
             patches.append(x.transpose(1, 2).unflatten(2, (rows, columns)) if output_fmt == "NCHW" else x)
             prefixes.append(prefix)
@@ -317,7 +387,7 @@ class MergedViT(nn.Module):
         Raises:
             ValueError: There is no such block.
         """
-        return self._run(images, r, _chosen(blocks, self.num_blocks), track=True)
+        return self.at(r)._run(images, r, _chosen(blocks, self.num_blocks), track=True)
 
     def token_counts(self, r: RLike = 0) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block, at the model's own input size."""
@@ -370,6 +440,11 @@ class MergedViT(nn.Module):
         plan = match(metric, r, self.num_prefix_tokens)
         x, size = merge(plan, tokens.x, tokens.size)
         return Tokens(x, size, track_source(plan, tokens.source) if track else None)
+
+
+def _like(weight: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Tensors as parameters that stand still, where a weight is and in its dtype."""
+    return {name: nn.Parameter(tensor.to(weight), requires_grad=False) for name, tensor in tensors.items()}
 
 
 def _chosen(indices: int | Sequence[int] | None, num_blocks: int) -> list[int]:
