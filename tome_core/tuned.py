@@ -136,7 +136,8 @@ def tunable(model: nn.Module, family: Family) -> dict[str, nn.Parameter]:
 def sharing(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A module with other tensors in the place of some parameters, and everything else shared with the one given.
 
-    Layers without such a parameter are the very same; those with one share their hooks, buffers and matrices.
+    Layers without such a parameter are the very same; those with one share their hooks, buffers and matrices, also
+    hooks that come later. A parameter that is assigned anew later is not shared, nor is a plain attribute.
 
     Args:
         module: Any module.
@@ -158,7 +159,10 @@ def _sharing(module: nn.Module, replaced: Mapping[int, Tensor], twins: dict[int,
     twin = module
     if _differ(parameters, module._parameters) or _differ(children, module._modules):
         twin = copy(module)
-        twin.__dict__ |= {"_parameters": parameters, "_modules": children}
+        # Hooks that come later are seen through dicts that both have. For a full backward hook torch also sets a flag,
+        # which only the module itself would get.
+        full = module._is_full_backward_hook is not False
+        twin.__dict__ |= {"_parameters": parameters, "_modules": children, "_is_full_backward_hook": full}
     twins[id(module)] = twin
     return twin
 

@@ -131,6 +131,21 @@ def test_hooks_that_come_later(build: Build, images: Tensor, name: str) -> None:
     assert torch.equal(merged(images, 3), before)
 
 
+def test_backward_hooks_that_come_later(merged: MergedViT, model: Any, images: Tensor) -> None:
+    merged(images, 3)
+    seen: list[tuple[str, Tensor]] = []
+    for layer in ("blocks.1.norm1", "blocks.1.mlp.act", "blocks.1.mlp.fc2"):
+        model.get_submodule(layer).register_full_backward_hook(
+            lambda module, grad_input, grad_output, layer=layer: seen.append((layer, grad_output[0]))
+        )
+        model.get_submodule(layer).register_full_backward_pre_hook(
+            lambda module, grad_output, layer=layer: seen.append((layer, grad_output[0]))
+        )
+    merged(images, 3).sum().backward()
+    assert [layer for layer, _ in seen[::2]] == ["blocks.1.mlp.fc2", "blocks.1.mlp.act", "blocks.1.norm1"]
+    assert all(gradient.any() for _, gradient in seen) and len(seen) == 6
+
+
 def test_gradients_reach_matrices_and_leave_tuned_numbers(build: Build, images: Tensor) -> None:
     model = build(drop_path_rate=0.1).train()
     merged = wrap(model)
