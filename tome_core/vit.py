@@ -193,10 +193,16 @@ class MergedViT(nn.Module):
         """As `load_tuned`, of numbers that are known to be this model's; None goes back to its own for every `r`."""
         self.tuned, self._bands = tuned, tuned.bands if tuned else ()
         self._in_bands = (None, [])
+        if self._bands:
+            self._made_for(self._bands)  # before a compiler looks on, or several threads do
         return self
 
     def at(self, r: RLike) -> Self:
-        """The model that computes this `r`: this one, or the one with the tuned numbers of its band."""
+        """The model that computes this `r`: this one, or the one with the tuned numbers of its band.
+
+        That one is made anew after this one has moved, or has changed its dtype or mode. `torch.compile` with
+        `fullgraph` cannot trace that: call `at` once before.
+        """
         bands = self._bands
         if not bands:
             return self
