@@ -78,7 +78,7 @@ class Tuned(NamedTuple):
                     raise TunedError(f"made for another model: {name} has {len(tensor)} numbers, not {len(own[name])}")
         dtype = _name(next(model.parameters()).dtype)
         if dtype not in self.weights:
-            raise TunedError(f"made for a model in {' or '.join(self.weights)}; this one is {dtype}")
+            raise TunedError(f"made for a model in {' or '.join(self.weights) or 'no dtype'}; this one is {dtype}")
         if self.weights[dtype] != (found := fingerprint(model)):
             raise TunedError(f"made with other weights ({self.weights[dtype][:12]}, not {found[:12]})")
 
