@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from tome_core.families import Family
@@ -92,7 +92,8 @@ class Tuned(NamedTuple):
         tensors = {f"{b.low}-{b.high}.{name}": t.contiguous() for b in self.bands for name, t in b.tensors.items()}
         facts = {"bands": [[b.low, b.high] for b in self.bands], "weights": self.weights, "about": self.about}
         unfinished = file.with_name(f"{file.name}.new")
-        save_file(tensors, unfinished, {"format": FORMAT} | {name: json.dumps(fact) for name, fact in facts.items()})
+        said = {"format": FORMAT} | {name: json.dumps(fact) for name, fact in facts.items()}
+        unfinished.write_bytes(save(tensors, said))  # save_file raises no OSError
         unfinished.replace(file)
 
     @staticmethod
@@ -113,9 +114,9 @@ class Tuned(NamedTuple):
                 bands, weights, about = (json.loads(facts[name]) for name in ("bands", "weights", "about"))
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             return Tuned(_bands(bands, tensors), {str(k): str(v) for k, v in weights.items()}, dict(about))
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, TunedError):
-                raise
+        except TunedError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise TunedError(f"{file} holds no tuned numbers: {error}") from None
 
 
@@ -180,11 +181,11 @@ def _bands(said: Any, tensors: Mapping[str, Tensor]) -> list[Band]:
         prefix = f"{low}-{high}."
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         if not 1 <= low <= high or not own or (bands and low <= bands[-1].high):
-            raise TunedError(f"its bands are {said}; each must begin above 0 and the one before, and hold numbers")
+            raise ValueError(f"its bands are {said}; each must begin above 0 and the one before, and hold numbers")
         bands.append(Band(low, high, own))
     for name, tensor in tensors.items():
         if tensor.ndim != 1 or tensor.dtype != torch.float32 or not tensor.isfinite().all():
-            raise TunedError(f"{name} must be one row of finite float32 numbers")
+            raise ValueError(f"{name} must be one row of finite float32 numbers")
     return bands
 
 
