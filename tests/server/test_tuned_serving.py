@@ -165,7 +165,8 @@ async def test_auto_goes_by_the_curve_that_was_measured_with_them(
             lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
             assert {line["tuned"] for line in lines} == {tuned == "auto" and each == 4}
             classes.append([line["top_k"][0]["index"] for line in lines])
-        return sum(one == other for one, other in zip(*classes, strict=True)) / len(classes[0])
+        merged, unmerged = classes
+        return sum(one == other for one, other in zip(merged, unmerged, strict=True)) / len(merged)
 
     without, with_them = calibrated("--tuned", "none"), calibrated()
     assert (without.facts.tuned is None) and with_them.facts.tuned is not None
