@@ -39,6 +39,8 @@ SMALLEST = 1e-12
 ROUNDED = (1 + 2**-4) ** 2
 """By how much rounding to e4m3 can enlarge the product of an input and a weight: half a step of 3 bits for each."""
 
+NOT_FINITE = "cannot multiply in float8: a norm or a product has weights that are not finite"
+
 
 class Product8(NamedTuple):
     """The weights of a product, and how its operands are scaled.
@@ -105,39 +107,42 @@ def quantise(family: Family, model: Any, like: Sequence[Block8 | None] = ()) -> 
     if against:
         raise UnsupportedModelError(f"cannot multiply a {type(model).__name__} in float8: {against}")
     blocks = list(family.blocks(model))
-    made = [None] * min(FIRST, len(blocks)) + [_block(block) for block in blocks[FIRST:]]
-    return [_sharing(block, same) for block, same in zip(made, like, strict=True)] if like else made
+    alike = like or [None] * len(blocks)
+    made = [_block(block, same) for block, same in zip(blocks[FIRST:], alike[FIRST:], strict=True)]
+    return [None] * min(FIRST, len(blocks)) + made
 
 
-def _sharing(block: Block8 | None, like: Block8 | None) -> Block8 | None:
-    """Products by the matrices of others: scales follow from norms, float8 matrices do not."""
-    if block is None or like is None:
-        return block
-    pairs = zip(block, like, strict=True)
-    return Block8(*(own and other and own._replace(weight=other.weight) for own, other in pairs))
-
-
-def _block(block: Any) -> Block8:
+def _block(block: Any, like: Block8 | None) -> Block8:
     parts, (fc1, fc2) = parts_of(block), (block.mlp.fc1, block.mlp.fc2)
+    like = like or Block8(None, None, None)
     hidden = _largest_output(parts.norm2, fc1)
-    second = _product(fc2.weight, hidden)
+    second = _product(fc2.weight, hidden, like.fc2)
     return Block8(
-        _product(block.attn.qkv.weight, _largest(parts.norm1)),
-        None if second is None else _product(fc1.weight, _largest(parts.norm2)),
+        _product(block.attn.qkv.weight, _largest(parts.norm1), like.qkv),
+        None if second is None else _product(fc1.weight, _largest(parts.norm2), like.fc1),
         second,
     )
 
 
-def _product(weight: Tensor, largest_input: float) -> Product8 | None:
+def _product(weight: Tensor, largest_input: float, like: Product8 | None) -> Product8 | None:
     if weight.shape[1] < NARROWEST:
         return None
-    largest_weight = weight.abs().max().item()
-    if not (math.isfinite(largest_input) and math.isfinite(largest_weight)):
-        raise UnsupportedModelError("cannot multiply in float8: a norm or a product has weights that are not finite")
-    multiplier, scale = (LARGEST / max(largest, SMALLEST) for largest in (largest_input, largest_weight))
-    quantised = (weight.float() * scale).to(FLOAT8).contiguous()
+    if not math.isfinite(largest_input):
+        raise UnsupportedModelError(NOT_FINITE)
+    # A matrix that is shared keeps its scale: the weights may have changed since.
+    quantised, scale = _scaled(weight) if like is None else (like.weight, 1 / (like.multiplier * like.factor))
+    multiplier = LARGEST / max(largest_input, SMALLEST)
     scales = tuple(torch.tensor(1 / s, dtype=torch.float32, device=weight.device) for s in (multiplier, scale))
     return Product8(quantised, multiplier, 1 / (multiplier * scale), scales)  # type: ignore[arg-type]
+
+
+def _scaled(weight: Tensor) -> tuple[Tensor, float]:
+    """A matrix in float8, and what it was multiplied by."""
+    largest = weight.abs().max().item()
+    if not math.isfinite(largest):
+        raise UnsupportedModelError(NOT_FINITE)
+    scale = LARGEST / max(largest, SMALLEST)
+    return (weight.float() * scale).to(FLOAT8).contiguous(), scale
 
 
 def _largest(norm: Norm) -> float:

@@ -78,7 +78,7 @@ class Tuned(NamedTuple):
                     raise TunedError(f"made for another model: {name} has {len(tensor)} numbers, not {len(own[name])}")
         dtype = _name(next(model.parameters()).dtype)
         if dtype not in self.weights:
-            raise TunedError(f"the model is {dtype}; load them while it is {', '.join(map(_name, DTYPES))}")
+            raise TunedError(f"made for a model in {' or '.join(self.weights)}; this one is {dtype}")
         if self.weights[dtype] != (found := fingerprint(model)):
             raise TunedError(f"made with other weights ({self.weights[dtype][:12]}, not {found[:12]})")
 
@@ -89,12 +89,20 @@ class Tuned(NamedTuple):
             OSError: The file cannot be written.
         """
         file = Path(file)
-        tensors = {f"{b.low}-{b.high}.{name}": t.contiguous() for b in self.bands for name, t in b.tensors.items()}
+        tensors = {
+            f"{band.low}-{band.high}.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+            for band in self.bands
+            for name, tensor in band.tensors.items()
+        }
         facts = {"bands": [[b.low, b.high] for b in self.bands], "weights": self.weights, "about": self.about}
+        content = save(tensors, {"format": FORMAT} | {name: json.dumps(fact) for name, fact in facts.items()})
         unfinished = file.with_name(f"{file.name}.new")
-        said = {"format": FORMAT} | {name: json.dumps(fact) for name, fact in facts.items()}
-        unfinished.write_bytes(save(tensors, said))  # save_file raises no OSError
-        unfinished.replace(file)
+        try:
+            unfinished.write_bytes(content)  # safetensors raises no OSError where it writes itself
+            unfinished.replace(file)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def load(file: Path | str) -> Tuned:
@@ -108,15 +116,10 @@ class Tuned(NamedTuple):
             pass  # safetensors raises no OSError that tells what is wrong
         try:
             with safe_open(file, framework="pt") as opened:
-                facts: dict[str, str] = opened.metadata() or {}
-                if facts.get("format") != FORMAT:
-                    raise TunedError(f"{file} holds no tuned numbers that this version reads ({FORMAT})")
-                bands, weights, about = (json.loads(facts[name]) for name in ("bands", "weights", "about"))
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-            return Tuned(_bands(bands, tensors), {str(k): str(v) for k, v in weights.items()}, dict(about))
-        except TunedError:
-            raise
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                # Cloned, they do not lie in the mapped file, which may be cut short while they are in use.
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
+                return _parsed(opened.metadata() or {}, tensors)
+        except (SafetensorError, ValueError, RecursionError) as error:  # RecursionError: JSON that is nested too deep
             raise TunedError(f"{file} holds no tuned numbers: {error}") from None
 
 
@@ -133,25 +136,39 @@ def tunable(model: nn.Module, family: Family) -> dict[str, nn.Parameter]:
 def sharing(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A module with other tensors in the place of some parameters, and everything else shared with the one given.
 
-    Layers without such a parameter are the very same; those with one share their hooks, buffers and matrices.
+    Layers without such a parameter are the very same; those with one share their hooks, buffers and matrices, also
+    hooks that come later. A parameter that is assigned anew later is not shared, nor is a plain attribute.
 
     Args:
         module: Any module.
-        tensors: By the names of the parameters that they replace.
+        tensors: By the names of the parameters that they replace, as `named_parameters` gives them. What has several
+            names is replaced under all of them.
     """
-    return _sharing(module, tensors, "")
+    replaced = {id(own): tensors[name] for name, own in module.named_parameters() if name in tensors}
+    return _sharing(module, replaced, {})
 
 
-def _sharing(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
-    if not any(name.startswith(prefix) for name in tensors):
-        return module
-    twin = copy(module)
-    own = {name: tensors.get(prefix + name, parameter) for name, parameter in module._parameters.items()}
-    twin.__dict__["_parameters"] = own
-    twin.__dict__["_modules"] = {
-        name: child and _sharing(child, tensors, f"{prefix}{name}.") for name, child in module._modules.items()
+def _sharing(module: nn.Module, replaced: Mapping[int, Tensor], twins: dict[int, nn.Module]) -> nn.Module:
+    """Arguments by `id`: what is in the place of a parameter, and what was made of a module that is met again."""
+    if id(module) in twins:
+        return twins[id(module)]
+    parameters = {name: replaced.get(id(own), own) for name, own in module._parameters.items()}
+    children = {
+        name: None if child is None else _sharing(child, replaced, twins) for name, child in module._modules.items()
     }
+    twin = module
+    if _differ(parameters, module._parameters) or _differ(children, module._modules):
+        twin = copy(module)
+        # Hooks that come later are seen through dicts that both have. For a full backward hook torch also sets a flag,
+        # which only the module itself would get.
+        full = module._is_full_backward_hook is not False
+        twin.__dict__ |= {"_parameters": parameters, "_modules": children, "_is_full_backward_hook": full}
+    twins[id(module)] = twin
     return twin
+
+
+def _differ(some: Mapping[str, object], others: Mapping[str, object]) -> bool:
+    return any(each is not others[name] for name, each in some.items())
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -175,18 +192,48 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     return {_name(dtype): fingerprint(model, dtype) for dtype in DTYPES}
 
 
-def _bands(said: Any, tensors: Mapping[str, Tensor]) -> list[Band]:
-    bands: list[Band] = []
-    for low, high in said:
-        prefix = f"{low}-{high}."
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        if not 1 <= low <= high or not own or (bands and low <= bands[-1].high):
-            raise ValueError(f"its bands are {said}; each must begin above 0 and the one before, and hold numbers")
-        bands.append(Band(low, high, own))
+def _parsed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Tuned:
+    """What `Tuned.save` has written.
+
+    Raises:
+        ValueError: It is something else; the message says what is wrong.
+    """
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"its format is {metadata.get('format')!r}; this version reads {FORMAT!r}")
+    if missing := {"bands", "weights", "about"} - metadata.keys():
+        raise ValueError(f"its metadata lacks {', '.join(sorted(missing))}")
+    said, weights, about = (json.loads(metadata[name]) for name in ("bands", "weights", "about"))
+    if not isinstance(weights, dict) or not all(isinstance(digest, str) for digest in weights.values()):
+        raise ValueError("its weights must be a sha256 for each dtype")
+    if not isinstance(about, dict):
+        raise ValueError("what it says about itself must be a JSON object")
     for name, tensor in tensors.items():
         if tensor.ndim != 1 or tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise ValueError(f"{name} must be one row of finite float32 numbers")
-    return bands
+    bands = [Band(low, high, _within(f"{low}-{high}.", tensors)) for low, high in _ranges(said)]
+    if not all(band.tensors for band in bands) or sum(len(band.tensors) for band in bands) != len(tensors):
+        raise ValueError(f"its bands are {said}; each must have numbers, and all numbers must have a band")
+    return Tuned(bands, weights, about)
+
+
+def _ranges(said: Any) -> list[tuple[int, int]]:
+    """The `r` of the bands, lowest and highest.
+
+    Raises:
+        ValueError: They are something else.
+    """
+    found: list[tuple[int, int]] = []
+    for pair in said if isinstance(said, list) else ():
+        match pair:
+            case [int(low), int(high)] if low <= high and (found[-1][1] if found else 0) < low:
+                found.append((low, high))
+    if not found or len(found) != len(said) or any(type(r) is bool for pair in said for r in pair):
+        raise ValueError(f"its bands are {said}; they must be [low, high] each, 1 or more, in order and apart")
+    return found
+
+
+def _within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _name(dtype: torch.dtype) -> str:

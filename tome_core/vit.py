@@ -172,8 +172,8 @@ class MergedViT(nn.Module):
         """Takes tuned numbers for some bands of `r`: the norms and biases that `tome-server tune` has made.
 
         Every other `r` is computed as before, bit for bit. The matrices are shared by all, and numbers that change
-        later must be the matrices' alone. Models made of this one afterwards (`plain`, `from_pixels`, `in_float8`)
-        have them too.
+        later must be the matrices' alone, and change in place. Models made of this one afterwards (`plain`,
+        `from_pixels`, `in_float8`) have them too.
 
         Args:
             file: What `Tuned.save` has written.
@@ -193,16 +193,23 @@ class MergedViT(nn.Module):
         """As `load_tuned`, of numbers that are known to be this model's; None goes back to its own for every `r`."""
         self.tuned, self._bands = tuned, tuned.bands if tuned else ()
         self._in_bands = (None, [])
+        if self._bands:
+            self._made_for(self._bands)  # before a compiler looks on, or several threads do
         return self
 
     def at(self, r: RLike) -> Self:
-        """The model that computes this `r`: this one, or the one with the tuned numbers of its band."""
-        if not self._bands:
+        """The model that computes this `r`: this one, or the one with the tuned numbers of its band.
+
+        That one is made anew after this one has moved, or has changed its dtype or mode. `torch.compile` with
+        `fullgraph` cannot trace that: call `at` once before.
+        """
+        bands = self._bands
+        if not bands:
             return self
         mean = schedule.mean_r(schedule.resolve(r, self.num_blocks))
-        for place, band in enumerate(self._bands):
+        for place, band in enumerate(bands):
             if mean in band:
-                return self._made_for_bands()[place]
+                return self._made_for(bands)[place]
         return self
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
@@ -218,16 +225,18 @@ class MergedViT(nn.Module):
             model._float8 = fp8.quantise(self.family, model.model, like=self._float8)
         return model
 
-    def _made_for_bands(self) -> list[Self]:
+    def _made_for(self, bands: Sequence[Band]) -> list[Self]:
         """The models of the bands, as this one is now: on its device, in its dtype, training or not."""
         weight = next(self.model.parameters())
-        layers = [layer.training for layer in (self.model, *self._layers)]
-        state = id(weight), weight.device, weight.dtype, layers
-        if self._in_bands[0] != state:
+        flags = self.model.training, self.family.trunk(self.model).grad_checkpointing
+        state = id(weight), weight.device, weight.dtype, *flags, [layer.training for layer in self._layers]
+        known, models = self._in_bands  # another thread may put others there meanwhile
+        if known != state:
+            own = dict(self.model.named_parameters())
             with torch.inference_mode(False):  # they may meet gradients later
-                made = [self.with_tensors(_like(weight, band.tensors)) for band in self._bands]
-            self._in_bands = (state, made)
-        return self._in_bands[1]
+                models = [self.with_tensors(_like(own, band.tensors)) for band in bands]
+            self._in_bands = (state, models)
+        return models
 
     def plain(self) -> Self:
         """The same model, over the same weights, that never runs fused."""
@@ -364,10 +373,10 @@ class MergedViT(nn.Module):
         num_inputs = kept[0].unmerged().shape[1] - self.num_prefix_tokens
         if num_inputs != rows * columns:
             raise ValueError(f"{num_inputs} patches are left of {rows} x {columns}: patch dropout leaves no whole map")
+        final_norm = self.family.norm(self.at(r).model) if norm else nn.Identity()
         patches, prefixes = [], []
         for tokens in kept:
-            x = tokens.unmerged()
-            x = self.family.norm(self.at(r).model)(x) if norm else x
+            x = final_norm(tokens.unmerged())
             prefix, x = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
             patches.append(x.transpose(1, 2).unflatten(2, (rows, columns)) if output_fmt == "NCHW" else x)
             prefixes.append(prefix)
@@ -442,9 +451,9 @@ class MergedViT(nn.Module):
         return Tokens(x, size, track_source(plan, tokens.source) if track else None)
 
 
-def _like(weight: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Tensors as parameters that stand still, where a weight is and in its dtype."""
-    return {name: nn.Parameter(tensor.to(weight), requires_grad=False) for name, tensor in tensors.items()}
+def _like(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Tensors as parameters that stand still, where those that they replace are and in their dtypes."""
+    return {name: nn.Parameter(tensor.to(own[name]), requires_grad=False) for name, tensor in tensors.items()}
 
 
 def _chosen(indices: int | Sequence[int] | None, num_blocks: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -9,9 +10,13 @@ import pytest
 import timm
 import torch
 from hypothesis import settings
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.coverage import randomise
+from tests.core.recording import Calls, Event
+from tests.core.variants import VARIANTS, Case
+from tome_core import recorded, wrap
 from tome_core.kernels import launch
 
 settings.register_profile("core", deadline=None)
@@ -31,6 +36,34 @@ def build() -> Callable[..., VisionTransformer]:
         return model
 
     return build
+
+
+@pytest.fixture(params=VARIANTS)
+def case(request: pytest.FixtureRequest, build: Callable[..., Any]) -> Case:
+    name, overrides = VARIANTS[request.param]
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    if "num_kv_heads" in overrides and "num_kv_heads" not in inspect.signature(timm.models.eva.Eva).parameters:
+        pytest.skip("this timm has no grouped queries")
+    model = build(name, **overrides)
+    if request.param == "gated attention":
+        if "gated" not in inspect.signature(Attention).parameters:
+            pytest.skip("this timm has no gated attention")
+        for block in model.blocks:
+            block.attn = Attention(48, 3, qkv_bias=True, gated=True).eval()
+    side = overrides.get("img_size", 96)
+    return Case(model, wrap(model), torch.randn(2, 3, side, side))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Stands in for CUDA graphs."""
+    calls = Calls()
+    monkeypatch.setattr(recorded, "_can_record", lambda images: not torch.is_grad_enabled())
+    monkeypatch.setattr(recorded, "CudaRecorder", lambda: calls)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    return calls
 
 
 @pytest.fixture(scope="module")

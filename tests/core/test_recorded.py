@@ -8,42 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tome_core import Recorded, recorded, wrap
-
-
-class Calls:
-    """A recorder that notes what it records, and computes it anew at every replay."""
-
-    def __init__(self) -> None:
-        self.shapes: list[torch.Size] = []
-
-    def __call__(self, compute: Any) -> Any:
-        self.shapes.append(compute().shape)
-        return Replayed(compute)
-
-
-class Replayed:
-    def __init__(self, compute: Any) -> None:
-        self._compute, self.output = compute, compute()
-
-    def replay(self) -> None:
-        self.output.copy_(self._compute())
-
-
-class Event:
-    def wait(self) -> None: ...
-    def record(self) -> None: ...
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Stands in for CUDA graphs."""
-    calls = Calls()
-    monkeypatch.setattr(recorded, "_can_record", lambda images: not torch.is_grad_enabled())
-    monkeypatch.setattr(recorded, "CudaRecorder", lambda: calls)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    return calls
+from tests.core.recording import Calls
+from tome_core import Recorded, wrap
 
 
 @torch.no_grad()

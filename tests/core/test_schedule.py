@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tome_core.schedule import Ramp, Rounding, clip, max_r, resolve, token_counts
+from tome_core.schedule import Ramp, Rounding, clip, max_r, mean_r, resolve, token_counts
 
 rs = st.integers(0, 64)
 inflects = st.floats(-1, 1)
@@ -129,3 +130,30 @@ def test_a_clipped_schedule_is_what_the_counts_lose_and_clips_to_itself(
     counts = token_counts(schedule, prefix + patches, prefix)
     assert clipped == tuple(before - after for before, after in pairwise(counts))
     assert clip(clipped, prefix + patches, prefix) == clipped
+
+
+@given(rs, depths)
+def test_the_mean_of_a_number_is_that_number(r: int, depth: int) -> None:
+    assert mean_r(resolve(r, depth)) == r
+
+
+@given(rs, inflects, depths)
+def test_the_mean_of_an_exact_ramp_is_its_r(r: int, inflect: float, depth: int) -> None:
+    assert mean_r(resolve(Ramp(r, inflect), depth)) == r
+
+
+@given(st.lists(rs, min_size=1, max_size=48))
+def test_the_mean_is_the_nearest_number_and_the_upper_one_halfway(schedule: list[int]) -> None:
+    mean = Fraction(sum(schedule), len(schedule))
+    assert -Fraction(1, 2) < mean_r(schedule) - mean <= Fraction(1, 2)
+    assert min(schedule) <= mean_r(schedule) <= max(schedule)
+
+
+@given(st.lists(rs, min_size=1, max_size=24), st.randoms(use_true_random=False))
+def test_the_mean_knows_no_order(schedule: list[int], random: Random) -> None:
+    mixed = random.sample(schedule, len(schedule))
+    assert mean_r(mixed) == mean_r(tuple(schedule)) == mean_r(schedule * 2)
+
+
+def test_blocks_that_a_short_list_leaves_out_count_as_zeros() -> None:
+    assert [mean_r(resolve([9], depth)) for depth in (1, 2, 3, 12, 24)] == [9, 5, 3, 1, 0]

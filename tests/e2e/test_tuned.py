@@ -10,8 +10,8 @@ from server.client import Client
 from server.device.models import load_model
 from server.device.tuned_file import save
 from server.settings import BUNDLED_NAME, ModelSpec
+from tests.core.tuned_numbers import numbers
 from tests.e2e.service import StartService
-from tests.server.tuned_numbers import tuned_for
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def test_tuned_numbers_are_found_and_served_and_stale_ones_are_not(
 ) -> None:
     spec = ModelSpec.model_validate("bundled")
     loaded = load_model(spec)
-    tuned = tuned_for(loaded.merged, (12, 14))
+    tuned = numbers(loaded.merged, (12, 14))
     file, _ = save(tuned, spec, loaded.weights, tmp_path / "state")
     service = start_service()
     with Client(service.url) as client:

@@ -19,8 +19,8 @@ from server.device.models import LoadedModel, load_model
 from server.device.tuned_file import beside, find, in_state, save
 from server.device.weights import weights_in
 from server.settings import ModelSpec, SettingsError
+from tests.core.tuned_numbers import numbers
 from tests.server.model_folders import load
-from tests.server.tuned_numbers import tuned_for
 from tome_core.tuned import Tuned, fingerprint
 
 
@@ -37,7 +37,7 @@ def untuned(folder: Path) -> LoadedModel:
 
 @pytest.fixture
 def tuned(untuned: LoadedModel) -> Tuned:
-    return tuned_for(untuned.merged, (2, 3), (5, 8))
+    return numbers(untuned.merged, (2, 3), (5, 8))
 
 
 def spec(source: str, **more: str) -> ModelSpec:
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_written_leaves_the_state_folder_and_the_last_on
     folder: Path, untuned: LoadedModel, tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, state = spec(f"local-dir:{folder}", name="mine"), tmp_path / "state"
-    shipped = save(tuned_for(untuned.merged, (1, 1)), model, untuned.weights, state)[0]
+    shipped = save(numbers(untuned.merged, (1, 1)), model, untuned.weights, state)[0]
     write = Tuned.save
 
     def refuse(self: Tuned, file: Path) -> None:
@@ -139,25 +139,25 @@ def test_weights_are_hashed_only_where_there_is_something_to_compare(
 def other_weights(folder: Path, untuned: LoadedModel) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["head.bias"] += 1
-    tuned_for(untuned.merged, (2, 3)).save(folder / "model.tuned.safetensors")
+    numbers(untuned.merged, (2, 3)).save(folder / "model.tuned.safetensors")
     save_file(weights, folder / "model.safetensors")
 
 
 def other_names(folder: Path, untuned: LoadedModel) -> None:
-    tuned = tuned_for(untuned.merged, (2, 3))
+    tuned = numbers(untuned.merged, (2, 3))
     tensors = dict(tuned.bands[0].tensors) | {"blocks.9.norm1.bias": torch.zeros(24)}
     tuned._replace(bands=[tuned.bands[0]._replace(tensors=tensors)]).save(folder / "model.tuned.safetensors")
 
 
 def other_shapes(folder: Path, untuned: LoadedModel) -> None:
-    tuned = tuned_for(untuned.merged, (2, 3))
+    tuned = numbers(untuned.merged, (2, 3))
     tensors = {name: tensor[:-1].clone() for name, tensor in tuned.bands[0].tensors.items()}
     tuned._replace(bands=[tuned.bands[0]._replace(tensors=tensors)]).save(folder / "model.tuned.safetensors")
 
 
 def cut_off(folder: Path, untuned: LoadedModel) -> None:
     file = folder / "model.tuned.safetensors"
-    tuned_for(untuned.merged, (2, 3)).save(file)
+    numbers(untuned.merged, (2, 3)).save(file)
     file.write_bytes(file.read_bytes()[:-10])
 
 
@@ -174,7 +174,7 @@ def a_folder(folder: Path, untuned: LoadedModel) -> None:
 
 
 def bands_that_meet(folder: Path, untuned: LoadedModel) -> None:
-    tuned_for(untuned.merged, (2, 4), (3, 5)).save(folder / "model.tuned.safetensors")
+    numbers(untuned.merged, (2, 4), (3, 5)).save(folder / "model.tuned.safetensors")
 
 
 def nested_without_end(folder: Path, untuned: LoadedModel) -> None:
@@ -190,7 +190,7 @@ def nested_without_end(folder: Path, untuned: LoadedModel) -> None:
         (other_shapes, "is stale: made for another model: .* has 23 numbers, not 24"),
         (cut_off, "holds no tuned numbers: "),
         (no_numbers, "holds no tuned numbers: "),
-        (weights_instead, r"holds no tuned numbers that this version reads \(tome-tuned-1\)"),
+        (weights_instead, "holds no tuned numbers: its format is None; this version reads 'tome-tuned-1'"),
         (a_folder, "cannot be read: Is a directory"),
         (bands_that_meet, r"holds no tuned numbers: its bands are \[\[2, 4\], \[3, 5\]\]"),
         (nested_without_end, "holds no tuned numbers: "),

@@ -22,9 +22,9 @@ from server.engine_process import build_engine
 from server.errors import NotFoundError
 from server.images.pillow import decode
 from server.settings import ModelSpec, Settings
+from tests.core.tuned_numbers import numbers
 from tests.server.conftest import Service, encode, serving
 from tests.server.test_backends import images, loaded
-from tests.server.tuned_numbers import tuned_for
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "openvino"])
 
@@ -34,7 +34,7 @@ def folder(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model's folder, with tuned numbers for r of 3 to 4 and 6 to 8."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny-vit"))
     merged = load_model(ModelSpec.model_validate(f"local-dir:{folder}")).merged
-    tuned_for(merged, (3, 4), (6, 8)).save(folder / "model.tuned.safetensors")
+    numbers(merged, (3, 4), (6, 8)).save(folder / "model.tuned.safetensors")
     return folder
 
 
@@ -126,7 +126,7 @@ async def test_stale_ones_leave_the_answers_as_they_were(
     folder: Path, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     merged = load_model(ModelSpec.model_validate(f"local-dir:{folder},tuned=none")).merged
-    stale = tuned_for(merged, (3, 4))._replace(weights={"float32": "ab" * 32})
+    stale = numbers(merged, (3, 4))._replace(weights={"float32": "ab" * 32})
     stale.save(folder / "model.tuned.safetensors")
     async with served(folder) as service:
         found = await scores(service, photo, 4)
@@ -215,9 +215,9 @@ def test_graphs_of_openvino_are_of_the_tuned_numbers(tmp_path: Path) -> None:
         return [graph(photos) for graph in graphs]
 
     before = answers((0, 0), (2, 1), (5, 3))
-    merged.take_tuned(tuned_for(merged, (4, 6)))
+    merged.take_tuned(numbers(merged, (4, 6)))
     tuned, tuned_wanted = answers((0, 0), (2, 1), (5, 3)), merged(photos, (5, 3))
-    merged.take_tuned(tuned_for(merged, (4, 6), seed=1))
+    merged.take_tuned(numbers(merged, (3, 3), (4, 6)))
     (other,), other_wanted = answers((5, 3)), merged(photos, (5, 3))
     merged.take_tuned(None)
     (again,) = answers((5, 3))
@@ -234,7 +234,7 @@ def test_a_process_that_translates_for_openvino_gets_the_tuned_numbers(tmp_path:
     compiler_of: Any = pytest.importorskip("server.device.openvino_compiler")
     merged, photos = loaded().merged, images(2)
     untuned = merged(photos, (5, 3))
-    merged.take_tuned(tuned_for(merged, (4, 6)))
+    merged.take_tuned(numbers(merged, (4, 6)))
     merged(photos, 4)  # the model of the band is made, and goes along
     graph = compiler_of.Compiler(merged, (64, 64), 1, tmp_path).graph((5, 3), 1, "fp32", aside=True)
     tuned, wanted = graph(photos), merged(photos, (5, 3))
