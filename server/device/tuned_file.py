@@ -101,9 +101,10 @@ def read(file: Path, merged: MergedViT) -> TunedFile:
         tuned = Tuned.load(file)
     except FileNotFoundError:
         raise SettingsError(f"there is no file of tuned numbers {file}") from None
-    except (OSError, ValueError) as error:  # ValueError: a path that can be none, or a TunedError
-        said = f"{file} cannot be read: {getattr(error, 'strerror', error)}"
-        raise SettingsError(str(error) if isinstance(error, TunedError) else said) from None
+    except TunedError as error:
+        raise SettingsError(str(error)) from None
+    except (OSError, ValueError) as error:  # ValueError: a path that can be none
+        raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
         tuned.check(merged.model, merged.family)
     except TunedError as error:
