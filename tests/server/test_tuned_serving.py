@@ -206,7 +206,7 @@ def test_an_export_says_whether_it_is_tuned(folder: Path, tmp_path: Path, capsys
 def test_graphs_of_openvino_are_of_the_tuned_numbers(tmp_path: Path) -> None:
     compiler_of: Any = pytest.importorskip("server.device.openvino_compiler")
     merged, photos = loaded().merged, images(2)
-    runs = []  # OpenVINO may hang where a graph is dropped just after it has answered
+    runs = []  # kept to the end: this test once stood still in native code after it had dropped a graph
 
     def answers(*schedules: tuple[int, int]) -> list[torch.Tensor]:
         compiler = compiler_of.Compiler(merged, (64, 64), 1, tmp_path)
