@@ -31,6 +31,7 @@ class Facts(_Frozen):
         precision: "fp32", "bf16", "fp16" or "fp8".
         threads: CPU threads of torch; 0 on a GPU.
         versions: Of tome-server, torch, timm and the backend.
+        tuned: sha256 of the file of tuned numbers; None without them.
     """
 
     weights: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -39,6 +40,7 @@ class Facts(_Frozen):
     precision: str
     threads: Count
     versions: dict[str, str]
+    tuned: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
 
 class CurveRow(_Frozen):
@@ -134,7 +136,7 @@ class Curve(_Frozen):
 
 
 def staleness(curve: Curve, facts: Facts) -> str | None:
-    """Why the agreement of a curve does not hold here, in words, or None where it does: weights count, and float8.
+    """Why the agreement of a curve does not hold here, or None where it does: weights count, tuned numbers, and float8.
 
     Both the answers at `r` and those at r=0 are of one precision; in bfloat16 they agree as in float32 to half a point.
     Float8 rounds so much more that its agreement is its own.
@@ -142,6 +144,10 @@ def staleness(curve: Curve, facts: Facts) -> str | None:
     made = curve.facts
     if made.weights != facts.weights:
         return f"made with other weights ({made.weights[:12]}, not {facts.weights[:12]})"
+    if made.tuned != facts.tuned:
+        if made.tuned is None:
+            return "made without tuned numbers"
+        return "made with tuned numbers that are not used" if facts.tuned is None else "made with other tuned numbers"
     if made.precision != facts.precision and "fp8" in (made.precision, facts.precision):
         return f"made with precision {made.precision}, not {facts.precision}"
     return None

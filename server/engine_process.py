@@ -89,7 +89,7 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         InvalidError: A deployment `r` is out of its model's range.
         EngineError: A model gives no numbers in this precision.
     """
-    loaded = {spec.name: load_model(spec) for spec in settings.specs()}
+    loaded = {spec.name: load_model(spec, settings.state_dir) for spec in settings.specs()}
     infos = {name: model.info for name, model in loaded.items()}
 
     def check(models: Mapping[str, RSetting]) -> None:

@@ -65,16 +65,18 @@ class SettingsError(ValueError):
 
 
 class ModelSpec(BaseModel):
-    """One model to serve: `SOURCE[,weights=FILE][,name=NAME][,r=R]`, or the same keys as a YAML mapping.
+    """One model to serve: `SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R]`, or as a YAML mapping.
 
     SOURCE is `bundled`, a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER` (the Hugging Face layout). FOLDER and
-    FILE may begin with `~`, and may hold blanks and commas: only a comma before `word=` ends them.
+    FILE may begin with `~`, and may hold blanks and commas: only a comma before `word=` ends them. `tuned` may also be
+    `auto` or `none`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Annotated[str, AfterValidator(_source_at_home)] = Field(min_length=1)
     weights: AtHome | None = None
+    tuned: AtHome | None = Field(default=None, min_length=1)
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     r: R | None = None
 
@@ -84,7 +86,7 @@ class ModelSpec(BaseModel):
         if isinstance(value, str):
             source, *pairs = re.split(r",(?=[a-z_]+=)", value)
             if "," in source and not source.startswith("local-dir:"):
-                raise ValueError(f"{value!r} must read SOURCE[,weights=FILE][,name=NAME][,r=R]")
+                raise ValueError(f"{value!r} must read SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R]")
             value = {"source": source, **dict(pair.split("=", 1) for pair in pairs)}
         if isinstance(value, dict) and isinstance(value.get("source"), str) and not value.get("name"):
             value = {**value, "name": _default_name(value["source"])}
@@ -112,11 +114,17 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model: tuple[ModelSpec, ...] = Field(
         (ModelSpec(source="bundled", name=BUNDLED_NAME),),
-        description="a model to serve, SOURCE[,weights=FILE][,name=NAME][,r=R] with SOURCE one of bundled, a timm "
-        "name, hf-hub:ORG/NAME, local-dir:FOLDER; give it again for more, the first is the default",
+        description="a model to serve, SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R] with SOURCE one of "
+        "bundled, a timm name, hf-hub:ORG/NAME, local-dir:FOLDER; give it again for more, the first is the default",
     )
     weights: AtHome | None = Field(
         None, description="safetensors file for the one --model; 'random' for untrained weights"
+    )
+    tuned: AtHome = Field(
+        "auto",
+        min_length=1,
+        description="tuned numbers, which 'tome-server tune' makes: auto takes those that lie beside the weights or in "
+        "the state folder, none takes none, a FILE goes with the one --model",
     )
     r: R = Field(
         0, description="tokens merged in each block where a request names none: a number, a list like 16,14,12, or auto"
@@ -269,6 +277,10 @@ class Settings(BaseModel):
             raise ValueError(
                 "--weights goes with one --model that names none itself; for several write SOURCE,weights=FILE"
             )
+        if self.tuned not in ("auto", "none") and (len(self.model) > 1 or self.model[0].tuned):
+            raise ValueError(
+                "--tuned FILE goes with one --model that names none itself; for several write SOURCE,tuned=FILE"
+            )
         return self
 
     def devices(self) -> tuple[str, ...]:
@@ -297,9 +309,15 @@ class Settings(BaseModel):
             ) from None
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """The models to load, each with its own weights and `r`."""
+        """The models to load, each with its own weights, tuned numbers and `r`."""
         return tuple(
-            spec.model_copy(update={"weights": spec.weights or self.weights, "r": self._bounded(spec.r)})
+            spec.model_copy(
+                update={
+                    "weights": spec.weights or self.weights,
+                    "tuned": spec.tuned or self.tuned,
+                    "r": self._bounded(spec.r),
+                }
+            )
             for spec in self.model
         )
 

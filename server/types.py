@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from server.dial import AutoR, RSetting, Schedule, schedule_of, setting_to_json
 from server.errors import InvalidError, NotFoundError, shown
 from server.images.preprocessing import Preprocessing
-from tome_core.schedule import token_counts
+from tome_core.schedule import mean_r, token_counts
 
 _token_counts = functools.lru_cache(4096)(token_counts)
 
@@ -42,6 +42,7 @@ class ModelInfo:
         max_r: The most tokens that one block can merge.
         backend: What computes its answers; None before a device holds it.
         decodes_jpeg: The engine takes JPEG files as they came, and decodes them itself.
+        tuned: Bands of `r` that it has tuned numbers for, (lowest, highest).
     """
 
     name: str
@@ -55,6 +56,7 @@ class ModelInfo:
     max_r: int
     backend: BackendInfo | None = None
     decodes_jpeg: bool = False
+    tuned: tuple[tuple[int, int], ...] = ()
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
@@ -70,6 +72,13 @@ class ModelInfo:
     def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block."""
         return _token_counts(schedule, self.num_tokens, self.num_prefix_tokens)
+
+    def is_tuned(self, schedule: Schedule) -> bool:
+        """Whether tuned numbers compute it: those of the band that holds its mean, as in `MergedViT.at`."""
+        if not self.tuned:
+            return False
+        mean = mean_r(schedule)
+        return any(low <= mean <= high for low, high in self.tuned)
 
     def batch_key(self, schedule: Schedule, operation: str = "classify") -> BatchKey:
         """What images for this model under this schedule are batched by."""

@@ -31,6 +31,7 @@ async def explain(request: Request, service: ForUsers) -> Merging:
         model=info.name,
         r=r_of(answered.schedule),
         r_source=terms.r_source,
+        tuned=info.is_tuned(answered.schedule),
         config_version=answered.config_version,
         filename=uploads[0].filename,
         top_k=[Class(**each) for each in classes(info, merges.top_k)],

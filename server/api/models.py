@@ -120,6 +120,7 @@ def _detail(info: ModelInfo, configuration: Configuration, engine: Engine, respo
         min_r=0,
         max_r=info.max_r,
         token_counts=_token_counts(info),
+        tuned=list(info.tuned),
     )
 
 

@@ -106,6 +106,7 @@ def shape(
         "model": terms.info.name,
         "r": r_of(answered.schedule),
         "r_source": terms.r_source,
+        "tuned": terms.info.is_tuned(answered.schedule),
         "auto": auto and {"reason": auto.reason, "expected_agreement": auto.expected_agreement},
         "tokens": terms.info.token_counts(answered.schedule)[-1],
         "batch_size": answered.batch_size,

@@ -125,6 +125,7 @@ class Classification(BaseModel):
     model: str
     r: PlainR = Field(description="Tokens merged in each block; a list where the blocks differ.")
     r_source: RSource = Field(description="Who said so, or said auto.")
+    tuned: bool = Field(description="Whether tuned numbers computed it: r lies in a band of the model's 'tuned'.")
     auto: AutoChoice | None = Field(None, description="With auto, why it took that r.")
     tokens: int = Field(description="Tokens left after the last block.")
     batch_size: int = Field(description="Images in the batch; the largest, where several images took several batches.")
@@ -158,6 +159,7 @@ class Merging(BaseModel):
     model: str
     r: PlainR = Field(description="Tokens merged in each block; a list where the blocks differ.")
     r_source: RSource = Field(description="Who chose that r.")
+    tuned: bool = Field(description="Whether tuned numbers computed it: r lies in a band of the model's 'tuned'.")
     config_version: int
     filename: str | None = None
     top_k: list[Class]
@@ -207,6 +209,9 @@ class ModelDetail(ModelSummary):
     max_r: int
     token_counts: dict[int, list[int]] = Field(
         description="For each r: tokens entering the first block, then leaving each block."
+    )
+    tuned: list[tuple[int, int]] = Field(
+        description="Bands of r that are computed with tuned numbers, lowest and highest; empty without such numbers."
     )
 
 

@@ -35,6 +35,7 @@ def facts_of(loaded: LoadedModel, runner: Runner) -> Facts | None:
         precision=backend.precision,
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
         versions={"tome-server": __version__} | {name: version(name) for name in packages},
+        tuned=loaded.tuned,
     )
 
 

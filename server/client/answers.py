@@ -54,6 +54,7 @@ class Answer:
         tokens: Tokens left after the last block.
         batch_size: Images that were computed together.
         timings_ms: Of the request, which may have held several images.
+        tuned: Whether tuned numbers computed it; False of a server that does not say.
     """
 
     filename: str | None
@@ -66,6 +67,7 @@ class Answer:
     batch_size: int
     config_version: int
     timings_ms: TimingsMs
+    tuned: bool = False
 
     @property
     def top(self) -> Class:
@@ -117,6 +119,7 @@ class Model(ModelSummary):
         classes: Words for each class, in class order.
         input_size: Height and width in pixels.
         token_counts: For each r: tokens entering the first block, then leaving each block.
+        tuned: Bands of r that are computed with tuned numbers, (lowest, highest).
     """
 
     backend: Backend | None
@@ -129,6 +132,7 @@ class Model(ModelSummary):
     min_r: int
     max_r: int
     token_counts: dict[int, tuple[int, ...]]
+    tuned: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ HELP = "measure what each r costs and keeps on this machine, for r=auto and for 
 SETTINGS: tuple[str, ...] = (
     "model",
     "weights",
+    "tuned",
     "device",
     "precision",
     "backend",
@@ -74,7 +75,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
     set_threads(settings.threads)
     spec = settings.specs()[0]
-    loaded = load_model(spec)
+    loaded = load_model(spec, settings.state_dir)
     info, batch = loaded.info, settings.max_batch_size
     schedules = _ladder(loaded, args)
     files = choose_photos(args.images, args.photos, seed=0)

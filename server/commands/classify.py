@@ -8,7 +8,7 @@ import json
 from server.settings import Settings, SettingsError
 
 HELP = "classify photos here and now, without a server"
-SETTINGS: tuple[str, ...] = ("model", "weights", "r", "device", "precision", "threads")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
     set_threads(settings.threads)
     spec = settings.specs()[0]
-    loaded = load_model(spec)
+    loaded = load_model(spec, settings.state_dir)
     info = loaded.info
     schedule = info.schedule(spec.r or 0)
     top_k = min(5, len(info.labels)) if args.top_k is None else args.top_k
@@ -42,7 +42,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
             for index, score in zip(likeliest, scores, strict=True)
         ]
         if args.json:
-            print(json.dumps({"file": photo, "model": info.name, "r": list(schedule), "top_k": classes}))
+            said = {"file": photo, "model": info.name, "r": list(schedule), "tuned": info.is_tuned(schedule)}
+            print(json.dumps({**said, "top_k": classes}))
         else:
             print(photo)
             for each in classes:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HELP = "paint which patches of a photo the model has merged, block by block"
-SETTINGS: tuple[str, ...] = ("model", "weights", "r", "device", "precision", "threads")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads")
 PANEL = 384  # pixels that a panel is wide, at least
 LINE, GAP, CAPTION = 2, 12, 36  # pixels
 
@@ -51,7 +51,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         raise SettingsError(f"-o is {args.output}; the file is a PNG, so its name must end in .png")
     set_threads(settings.threads)
     spec = settings.specs()[0]
-    loaded = load_model(spec)
+    loaded = load_model(spec, settings.state_dir)
     info = loaded.info
     schedule = info.schedule(spec.r or 0)
     blocks = _blocks(args.blocks, info.num_blocks)

@@ -10,7 +10,7 @@ from server import __version__
 from server.settings import Settings, SettingsError
 
 HELP = "write a model at one r as an ONNX file"
-SETTINGS: tuple[str, ...] = ("model", "weights", "r")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from tome_core import ExportError, export_onnx
 
     spec = settings.specs()[0]
-    loaded = load_model(spec)
+    loaded = load_model(spec, settings.state_dir)
     info = loaded.info
     schedule = info.schedule(spec.r or 0, args.inflect)
     tokens = info.token_counts(schedule)
@@ -32,6 +32,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         "name": info.name,
         "architecture": info.architecture,
         "token_counts": tokens,
+        "tuned": info.is_tuned(schedule),
         **asdict(info.preprocessing),
         "labels": info.labels,
         "version": __version__,

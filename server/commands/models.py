@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from server.settings import Settings, load_settings
 
 HELP = "load the models that serve would and describe them, or check a model folder"
-SETTINGS: tuple[str, ...] = ("model", "weights")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +26,20 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.device.models import load_model
 
     if args.check is not None:
-        print(_checked(args.check, settings.weights))
+        print(_checked(args.check, settings))
         return 0
     for spec in settings.specs():
-        loaded = load_model(spec)
+        loaded = load_model(spec, settings.state_dir)
         info, counts = loaded.info, loaded.merged.token_counts
         ladder = {r: counts(r)[-1] for r in (0, 4, 8, 12, 16, 20) if r <= info.max_r}
         if args.json:
             described = {name: value for name, value in asdict(info).items() if name != "labels"}
-            print(json.dumps({**described, "num_classes": len(info.labels), "tokens_left": ladder}))
+            tuned_file = loaded.tuned_file and str(loaded.tuned_file)
+            print(
+                json.dumps(
+                    {**described, "tuned_file": tuned_file, "num_classes": len(info.labels), "tokens_left": ladder}
+                )
+            )
             continue
         height, width = info.preprocessing.input_size
         print(f"{info.name}: {info.architecture} from {info.source}")
@@ -41,22 +47,35 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
             f"  {len(info.labels)} classes, {height} x {width} px, {info.num_blocks} blocks, r from 0 to {info.max_r}"
         )
         print("  tokens left: " + ", ".join(f"{count} at r={r}" for r, count in ladder.items()))
+        if info.tuned:
+            print(f"  tuned for {_bands(info.tuned)}: {loaded.tuned_file}")
     return 0
 
 
-def _checked(folder: str, weights: str | None) -> str:
-    """What a model folder holds, after all that a start does with it; raises what a start would."""
+def _checked(folder: str, settings: Settings) -> str:
+    """What a model folder holds, after all that a start does with it; raises what a start would.
+
+    Tuned numbers in the folder count as named: a start would tell the log what is wrong with them, and go on.
+    """
     from server.device.models import load_model
     from server.device.runner import Runner
+    from server.device.tuned_file import beside, read
 
     source = f"local-dir:{folder.removeprefix('local-dir:')}"
-    (spec,) = load_settings({"model": [{"source": source}], "weights": weights}).specs()
+    said = {"model": [{"source": source}], "weights": settings.weights, "tuned": settings.tuned}
+    (spec,) = load_settings(said).specs()
     loaded = load_model(spec)
     info = loaded.info
+    if spec.tuned == "auto" and not info.tuned and (file := beside(spec, loaded.weights)) and file.exists():
+        read(file, loaded.merged)  # raises what is wrong with it
     Runner({info.name: loaded}, "cpu", "fp32").warm_up(info.batch_key(info.schedule(0)))
     height, width = info.preprocessing.input_size
     parameters = sum(parameter.numel() for parameter in loaded.merged.parameters())
     return (
         f"{folder} is all right: {info.architecture}, {len(info.labels)} classes, {height} x {width} px, "
-        f"{parameters:,} parameters"
+        f"{parameters:,} parameters" + (f", tuned for {_bands(info.tuned)}" if info.tuned else "")
     )
+
+
+def _bands(bands: Sequence[tuple[int, int]]) -> str:
+    return "r of " + ", ".join(f"{low} to {high}" for low, high in bands)

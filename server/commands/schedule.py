@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from server.types import ModelInfo
 
 HELP = "look for a better schedule than a constant r, on photos without labels"
-SETTINGS: tuple[str, ...] = ("model", "weights", "device", "precision", "threads", "max_batch_size")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "device", "precision", "threads", "max_batch_size")
 PARTS = 4  # a trial looks at a quarter of the photos
 
 
@@ -74,7 +74,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise SettingsError(f"--{name} is {getattr(args, name)}; it must be {least} or more")
     set_threads(settings.threads)
-    loaded = load_model(settings.specs()[0])
+    loaded = load_model(settings.specs()[0], settings.state_dir)
     info = loaded.info
     files = choose_photos(args.images, args.photos, args.seed)
     photos = read_photos(files, info, settings.max_image_pixels)

@@ -17,6 +17,7 @@ from server.device import weights
 from server.device.class_labels import class_labels
 from server.device.model_config import FILE as CONFIG_FILE
 from server.device.model_config import NEEDED, Described, ImageConfig, checked, read_config
+from server.device.tuned_file import served
 from server.documents import sentence
 from server.errors import shown
 from server.images.preprocessing import Preprocessing
@@ -30,11 +31,19 @@ BUNDLED = Path(__file__).parents[1] / "bundled"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to merge, what the HTTP side must know of it, and its weights' file where they are not random."""
+    """A model ready to merge, and what the HTTP side must know of it.
+
+    Attributes:
+        weights: Their file; None for random ones.
+        tuned: sha256 of the file of its tuned numbers; None where it has none.
+        tuned_file: That file.
+    """
 
     merged: tome_core.MergedViT
     info: ModelInfo
     weights: Path | None = None
+    tuned: str | None = None
+    tuned_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -103,20 +112,24 @@ def _fetched(source: _Source, repo: str, revision: str, file: str) -> Path:
         raise SettingsError(f"{source.name}: cannot fetch {file} of {repo} ({sentence(error)}){hint}") from error
 
 
-def load_model(spec: ModelSpec) -> LoadedModel:
-    """Builds a model, loads its weights, and reads its preprocessing and label names.
+def load_model(spec: ModelSpec, state_dir: Path | None = None) -> LoadedModel:
+    """Builds a model, loads its weights and tuned numbers, and reads its preprocessing and label names.
+
+    Args:
+        spec: Which model.
+        state_dir: Where tuned numbers are kept that have no place beside the weights.
 
     Raises:
-        SettingsError: The source is unknown, its weights are not to be had or do not fit, or tokens cannot merge in it.
-            The message is one line.
+        SettingsError: The source is unknown, its weights are not to be had or do not fit, tokens cannot merge in it, or
+            the tuned numbers that it names cannot be used. The message is one line.
     """
     try:
-        return _load(spec)
+        return _load(spec, state_dir)
     except SettingsError as error:
         raise SettingsError(f"model {spec.name}: {error}") from error
 
 
-def _load(spec: ModelSpec) -> LoadedModel:
+def _load(spec: ModelSpec, state_dir: Path | None) -> LoadedModel:
     source = _Source.of(spec.source)
     described = source.describe()
     with torch.device("meta"):  # shapes alone: whatever sizes are asked for, nothing is computed and no memory taken
@@ -131,7 +144,11 @@ def _load(spec: ModelSpec) -> LoadedModel:
     model, _ = _sized(described)
     if state is not None:
         model.load_state_dict(state)
-    merged = tome_core.wrap(model)
+    merged = tome_core.wrap(model).eval()
+    found = served(spec, merged, file, state_dir)
+    if found is not None:
+        merged.take_tuned(found.tuned)
+        logger.info("model %s: tuned numbers of %s", spec.name, found.file)
     info = ModelInfo(
         name=spec.name,
         architecture=model.pretrained_cfg.get("architecture", type(model).__name__),
@@ -142,8 +159,9 @@ def _load(spec: ModelSpec) -> LoadedModel:
         num_tokens=merged.num_tokens,
         num_prefix_tokens=merged.num_prefix_tokens,
         max_r=merged.max_r,
+        tuned=tuple((band.low, band.high) for band in found.tuned.bands) if found else (),
     )
-    return LoadedModel(merged.eval(), info, file)
+    return LoadedModel(merged, info, file, found and found.sha256, found and found.file)
 
 
 def _sized(described: Described) -> tuple[Any, Preprocessing]:

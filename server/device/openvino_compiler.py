@@ -211,9 +211,12 @@ def _translate(
 
 
 def _fingerprint(merged: tome_core.MergedViT, input_size: tuple[int, int], operator: Path | None) -> str:
-    """A name for all that a graph depends on but the schedule: weights, layers, versions, and our own code."""
+    """A name for all that a graph depends on but the schedule: weights, tuned numbers, layers, versions, our code."""
     digest = hashlib.sha256()
-    for name, tensor in merged.model.state_dict().items():
+    parts = list(merged.model.state_dict().items())
+    for band in merged.tuned.bands if merged.tuned else ():
+        parts += [(f"{band.low}-{band.high}.{name}", tensor) for name, tensor in band.tensors.items()]
+    for name, tensor in parts:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     digest.update(repr((merged.model, input_size, operator and operator.name)).encode())

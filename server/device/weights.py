@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
+from server.device.tuned_file import SUFFIX
 from server.documents import sentence
 from server.errors import shown
 from server.settings import SettingsError
+from tome_core.tuned import FORMAT
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file of a model folder: model.safetensors, or the only one that ends so.
+    """The weights file of a model folder: model.safetensors, or the only one that ends so; tuned numbers are none.
 
     Raises:
         SettingsError: There is none, or nobody can tell which.
@@ -38,7 +40,8 @@ def weights_in(folder: Path) -> Path:
         return folder / FILE
     if (folder / _INDEX).exists():
         raise SettingsError(f"{folder} has its weights in parts ({_INDEX}); they must be one file, {FILE}")
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    files = [name for name in names if not name.endswith(SUFFIX)]
     if len(files) == 1:
         return folder / files[0]
     if files:
@@ -63,6 +66,8 @@ def read_weights(file: Path, model: Any) -> dict[str, Tensor]:
         raise SettingsError(f"there is no weights file {file}")
     try:
         with safe_open(file, framework="pt") as opened:
+            if (opened.metadata() or {}).get("format") == FORMAT:
+                raise SettingsError(f"{file} holds tuned numbers, which go with weights; give it with tuned=")
             names = list(opened.keys())
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
             wanted: dict[str, Tensor] = model.state_dict()

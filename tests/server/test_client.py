@@ -91,7 +91,7 @@ async def test_an_answer_says_what_is_in_the_image_and_how_it_was_computed(kind:
         assert (answer.top, answer.label) == (answer.top_k[0], f"label {best}")
         assert (answer.filename, answer.model) == ("photo.png", "tiny")
         assert (answer.r, answer.r_source, answer.auto, answer.tokens) == (4, "request", None, 5)
-        assert (answer.batch_size, answer.config_version) == (1, 1)
+        assert (answer.batch_size, answer.config_version, answer.tuned) == (1, 1, False)
         assert 0 < answer.timings_ms.inference <= answer.timings_ms.total
         with pytest.raises(FrozenInstanceError):
             answer.r = 3  # type: ignore[misc]
@@ -158,6 +158,14 @@ async def test_every_way_to_say_r_reaches_the_device(
         assert answer.r_source == ("request" if asked.get("r") is not None else "deployment")
         assert answer.top.index == class_of_grey(100, schedule)
         assert [key.schedule for key, _ in service.device.batches] == [schedule]
+
+
+@BOTH
+async def test_an_answer_says_whether_tuned_numbers_computed_it(kind: str) -> None:
+    async with serving(models=[model_info(tuned=((3, 4), (6, 8)))]) as service, asking(kind, service) as ask:
+        answers = [await ask("classify", PNG, r=r) for r in (0, 2, 3, 5, 8, [8, 1, 0], [8, 0, 0])]
+        assert [answer.tuned for answer in answers] == [False, False, True, False, True, True, True]
+        assert (await ask("model", "tiny")).tuned == ((3, 4), (6, 8))
 
 
 @BOTH

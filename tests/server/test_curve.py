@@ -67,6 +67,20 @@ def test_agreement_holds_for_the_weights_whatever_computes_them() -> None:
     assert staleness(curve, facts(weights="cd" * 32)) == "made with other weights (abababababab, not cdcdcdcdcdcd)"
 
 
+def test_agreement_holds_for_the_tuned_numbers_that_it_was_measured_with() -> None:
+    plain, tuned, other = facts(), facts(tuned="cd" * 32), facts(tuned="ef" * 32)
+    assert staleness(fake_curve(facts=tuned), tuned) is None
+    assert staleness(fake_curve(facts=plain), tuned) == "made without tuned numbers"
+    assert staleness(fake_curve(facts=tuned), plain) == "made with tuned numbers that are not used"
+    assert staleness(fake_curve(facts=tuned), other) == "made with other tuned numbers"
+
+
+def test_a_curve_of_before_there_were_tuned_numbers_is_read() -> None:
+    content = json.loads(fake_curve().to_json())
+    del content["facts"]["tuned"]
+    assert Curve.from_json(json.dumps(content)) == fake_curve()
+
+
 @pytest.mark.parametrize("other", ["fp32", "bf16", "fp16"])
 def test_agreement_in_fp8_is_of_fp8_alone(other: str) -> None:
     in_fp8 = fake_curve(facts=facts(precision="fp8"))

@@ -42,6 +42,7 @@ async def test_an_explanation_has_the_answer_and_the_groups_of_every_block() -> 
             "model": "tiny",
             "r": [4, 2, 0],
             "r_source": "request",
+            "tuned": False,
             "config_version": 1,
             "filename": "a.png",
             "seen": {"input_size": [SIDE, SIDE], "resize_size": [SIDE, SIDE], "crop_mode": "center"},

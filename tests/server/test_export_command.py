@@ -46,6 +46,7 @@ def test_the_file_answers_as_the_model_and_describes_itself(
         "architecture": "vit_tiny_patch16_224",
         "schedule": [4, 4],
         "token_counts": [17, 13, 9],
+        "tuned": False,
         "input_size": [32, 32],
         "resize_size": [35, 35],
         "crop_mode": "center",

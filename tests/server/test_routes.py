@@ -62,6 +62,7 @@ async def test_an_answer_says_what_is_in_the_image_and_how_it_was_computed() -> 
             "model": "tiny",
             "r": 4,
             "r_source": "request",
+            "tuned": False,
             "auto": None,
             "tokens": 17 - 4 - 4 - 4,
             "batch_size": 1,

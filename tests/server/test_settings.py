@@ -22,7 +22,7 @@ def from_yaml(folder: Path, content: Mapping[str, Any]) -> str:
 def test_without_a_word_the_bundled_model_is_served() -> None:
     settings = load_settings({})
     assert settings == Settings.model_validate({})
-    assert settings.specs() == (ModelSpec(source="bundled", name=BUNDLED_NAME, r=0),)
+    assert settings.specs() == (ModelSpec(source="bundled", name=BUNDLED_NAME, tuned="auto", r=0),)
 
 
 def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(
@@ -236,6 +236,29 @@ def test_models_that_cannot_be_read_stop_the_start_with_one_line(models: Any) ->
 def test_weights_go_to_the_one_model() -> None:
     (spec,) = load_settings({"model": ["vit"], "weights": "a.safetensors"}).specs()
     assert spec.weights == "a.safetensors"
+
+
+def test_tuned_numbers_go_to_the_one_model_and_auto_and_none_to_all() -> None:
+    (spec,) = load_settings({"model": ["vit"], "tuned": "a.safetensors"}).specs()
+    assert spec.tuned == "a.safetensors"
+    models = ["one", "two,tuned=b.safetensors", "three,tuned=none"]
+    assert [spec.tuned for spec in load_settings({"model": models}).specs()] == ["auto", "b.safetensors", "none"]
+    none = load_settings({"model": models, "tuned": "none"})
+    assert [spec.tuned for spec in none.specs()] == ["none", "b.safetensors", "none"]
+
+
+@pytest.mark.parametrize("models", [["one", "two"], ["one,tuned=b.safetensors"]])
+def test_a_file_of_tuned_numbers_beside_several_models_or_another_file_stops_the_start(models: list[str]) -> None:
+    with pytest.raises(SettingsError, match="--tuned FILE goes with one --model"):
+        load_settings({"model": models, "tuned": "a.safetensors"})
+
+
+def test_the_file_of_tuned_numbers_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("TOME_TUNED", "~/t.safetensors")
+    assert load_settings({}).specs()[0].tuned == "/home/me/t.safetensors"
+    (spec,) = load_settings({"tuned": "auto", "model": ["vit,tuned=~/a, b.st,r=3"]}).specs()
+    assert (spec.tuned, spec.r) == ("/home/me/a, b.st", 3)
 
 
 @pytest.mark.parametrize("models", [["one", "two"], ["one,weights=b.safetensors"]])

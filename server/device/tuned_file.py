@@ -1,0 +1,166 @@
+"""Where the tuned numbers of a model lie, and which of them it is served with: found, and checked against its weights.
+
+They lie beside weights that have a place of their own, else in the state folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from server.settings import ModelSpec, SettingsError
+from tome_core import MergedViT
+from tome_core.tuned import Tuned, TunedError, fingerprint
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".tuned.safetensors"
+
+
+class TunedFile(NamedTuple):
+    """Tuned numbers that fit a model, their file, and its sha256."""
+
+    tuned: Tuned
+    file: Path
+    sha256: str
+
+
+def beside(spec: ModelSpec, weights_file: Path | None) -> Path | None:
+    """The place beside the weights.
+
+    None for random weights and for those of a hub; for the bundled model too, unless a file is there.
+    """
+    if weights_file is None:
+        return None
+    file = weights_file.with_name(weights_file.stem + SUFFIX)
+    if spec.weights or spec.source.startswith("local-dir:"):
+        return file
+    return file if spec.source == "bundled" and file.exists() else None
+
+
+def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
+    """The place in the state folder; None where nothing is kept.
+
+    Args:
+        name: Of the model.
+        weights: `fingerprint` of the model in float32.
+        state_dir: The state folder.
+    """
+    folder = _folder(state_dir)
+    return folder / f"{name}-{weights[:12]}.safetensors" if folder else None
+
+
+def save(tuned: Tuned, spec: ModelSpec, weights_file: Path | None, state_dir: Path | None) -> tuple[Path, str | None]:
+    """Writes tuned numbers to their place, which is where `find` takes them from.
+
+    Returns:
+        The file, and why it is not beside the weights where it should be.
+
+    Raises:
+        SettingsError: There is no place that can be written.
+    """
+    own = None if spec.source == "bundled" and not spec.weights else beside(spec, weights_file)
+    kept = in_state(spec.name, tuned.weights["float32"], state_dir)
+    refusal = None
+    try:
+        if own is not None:
+            tuned.save(own)
+            if kept is not None:
+                kept.unlink(missing_ok=True)  # an older one, which `find` would prefer
+            return own, None
+    except OSError as error:
+        refusal = f"{own} cannot be written ({error.strerror})"
+    if kept is None:
+        raise SettingsError(
+            f"{refusal or f'{spec.name} has no folder of its own'}, and there is no state folder; use -o FILE"
+        )
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        tuned.save(kept)
+    except OSError as error:
+        raise SettingsError(f"{kept} cannot be written ({error.strerror}); use -o FILE") from None
+    return kept, refusal
+
+
+def read(file: Path, merged: MergedViT) -> TunedFile:
+    """Reads tuned numbers for a model.
+
+    Args:
+        file: What `save` wrote.
+        merged: The model, in float32.
+
+    Raises:
+        SettingsError: The file cannot be read, or holds no tuned numbers, or those of another model or other weights.
+    """
+    try:
+        with file.open("rb") as opened:
+            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        tuned = Tuned.load(file)
+    except FileNotFoundError:
+        raise SettingsError(f"there is no file of tuned numbers {file}") from None
+    except TunedError as error:
+        raise SettingsError(str(error)) from None
+    except (OSError, ValueError) as error:  # ValueError: a path that can be none
+        raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from None
+    try:
+        tuned.check(merged.model, merged.family)
+    except TunedError as error:
+        raise SettingsError(f"{file} is stale: {error}") from None
+    return TunedFile(tuned, file, sha256)
+
+
+def find(
+    spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None
+) -> tuple[TunedFile | None, list[str]]:
+    """The tuned numbers that lie where `save` puts them: those of the state folder before those beside the weights.
+
+    The weights are hashed only where there is a file to compare them with.
+
+    Returns:
+        They, or None; and what is wrong with files that are there and cannot be used.
+    """
+    refusals: list[str] = []
+    for file in (_kept(spec, merged, weights_file, state_dir), beside(spec, weights_file)):
+        if file is None or not os.path.lexists(file):
+            continue
+        try:
+            return read(file, merged), refusals
+        except SettingsError as error:
+            refusals.append(str(error))
+    return None, refusals
+
+
+def served(spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None) -> TunedFile | None:
+    """The tuned numbers that a model is served with, as its settings say: "none", a file, or else what `find` finds.
+
+    A file that was found and cannot be used is told to the log.
+
+    Raises:
+        SettingsError: The file that the settings name cannot be used.
+    """
+    if spec.tuned == "none":
+        return None
+    if spec.tuned not in (None, "auto"):
+        return read(Path(spec.tuned), merged)
+    found, refusals = find(spec, merged, weights_file, state_dir)
+    for refusal in refusals:
+        logger.error("model %s: tuned numbers are not used: %s", spec.name, refusal)
+    return found
+
+
+def _kept(spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None) -> Path | None:
+    """The place in the state folder, where any file is there that may be this model's."""
+    folder = _folder(state_dir)
+    if weights_file is None or folder is None or not any(folder.glob(f"{spec.name}-*.safetensors")):
+        return None
+    return in_state(spec.name, fingerprint(merged.model), state_dir)
+
+
+def _folder(state_dir: Path | None) -> Path | None:
+    try:
+        return state_dir.expanduser() / "tuned" if state_dir else None
+    except RuntimeError:  # this user has no home folder
+        return None
