@@ -1,7 +1,4 @@
-"""Random views of photos, whole batches at a time on the device: what a model is tuned on, from few photos.
-
-Nothing here waits for the device or copies to it, so that a step is queued while the one before still runs.
-"""
+"""Random views of photos, a whole batch at a time on the device: much to learn from, out of few photos."""
 
 from __future__ import annotations
 
@@ -13,47 +10,54 @@ SMALLEST_AREA = 0.35
 MIXUP_BETA = 0.4
 
 
-def cropped(photos: Tensor, side: tuple[int, int]) -> Tensor:
-    """Random crops of 35 % of the area and more, half of them mirrored.
+def views(photos: Tensor, size: tuple[int, int], count: int, mix: bool) -> Tensor:
+    """Random views of photos that are drawn at random.
 
     Args:
-        photos: (B, 3, H, W), any float dtype.
-        side: Height and width of a view.
+        photos: (N, 3, H, W) uint8.
+        size: Height and width of a view.
+        count: How many views.
+        mix: Whether each is mixed with another.
 
     Returns:
-        (B, 3, *side).
+        (count, 3, *size) float32, from 0 to 1, on the device of the photos.
     """
+    N, device = len(photos), photos.device
+    drawn = torch.cat([torch.randperm(N, device=device) for _ in range(-(-count // N))])[:count]
+    cut = cropped(photos[drawn].float() / 255, size)
+    return mixed(cut) if mix else cut
+
+
+def cropped(photos: Tensor, size: tuple[int, int]) -> Tensor:
+    """Random crops of 35 to 100 % of the area, half of them mirrored: (B, 3, H, W) to (B, 3, *size)."""
     B, device = len(photos), photos.device
     scale = (SMALLEST_AREA + (1 - SMALLEST_AREA) * torch.rand(B, device=device)).sqrt()
     shift = (2 * torch.rand(2, B, device=device) - 1) * (1 - scale)
     mirror = torch.where(torch.rand(B, device=device) < 0.5, -scale, scale)
     zero = torch.zeros_like(scale)
     rows = torch.stack([torch.stack([mirror, zero, shift[0]], 1), torch.stack([zero, scale, shift[1]], 1)], 1)
-    grid = F.affine_grid(rows.to(photos.dtype), [B, photos.shape[1], *side], align_corners=False)
+    grid = F.affine_grid(rows, [B, photos.shape[1], *size], align_corners=False)
     return F.grid_sample(photos, grid, padding_mode="reflection", align_corners=False)
 
 
-def mixed(views: Tensor) -> Tensor:
-    """Each view mixed with another of the batch: all blended by mixup, or all with one square pasted by CutMix.
-
-    Args:
-        views: (B, 3, H, W).
+def mixed(images: Tensor) -> Tensor:
+    """Each image (B, 3, H, W) mixed with another: all blended by one share, or all with one rectangle of the other.
 
     Source: Zhang et al., mixup, ICLR 2018; Yun et al., CutMix, ICCV 2019.
     """
-    device, (height, width) = views.device, views.shape[-2:]
-    others = views.roll(1, dims=0)
-    one = torch.ones((), device=device)
-    share = torch.distributions.Beta(MIXUP_BETA * one, MIXUP_BETA * one, validate_args=False).sample()
-    rows, columns = (_span(torch.rand((), device=device).sqrt(), length, device) for length in (height, width))
-    square = (rows[:, None] & columns[None, :]).float()
-    is_cut = torch.rand((), device=device) < 0.5
-    return torch.lerp(views, others, torch.where(is_cut, square, share).to(views.dtype))
+    height, width = images.shape[-2:]
+    others = images.roll(1, dims=0)
+    if torch.rand(()) < 0.5:
+        share = float(torch.distributions.Beta(MIXUP_BETA, MIXUP_BETA).sample())
+        return torch.lerp(images, others, share)
+    rows, columns = (_stretch(length) for length in (height, width))
+    mixture = images.clone()
+    mixture[:, :, rows, columns] = others[:, :, rows, columns]
+    return mixture
 
 
-def _span(share: Tensor, length: int, device: torch.device) -> Tensor:
-    """A stretch of a line at a random place, (length,) bool."""
-    covered = share * length
-    start = torch.rand((), device=device) * (length - covered)
-    at = torch.arange(length, device=device)
-    return (at >= start) & (at < start + covered)
+def _stretch(length: int) -> slice:
+    """A stretch of a line, at a random place; the area of a rectangle of two is even between none and all."""
+    covered = round(length * float(torch.rand(()).sqrt()))
+    start = int(torch.randint(length - covered + 1, ()))
+    return slice(start, start + covered)

@@ -83,13 +83,7 @@ class Runner:
         precision: str = "auto",
         backend: BackendOptions | None = None,
     ) -> None:
-        if "," in device:
-            raise SettingsError(f"device {device!r}: one device computes here; 'tome-server serve' takes several")
-        try:
-            self._device = torch.device(pick_device(device))
-            torch.empty(0, device=self._device)
-        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
-            raise SettingsError(f"device {device!r}: {error}") from error
+        self._device = device_of(device)
         options = backend or BackendOptions()
         options = replace(options, memory_bytes=options.memory_bytes // max(1, len(models)))
         self.alone = _alone_on(str(self._device))
@@ -200,6 +194,22 @@ def _alone_on(device: str) -> AbstractContextManager[bool]:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the one of this thread: Triton's kernels and CUDA graphs run there, wherever their tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def device_of(device: str) -> torch.device:
+    """The torch device of a setting.
+
+    Raises:
+        SettingsError: There is no such device, or there are several.
+    """
+    if "," in device:
+        raise SettingsError(f"device {device!r}: one device computes here; 'tome-server serve' takes several")
+    try:
+        found = torch.device(pick_device(device))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
+        raise SettingsError(f"device {device!r}: {error}") from error
+    return found
 
 
 def pick_device(device: str) -> str:

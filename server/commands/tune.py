@@ -1,0 +1,153 @@
+"""`tome-server tune`: give a model back what merging costs, from photos without labels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from server.tuning.judging import Gain
+    from server.tuning.learning import Progress
+
+HELP = "tune norms and biases for high r, from photos without labels; r=0 stays as it is"
+SETTINGS: tuple[str, ...] = ("model", "weights", "device", "threads", "state_dir")
+DEFAULT_MINUTES, MOST_MINUTES = 25.0, 10_000.0
+WIDTH = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "The model learns to say at each r of a band what it says at r=0. Only norms and biases move. They are kept in "
+        "a small file beside the weights, which tome-server serve finds; every r outside the band stays as it is. "
+        "Ctrl-C keeps the best so far, and the same command goes on from there."
+    )
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos like those to be served")
+    # Not the setting r, which is one r.
+    parser.add_argument(
+        "--r", dest="band", metavar="LOW..HIGH", help="the band of r (default: 12..18 for 196 patches in 12 blocks)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=DEFAULT_MINUTES,
+        metavar="M",
+        help=f"the most minutes to learn for (default: {DEFAULT_MINUTES:g}; a GPU takes fewer)",
+    )
+    parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="where to keep the numbers (default: beside the weights)"
+    )
+
+
+def run(settings: Settings, args: argparse.Namespace) -> int:
+    from server.device import tuned_file
+    from server.device.models import load_model
+    from server.device.runner import device_of, on
+    from server.device.torch_backend import set_threads
+    from server.tuning import bands, photos
+    from server.tuning.session import Session
+
+    if not 0 < args.minutes <= MOST_MINUTES:
+        raise SettingsError(f"--minutes is {args.minutes:g}; it must be above 0, and {MOST_MINUTES:g} at most")
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise SettingsError(f"-o is {args.output}: there is no folder {args.output.parent}")
+    set_threads(settings.threads)
+    device = device_of(settings.device)
+    spec = settings.specs()[0].model_copy(update={"tuned": "none"})
+    loaded = load_model(spec, settings.state_dir)
+    band = bands.parse(args.band, loaded.info) if args.band else bands.default(loaded.info)
+    taken = photos.read(args.images, args.photos, loaded.info, settings.max_image_pixels)
+    stop = _Stop()
+    with on(device):
+        session = Session(loaded, spec, device, band, taken, args.output, settings.state_dir)
+        _tell(
+            f"{loaded.info.name} at r={band[0]}..{band[1]} on {device}: {len(taken.learned)} photos to learn from, "
+            f"{len(taken.judges)} that judge"
+        )
+        if session.progress.step:
+            _tell(f"going on after step {session.progress.step}")
+        session.learn(60 * args.minutes, _line(band), stop)
+        tuned, gain = session.result()
+    print_table(gain)
+    mean, low, high = (100 * each for each in (gain.mean, *gain.interval))
+    found = f"agreement at r={band[0]}..{band[1]} gains {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+    kept = None
+    if not gain.is_sure:
+        _tell(f"{found}: not beyond its interval, so nothing is written; more photos or minutes may tell")
+    elif args.output:
+        kept = args.output
+        try:
+            tuned.save(kept)
+        except OSError as error:
+            raise SettingsError(f"-o is {kept}: {error.strerror}") from None
+    else:
+        kept, refusal = tuned_file.save(tuned, spec, loaded.weights, settings.state_dir)
+        if refusal:
+            _tell(refusal)
+    if kept:
+        _tell(f"{found}; kept in {kept}")
+        _tell("a curve measured before is stale now; run tome-server calibrate")
+    if stop.is_asked:
+        _tell("stopped; the same command goes on from here")
+    else:
+        session.forget()
+    print(json.dumps({"written": kept and str(kept), **tuned.about}))
+    return 0
+
+
+class _Stop:
+    """Whether to stop after this step: Ctrl-C or SIGTERM asks for it, and the next one ends the process as ever."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self) -> bool:
+        return self.is_asked
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.is_asked = True
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        _tell("\nstopping after this step; what was learned is judged and kept")
+
+
+def _line(band: tuple[int, int]) -> Callable[[Progress, float], None]:
+    """Tells the progress: in one line that changes where a person looks on, else in a line for each glance."""
+    is_watched, told = sys.stderr.isatty(), 0
+
+    def tell(progress: Progress, share: float) -> None:
+        nonlocal told
+        if not is_watched and progress.glances == told:
+            return
+        told = progress.glances
+        filled = int(share * WIDTH)
+        left_s = progress.seconds * (1 - share) / share
+        judged = f"loss {progress.loss:.3f}, agreement {progress.agreement:.1%} at r={sum(band) // 2}, " if told else ""
+        text = f"[{'#' * filled:<{WIDTH}}] {share:4.0%}  {judged}{_clock(left_s)} left"
+        print(f"\r{text:<96}" if is_watched else text, end="" if is_watched else "\n", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def print_table(gain: Gain) -> None:
+    """Prints the agreement at each `r`, before and after."""
+    print(f"\n{'r':>3} {'agree %, before':>16} {'tuned':>6} {'gain':>6}")
+    for r, before, after in zip(gain.r, gain.before, gain.after, strict=True):
+        print(f"{r:>3} {100 * before:>16.1f} {100 * after:>6.1f} {100 * (after - before):>+6.1f}")
+
+
+def _tell(message: str) -> None:
+    """Apart from the answer."""
+    print(message, file=sys.stderr, flush=True)

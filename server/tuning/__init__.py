@@ -1,0 +1,1 @@
+"""Tuning as a command: photos read and parted, numbers learned and judged, what gains kept beside the weights."""

@@ -1,0 +1,139 @@
+"""The learning: batch after batch, judged now and then, kept where it was best, and taken up again after a stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from server.errors import EngineError
+from server.images.preprocessing import Preprocessing
+from server.tuning.judging import Judge
+from tome_core.tuning import Tuner
+from tome_core.views import views
+
+GLANCES = 15
+"""Times that the numbers are judged while they learn, if there is time for all steps."""
+
+PATIENCE = 5
+"""Glances without the best one among them after which nothing better is expected."""
+
+
+@dataclass
+class Progress:
+    """How far the learning has come.
+
+    Attributes:
+        step: Batches learned from.
+        seconds: That it took, judging included.
+        best: Mean divergence of the judging photos from r=0, where it was least; in nats.
+        numbers: The numbers that gave it, by name.
+        glances: Times that the numbers were judged.
+        idle: Glances since the best.
+        agreement: Share of the judging photos that kept the answer of r=0, at the last glance.
+        loss: Mean loss since the glance before.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    glances: int = 0
+    idle: int = 0
+    agreement: float = 0.0
+    loss: float = 0.0
+
+    def share(self, steps: int, longest_s: float) -> float:
+        """Of the learning that is done: by steps or by time, whichever is nearer its end."""
+        return min(1.0, max(self.step / steps, self.seconds / longest_s))
+
+
+class Learning:
+    """Learns until all steps are done, the time is over, or nothing better is expected.
+
+    Args:
+        tuner: What learns; its recipe says how long.
+        judge: Photos that judge.
+        photos: Photos to learn from, (N, 3, H, W) uint8, on the device.
+        preprocessing: How the model wants them.
+        band: Smallest and largest `r` to learn for.
+        longest_s: Seconds after which it ends.
+        progress: Where it goes on from.
+    """
+
+    def __init__(
+        self,
+        tuner: Tuner,
+        judge: Judge,
+        photos: Tensor,
+        preprocessing: Preprocessing,
+        band: tuple[int, int],
+        longest_s: float,
+        progress: Progress,
+    ) -> None:
+        self._tuner, self._judge, self._photos, self._seen = tuner, judge, photos, preprocessing
+        self._band, self._longest_s, self.progress = band, longest_s, progress
+
+    def run(
+        self,
+        told: Callable[[Progress, float], None],
+        keep: Callable[[Progress], None],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Learns on.
+
+        Args:
+            told: Is told the progress, and the share that is done, after every step.
+            keep: Is given the progress after every glance, to be taken up again after a stop.
+            stop: Whether to stop after this step; the numbers are judged before.
+
+        Raises:
+            EngineError: The loss is no number.
+        """
+        now, steps, clock = self.progress, self._tuner.recipe.steps, time.perf_counter()
+        losses: list[Tensor] = []
+        share = now.share(steps, self._longest_s)
+        next_glance = share + 1 / GLANCES
+        is_stopped = False
+        while share < 1 and now.idle < PATIENCE and not is_stopped:
+            losses.append(self._step(share))
+            now.step += 1
+            now.seconds, clock = now.seconds + time.perf_counter() - clock, time.perf_counter()
+            share = now.share(steps, self._longest_s)
+            is_stopped = stop()
+            if is_stopped or share >= min(next_glance, 1.0):
+                now.loss = float(torch.stack(losses).mean())
+                if not math.isfinite(now.loss):
+                    raise EngineError(f"the loss is {now.loss} near step {now.step}: this model cannot be tuned")
+                self._glance()
+                losses, next_glance = [], share + 1 / GLANCES
+                now.seconds, clock = now.seconds + time.perf_counter() - clock, time.perf_counter()
+                keep(now)
+            told(now, share)
+
+    def _step(self, share: float) -> Tensor:
+        recipe, step = self._tuner.recipe, self.progress.step
+        torch.manual_seed(step)  # a learning that was stopped goes on as it would have
+        r = int(torch.randint(self._band[0], self._band[1] + 1, ()))
+        pixels = views(self._photos, self._seen.input_size, recipe.batch_size, mix=step % 2 == 1)
+        return self._tuner.step(normalised(pixels, self._seen), r, share)
+
+    def _glance(self) -> None:
+        now = self.progress
+        nats, now.agreement = self._judge.glance(sum(self._band) // 2)
+        now.glances += 1
+        now.idle += 1
+        if nats < now.best:
+            now.best, now.numbers, now.idle = nats, self._tuner.numbers(), 0
+
+
+def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels (B, 3, H, W) from 0 to 1 as the model wants them."""
+    mean, std = (
+        torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std)
+    )
+    return (pixels - mean) / std

@@ -1,0 +1,152 @@
+"""A tuning from loaded model and photos to numbers that are judged: what `tome-server tune` and the benchmark share."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from server import __version__
+from server.calibration.facts import device_name
+from server.device import tuned_file
+from server.device.models import LoadedModel
+from server.settings import ModelSpec, SettingsError
+from server.tuning import unfinished
+from server.tuning.bands import Band
+from server.tuning.judging import Gain, Judge
+from server.tuning.learning import Learning, Progress, normalised
+from server.tuning.photos import Photos
+from tome_core import tuned
+from tome_core.tuning import Recipe, Tuner
+
+logger = logging.getLogger(__name__)
+
+GPU_RECIPE = Recipe()
+CPU_RECIPE = Recipe(steps=600, batch_size=64)
+"""Fewer views, which cost a tenth of the gain, in what a CPU does in half an hour."""
+
+
+class Result(NamedTuple):
+    """The best numbers, and what they gave on the photos that judge."""
+
+    tuned: tuned.Tuned
+    gain: Gain
+
+
+class Session:
+    """One tuning; it goes on with an earlier one of the same model, photos, band and recipe that was stopped.
+
+    Args:
+        loaded: The model, with weights; it is moved to the device.
+        spec: What it was loaded by.
+        device: Where to learn.
+        band: For which `r`.
+        photos: What to learn from.
+        output: Where the numbers are to be kept; None keeps them in the model's own place.
+        state_dir: The state folder.
+        recipe: How to learn; None takes that of the device.
+
+    Attributes:
+        progress: How far it has come.
+
+    Raises:
+        SettingsError: The model has random weights, or there is no place for the numbers.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        spec: ModelSpec,
+        device: torch.device,
+        band: Band,
+        photos: Photos,
+        output: Path | None,
+        state_dir: Path | None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        if loaded.weights is None:
+            raise SettingsError(f"{loaded.info.name} has random weights; tuned numbers are of weights that stay")
+        self._band, self._photos, self._device = band, photos, device
+        self._weights = tuned.fingerprints(loaded.merged.model)
+        self._output, self._state_dir = output, state_dir
+        kept = output or tuned_file.in_state(spec.name, self._weights["float32"], state_dir)
+        if kept is None and tuned_file.beside(spec, loaded.weights) is None:
+            raise SettingsError(
+                f"{loaded.info.name} has no folder of its own, and there is no state folder; use -o FILE"
+            )
+        self._unfinished = kept.with_name(kept.name + unfinished.SUFFIX) if kept else None
+        loaded.merged.to(device)
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        recipe = recipe or (GPU_RECIPE if device.type == "cuda" else CPU_RECIPE)
+        self._tuner = Tuner(loaded.merged, recipe, torch.bfloat16 if has_bf16 else None)
+        self._seen = loaded.info.preprocessing
+        self._judge = Judge(self._tuner, normalised(photos.judges.to(device).float() / 255, self._seen))
+        self._of = self._name()
+        self.progress = Progress()
+        if self._unfinished and (found := unfinished.take_up(self._unfinished, self._of)):
+            state, self.progress = found
+            self._tuner.resume(state)
+
+    def learn(
+        self, longest_s: float, told: Callable[[Progress, float], None], stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Learns to the end, for so many seconds in all at most, or until it is to stop.
+
+        Raises:
+            EngineError: The model gives no numbers.
+        """
+        photos = self._photos.learned.to(self._device)
+        learning = Learning(self._tuner, self._judge, photos, self._seen, self._band, longest_s, self.progress)
+        learning.run(told, self._keep, stop)
+
+    def result(self) -> Result:
+        """Judges the best numbers so far, at every `r` of the band."""
+        self._tuner.take(self.progress.numbers)
+        gain = self._judge.gain(range(self._band[0], self._band[1] + 1))
+        band = tuned.Band(*self._band, self.progress.numbers)
+        return Result(tuned.Tuned([band], self._weights, self._about(gain)), gain)
+
+    def forget(self) -> None:
+        """Removes what a stop would have been taken up from."""
+        if self._unfinished:
+            unfinished.remove(self._unfinished)
+
+    def _keep(self, progress: Progress) -> None:
+        if self._unfinished is None:
+            return
+        try:
+            self._unfinished.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.keep(self._unfinished, self._of, self._tuner.state(), progress)
+        except OSError as error:
+            logger.warning("a stop cannot be taken up again: %s: %s", self._unfinished, error.strerror)
+            self._unfinished = None
+
+    def _name(self) -> str:
+        """What a stopped learning must share with this one."""
+        facts = (self._weights["float32"], self._photos.sha256, self._band, asdict(self._tuner.recipe), __version__)
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _about(self, gain: Gain) -> dict[str, Any]:
+        judges = len(self._photos.judges)
+        return {
+            "photos": {"learned": len(self._photos.learned), "judges": judges, "sha256": self._photos.sha256},
+            "recipe": asdict(self._tuner.recipe),
+            "steps": self.progress.step,
+            "seconds": round(self.progress.seconds, 1),
+            "device": device_name(self._device),
+            "versions": {"tome-server": __version__} | {name: version(name) for name in ("torch", "timm")},
+            "made": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "agreement": [
+                {"r": r, "before": round(before, 4), "after": round(after, 4)}
+                for r, before, after in zip(gain.r, gain.before, gain.after, strict=True)
+            ],
+            "gain": [round(each, 4) for each in (gain.mean, *gain.interval)],
+        }

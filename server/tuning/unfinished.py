@@ -1,0 +1,56 @@
+"""A learning that was stopped, in a file: the same command takes it up again. No pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from server.tuning.learning import Progress
+
+SUFFIX = ".unfinished"
+_NUMBERS = ("step", "seconds", "best", "glances", "idle", "agreement", "loss")
+
+
+def keep(file: Path, of: str, state: dict[str, Tensor], progress: Progress) -> None:
+    """Writes what `take_up` reads; who is killed meanwhile loses nothing that was there.
+
+    Args:
+        file: Where.
+        of: What was learned, from what and how: what is not the same cannot be gone on with.
+        state: Of the tuner.
+        progress: How far it has come.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    tensors = state | {f"best {name}": tensor for name, tensor in progress.numbers.items()}
+    said = {"of": of, "progress": json.dumps({name: getattr(progress, name) for name in _NUMBERS})}
+    new = file.with_name(f"{file.name}.new")
+    new.write_bytes(save(tensors, said))
+    new.replace(file)
+
+
+def take_up(file: Path, of: str) -> tuple[dict[str, Tensor], Progress] | None:
+    """The state of the tuner and the progress that `keep` wrote; None where there is none of this learning."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            said = opened.metadata() or {}
+            if said.get("of") != of:
+                return None
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
+            progress = Progress(**json.loads(said["progress"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # of another version, or damaged: begin anew
+        return None
+    progress.numbers = {name.removeprefix("best "): t for name, t in tensors.items() if name.startswith("best ")}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("best ")}, progress
+
+
+def remove(file: Path) -> None:
+    """Removes it, if it is there and may be removed."""
+    with contextlib.suppress(OSError):
+        file.unlink()
