@@ -8,20 +8,18 @@ what was tried besides, is in docs/accuracy.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tome_core.tuned import tunable
 from tome_core.vit import MergedViT
 
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""All but cuDNN's, which compiles a plan for every number of tokens: there are hundreds in a band of `r`."""
+BETAS = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,9 @@ class Tuner:
         self._numbers = {name: nn.Parameter(still[name].clone()) for name in learning}
         # Every other parameter is there without its gradient, which nobody wants.
         self._student = self._teacher.with_tensors(still | self._numbers)
-        self._optimizer = torch.optim.AdamW(self._numbers.values(), lr=self.recipe.learning_rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(
+            self._numbers.values(), lr=self.recipe.learning_rate, betas=BETAS, weight_decay=0.0
+        )
         self._device = next(iter(still.values())).device
         self._part = self.recipe.batch_size
 
@@ -151,11 +151,8 @@ class Tuner:
             total += loss.detach()
         return total
 
-    @contextmanager
-    def _rounded(self) -> Iterator[None]:
-        autocast = torch.autocast(self._device.type, self._autocast) if self._autocast else nullcontext()
-        with sdpa_kernel(_ATTENTION), autocast:
-            yield
+    def _rounded(self) -> AbstractContextManager[object]:
+        return torch.autocast(self._device.type, self._autocast) if self._autocast else nullcontext()
 
 
 def pace(progress: float, warm_up: float) -> float:
