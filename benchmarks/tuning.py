@@ -67,11 +67,12 @@ class Variant:
 THREE = ((12, 14), (15, 16), (17, 18))
 VARIANTS = {
     "product": Variant(),
-    "on a CPU": Variant(recipe=Recipe(steps=600, batch_size=64)),
-    "three bands": Variant(THREE, Recipe(steps=300)),
+    "half of the views": Variant(recipe=Recipe(batch_size=64)),
+    "twice the views": Variant(recipe=Recipe(steps=900, batch_size=192)),
+    "six times the views": Variant(recipe=Recipe(steps=2700, batch_size=192)),
+    "three bands": Variant(THREE, Recipe(steps=200)),
     "temperature 1": Variant(recipe=Recipe(temperature=1.0)),
     "twice the rate": Variant(recipe=Recipe(learning_rate=2e-3)),
-    "three times as long": Variant(recipe=Recipe(steps=2700)),
     "not mixed": Variant(mixed=0),
     "100 photos": Variant(photos=100),
     "300 photos": Variant(photos=300),

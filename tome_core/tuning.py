@@ -35,8 +35,8 @@ class Recipe:
         temperature: What both answers are divided by: above 1, classes that are not the likeliest count for more.
     """
 
-    steps: int = 900
-    batch_size: int = 192
+    steps: int = 600
+    batch_size: int = 128
     learning_rate: float = 1e-3
     warm_up: float = 0.05
     largest_gradient: float = 1.0
