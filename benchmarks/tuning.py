@@ -188,7 +188,7 @@ def _work(args: argparse.Namespace, device: str, tasks: Any, done: Any, end: flo
 
 
 def judged_fold(variant: Variant, loaded: LoadedModel, data: Data, fold: int) -> tuple[float, Found]:
-    """Tunes on all folds but one, and judges on that one; gives the seconds, and what was found at each `r` before and after."""
+    """Tunes on all folds but one, and judges on that one; gives the seconds of tuning, and what was found."""
     device = data.squares.device
     order = torch.randperm(len(data.squares), generator=torch.Generator().manual_seed(0)).to(device)
     unseen = order[fold::FOLDS]
