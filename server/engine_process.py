@@ -147,7 +147,7 @@ def _curve(spec: ModelSpec, loaded: LoadedModel, runner: Runner, settings: Setti
         return None
     curve, refusals = find(spec, loaded.info, facts, settings.state_dir)
     for refusal in refusals:
-        logger.warning("%s", refusal)
+        logger.log(logging.INFO if curve else logging.WARNING, "%s", refusal)  # another one holds
     if curve is None:
         if refusals:
             logger.warning(

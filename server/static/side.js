@@ -107,9 +107,9 @@ export class Side {
   }
 
   #showAnswer() {
-    const { tokens, results, r } = this.answer;
+    const { tokens, results, r, tuned } = this.answer;
     at(`${this.#id}-r`).textContent = words(r);
-    at(`${this.#id}-tokens`).textContent = `${tokens} of ${this.model.num_tokens}`;
+    at(`${this.#id}-tokens`).textContent = `${tokens} of ${this.model.num_tokens}${tuned ? ", tuned" : ""}`;
     const list = at(`${this.#id}-bars`);
     const top = results[0].top_k.slice(0, BARS);
     while (list.children.length < top.length) {
