@@ -37,7 +37,8 @@ from tome_core.families.dimensions import dimensions
 from tome_core.families.family import UnsupportedModelError
 
 SETTINGS = ("weights", "tuned", "device", "precision", "threads", "max_batch_size")
-PARTS = 4  # a trial looks at a quarter of the photos
+PARTS = 4  # a trial looks at a quarter of the photos to choose on
+LEAST_PHOTOS = 2 * PARTS
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ def main() -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> None:
     """Searches at each speed-up, and prints what was found."""
-    for name, least in (("photos", 2), ("rounds", 1), ("trials", PARTS)):
+    for name, least in (("photos", LEAST_PHOTOS), ("rounds", 1), ("trials", PARTS)):
         if getattr(args, name) < least:
             raise SettingsError(f"--{name} is {getattr(args, name)}; it must be {least} or more")
     set_threads(settings.threads)
     loaded = load_model(settings.specs()[0], settings.state_dir)
     info = loaded.info
-    files = choose_photos(args.images, args.photos, args.seed)
+    files = choose_photos(args.images, args.photos, args.seed, LEAST_PHOTOS)
     photos = read_photos(files, info, settings.max_image_pixels)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     calibration = Calibration(runner, loaded, photos, settings.max_batch_size)

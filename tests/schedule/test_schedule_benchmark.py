@@ -79,6 +79,11 @@ def test_what_it_finds_can_be_served(
     assert json.loads(capsys.readouterr().out)["r"] == result["rows"][0]["r"]
 
 
+def test_the_fewest_photos_do(benchmark: Callable[..., None], capsys: Capture) -> None:
+    benchmark("--speedup", "1.5", "--photos", "8")
+    assert found(capsys.readouterr().out)["photos_to_choose_on"] == 4
+
+
 def test_the_seed_decides_everything(benchmark: Callable[..., None], capsys: Capture) -> None:
     said = []
     for seed in ("3", "3", "4"):
@@ -101,10 +106,10 @@ def test_latency_is_measured(benchmark: Callable[..., None], capsys: Capture) ->
     [
         (["--speedup", "50"], "speedup is 50"),
         (["--speedup", "-1"], "speedup is -1"),
-        (["--speedup", "1.5", "--photos", "1"], "photos is 1"),
+        (["--speedup", "1.5", "--photos", "7"], "photos is 7; it must be 8"),
         (["--speedup", "1.5", "--trials", "3"], "trials is 3"),
         (["--speedup", "1.5", "--rounds", "0"], "rounds is 0"),
-        (["--speedup", "1.5", "--images", "nowhere"], "nowhere"),
+        (["--speedup", "1.5", "--images", "nowhere"], "nowhere holds 0 images; at least 8"),
         (["--speedup", "1.5", "--tuned", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--speedup", "1.5", "--precision", "int3"], "precision"),
         (["--speedup", "1.5", "-o", "nowhere/schedule.json"], "nowhere"),
