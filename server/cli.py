@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from server import __version__
 from server.caches import keep_caches_in
-from server.commands import Command, bench, calibrate, classify, explain, export, models, schedule, serve, tune
+from server.commands import Command, bench, calibrate, classify, explain, export, models, serve, tune
 from server.errors import ServerError
 from server.settings import Settings, SettingsError, load_settings
 from tome_core import quiet  # noqa: F401  # this process and its children report to nobody
@@ -19,7 +19,6 @@ COMMANDS: dict[str, Command] = {
     "models": models,
     "explain": explain,
     "export": export,
-    "schedule": schedule,
     "calibrate": calibrate,
     "tune": tune,
     "bench": bench,

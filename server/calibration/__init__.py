@@ -1,1 +1,1 @@
-"""What the search for a schedule asks of a real model and device: its answers for photos, and how long they take."""
+"""What each `r` costs and keeps on this machine: measured as a curve, stored, found again, and simulated."""

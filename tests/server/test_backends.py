@@ -202,7 +202,7 @@ def test_fp8_is_near_bf16_and_something_else() -> None:
 
 @torch.inference_mode()
 def test_the_model_that_a_runner_hands_out_is_the_one_that_answers() -> None:
-    """By it `tome-server schedule` searches: in fp8 it must be the one in fp8."""
+    """By it benchmarks measure: in fp8 it must be the one in fp8."""
     small = loaded("fused", 384)
     one, key = runner.Runner({"small": small}, "cpu", "fp8"), small.info.batch_key((4, 0))
     answers = one.top_k(key, pixels(3), 7)

@@ -13,10 +13,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks.schedule_parts.surrogate import Surrogate
+from server.dial import Schedule
 from tome_core.schedule import clip, token_counts
-from tome_core.surrogate import Surrogate
-
-Schedule = tuple[int, ...]
 
 Shape = tuple[float, ...]
 """How a schedule spreads its merging over the blocks, up to a factor. Below 0 means none; missing ends mean none."""

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.schedule_parts.search import Space, search
+from server.dial import Schedule
 from tome_core.schedule import token_counts
-from tome_core.search import Schedule, Space, search
 
 BLOCKS, TOKENS, PREFIX = 6, 65, 1
 

@@ -1,4 +1,13 @@
-"""`tome-server schedule`: look for the schedule that changes a model's answers least at a given speed-up."""
+"""Is there a better list of `r` than a constant one? Searches for the list that changes answers least at a cost.
+
+python -m benchmarks.schedule --model NAME --weights FILE --tuned none --images FOLDER --speedup 1.7 2.0
+python -m benchmarks.schedule ... --cost latency    # faster in milliseconds on this device, not in arithmetic
+
+It finds how many tokens each block should merge, the same for every image, so that answers differ least from those at
+r=0. It needs no labels: half of the photos serve to choose, the other half to report. The last line is JSON: {"rows":
+[{"speedup", "kind", "r", "cost", "agreement", "interval", "distance", "gain"}]}; `gain` is the agreement of the found
+list less this one's, with the ends of its 95 % interval.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +17,28 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from benchmarks.schedule_parts.calibration import Calibration
+from benchmarks.schedule_parts.latency import Latency, measure
+from benchmarks.schedule_parts.search import Space, search
+from server.calibration.photos import read_photos
+from server.device.models import LoadedModel, load_model
+from server.device.runner import Runner
+from server.device.torch_backend import set_threads
 from server.dial import Schedule, r_of, text_of
-from server.settings import Settings, SettingsError
+from server.errors import ServerError
+from server.images.photos import choose_photos
+from server.intervals import paired_difference, wilson
+from server.settings import Settings, SettingsError, load_settings
+from server.types import ModelInfo
+from tome_core.cost import flops
+from tome_core.families.dimensions import dimensions
+from tome_core.families.family import UnsupportedModelError
 
-if TYPE_CHECKING:
-    from server.calibration.photos import Calibration
-    from server.device.models import LoadedModel
-    from server.types import ModelInfo
-
-HELP = "look for a better schedule than a constant r, on photos without labels"
-SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "device", "precision", "threads", "max_batch_size")
-PARTS = 4  # a trial looks at a quarter of the photos
+SETTINGS = ("weights", "tuned", "device", "precision", "threads", "max_batch_size")
+PARTS = 4  # a trial looks at a quarter of the photos to choose on
+LEAST_PHOTOS = 2 * PARTS
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,8 @@ class ScheduleRow:
     gain: tuple[float, float, float] | None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Finds how many tokens each block should merge, the same for every image, so that answers differ least from "
-        "those at r=0. It needs no labels: half of the photos serve to choose, the other half to report."
-    )
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos like those to be served")
     parser.add_argument(
         "--speedup", required=True, type=float, nargs="+", metavar="X", help="times faster than timm's model; several"
@@ -61,22 +76,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=64, metavar="N", help="schedules tried a round (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the halves and the search (default: 0)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write as well")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--model", action="append", metavar="VALUE", help="as for tome-server serve (default: bundled)")
+    for name in SETTINGS:
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help="as for tome-server serve")
+    args = parser.parse_args()
+    try:
+        settings = load_settings({name: getattr(args, name) for name in ("model", *SETTINGS)}, args.config)
+        run(settings, args)
+    except (SettingsError, ServerError) as error:
+        raise SystemExit(f"benchmarks.schedule: {error}") from None
 
 
-def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.calibration.photos import Calibration, read_photos
-    from server.device.models import load_model
-    from server.device.runner import Runner
-    from server.device.torch_backend import set_threads
-    from server.images.photos import choose_photos
-
-    for name, least in (("photos", 2), ("rounds", 1), ("trials", PARTS)):
+def run(settings: Settings, args: argparse.Namespace) -> None:
+    """Searches at each speed-up, and prints what was found."""
+    for name, least in (("photos", LEAST_PHOTOS), ("rounds", 1), ("trials", PARTS)):
         if getattr(args, name) < least:
             raise SettingsError(f"--{name} is {getattr(args, name)}; it must be {least} or more")
     set_threads(settings.threads)
     loaded = load_model(settings.specs()[0], settings.state_dir)
     info = loaded.info
-    files = choose_photos(args.images, args.photos, args.seed)
+    files = choose_photos(args.images, args.photos, args.seed, LEAST_PHOTOS)
     photos = read_photos(files, info, settings.max_image_pixels)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     calibration = Calibration(runner, loaded, photos, settings.max_batch_size)
@@ -106,15 +126,10 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         except OSError as error:
             raise SettingsError(f"-o is {args.output}: {error.strerror}") from None
     print(json.dumps(result))
-    return 0
 
 
 def _flops(loaded: LoadedModel) -> tuple[Callable[[Schedule], float], float]:
     """GFLOPs of a schedule, and of timm's model."""
-    from tome_core.cost import flops
-    from tome_core.families.dimensions import dimensions
-    from tome_core.families.family import UnsupportedModelError
-
     try:
         counted = dimensions(loaded.merged)
     except UnsupportedModelError as error:
@@ -125,8 +140,6 @@ def _flops(loaded: LoadedModel) -> tuple[Callable[[Schedule], float], float]:
 
 def _latency(calibration: Calibration, info: ModelInfo, seed: int) -> tuple[Callable[[Schedule], float], float]:
     """Milliseconds of a batch under a schedule, and with timm's model."""
-    from server.calibration.latency import Latency, measure
-
     of_timm = measure(calibration.seconds, [None])[None]
     latency = Latency(calibration.seconds, info, seed)
     _tell(f"latency is predicted to {latency.error:.1%} on the schedules that were measured")
@@ -143,8 +156,6 @@ def _schedules(
     args: argparse.Namespace,
 ) -> dict[Literal["found", "even", "constant"], Schedule]:
     """The schedule found within a budget, and the two that it must beat."""
-    from tome_core.search import Space, search
-
     info = loaded.info
     space = Space(cost, budget, info.num_blocks, info.num_tokens, info.num_prefix_tokens)
     # What the last block merges is worth nothing where only prefix tokens are read after it.
@@ -176,9 +187,6 @@ def _judge(
     cost: Callable[[Schedule], float] | None,
 ) -> list[ScheduleRow]:
     """Agreement on photos that the search has not seen; cost None means latency, measured once more."""
-    from server.calibration.latency import measure
-    from server.intervals import paired_difference, wilson
-
     costs = measure(calibration.seconds, list(dict.fromkeys(kinds.values()))) if cost is None else {}
     agreements = {kind: calibration.agreements(schedule, report_on) for kind, schedule in kinds.items()}
     rows = []
@@ -214,3 +222,7 @@ def _print_table(rows: Sequence[ScheduleRow], unit: str) -> None:
 def _tell(message: str) -> None:
     """Progress, apart from the answer."""
     print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

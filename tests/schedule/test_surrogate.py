@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tome_core import surrogate
-from tome_core.surrogate import Surrogate
+from benchmarks.schedule_parts import surrogate
+from benchmarks.schedule_parts.surrogate import Surrogate
 
 LENGTH = 5
 
