@@ -31,8 +31,7 @@ from server.device.prepared import stacked
 from server.images.photos import choose_photos
 from server.intervals import paired_difference
 from server.settings import ModelSpec
-from server.tuning.learning import normalised
-from server.tuning.photos import read_squares
+from server.tuning.photos import normalised, read_squares
 from tome_core.tuned import tunable
 from tome_core.tuning import Recipe, Tuner, divergence
 from tome_core.views import views
@@ -188,7 +187,7 @@ def _work(args: argparse.Namespace, device: str, tasks: Any, done: Any, end: flo
 
 
 def judged_fold(variant: Variant, loaded: LoadedModel, data: Data, fold: int) -> tuple[float, Found]:
-    """Tunes on all folds but one, and judges on that one; gives the seconds, and what was found at each `r` before and after."""
+    """Tunes on all folds but one and judges on that one: the seconds, and each `r` before and after."""
     device = data.squares.device
     order = torch.randperm(len(data.squares), generator=torch.Generator().manual_seed(0)).to(device)
     unseen = order[fold::FOLDS]

@@ -22,7 +22,7 @@ from server.settings import ModelSpec, SettingsError
 from server.tuning import unfinished
 from server.tuning.bands import Band
 from server.tuning.judging import Gain, Judge
-from server.tuning.learning import Learning, Progress, normalised
+from server.tuning.learning import Learning, Progress
 from server.tuning.photos import Photos
 from tome_core import tuned
 from tome_core.tuning import Recipe, Tuner
@@ -58,7 +58,7 @@ class Session:
         progress: How far it has come.
 
     Raises:
-        SettingsError: The model has random weights, or there is no place for the numbers.
+        SettingsError: The model has random weights, or the numbers cannot be written anywhere.
     """
 
     def __init__(
@@ -76,24 +76,31 @@ class Session:
             raise SettingsError(f"{loaded.info.name} has random weights; tuned numbers are of weights that stay")
         self._band, self._photos, self._device = band, photos, device
         self._weights = tuned.fingerprints(loaded.merged.model)
-        self._output, self._state_dir = output, state_dir
-        kept = output or tuned_file.in_state(spec.name, self._weights["float32"], state_dir)
-        if kept is None and tuned_file.beside(spec, loaded.weights) is None:
-            raise SettingsError(
-                f"{loaded.info.name} has no folder of its own, and there is no state folder; use -o FILE"
-            )
-        self._unfinished = kept.with_name(kept.name + unfinished.SUFFIX) if kept else None
+        # Known before the learning, which takes minutes.
+        places = [output] if output else tuned_file.places(spec, self._weights["float32"], loaded.weights, state_dir)
+        if not places:
+            raise SettingsError(f"{spec.name} has no folder of its own, and there is no state folder; use -o FILE")
+        writable = [place for place in places if tuned_file.can_be_written(place)]
+        if not writable:
+            raise SettingsError(f"{' and '.join(map(str, places))} cannot be written; use -o FILE")
+        kept = writable[-1]  # the state folder rather than that of the weights
+        self._unfinished: Path | None = kept.with_name(kept.name + unfinished.SUFFIX)
         loaded.merged.to(device)
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         recipe = recipe or (GPU_RECIPE if device.type == "cuda" else CPU_RECIPE)
         self._tuner = Tuner(loaded.merged, recipe, torch.bfloat16 if has_bf16 else None)
         self._seen = loaded.info.preprocessing
-        self._judge = Judge(self._tuner, normalised(photos.judges.to(device).float() / 255, self._seen))
+        self._judge = Judge(self._tuner, photos.judges.to(device), self._seen)
         self._of = self._name()
         self.progress = Progress()
-        if self._unfinished and (found := unfinished.take_up(self._unfinished, self._of)):
+        if found := unfinished.take_up(self._unfinished, self._of):
             state, self.progress = found
             self._tuner.resume(state)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a later session can go on from here."""
+        return self._unfinished is not None
 
     def learn(
         self, longest_s: float, told: Callable[[Progress, float], None], stop: Callable[[], bool] = lambda: False
@@ -123,7 +130,6 @@ class Session:
         if self._unfinished is None:
             return
         try:
-            self._unfinished.parent.mkdir(parents=True, exist_ok=True)
             unfinished.keep(self._unfinished, self._of, self._tuner.state(), progress)
         except OSError as error:
             logger.warning("a stop cannot be taken up again: %s: %s", self._unfinished, error.strerror)
