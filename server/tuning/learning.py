@@ -109,8 +109,10 @@ class Learning:
             if is_stopped or share >= min(next_glance, 1.0):
                 now.loss = float(torch.stack(losses).mean())
                 self._glance()
-                losses, next_glance = [], share + 1 / GLANCES
                 now.seconds, clock = now.seconds + time.perf_counter() - clock, time.perf_counter()
+                # With the time of the glance: where a glance takes long, most of the time is still learned in.
+                share = now.share(steps, self._longest_s)
+                losses, next_glance = [], share + 1 / GLANCES
                 keep(now)
             told(now, share)
 

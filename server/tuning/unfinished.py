@@ -44,7 +44,8 @@ def take_up(file: Path, of: str) -> tuple[dict[str, Tensor], Progress] | None:
                 return None
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
             progress = Progress(**json.loads(said["progress"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # of another version, or damaged: begin anew
+    # Damaged, or of another version. RecursionError: JSON that is nested too deep.
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return None
     progress.numbers = {name.removeprefix("best "): t for name, t in tensors.items() if name.startswith("best ")}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("best ")}, progress
