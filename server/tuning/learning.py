@@ -110,7 +110,7 @@ class Learning:
                 now.loss = float(torch.stack(losses).mean())
                 self._glance()
                 now.seconds, clock = now.seconds + time.perf_counter() - clock, time.perf_counter()
-                # With the time of the glance: where a glance takes long, most of the time is still learned in.
+                # The glance takes time too: a part of the time lies between its end and the next glance.
                 share = now.share(steps, self._longest_s)
                 losses, next_glance = [], share + 1 / GLANCES
                 keep(now)

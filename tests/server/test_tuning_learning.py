@@ -121,7 +121,7 @@ def test_the_time_is_a_limit_and_the_pace_goes_by_it(learn: Learn) -> None:
     assert [share for *_, share in fake.asked] == [0.0, *learned.shares[:-1]]
 
 
-def test_judging_takes_half_of_the_time_at_most_however_long_it_takes(learn: Learn) -> None:
+def test_a_part_of_the_time_lies_between_two_glances_however_long_they_take(learn: Learn) -> None:
     fake = Fake()
     fake.glance_s = 4.0  # of 60: nearly the share after which is judged again
     learned = learn(fake, longest_s=60.0)
@@ -174,7 +174,8 @@ def test_a_learning_that_was_at_its_end_learns_no_more(learn: Learn, longest_s: 
 @pytest.mark.parametrize("of", ["loss", "nats"])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_it_and_what_was_kept_stays(learn: Learn, of: str, number: float) -> None:
-    fake = Fake(**{of: lambda step: number if step >= 8 else 1 / step})
+    fake = Fake()
+    setattr(fake, of, lambda step: number if step >= 8 else 1 / step)
     progress = Progress()
     with pytest.raises(EngineError, match=f"the loss is {number} near step 8: this model cannot be tuned"):
         learn(fake, progress=progress)
