@@ -1,4 +1,4 @@
-"""A tuning from loaded model and photos to numbers that are judged: what `tome-server tune` and the benchmark share."""
+"""One tuning: from a loaded model and photos to numbers that are judged."""
 
 from __future__ import annotations
 
@@ -52,7 +52,6 @@ class Session:
         photos: What to learn from.
         output: Where the numbers are to be kept; None keeps them in the model's own place.
         state_dir: The state folder.
-        recipe: How to learn; None takes that of the device.
 
     Attributes:
         progress: How far it has come.
@@ -70,7 +69,6 @@ class Session:
         photos: Photos,
         output: Path | None,
         state_dir: Path | None,
-        recipe: Recipe | None = None,
     ) -> None:
         if loaded.weights is None:
             raise SettingsError(f"{loaded.info.name} has random weights; tuned numbers are of weights that stay")
@@ -87,7 +85,7 @@ class Session:
         self._unfinished: Path | None = kept.with_name(kept.name + unfinished.SUFFIX)
         loaded.merged.to(device)
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        recipe = recipe or (GPU_RECIPE if device.type == "cuda" else CPU_RECIPE)
+        recipe = GPU_RECIPE if device.type == "cuda" else CPU_RECIPE
         self._tuner = Tuner(loaded.merged, recipe, torch.bfloat16 if has_bf16 else None)
         self._seen = loaded.info.preprocessing
         self._judge = Judge(self._tuner, photos.judges.to(device), self._seen)
