@@ -1,4 +1,4 @@
-"""Random views of photos, a whole batch at a time on the device: much to learn from, out of few photos."""
+"""Random views of photos: few photos give many images to learn from. A whole batch is made at once, on the device."""
 
 from __future__ import annotations
 

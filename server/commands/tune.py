@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from server.settings import Settings, SettingsError
+from server.settings import ModelSpec, Settings, SettingsError
 
 if TYPE_CHECKING:
     from server.tuning.judging import Gain
     from server.tuning.learning import Progress
+    from tome_core.tuned import Tuned
 
 HELP = "tune norms and biases for high r, from photos without labels; r=0 stays as it is"
 SETTINGS: tuple[str, ...] = ("model", "weights", "device", "threads", "state_dir")
@@ -48,21 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.device import tuned_file
     from server.device.models import load_model
     from server.device.runner import device_of, on
     from server.device.torch_backend import set_threads
     from server.tuning import bands, photos
     from server.tuning.session import Session
 
-    if not 0 < args.minutes <= MOST_MINUTES:
-        raise SettingsError(f"--minutes is {args.minutes:g}; it must be above 0, and {MOST_MINUTES:g} at most")
-    if args.photos < photos.FEWEST:
-        raise SettingsError(f"--photos is {args.photos}; it must be {photos.FEWEST} or more")
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise SettingsError(f"-o is {args.output}: there is no folder {args.output.parent}")
-    if args.output and args.output.is_dir():
-        raise SettingsError(f"-o is {args.output}, which is a folder; it must be a file")
+    _check(args)
     set_threads(settings.threads)
     device = device_of(settings.device)
     spec = settings.specs()[0].model_copy(update={"tuned": "none"})
@@ -84,20 +77,10 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     print_table(gain)
     mean, low, high = (100 * each for each in (gain.mean, *gain.interval))
     found = f"agreement at r={band[0]}..{band[1]} gains {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
-    kept = None
-    if not gain.is_sure:
-        _tell(f"{found}: not beyond its interval, so nothing is written; more photos or minutes may tell")
-    elif args.output:
-        kept = args.output
-        try:
-            tuned.save(kept)
-        except OSError as error:
-            raise SettingsError(f"-o is {kept}: {error.strerror}") from None
+    kept = _saved(tuned, spec, loaded.weights, settings.state_dir, args.output) if gain.is_sure else None
+    if kept is None:
+        _tell(f"{found}: not beyond its interval, so nothing is written; more photos or minutes may help")
     else:
-        kept, refusal = tuned_file.save(tuned, spec, loaded.weights, settings.state_dir)
-        if refusal:
-            _tell(refusal)
-    if kept:
         _tell(f"{found}; kept in {kept}")
         if args.output:
             _tell(f"to serve the model with it: --tuned {shlex.quote(str(kept))}")
@@ -108,6 +91,36 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         session.forget()
     print(json.dumps({"written": kept and str(kept), **tuned.about}))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses arguments that are wrong for any model."""
+    from server.tuning.photos import FEWEST
+
+    if not 0 < args.minutes <= MOST_MINUTES:
+        raise SettingsError(f"--minutes is {args.minutes:g}; it must be above 0, and {MOST_MINUTES:g} at most")
+    if args.photos < FEWEST:
+        raise SettingsError(f"--photos is {args.photos}; it must be {FEWEST} or more")
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise SettingsError(f"-o is {args.output}: there is no folder {args.output.parent}")
+    if args.output and args.output.is_dir():
+        raise SettingsError(f"-o is {args.output}, which is a folder; it must be a file")
+
+
+def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path | None, output: Path | None) -> Path:
+    """Writes the tuned numbers to `output`, or else to the model's own place; gives the file."""
+    from server.device import tuned_file
+
+    if output is None:
+        file, refusal = tuned_file.save(tuned, spec, weights, state_dir)
+        if refusal:
+            _tell(refusal)
+        return file
+    try:
+        tuned.save(output)
+    except OSError as error:
+        raise SettingsError(f"-o is {output}: {error.strerror}") from None
+    return output
 
 
 class _Stop:

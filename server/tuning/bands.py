@@ -1,4 +1,4 @@
-"""The band of `r` that a model is tuned for, as people write it or as its tokens say."""
+"""The band of `r` that a model is tuned for: as people write it, or by default from its number of tokens."""
 
 from __future__ import annotations
 

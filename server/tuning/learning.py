@@ -83,7 +83,7 @@ class Learning:
         self,
         told: Callable[[Progress, float], None],
         keep: Callable[[Progress], None],
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[], bool],
     ) -> None:
         """Learns on.
 
@@ -118,7 +118,7 @@ class Learning:
 
     def _step(self, share: float) -> Tensor:
         recipe, step = self._tuner.recipe, self.progress.step
-        torch.manual_seed(step)  # a learning that was stopped goes on as it would have
+        torch.manual_seed(step)  # after a stop, the same batches follow
         r = int(torch.randint(self._band[0], self._band[1] + 1, ()))
         pixels = views(self._photos, self._seen.input_size, recipe.batch_size, mix=step % 2 == 1)
         return self._tuner.step(normalised(pixels, self._seen), r, share)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 GPU_RECIPE = Recipe()
 CPU_RECIPE = Recipe(batch_size=64)
-"""Half of the views, in what a CPU does in half an hour; what that costs is within noise."""
+"""Half of the views, which a CPU learns from in half an hour. The loss against all of them is within noise."""
 
 
 class Result(NamedTuple):
@@ -100,13 +100,11 @@ class Session:
         """Whether a later session can go on from here."""
         return self._unfinished is not None
 
-    def learn(
-        self, longest_s: float, told: Callable[[Progress, float], None], stop: Callable[[], bool] = lambda: False
-    ) -> None:
+    def learn(self, longest_s: float, told: Callable[[Progress, float], None], stop: Callable[[], bool]) -> None:
         """Learns to the end, for so many seconds in all at most, or until it is to stop.
 
         Raises:
-            EngineError: The model gives no numbers.
+            EngineError: The loss is not a finite number.
         """
         photos = self._photos.learned.to(self._device)
         learning = Learning(self._tuner, self._judge, photos, self._seen, self._band, longest_s, self.progress)
@@ -134,7 +132,7 @@ class Session:
             self._unfinished = None
 
     def _name(self) -> str:
-        """What a stopped learning must share with this one."""
+        """A hash of all that a stopped session must share with this one."""
         facts = (self._weights["float32"], self._photos.sha256, self._band, asdict(self._tuner.recipe), __version__)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

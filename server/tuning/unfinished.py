@@ -1,4 +1,4 @@
-"""A learning that was stopped, in a file: the same command takes it up again. No pickle."""
+"""A file that holds a stopped learning: the same command takes it up again. It holds no pickle."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NUMBERS = ("step", "seconds", "best", "glances", "idle", "agreement", "loss")
 
 
 def keep(file: Path, of: str, state: dict[str, Tensor], progress: Progress) -> None:
-    """Writes what `take_up` reads; who is killed meanwhile loses nothing that was there.
+    """Writes what `take_up` reads. A process that is killed meanwhile leaves the file as it was.
 
     Args:
         file: Where.
-        of: What was learned, from what and how: what is not the same cannot be gone on with.
+        of: A hash of the model, the photos and how it learns; `take_up` must be given the same.
         state: Of the tuner.
         progress: How far it has come.
 
