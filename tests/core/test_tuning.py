@@ -72,11 +72,13 @@ def test_every_number_has_a_gradient(merged: MergedViT, images: Tensor) -> None:
 
 
 def test_a_model_that_was_tuned_learns_from_its_own_numbers(merged: MergedViT, images: Tensor) -> None:
-    own = Tuner(merged)
+    own, before = Tuner(merged), Tuner(merged).answers(images, 4)
     learned(own, images, range(2))
     merged.take_tuned(Tuned([Band(1, 8, own.numbers())], fingerprints(merged.model), {}))
     again = Tuner(merged)
     assert merged.tuned is not None
+    assert torch.equal(again.answers(images, 4), before)
+    assert torch.equal(again.answers(images, 4, tuned=False), before)
     for name, parameter in tunable(merged.model, merged.family).items():
         assert torch.equal(again.numbers()[name], parameter)
 
@@ -109,6 +111,16 @@ def test_numbers_that_were_taken_are_answered_by(merged: MergedViT, images: Tens
     assert not torch.equal(tuner.answers(images, 4), answers)
     tuner.take(before)
     assert torch.equal(tuner.answers(images, 4), answers)
+
+
+def test_a_large_gradient_is_cut(merged: MergedViT, images: Tensor) -> None:
+    whole, cut = Tuner(merged, Recipe(largest_gradient=1e6)), Tuner(merged, Recipe(largest_gradient=1e-3))
+    norms = []
+    for tuner in (whole, cut):
+        learned(tuner, images, range(1))
+        gradients = [number.grad for number in tuner._numbers.values() if number.grad is not None]
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+    assert norms[0] > 2e-3 and norms[1] == pytest.approx(1e-3, rel=1e-2)
 
 
 @pytest.mark.parametrize("fails_at", ["_teacher", "_student"])

@@ -276,6 +276,31 @@ def test_a_stop_keeps_what_was_learned_and_the_same_command_goes_on(
     assert not (folder / "model.tuned.safetensors.unfinished").exists()
 
 
+def test_after_a_stop_the_numbers_are_those_of_a_learning_that_was_not_stopped(
+    folder: Path, images: Path, judged: Judged, stopping: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(SURE)
+    step, seen = Tuner.step, []
+
+    def noted(tuner: Tuner, *args: Any) -> Any:
+        seen.append(tuner.numbers())
+        return step(tuner, *args)
+
+    monkeypatch.setattr(Tuner, "step", noted)
+    monkeypatch.setattr(learning, "PATIENCE", STEPS)
+    assert main(command(folder, images)) == 0
+    whole = seen.copy()
+    seen.clear()
+    stopping(5, signal.SIGINT)
+    assert main(command(folder, images)) == 0
+    assert len(seen) == 5
+    monkeypatch.setattr(Tuner, "step", noted)
+    assert main(command(folder, images)) == 0
+    assert len(whole) == len(seen) == STEPS
+    for numbers, others in zip(whole, seen, strict=True):
+        assert all(torch.equal(number, others[name]) for name, number in numbers.items())
+
+
 def test_it_is_told_where_a_stop_cannot_be_taken_up(
     folder: Path,
     images: Path,

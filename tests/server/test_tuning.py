@@ -115,7 +115,7 @@ def test_a_gain_is_sure_beyond_its_interval(won: int, lost: int, of: int, is_sur
 
 
 class Answering:
-    """A tuner whose answers are a function of the images and of `r`; tuned, they are nearer to those at r=0."""
+    """A tuner whose answers are a function of the images and of `r`; tuned, they are nearer to its own at r=0."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -123,14 +123,14 @@ class Answering:
     def answers(self, images: Tensor, r: int, tuned: bool = True) -> Tensor:
         self.sizes.append(len(images))
         pixels = images.flatten(1)
-        return pixels[:, :7] + (0.02 if tuned else 0.05) * r * pixels[:, 7:14]
+        return pixels[:, :7] + (0.2 if tuned else 0.05 * r) * pixels[:, 7:14]
 
 
 def test_the_judge_compares_with_the_models_own_answers_at_r_0() -> None:
     preprocessing, tuner = model_info().preprocessing, Answering()
     photos = torch.randint(256, (BATCH + 11, 3, 8, 8), dtype=torch.uint8)
     images = normalised(photos.float() / 255, preprocessing)
-    wanted = tuner.answers(images, 0)
+    wanted = tuner.answers(images, 0, tuned=False)
     tuner.sizes.clear()
     judge: Any = Judge(tuner, photos, preprocessing)  # type: ignore[arg-type]
     assert tuner.sizes == [BATCH, 11]
@@ -139,7 +139,7 @@ def test_the_judge_compares_with_the_models_own_answers_at_r_0() -> None:
     kept = (answers.argmax(dim=1) == wanted.argmax(dim=1)).float()
     assert (nats, agreement) == pytest.approx((float(divergence(answers, wanted)), float(kept.mean())))
     gain = judge.gain([0, 16])
-    assert gain.before[0] == gain.after[0] == 1
+    assert gain.before[0] == 1 and gain.after[0] == gain.after[1]
     assert gain.after[1] == pytest.approx(agreement) and gain.before[1] < agreement < 1
 
 
