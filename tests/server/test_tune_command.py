@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,12 +264,6 @@ def test_a_stop_keeps_what_was_learned_and_the_same_command_goes_on(
     assert (folder / "model.tuned.safetensors.unfinished").is_file()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
-    assert main(command(folder, images, "--r", "19..22")) == 0  # another learning begins anew
-    said, beside = told(capsys)
-    assert "going on" not in beside and said["steps"] > 5
-
-    stopping(5, number)
-    assert main(command(folder, images)) == 0
     stopping(1000, number)
     assert main(command(folder, images)) == 0
     said, beside = told(capsys)
@@ -299,6 +294,29 @@ def test_after_a_stop_the_numbers_are_those_of_a_learning_that_was_not_stopped(
     assert len(whole) == len(seen) == STEPS
     for numbers, others in zip(whole, seen, strict=True):
         assert all(torch.equal(number, others[name]) for name, number in numbers.items())
+
+
+@pytest.mark.parametrize(
+    ("more", "recipe"), [(["--photos", "60"], {}), (["--r", "19..22"], {}), ([], {"batch_size": 16})]
+)
+def test_another_learning_begins_anew(
+    folder: Path,
+    images: Path,
+    more: list[str],
+    recipe: dict[str, int],
+    judged: Judged,
+    stopping: Callable[..., None],
+    capsys: Printed,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged(SURE)
+    stopping(2, signal.SIGINT)
+    assert main(command(folder, images)) == 0
+    monkeypatch.setattr(session, "CPU_RECIPE", replace(session.CPU_RECIPE, **recipe))
+    stopping(1, signal.SIGINT)
+    assert main(command(folder, images, *more)) == 0
+    said, beside = told(capsys)
+    assert said["steps"] == 1 and "going on" not in beside
 
 
 def test_it_is_told_where_a_stop_cannot_be_taken_up(
