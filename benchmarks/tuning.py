@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,7 @@ from server.device.prepared import stacked
 from server.images.photos import choose_photos
 from server.intervals import paired_difference
 from server.settings import ModelSpec
-from server.tuning.learning import normalised
-from server.tuning.photos import read_squares
+from server.tuning.photos import normalised, read_squares
 from tome_core.tuned import tunable
 from tome_core.tuning import Recipe, Tuner, divergence
 from tome_core.views import views
@@ -164,9 +164,19 @@ def main() -> None:
         worker.join()
     every = [row for name, found in folds.items() for row in rows(name, found)]
     print(json.dumps({"model": args.model, "device": devices[0], "rows": every}))
+    if any(worker.exitcode for worker in workers):
+        sys.exit("a process failed; what it has not done is missing above")
 
 
 def _work(args: argparse.Namespace, device: str, tasks: Any, done: Any, end: float) -> None:
+    """Does tasks until there are no more, and then says None, also where it fails."""
+    try:
+        _judge_folds(args, device, tasks, done, end)
+    finally:
+        done.put(None)
+
+
+def _judge_folds(args: argparse.Namespace, device: str, tasks: Any, done: Any, end: float) -> None:
     torch.set_num_threads(2)
     loaded = load_model(ModelSpec.model_validate({"source": args.model, "weights": args.weights, "tuned": "none"}))
     loaded.merged.to(device)
@@ -184,7 +194,6 @@ def _work(args: argparse.Namespace, device: str, tasks: Any, done: Any, end: flo
         if time.monotonic() < end:
             name, fold = task
             done.put((name, fold, *judged_fold(VARIANTS[name], loaded, data, fold)))
-    done.put(None)
 
 
 def judged_fold(variant: Variant, loaded: LoadedModel, data: Data, fold: int) -> tuple[float, Found]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SettingsError, ServerError) as error:
         print(f"tome-server: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT  # the status that shells give to a process that Ctrl-C has ended
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
-"""Tuning without labels: norms and biases learn to say at an `r` what the model says at r=0 of the same pixels.
+"""Tuning without labels: norms and biases learn to give at an `r` the answers that the model gives at r=0.
 
-The teacher is the model itself, unmerged. The student is the same model at an `r` drawn anew for every batch; the
-matrices stand still, so a step costs two forward passes and half a backward pass. What each choice here is worth, and
-what was tried besides, is in docs/accuracy.md.
+The teacher is the model itself at r=0. The student is the same model at an `r` that is drawn anew for every batch. The
+matrices do not change, so a step costs two forward passes and half a backward pass. What each choice here gains, and
+what else was tried, is in docs/accuracy.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Recipe:
         learning_rate: Of AdamW without decay, at its highest; a cosine takes it to 0.
         warm_up: Share of the steps in which it rises.
         largest_gradient: Norm that the gradient of a step is cut to.
-        temperature: What both answers are divided by: above 1, classes that are not the likeliest count for more.
+        temperature: What the logits of both are divided by: above 1, unlikely classes count for more.
     """
 
     steps: int = 600
@@ -44,10 +44,10 @@ class Recipe:
 
 
 class Tuner:
-    """A model, its tuned numbers as far as they have come, and what makes them better.
+    """Tunes the numbers of a model, step by step. The model itself does not change.
 
     Args:
-        merged: The merging model, in eval mode and float32, where it is to learn.
+        merged: The merging model, in eval mode and float32, on the device that computes.
         recipe: How the numbers learn.
         autocast: The dtype of products while learning; None keeps float32.
         names: What learns, by names in the timm model; None takes all of `tome_core.tuned.tunable`.
@@ -68,7 +68,7 @@ class Tuner:
         still = {name: parameter.detach() for name, parameter in self._teacher.model.named_parameters()}
         learning = tunable(self._teacher.model, merged.family) if names is None else names
         self._numbers = {name: nn.Parameter(still[name].clone()) for name in learning}
-        # Every other parameter is there without its gradient, which nobody wants.
+        # The other parameters are detached: no gradient is computed for them.
         self._student = self._teacher.with_tensors(still | self._numbers)
         self._optimizer = torch.optim.AdamW(
             self._numbers.values(), lr=self.recipe.learning_rate, betas=BETAS, weight_decay=0.0
@@ -82,7 +82,7 @@ class Tuner:
 
     @torch.no_grad()
     def take(self, numbers: Mapping[str, Tensor]) -> None:
-        """Goes to other numbers, as `numbers` gave them."""
+        """Replaces the numbers by others, as `numbers` gave them."""
         for name, number in self._numbers.items():
             number.copy_(numbers[name])
 
@@ -105,7 +105,7 @@ class Tuner:
             except torch.OutOfMemoryError:
                 if self._part == 1:
                     raise
-            # Not above: while the error lives, so do the tensors of the frames that it went through.
+            # After the except clause: the error keeps the tensors of the failed step alive until then.
             self._part = -(-self._part // 2)
             torch.cuda.empty_cache()
         for group in self._optimizer.param_groups:
@@ -122,7 +122,7 @@ class Tuner:
         return logits.float()
 
     def state(self) -> dict[str, Tensor]:
-        """What `resume` goes on from: the numbers, and what the optimizer remembers of each. On the CPU."""
+        """What `resume` goes on from, once a step is done: the numbers and the optimizer's state, on the CPU."""
         state: dict[str, Tensor] = {}
         for name, number in self._numbers.items():
             known = {"number": number.detach(), **self._optimizer.state[number]}

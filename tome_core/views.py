@@ -1,4 +1,4 @@
-"""Random views of photos, a whole batch at a time on the device: much to learn from, out of few photos."""
+"""Random views of photos: few photos give many images to learn from. A whole batch is made at once, on the device."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def mixed(images: Tensor) -> Tensor:
 
 
 def _stretch(length: int) -> slice:
-    """A stretch of a line, at a random place; the area of a rectangle of two is even between none and all."""
+    """A stretch of a line, at a random place and of a random length; long ones are likelier than short ones."""
     covered = round(length * float(torch.rand(()).sqrt()))
     start = int(torch.randint(length - covered + 1, ()))
     return slice(start, start + covered)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from server.settings import Settings, SettingsError
+from server.settings import ModelSpec, Settings, SettingsError
 
 if TYPE_CHECKING:
     from server.tuning.judging import Gain
     from server.tuning.learning import Progress
+    from tome_core.tuned import Tuned
 
 HELP = "tune norms and biases for high r, from photos without labels; r=0 stays as it is"
 SETTINGS: tuple[str, ...] = ("model", "weights", "device", "threads", "state_dir")
@@ -47,24 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.device import tuned_file
     from server.device.models import load_model
     from server.device.runner import device_of, on
     from server.device.torch_backend import set_threads
     from server.tuning import bands, photos
     from server.tuning.session import Session
 
-    if not 0 < args.minutes <= MOST_MINUTES:
-        raise SettingsError(f"--minutes is {args.minutes:g}; it must be above 0, and {MOST_MINUTES:g} at most")
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise SettingsError(f"-o is {args.output}: there is no folder {args.output.parent}")
+    _check(args)
     set_threads(settings.threads)
     device = device_of(settings.device)
     spec = settings.specs()[0].model_copy(update={"tuned": "none"})
     loaded = load_model(spec, settings.state_dir)
     band = bands.parse(args.band, loaded.info) if args.band else bands.default(loaded.info)
     taken = photos.read(args.images, args.photos, loaded.info, settings.max_image_pixels)
-    stop = _Stop()
     with on(device):
         session = Session(loaded, spec, device, band, taken, args.output, settings.state_dir)
         _tell(
@@ -73,49 +70,79 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         )
         if session.progress.step:
             _tell(f"going on after step {session.progress.step}")
-        session.learn(60 * args.minutes, _line(band), stop)
+        with _Stop() as stop:
+            session.learn(60 * args.minutes, _line(band), stop)
+        _tell("")
         tuned, gain = session.result()
     print_table(gain)
     mean, low, high = (100 * each for each in (gain.mean, *gain.interval))
     found = f"agreement at r={band[0]}..{band[1]} gains {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
-    kept = None
-    if not gain.is_sure:
-        _tell(f"{found}: not beyond its interval, so nothing is written; more photos or minutes may tell")
-    elif args.output:
-        kept = args.output
-        try:
-            tuned.save(kept)
-        except OSError as error:
-            raise SettingsError(f"-o is {kept}: {error.strerror}") from None
+    kept = _saved(tuned, spec, loaded.weights, settings.state_dir, args.output) if gain.is_sure else None
+    if kept is None:
+        _tell(f"{found}: not beyond its interval, so nothing is written; more photos or minutes may help")
     else:
-        kept, refusal = tuned_file.save(tuned, spec, loaded.weights, settings.state_dir)
-        if refusal:
-            _tell(refusal)
-    if kept:
         _tell(f"{found}; kept in {kept}")
+        if args.output:
+            _tell(f"to serve the model with it: --tuned {shlex.quote(str(kept))}")
         _tell("a curve measured before is stale now; run tome-server calibrate")
     if stop.is_asked:
-        _tell("stopped; the same command goes on from here")
+        _tell("stopped; the same command goes on from here" if session.can_go_on else "stopped")
     else:
         session.forget()
     print(json.dumps({"written": kept and str(kept), **tuned.about}))
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuses arguments that are wrong for any model."""
+    from server.tuning.photos import FEWEST
+
+    if not 0 < args.minutes <= MOST_MINUTES:
+        raise SettingsError(f"--minutes is {args.minutes:g}; it must be above 0, and {MOST_MINUTES:g} at most")
+    if args.photos < FEWEST:
+        raise SettingsError(f"--photos is {args.photos}; it must be {FEWEST} or more")
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise SettingsError(f"-o is {args.output}: there is no folder {args.output.parent}")
+    if args.output and args.output.is_dir():
+        raise SettingsError(f"-o is {args.output}, which is a folder; it must be a file")
+
+
+def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path | None, output: Path | None) -> Path:
+    """Writes the tuned numbers to `output`, or else to the model's own place; gives the file."""
+    from server.device import tuned_file
+
+    if output is None:
+        file, refusal = tuned_file.save(tuned, spec, weights, state_dir)
+        if refusal:
+            _tell(refusal)
+        return file
+    try:
+        tuned.save(output)
+    except OSError as error:
+        raise SettingsError(f"-o is {output}: {error.strerror}") from None
+    return output
+
+
 class _Stop:
-    """Whether to stop after this step: Ctrl-C or SIGTERM asks for it, and the next one ends the process as ever."""
+    """Within it, the first Ctrl-C or SIGTERM asks to stop after this step; the next one ends the process as ever."""
 
     def __init__(self) -> None:
         self.is_asked = False
+
+    def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return self.is_asked
 
     def _ask(self, number: int, frame: object) -> None:
         self.is_asked = True
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        self.__exit__()
         _tell("\nstopping after this step; what was learned is judged and kept")
 
 
@@ -143,7 +170,7 @@ def _clock(seconds: float) -> str:
 
 def print_table(gain: Gain) -> None:
     """Prints the agreement at each `r`, before and after."""
-    print(f"\n{'r':>3} {'agree %, before':>16} {'tuned':>6} {'gain':>6}")
+    print(f"{'r':>3} {'agree %, before':>16} {'tuned':>6} {'gain':>6}")
     for r, before, after in zip(gain.r, gain.before, gain.after, strict=True):
         print(f"{r:>3} {100 * before:>16.1f} {100 * after:>6.1f} {100 * (after - before):>+6.1f}")
 

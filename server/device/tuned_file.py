@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,29 @@ def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
     """
     folder = _folder(state_dir)
     return folder / f"{name}-{weights[:12]}.safetensors" if folder else None
+
+
+def places(spec: ModelSpec, weights: str, weights_file: Path | None, state_dir: Path | None) -> list[Path]:
+    """Where `save` may write tuned numbers, its first choice first.
+
+    Args:
+        spec: The model.
+        weights: `fingerprint` of the model in float32.
+        weights_file: Its weights.
+        state_dir: The state folder.
+    """
+    own = None if spec.source == "bundled" and not spec.weights else beside(spec, weights_file)
+    return [place for place in (own, in_state(spec.name, weights, state_dir)) if place]
+
+
+def can_be_written(file: Path) -> bool:
+    """Whether a file can be written to this place. Makes its folder."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            return True
+    except OSError:
+        return False
 
 
 def save(tuned: Tuned, spec: ModelSpec, weights_file: Path | None, state_dir: Path | None) -> tuple[Path, str | None]:

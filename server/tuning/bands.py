@@ -1,4 +1,4 @@
-"""The band of `r` that a model is tuned for, as people write it or as its tokens say."""
+"""The band of `r` that a model is tuned for: as people write it, or by default from its number of tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ Band = tuple[int, int]
 
 
 def default(info: ModelInfo) -> Band:
-    """The band of a model: 12 to 18 where 12 blocks merge 196 patches."""
+    """The band of a model: 12 to 18 where 12 blocks merge 196 patches.
+
+    Raises:
+        SettingsError: No token can merge in the model.
+    """
+    most = _most(info)
     per_block = (info.num_tokens - info.num_prefix_tokens) / info.num_blocks
-    low = min(max(1, round(LOWEST * per_block)), max(1, info.max_r))
-    return low, min(max(low, round(HIGHEST * per_block)), max(1, info.max_r))
+    low, high = (min(max(1, round(share * per_block)), most) for share in (LOWEST, HIGHEST))
+    return low, high
 
 
 def parse(text: str, info: ModelInfo) -> Band:
@@ -31,6 +36,14 @@ def parse(text: str, info: ModelInfo) -> Band:
     """
     match = re.fullmatch(r"\s*(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?\s*", text, re.ASCII)
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= low <= high <= info.max_r:
-        raise SettingsError(f"--r is {shown(text)}; it must be LOW..HIGH, between 1 and {info.max_r} for this model")
+    most = _most(info)
+    if not 1 <= low <= high <= most:
+        raise SettingsError(f"--r is {shown(text)}; it must be LOW..HIGH, between 1 and {most} for this model")
     return low, high
+
+
+def _most(info: ModelInfo) -> int:
+    """The largest `r` of a model."""
+    if info.max_r < 1:
+        raise SettingsError(f"{info.name} has too few tokens to merge any; there is nothing to tune")
+    return info.max_r

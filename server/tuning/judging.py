@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from server.images.preprocessing import Preprocessing
 from server.intervals import Z
+from server.tuning.photos import normalised
 from tome_core.tuning import Tuner, divergence
 
 BATCH = 50
@@ -43,11 +45,12 @@ class Judge:
 
     Args:
         tuner: The model.
-        images: (N, 3, H, W), normalised, as the service would see them.
+        photos: (N, 3, H, W) uint8, as the service would see them, on the device of the model.
+        preprocessing: How the model wants them.
     """
 
-    def __init__(self, tuner: Tuner, images: Tensor) -> None:
-        self._tuner, self._images = tuner, images
+    def __init__(self, tuner: Tuner, photos: Tensor, preprocessing: Preprocessing) -> None:
+        self._tuner, self._photos, self._seen = tuner, photos, preprocessing
         self._unmerged = self._answers(0, tuned=False)
         self._wanted = self._unmerged.argmax(dim=1)
 
@@ -66,7 +69,8 @@ class Judge:
         return self._answers(r, tuned).argmax(dim=1) == self._wanted
 
     def _answers(self, r: int, tuned: bool) -> Tensor:
-        return torch.cat([self._tuner.answers(part, r, tuned) for part in self._images.split(BATCH)])
+        parts = (normalised(part.float() / 255, self._seen) for part in self._photos.split(BATCH))
+        return torch.cat([self._tuner.answers(part, r, tuned) for part in parts])
 
 
 def gain_of(ladder: Sequence[int], before: Tensor, after: Tensor) -> Gain:

@@ -13,6 +13,7 @@ from torch import Tensor
 from server.errors import EngineError
 from server.images.preprocessing import Preprocessing
 from server.tuning.judging import Judge
+from server.tuning.photos import normalised
 from tome_core.tuning import Tuner
 from tome_core.views import views
 
@@ -82,7 +83,7 @@ class Learning:
         self,
         told: Callable[[Progress, float], None],
         keep: Callable[[Progress], None],
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[], bool],
     ) -> None:
         """Learns on.
 
@@ -92,7 +93,7 @@ class Learning:
             stop: Whether to stop after this step; the numbers are judged before.
 
         Raises:
-            EngineError: The loss is no number.
+            EngineError: The loss, or what the judging photos say, is not a finite number.
         """
         now, steps, clock = self.progress, self._tuner.recipe.steps, time.perf_counter()
         losses: list[Tensor] = []
@@ -107,17 +108,17 @@ class Learning:
             is_stopped = stop()
             if is_stopped or share >= min(next_glance, 1.0):
                 now.loss = float(torch.stack(losses).mean())
-                if not math.isfinite(now.loss):
-                    raise EngineError(f"the loss is {now.loss} near step {now.step}: this model cannot be tuned")
                 self._glance()
-                losses, next_glance = [], share + 1 / GLANCES
                 now.seconds, clock = now.seconds + time.perf_counter() - clock, time.perf_counter()
+                # The glance takes time too: a part of the time lies between its end and the next glance.
+                share = now.share(steps, self._longest_s)
+                losses, next_glance = [], share + 1 / GLANCES
                 keep(now)
             told(now, share)
 
     def _step(self, share: float) -> Tensor:
         recipe, step = self._tuner.recipe, self.progress.step
-        torch.manual_seed(step)  # a learning that was stopped goes on as it would have
+        torch.manual_seed(step)  # after a stop, the same batches follow
         r = int(torch.randint(self._band[0], self._band[1] + 1, ()))
         pixels = views(self._photos, self._seen.input_size, recipe.batch_size, mix=step % 2 == 1)
         return self._tuner.step(normalised(pixels, self._seen), r, share)
@@ -125,15 +126,9 @@ class Learning:
     def _glance(self) -> None:
         now = self.progress
         nats, now.agreement = self._judge.glance(sum(self._band) // 2)
+        if not math.isfinite(now.loss + nats):
+            raise EngineError(f"the loss is {now.loss + nats} near step {now.step}: this model cannot be tuned")
         now.glances += 1
         now.idle += 1
         if nats < now.best:
             now.best, now.numbers, now.idle = nats, self._tuner.numbers(), 0
-
-
-def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Pixels (B, 3, H, W) from 0 to 1 as the model wants them."""
-    mean, std = (
-        torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std)
-    )
-    return (pixels - mean) / std

@@ -15,6 +15,7 @@ from server.calibration.photos import read_photos
 from server.cpus import available_cpus
 from server.device.prepared import stacked
 from server.images.photos import choose_photos, read_photo
+from server.images.preprocessing import Preprocessing
 from server.settings import SettingsError
 from server.types import ModelInfo
 
@@ -84,6 +85,20 @@ def read_squares(files: Sequence[Path], info: ModelInfo, max_pixels: int) -> Ten
     seen = info.preprocessing
     height, width = (round(MARGIN * side) for side in seen.resize_size)
     wide = replace(seen, input_size=(height, width), resize_size=(height, width))
+    squares = torch.empty(len(files), 3, height, width, dtype=torch.uint8)  # often gigabytes: there is no copy of it
+
+    def fill(i: int) -> None:
+        pixels = read_photo(str(files[i]), wide, max_pixels)
+        squares[i] = stacked([pixels], wide.input_size, squares.device)[0].permute(2, 0, 1)
+
     with ThreadPoolExecutor(available_cpus()) as pool:
-        rows = list(pool.map(lambda file: read_photo(str(file), wide, max_pixels), files))
-    return stacked(rows, wide.input_size, torch.device("cpu")).permute(0, 3, 1, 2).contiguous()
+        list(pool.map(fill, range(len(files))))
+    return squares
+
+
+def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels (B, 3, H, W) from 0 to 1 as the model wants them."""
+    mean, std = (
+        torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std)
+    )
+    return (pixels - mean) / std

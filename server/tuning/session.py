@@ -1,4 +1,4 @@
-"""A tuning from loaded model and photos to numbers that are judged: what `tome-server tune` and the benchmark share."""
+"""One tuning: from a loaded model and photos to numbers that are judged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from server.settings import ModelSpec, SettingsError
 from server.tuning import unfinished
 from server.tuning.bands import Band
 from server.tuning.judging import Gain, Judge
-from server.tuning.learning import Learning, Progress, normalised
+from server.tuning.learning import Learning, Progress
 from server.tuning.photos import Photos
 from tome_core import tuned
 from tome_core.tuning import Recipe, Tuner
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 GPU_RECIPE = Recipe()
 CPU_RECIPE = Recipe(batch_size=64)
-"""Half of the views, in what a CPU does in half an hour; what that costs is within noise."""
+"""Half of the views, which a CPU learns from in half an hour. The loss against all of them is within noise."""
 
 
 class Result(NamedTuple):
@@ -52,13 +52,12 @@ class Session:
         photos: What to learn from.
         output: Where the numbers are to be kept; None keeps them in the model's own place.
         state_dir: The state folder.
-        recipe: How to learn; None takes that of the device.
 
     Attributes:
         progress: How far it has come.
 
     Raises:
-        SettingsError: The model has random weights, or there is no place for the numbers.
+        SettingsError: The model has random weights, or the numbers cannot be written anywhere.
     """
 
     def __init__(
@@ -70,38 +69,42 @@ class Session:
         photos: Photos,
         output: Path | None,
         state_dir: Path | None,
-        recipe: Recipe | None = None,
     ) -> None:
         if loaded.weights is None:
             raise SettingsError(f"{loaded.info.name} has random weights; tuned numbers are of weights that stay")
         self._band, self._photos, self._device = band, photos, device
         self._weights = tuned.fingerprints(loaded.merged.model)
-        self._output, self._state_dir = output, state_dir
-        kept = output or tuned_file.in_state(spec.name, self._weights["float32"], state_dir)
-        if kept is None and tuned_file.beside(spec, loaded.weights) is None:
-            raise SettingsError(
-                f"{loaded.info.name} has no folder of its own, and there is no state folder; use -o FILE"
-            )
-        self._unfinished = kept.with_name(kept.name + unfinished.SUFFIX) if kept else None
+        # Known before the learning, which takes minutes.
+        places = [output] if output else tuned_file.places(spec, self._weights["float32"], loaded.weights, state_dir)
+        if not places:
+            raise SettingsError(f"{spec.name} has no folder of its own, and there is no state folder; use -o FILE")
+        writable = [place for place in places if tuned_file.can_be_written(place)]
+        if not writable:
+            raise SettingsError(f"{' and '.join(map(str, places))} cannot be written; use -o FILE")
+        kept = writable[-1]  # the state folder rather than that of the weights
+        self._unfinished: Path | None = kept.with_name(kept.name + unfinished.SUFFIX)
         loaded.merged.to(device)
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        recipe = recipe or (GPU_RECIPE if device.type == "cuda" else CPU_RECIPE)
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        recipe = GPU_RECIPE if device.type == "cuda" else CPU_RECIPE
         self._tuner = Tuner(loaded.merged, recipe, torch.bfloat16 if has_bf16 else None)
         self._seen = loaded.info.preprocessing
-        self._judge = Judge(self._tuner, normalised(photos.judges.to(device).float() / 255, self._seen))
+        self._judge = Judge(self._tuner, photos.judges.to(device), self._seen)
         self._of = self._name()
         self.progress = Progress()
-        if self._unfinished and (found := unfinished.take_up(self._unfinished, self._of)):
+        if found := unfinished.take_up(self._unfinished, self._of):
             state, self.progress = found
             self._tuner.resume(state)
 
-    def learn(
-        self, longest_s: float, told: Callable[[Progress, float], None], stop: Callable[[], bool] = lambda: False
-    ) -> None:
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a later session can go on from here."""
+        return self._unfinished is not None
+
+    def learn(self, longest_s: float, told: Callable[[Progress, float], None], stop: Callable[[], bool]) -> None:
         """Learns to the end, for so many seconds in all at most, or until it is to stop.
 
         Raises:
-            EngineError: The model gives no numbers.
+            EngineError: The loss is not a finite number.
         """
         photos = self._photos.learned.to(self._device)
         learning = Learning(self._tuner, self._judge, photos, self._seen, self._band, longest_s, self.progress)
@@ -123,14 +126,13 @@ class Session:
         if self._unfinished is None:
             return
         try:
-            self._unfinished.parent.mkdir(parents=True, exist_ok=True)
             unfinished.keep(self._unfinished, self._of, self._tuner.state(), progress)
         except OSError as error:
             logger.warning("a stop cannot be taken up again: %s: %s", self._unfinished, error.strerror)
             self._unfinished = None
 
     def _name(self) -> str:
-        """What a stopped learning must share with this one."""
+        """A hash of all that a stopped session must share with this one."""
         facts = (self._weights["float32"], self._photos.sha256, self._band, asdict(self._tuner.recipe), __version__)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""A learning that was stopped, in a file: the same command takes it up again. No pickle."""
+"""A file that holds a stopped learning: the same command takes it up again. It holds no pickle."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NUMBERS = ("step", "seconds", "best", "glances", "idle", "agreement", "loss")
 
 
 def keep(file: Path, of: str, state: dict[str, Tensor], progress: Progress) -> None:
-    """Writes what `take_up` reads; who is killed meanwhile loses nothing that was there.
+    """Writes what `take_up` reads. A process that is killed meanwhile leaves the file as it was.
 
     Args:
         file: Where.
-        of: What was learned, from what and how: what is not the same cannot be gone on with.
+        of: A hash of the model, the photos and how it learns; `take_up` must be given the same.
         state: Of the tuner.
         progress: How far it has come.
 
@@ -44,7 +44,8 @@ def take_up(file: Path, of: str) -> tuple[dict[str, Tensor], Progress] | None:
                 return None
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
             progress = Progress(**json.loads(said["progress"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # of another version, or damaged: begin anew
+    # Damaged, or of another version. RecursionError: JSON that is nested too deep.
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return None
     progress.numbers = {name.removeprefix("best "): t for name, t in tensors.items() if name.startswith("best ")}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("best ")}, progress
