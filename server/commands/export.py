@@ -10,7 +10,7 @@ from server import __version__
 from server.settings import Settings, SettingsError
 
 HELP = "write a model at one r as an ONNX file"
-SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "state_dir")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

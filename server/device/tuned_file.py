@@ -68,10 +68,10 @@ def places(spec: ModelSpec, weights: str, weights_file: Path | None, state_dir: 
 
 
 def can_be_written(file: Path) -> bool:
-    """Whether a file can be written to this place. Makes its folder."""
+    """Whether a file can be written to this place: its name may be too long, too. Makes its folder."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}."):
             return True
     except OSError:
         return False

@@ -130,7 +130,7 @@ async def test_stale_ones_leave_the_answers_as_they_were(
     stale.save(folder / "model.tuned.safetensors")
     async with served(folder) as service:
         found = await scores(service, photo, 4)
-    assert "is stale: made with other weights (abababababab, not " in caplog.text
+    assert "is stale: made with other weights or for another image size (abababababab, not " in caplog.text
     async with served(folder, tuned="none") as service:
         assert found == await scores(service, photo, 4)
 
