@@ -45,6 +45,7 @@ def photo() -> bytes:
 
 def engine(folder: Path, backend: str = "torch", **more: Any) -> LocalEngine:
     said = {"model": f"local-dir:{folder}", "device": "cpu", "backend": backend, "threads": 1, "max_batch_size": 4}
+    said["precision"] = "fp32"  # OpenVINO's own choice is timed at every start: two engines may differ
     return build_engine(Settings.model_validate(said | {"state_dir": None} | more))
 
 
