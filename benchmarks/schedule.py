@@ -36,7 +36,7 @@ from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
 from tome_core.families.family import UnsupportedModelError
 
-SETTINGS = ("weights", "tuned", "device", "precision", "threads", "max_batch_size")
+SETTINGS = ("weights", "tuned", "device", "precision", "threads", "max_batch_size", "state_dir")
 PARTS = 4  # a trial looks at a quarter of the photos to choose on
 LEAST_PHOTOS = 2 * PARTS
 

@@ -1,7 +1,7 @@
 """What tuning gives back: agreement and top-1 at each `r` before and after, on photos that were not tuned on.
 
 python -m benchmarks.tuning --model NAME --weights FILE --data FOLDER                  # the product's own recipe
-python -m benchmarks.tuning ... --variant 'product; no mixing' --jobs 2                   # against other choices
+python -m benchmarks.tuning ... --variant 'product; not mixed' --jobs 2                   # against other choices
 
 FOLDER holds `labels.csv` (columns `file` and `label`, a class index) and `images/`. The photos are cut into five
 folds; each is judged by numbers that were tuned on the four others. On a machine with GPUs the folds and variants run

@@ -137,7 +137,7 @@ class Settings(BaseModel):
     )
     state_dir: Path | None = Field(
         Path("~/.local/state/tome-server"),
-        description="folder that keeps live changes and compiled models over a restart; none to keep none",
+        description="folder that keeps live changes, compiled models, curves and tuned numbers; none to keep none",
     )
     shared_config: str | None = Field(
         None,

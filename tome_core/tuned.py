@@ -80,7 +80,9 @@ class Tuned(NamedTuple):
         if dtype not in self.weights:
             raise TunedError(f"made for a model in {' or '.join(self.weights) or 'no dtype'}; this one is {dtype}")
         if self.weights[dtype] != (found := fingerprint(model)):
-            raise TunedError(f"made with other weights ({self.weights[dtype][:12]}, not {found[:12]})")
+            raise TunedError(
+                f"made with other weights or for another image size ({self.weights[dtype][:12]}, not {found[:12]})"
+            )
 
     def save(self, file: Path | str) -> None:
         """Writes them as one safetensors file; who reads it meanwhile sees the old one or the new one.

@@ -71,6 +71,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
     if args.photos < 2:
         raise SettingsError(f"--photos is {args.photos}; it must be 2 or more")
+    if args.output and args.output.exists() and not _holds_curve(args.output):
+        raise SettingsError(f"-o is {args.output}, which holds no curve; it is not overwritten")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
     set_threads(settings.threads)
@@ -107,6 +109,15 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         _draw(curve, args.plot)
     print(curve.model_dump_json())
     return 0
+
+
+def _holds_curve(file: Path) -> bool:
+    from server.curve import Curve, CurveError
+
+    try:
+        return file.is_file() and bool(Curve.from_json(file.read_bytes()).rows)  # a pipe is not opened
+    except (CurveError, OSError):
+        return False
 
 
 def _ladder(loaded: LoadedModel, args: argparse.Namespace) -> list[Schedule]:

@@ -8,7 +8,7 @@ import json
 from server.settings import Settings, SettingsError
 
 HELP = "classify photos here and now, without a server"
-SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

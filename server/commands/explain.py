@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HELP = "paint which patches of a photo the model has merged, block by block"
-SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir")
 PANEL = 384  # pixels that a panel is wide, at least
 LINE, GAP, CAPTION = 2, 12, 36  # pixels
 

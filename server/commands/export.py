@@ -10,7 +10,7 @@ from server import __version__
 from server.settings import Settings, SettingsError
 
 HELP = "write a model at one r as an ONNX file"
-SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "state_dir")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.device.models import load_model
     from tome_core import ExportError, export_onnx
 
+    is_onnx = args.output.is_file() and args.output.suffix == ".onnx"
+    if args.output.exists() and not (is_onnx or args.output.is_dir()):  # a folder is refused by the export
+        raise SettingsError(f"-o is {args.output}, which is no .onnx file; it is not overwritten")
     spec = settings.specs()[0]
     loaded = load_model(spec, settings.state_dir)
     info = loaded.info

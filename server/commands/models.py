@@ -10,7 +10,7 @@ from dataclasses import asdict
 from server.settings import Settings, load_settings
 
 HELP = "load the models that serve would and describe them, or check a model folder"
-SETTINGS: tuple[str, ...] = ("model", "weights", "tuned")
+SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "state_dir")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -60,7 +61,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     device = device_of(settings.device)
     spec = settings.specs()[0].model_copy(update={"tuned": "none"})
     loaded = load_model(spec, settings.state_dir)
-    band = bands.parse(args.band, loaded.info) if args.band else bands.default(loaded.info)
+    band = bands.default(loaded.info) if args.band is None else bands.parse(args.band, loaded.info)
     taken = photos.read(args.images, args.photos, loaded.info, settings.max_image_pixels)
     with on(device):
         session = Session(loaded, spec, device, band, taken, args.output, settings.state_dir)
@@ -101,10 +102,23 @@ def _check(args: argparse.Namespace) -> None:
         raise SettingsError(f"--minutes is {args.minutes:g}; it must be above 0, and {MOST_MINUTES:g} at most")
     if args.photos < FEWEST:
         raise SettingsError(f"--photos is {args.photos}; it must be {FEWEST} or more")
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise SettingsError(f"-o is {args.output}: there is no folder {args.output.parent}")
-    if args.output and args.output.is_dir():
-        raise SettingsError(f"-o is {args.output}, which is a folder; it must be a file")
+    if output := args.output:
+        # os.path, for the methods of Path raise an error where a name is too long.
+        if not os.path.isdir(output.absolute().parent):
+            raise SettingsError(f"-o is {output}: there is no folder {output.parent}")
+        if os.path.isdir(output):
+            raise SettingsError(f"-o is {output}, which is a folder; it must be a file")
+        if os.path.exists(output) and not _holds_tuned(output):
+            raise SettingsError(f"-o is {output}, which holds no tuned numbers; it is not overwritten")
+
+
+def _holds_tuned(file: Path) -> bool:
+    from tome_core.tuned import Tuned, TunedError
+
+    try:
+        return file.is_file() and bool(Tuned.load(file).bands)  # a pipe is not opened
+    except (TunedError, OSError):
+        return False
 
 
 def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path | None, output: Path | None) -> Path:

@@ -68,10 +68,10 @@ def places(spec: ModelSpec, weights: str, weights_file: Path | None, state_dir: 
 
 
 def can_be_written(file: Path) -> bool:
-    """Whether a file can be written to this place. Makes its folder."""
+    """Whether a file can be written to this place: its name may be too long, too. Makes its folder."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}."):
             return True
     except OSError:
         return False
@@ -92,11 +92,11 @@ def save(tuned: Tuned, spec: ModelSpec, weights_file: Path | None, state_dir: Pa
     try:
         if own is not None:
             tuned.save(own)
-            if kept is not None:
-                kept.unlink(missing_ok=True)  # an older one, which `find` would prefer
-            return own, None
     except OSError as error:
         refusal = f"{own} cannot be written ({error.strerror})"
+    if own is not None and refusal is None:
+        _forget(kept)
+        return own, None
     if kept is None:
         raise SettingsError(
             f"{refusal or f'{spec.name} has no folder of its own'}, and there is no state folder; use -o FILE"
@@ -173,6 +173,15 @@ def served(spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_
     for refusal in refusals:
         logger.error("model %s: tuned numbers are not used: %s", spec.name, refusal)
     return found
+
+
+def _forget(kept: Path | None) -> None:
+    """Removes an older file of the state folder, which `find` would prefer."""
+    try:
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{kept} cannot be removed ({error.strerror}), and would be served instead") from None
 
 
 def _kept(spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None) -> Path | None:

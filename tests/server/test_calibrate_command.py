@@ -209,3 +209,14 @@ def test_what_is_wrong_is_said(
     assert main(command(folder, photos, *arguments)) == 1
     assert named in capsys.readouterr().err
     assert not (folder / "curve.json").exists()
+
+
+def test_only_a_curve_is_overwritten(folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, curve = folder / "model.safetensors", folder / "kept.json"
+    before = weights.read_bytes()
+    assert main(command(folder, photos, "-o", str(weights))) == 1
+    assert f"-o is {weights}, which holds no curve; it is not overwritten" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+    for _ in range(2):
+        assert main(command(folder, photos, "-o", str(curve))) == 0
+    assert Curve.from_json(curve.read_bytes()).rows

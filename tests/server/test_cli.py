@@ -42,9 +42,9 @@ def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytes
     assert end.value.code == 0
     flags = {
         "serve": list(Settings.model_fields),
-        "classify": ["model", "weights", "r", "device", "precision", "threads"],
-        "explain": ["model", "weights", "r", "device", "precision", "threads"],
-        "models": ["model", "weights"],
+        "classify": ["model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir"],
+        "explain": ["model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir"],
+        "models": ["model", "weights", "tuned", "state_dir"],
         "calibrate": ["model", "weights", "device", "precision", "backend", "threads", "max_batch_size", "state_dir"],
         "bench": ["api_key", "api_key_file"],
     }

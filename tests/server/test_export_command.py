@@ -118,6 +118,14 @@ def test_what_is_wrong_is_said_and_nothing_written(
     assert shown.out == "" and list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_is_no_onnx_file_is_not_overwritten(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tiny_folder / "model.safetensors"
+    before = weights.read_bytes()
+    assert export(tiny_folder, weights) == 1
+    assert f"-o is {weights}, which is no .onnx file; it is not overwritten" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
 def test_a_missing_package_is_named_with_its_extra(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

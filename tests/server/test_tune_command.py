@@ -190,6 +190,20 @@ def test_a_file_that_is_named_is_written(
     assert load_model(spec).info.tuned == (BAND,)
 
 
+def test_a_file_of_tuned_numbers_that_is_named_is_replaced_and_a_pipe_is_not_opened(
+    folder: Path, images: Path, judged: Judged, capsys: Printed, tmp_path: Path
+) -> None:
+    judged(SURE)
+    output, pipe = tmp_path / "numbers", tmp_path / "pipe"
+    for band in ("20..22", "21..22"):
+        assert main(command(folder, images, "-o", str(output), "--r", band)) == 0
+    (kept,) = Tuned.load(output).bands
+    assert (kept.low, kept.high) == (21, 22)
+    os.mkfifo(pipe)
+    assert main(command(folder, images, "-o", str(pipe))) == 1
+    assert f"-o is {pipe}, which holds no tuned numbers" in capsys.readouterr().err and pipe.is_fifo()
+
+
 def test_where_the_weights_lie_in_a_folder_that_cannot_be_written_the_state_folder_is_taken(
     folder: Path, images: Path, judged: Judged, capsys: Printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +401,7 @@ def test_a_person_who_looks_on_sees_one_line(monkeypatch: pytest.MonkeyPatch, ca
     [
         (["--r", "fast"], "--r is 'fast'; it must be LOW..HIGH, between 1 and 32"),
         (["--r", "5..40"], "between 1 and 32"),
+        (["--r", ""], "--r is ''; it must be LOW..HIGH"),
         (["--minutes", "0"], "--minutes is 0; it must be above 0"),
         (["--minutes", "nan"], "--minutes is nan"),
         (["--minutes", "-1"], "--minutes is -1"),
@@ -395,6 +410,10 @@ def test_a_person_who_looks_on_sees_one_line(monkeypatch: pytest.MonkeyPatch, ca
         (["--images", "nowhere"], "nowhere holds 0 images; at least 50"),
         (["-o", "nowhere/numbers"], "-o is nowhere/numbers: there is no folder nowhere"),
         (["-o", "."], "-o is ., which is a folder"),
+        (["-o", "x" * 250], "xxx cannot be written; use -o FILE"),
+        (["-o", "x" * 300], "xxx cannot be written; use -o FILE"),
+        (["-o", "model.safetensors"], "-o is model.safetensors, which holds no tuned numbers; it is not overwritten"),
+        (["-o", "config.json"], "-o is config.json, which holds no tuned numbers"),
         (["--weights", "random"], "tiny-vit has random weights"),
     ],
 )

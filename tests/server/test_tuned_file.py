@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from server.cli import main
@@ -185,7 +186,7 @@ def nested_without_end(folder: Path, untuned: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (other_weights, r"is stale: made with other weights \(\w{12}, not \w{12}\)"),
+        (other_weights, r"is stale: made with other weights or for another image size \(\w{12}, not \w{12}\)"),
         (other_names, "is stale: made for another model: this one has no norm or bias 'blocks.9.norm1.bias'"),
         (other_shapes, "is stale: made for another model: .* has 23 numbers, not 24"),
         (cut_off, "holds no tuned numbers: "),
@@ -257,3 +258,29 @@ def test_models_names_the_bands_and_the_file(
     assert (told["tuned"], told["tuned_file"]) == ([[2, 3], [5, 8]], str(file))
     assert main(["models", "--check", str(folder)]) == 0
     assert capsys.readouterr().out.endswith(" parameters, tuned for r of 2 to 3, 5 to 8\n")
+
+
+@pytest.mark.parametrize("command", ["models", "classify", "explain", "export"])
+def test_a_command_takes_them_from_the_state_folder_that_is_named(
+    command: str, folder: Path, untuned: LoadedModel, tuned: Tuned, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if command == "export":
+        pytest.importorskip("onnx")
+    kept = in_state("mine", fingerprint(untuned.merged.model), tmp_path / "state")
+    assert kept is not None
+    kept.parent.mkdir(parents=True)
+    tuned.save(kept)
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (20, 20)).save(photo)
+    more = {
+        "models": [],
+        "classify": ["--device", "cpu", str(photo)],
+        "explain": ["--device", "cpu", "-o", str(tmp_path / "painted.png"), str(photo)],
+        "export": ["-o", str(tmp_path / "mine.onnx")],
+    }
+    plain = [command, "--model", f"local-dir:{folder},name=mine", *more[command]]
+    with caplog.at_level(logging.INFO):
+        assert main([*plain, "--state-dir", "none"]) == 0
+        assert "tuned numbers" not in caplog.text
+        assert main([*plain, "--state-dir", str(tmp_path / "state")]) == 0
+    assert f"model mine: tuned numbers of {kept}" in caplog.text
