@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from benchmarks.schedule_parts.calibration import Calibration
 from benchmarks.schedule_parts.latency import Latency, measure
 from benchmarks.schedule_parts.search import Space, search
 from server.calibration.photos import read_photos
+from server.commands.output import tell
 from server.device.models import LoadedModel, load_model
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
@@ -101,7 +101,7 @@ def run(settings: Settings, args: argparse.Namespace) -> None:
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     calibration = Calibration(runner, loaded, photos, settings.max_batch_size)
     choose_on, report_on = range(len(photos) // 2), range(len(photos) // 2, len(photos))
-    _tell(f"{info.name}: {len(choose_on)} photos to choose on, {len(report_on)} to report on")
+    tell(f"{info.name}: {len(choose_on)} photos to choose on, {len(report_on)} to report on")
 
     cost, timm_cost = _flops(loaded) if args.cost == "flops" else _latency(calibration, info, args.seed)
     rows = []
@@ -142,7 +142,7 @@ def _latency(calibration: Calibration, info: ModelInfo, seed: int) -> tuple[Call
     """Milliseconds of a batch under a schedule, and with timm's model."""
     of_timm = measure(calibration.seconds, [None])[None]
     latency = Latency(calibration.seconds, info, seed)
-    _tell(f"latency is predicted to {latency.error:.1%} on the schedules that were measured")
+    tell(f"latency is predicted to {latency.error:.1%} on the schedules that were measured")
     return lambda schedule: 1e3 * latency(schedule), 1e3 * of_timm
 
 
@@ -173,7 +173,7 @@ def _schedules(
     finalists = [even]
     rounds = search(loss, space, start, rounds=args.rounds, trials=args.trials, parts=PARTS, seed=args.seed)
     for number, (schedule, fit) in enumerate(rounds, start=1):
-        _tell(f"{speedup:g}x, round {number} of {args.rounds}: r={text_of(schedule)} (surrogate explains {fit:.0%})")
+        tell(f"{speedup:g}x, round {number} of {args.rounds}: r={text_of(schedule)} (surrogate explains {fit:.0%})")
         finalists.append(schedule)
     found = min(dict.fromkeys(finalists), key=lambda schedule: calibration.distance(schedule, choose_on))
     return {"found": found, "even": even, "constant": constant}
@@ -217,11 +217,6 @@ def _print_table(rows: Sequence[ScheduleRow], unit: str) -> None:
         speedup = f"{row.speedup:.2f}x" if row.kind == "found" else ""
         measures = f"{row.cost:>8.3f} {agree:>20} {row.distance:>8.4f} {gain:>22}"
         print(f"{speedup:>8}  {row.kind:<9} {measures}  {text_of(r_of(row.r))}")
-
-
-def _tell(message: str) -> None:
-    """Progress, apart from the answer."""
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

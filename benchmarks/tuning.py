@@ -32,10 +32,10 @@ from server.device.prepared import stacked
 from server.images.photos import choose_photos
 from server.intervals import paired_difference
 from server.settings import ModelSpec
+from server.tuning.learning import drawn
 from server.tuning.photos import normalised, read_squares
 from tome_core.tuned import tunable
 from tome_core.tuning import Recipe, Tuner, divergence
-from tome_core.views import views
 
 FOLDS = 5
 LADDER = (0, 8, 11, 12, 13, 14, 15, 16, 17, 18)
@@ -233,13 +233,10 @@ def _judged(logits: Tensor, unmerged: Tensor, true: Tensor) -> Judged:
 
 def learn(tuner: Tuner, band: tuple[int, int], photos: Tensor, loaded: LoadedModel, mixed: int) -> None:
     """The whole recipe, without a glance at what it gives."""
-    seen, recipe = loaded.info.preprocessing, tuner.recipe
+    recipe = tuner.recipe
     for step in range(recipe.steps):
-        torch.manual_seed(step)
-        r = int(torch.randint(band[0], band[1] + 1, ()))
-        mix = bool(mixed) and step % mixed == mixed - 1
-        pixels = views(photos, seen.input_size, recipe.batch_size, mix)
-        tuner.step(normalised(pixels, seen), r, step / recipe.steps)
+        images, r = drawn(step, photos, recipe.batch_size, loaded.info.preprocessing, band, mixed)
+        tuner.step(images, r, step / recipe.steps)
 
 
 def _answers(tuner: Tuner, images: Tensor, r: int, tuned: bool) -> Tensor:

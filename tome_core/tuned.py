@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tome_core.families import Family
+from tome_core.whole_file import write_whole
 
 FORMAT = "tome-tuned-1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,12 +60,13 @@ class Tuned(NamedTuple):
     weights: Mapping[str, str]
     about: Mapping[str, Any]
 
-    def check(self, model: nn.Module, family: Family) -> None:
+    def check(self, model: nn.Module, family: Family, found: str | None = None) -> None:
         """Refuses another model, or other weights.
 
         Args:
             model: The timm model, in one of `DTYPES`.
             family: Its adapter.
+            found: `fingerprint` of the model, where it is known.
 
         Raises:
             TunedError: They were made for another.
@@ -79,7 +81,8 @@ class Tuned(NamedTuple):
         dtype = _name(next(model.parameters()).dtype)
         if dtype not in self.weights:
             raise TunedError(f"made for a model in {' or '.join(self.weights) or 'no dtype'}; this one is {dtype}")
-        if self.weights[dtype] != (found := fingerprint(model)):
+        found = found or fingerprint(model)
+        if self.weights[dtype] != found:
             raise TunedError(
                 f"made with other weights or for another image size ({self.weights[dtype][:12]}, not {found[:12]})"
             )
@@ -90,7 +93,6 @@ class Tuned(NamedTuple):
         Raises:
             OSError: The file cannot be written.
         """
-        file = Path(file)
         tensors = {
             f"{band.low}-{band.high}.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
             for band in self.bands
@@ -98,13 +100,7 @@ class Tuned(NamedTuple):
         }
         facts = {"bands": [[b.low, b.high] for b in self.bands], "weights": self.weights, "about": self.about}
         content = save(tensors, {"format": FORMAT} | {name: json.dumps(fact) for name, fact in facts.items()})
-        unfinished = file.with_name(f"{file.name}.new")
-        try:
-            unfinished.write_bytes(content)  # safetensors raises no OSError where it writes itself
-            unfinished.replace(file)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+        write_whole(Path(file), content)  # safetensors raises no OSError where it writes itself
 
     @staticmethod
     def load(file: Path | str) -> Tuned:

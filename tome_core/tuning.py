@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from tome_core.tuned import tunable
 from tome_core.vit import MergedViT
 
-BETAS = (0.9, 0.999)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -70,9 +68,7 @@ class Tuner:
         self._numbers = {name: nn.Parameter(still[name].clone()) for name in learning}
         # The other parameters are detached: no gradient is computed for them.
         self._student = self._teacher.with_tensors(still | self._numbers)
-        self._optimizer = torch.optim.AdamW(
-            self._numbers.values(), lr=self.recipe.learning_rate, betas=BETAS, weight_decay=0.0
-        )
+        self._optimizer = torch.optim.AdamW(self._numbers.values(), lr=self.recipe.learning_rate, weight_decay=0.0)
         self._device = next(iter(still.values())).device
         self._part = self.recipe.batch_size
 

@@ -84,7 +84,6 @@ class MergedViT(nn.Module):
         self._kernels = kernels
         self._normalisation: Normalisation | None = None
         self._float8: list[Block8 | None] = []
-        self._bands: Sequence[Band] = ()
         self._in_bands: tuple[object, list[Self]] = (None, [])
         self._unfusable = reason_against(self.family, model)
         self._layers = list(model.modules())[1:]
@@ -191,10 +190,10 @@ class MergedViT(nn.Module):
 
     def take_tuned(self, tuned: Tuned | None) -> Self:
         """As `load_tuned`, of numbers that are known to be this model's; None goes back to its own for every `r`."""
-        self.tuned, self._bands = tuned, tuned.bands if tuned else ()
+        self.tuned = tuned
         self._in_bands = (None, [])
-        if self._bands:
-            self._made_for(self._bands)  # before a compiler looks on, or several threads do
+        if tuned is not None:
+            self._made_for(tuned.bands)  # before a compiler looks on, or several threads do
         return self
 
     def at(self, r: RLike) -> Self:
@@ -203,13 +202,13 @@ class MergedViT(nn.Module):
         That one is made anew after this one has moved, or has changed its dtype or mode. `torch.compile` with
         `fullgraph` cannot trace that: call `at` once before.
         """
-        bands = self._bands
-        if not bands:
+        tuned = self.tuned
+        if tuned is None:
             return self
         mean = schedule.mean_r(schedule.resolve(r, self.num_blocks))
-        for place, band in enumerate(bands):
+        for place, band in enumerate(tuned.bands):
             if mean in band:
-                return self._made_for(bands)[place]
+                return self._made_for(tuned.bands)[place]
         return self
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from tome_core.tuning import divergence
+
 TEMPERATURE = 2.0
 SHARE_OF_FEATURES = 1.0  # weight of the features beside the logits
 
@@ -29,11 +31,6 @@ def distance(student: Answer, teacher: Answer) -> Tensor:
     on it (Hinton et al., Distilling the knowledge in a neural network, 2015), plus the mean squared error of features
     against the teacher's, normalised. The logits alone say little about directions in which no class is likely.
     """
-    logits = F.kl_div(
-        F.log_softmax(student.logits.float() / TEMPERATURE, dim=1),
-        F.log_softmax(teacher.logits.float() / TEMPERATURE, dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
+    logits = divergence(student.logits.float() / TEMPERATURE, teacher.logits.float() / TEMPERATURE)
     wanted = F.layer_norm(teacher.features.float(), teacher.features.shape[1:])
     return logits * TEMPERATURE**2 + SHARE_OF_FEATURES * F.mse_loss(student.features.float(), wanted)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from server.curve import Curve, CurveError, Facts, speed_staleness, staleness
 from server.device.models import BUNDLED
-from server.settings import ModelSpec, SettingsError
+from server.keeping import keep
+from server.settings import ModelSpec
 from server.types import ModelInfo
+from tome_core.whole_file import write_whole
 
 FILE = "curve.json"
 
@@ -38,31 +40,13 @@ def save(curve: Curve, spec: ModelSpec, state_dir: Path | None) -> tuple[Path, s
         SettingsError: There is no place that can be written.
     """
     own = None if spec.source == "bundled" and not spec.weights else beside(spec)
-    refusal = None
-    if own is not None:
-        try:
-            write(curve, own)
-            return own, None
-        except OSError as error:
-            refusal = f"{own} cannot be written ({error.strerror})"
     kept = in_state(spec.name, curve.facts.weights, state_dir)
-    if kept is None:
-        raise SettingsError(
-            f"{refusal or f'{spec.name} has no folder of its own'}, and --state-dir is none; use -o FILE"
-        )
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write(curve, kept)
-    except OSError as error:
-        raise SettingsError(f"{kept} cannot be written ({error.strerror}); use -o FILE") from None
-    return kept, refusal
+    return keep(lambda file: write(curve, file), spec.name, own, kept, "--state-dir is none")
 
 
 def write(curve: Curve, file: Path) -> None:
     """Writes the file as a whole: who reads it meanwhile sees the old one or the new one."""
-    unfinished = file.with_name(f"{file.name}.new")
-    unfinished.write_text(curve.to_json())
-    unfinished.replace(file)
+    write_whole(file, curve.to_json().encode())
 
 
 def find(spec: ModelSpec, info: ModelInfo, facts: Facts, state_dir: Path | None) -> tuple[Curve | None, list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.commands.output import spare_others, tell
 from server.dial import PlainR, Schedule, parse_r, r_of, text_of
 from server.errors import InvalidError
 from server.settings import Settings, SettingsError
@@ -71,8 +72,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
     if args.photos < 2:
         raise SettingsError(f"--photos is {args.photos}; it must be 2 or more")
-    if args.output and args.output.exists() and not _holds_curve(args.output):
-        raise SettingsError(f"-o is {args.output}, which holds no curve; it is not overwritten")
+    if args.output:
+        spare_others(args.output, lambda file: Curve.from_json(file.read_bytes()), "holds no curve")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
     set_threads(settings.threads)
@@ -103,21 +104,12 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     else:
         kept, refusal = places.save(curve, spec, settings.state_dir)
         if refusal:
-            _tell(refusal)
-    _tell(f"kept in {kept}")
+            tell(refusal)
+    tell(f"kept in {kept}")
     if args.plot:
         _draw(curve, args.plot)
     print(curve.model_dump_json())
     return 0
-
-
-def _holds_curve(file: Path) -> bool:
-    from server.curve import Curve, CurveError
-
-    try:
-        return file.is_file() and bool(Curve.from_json(file.read_bytes()).rows)  # a pipe is not opened
-    except (CurveError, OSError):
-        return False
 
 
 def _ladder(loaded: LoadedModel, args: argparse.Namespace) -> list[Schedule]:
@@ -181,8 +173,3 @@ def _draw(curve: Curve, file: Path) -> None:
         draw(curve, file)
     except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not write
         raise SettingsError(f"--plot is {file}: {error}") from None
-
-
-def _tell(message: str) -> None:
-    """Apart from the answer."""
-    print(message, file=sys.stderr, flush=True)

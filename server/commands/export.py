@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 from server import __version__
+from server.commands.output import spare_others
 from server.settings import Settings, SettingsError
 
 HELP = "write a model at one r as an ONNX file"
@@ -23,9 +25,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.device.models import load_model
     from tome_core import ExportError, export_onnx
 
-    is_onnx = args.output.is_file() and args.output.suffix == ".onnx"
-    if args.output.exists() and not (is_onnx or args.output.is_dir()):  # a folder is refused by the export
-        raise SettingsError(f"-o is {args.output}, which is no .onnx file; it is not overwritten")
+    if not os.path.isdir(args.output):  # a folder is refused by the export
+        spare_others(args.output, _check_name, "is no .onnx file")
     spec = settings.specs()[0]
     loaded = load_model(spec, settings.state_dir)
     info = loaded.info
@@ -56,3 +57,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     else:
         print(f"  largest difference from torch: {written.difference:.1e}")
     return 0
+
+
+def _check_name(file: Path) -> None:
+    """Raises ValueError for a file that is not called ONNX."""
+    if file.suffix != ".onnx":
+        raise ValueError

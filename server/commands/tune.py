@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from server.commands.output import spare_others, tell
 from server.settings import ModelSpec, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -65,29 +66,29 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     taken = photos.read(args.images, args.photos, loaded.info, settings.max_image_pixels)
     with on(device):
         session = Session(loaded, spec, device, band, taken, args.output, settings.state_dir)
-        _tell(
+        tell(
             f"{loaded.info.name} at r={band[0]}..{band[1]} on {device}: {len(taken.learned)} photos to learn from, "
             f"{len(taken.judges)} that judge"
         )
         if session.progress.step:
-            _tell(f"going on after step {session.progress.step}")
+            tell(f"going on after step {session.progress.step}")
         with _Stop() as stop:
             session.learn(60 * args.minutes, _line(band), stop)
-        _tell("")
+        tell("")
         tuned, gain = session.result()
     print_table(gain)
     mean, low, high = (100 * each for each in (gain.mean, *gain.interval))
     found = f"agreement at r={band[0]}..{band[1]} gains {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
     kept = _saved(tuned, spec, loaded.weights, settings.state_dir, args.output) if gain.is_sure else None
     if kept is None:
-        _tell(f"{found}: not beyond its interval, so nothing is written; more photos or minutes may help")
+        tell(f"{found}: not beyond its interval, so nothing is written; more photos or minutes may help")
     else:
-        _tell(f"{found}; kept in {kept}")
+        tell(f"{found}; kept in {kept}")
         if args.output:
-            _tell(f"to serve the model with it: --tuned {shlex.quote(str(kept))}")
-        _tell("a curve measured before is stale now; run tome-server calibrate")
+            tell(f"to serve the model with it: --tuned {shlex.quote(str(kept))}")
+        tell("a curve measured before is stale now; run tome-server calibrate")
     if stop.is_asked:
-        _tell("stopped; the same command goes on from here" if session.can_go_on else "stopped")
+        tell("stopped; the same command goes on from here" if session.can_go_on else "stopped")
     else:
         session.forget()
     print(json.dumps({"written": kept and str(kept), **tuned.about}))
@@ -97,6 +98,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Refuses arguments that are wrong for any model."""
     from server.tuning.photos import FEWEST
+    from tome_core.tuned import Tuned
 
     if not 0 < args.minutes <= MOST_MINUTES:
         raise SettingsError(f"--minutes is {args.minutes:g}; it must be above 0, and {MOST_MINUTES:g} at most")
@@ -108,17 +110,7 @@ def _check(args: argparse.Namespace) -> None:
             raise SettingsError(f"-o is {output}: there is no folder {output.parent}")
         if os.path.isdir(output):
             raise SettingsError(f"-o is {output}, which is a folder; it must be a file")
-        if os.path.exists(output) and not _holds_tuned(output):
-            raise SettingsError(f"-o is {output}, which holds no tuned numbers; it is not overwritten")
-
-
-def _holds_tuned(file: Path) -> bool:
-    from tome_core.tuned import Tuned, TunedError
-
-    try:
-        return file.is_file() and bool(Tuned.load(file).bands)  # a pipe is not opened
-    except (TunedError, OSError):
-        return False
+        spare_others(output, Tuned.load, "holds no tuned numbers")
 
 
 def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path | None, output: Path | None) -> Path:
@@ -128,7 +120,7 @@ def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path 
     if output is None:
         file, refusal = tuned_file.save(tuned, spec, weights, state_dir)
         if refusal:
-            _tell(refusal)
+            tell(refusal)
         return file
     try:
         tuned.save(output)
@@ -157,14 +149,14 @@ class _Stop:
     def _ask(self, number: int, frame: object) -> None:
         self.is_asked = True
         self.__exit__()
-        _tell("\nstopping after this step; what was learned is judged and kept")
+        tell("\nstopping after this step; what was learned is judged and kept")
 
 
 def _line(band: tuple[int, int]) -> Callable[[Progress, float], None]:
     """Tells the progress: in one line that changes where a person looks on, else in a line for each glance."""
     is_watched, told = sys.stderr.isatty(), 0
 
-    def tell(progress: Progress, share: float) -> None:
+    def show(progress: Progress, share: float) -> None:
         nonlocal told
         if not is_watched and progress.glances == told:
             return
@@ -175,7 +167,7 @@ def _line(band: tuple[int, int]) -> Callable[[Progress, float], None]:
         text = f"[{'#' * filled:<{WIDTH}}] {share:4.0%}  {judged}{_clock(left_s)} left"
         print(f"\r{text:<96}" if is_watched else text, end="" if is_watched else "\n", file=sys.stderr, flush=True)
 
-    return tell
+    return show
 
 
 def _clock(seconds: float) -> str:
@@ -187,8 +179,3 @@ def print_table(gain: Gain) -> None:
     print(f"{'r':>3} {'agree %, before':>16} {'tuned':>6} {'gain':>6}")
     for r, before, after in zip(gain.r, gain.before, gain.after, strict=True):
         print(f"{r:>3} {100 * before:>16.1f} {100 * after:>6.1f} {100 * (after - before):>+6.1f}")
-
-
-def _tell(message: str) -> None:
-    """Apart from the answer."""
-    print(message, file=sys.stderr, flush=True)

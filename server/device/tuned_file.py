@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from server.keeping import keep
 from server.settings import ModelSpec, SettingsError
 from tome_core import MergedViT
 from tome_core.tuned import Tuned, TunedError, fingerprint
@@ -63,8 +64,7 @@ def places(spec: ModelSpec, weights: str, weights_file: Path | None, state_dir: 
         weights_file: Its weights.
         state_dir: The state folder.
     """
-    own = None if spec.source == "bundled" and not spec.weights else beside(spec, weights_file)
-    return [place for place in (own, in_state(spec.name, weights, state_dir)) if place]
+    return [place for place in (_own(spec, weights_file), in_state(spec.name, weights, state_dir)) if place]
 
 
 def can_be_written(file: Path) -> bool:
@@ -86,35 +86,20 @@ def save(tuned: Tuned, spec: ModelSpec, weights_file: Path | None, state_dir: Pa
     Raises:
         SettingsError: There is no place that can be written.
     """
-    own = None if spec.source == "bundled" and not spec.weights else beside(spec, weights_file)
-    kept = in_state(spec.name, tuned.weights["float32"], state_dir)
-    refusal = None
-    try:
-        if own is not None:
-            tuned.save(own)
-    except OSError as error:
-        refusal = f"{own} cannot be written ({error.strerror})"
-    if own is not None and refusal is None:
+    own, kept = _own(spec, weights_file), in_state(spec.name, tuned.weights["float32"], state_dir)
+    file, refusal = keep(tuned.save, spec.name, own, kept, "there is no state folder")
+    if file == own:
         _forget(kept)
-        return own, None
-    if kept is None:
-        raise SettingsError(
-            f"{refusal or f'{spec.name} has no folder of its own'}, and there is no state folder; use -o FILE"
-        )
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        tuned.save(kept)
-    except OSError as error:
-        raise SettingsError(f"{kept} cannot be written ({error.strerror}); use -o FILE") from None
-    return kept, refusal
+    return file, refusal
 
 
-def read(file: Path, merged: MergedViT) -> TunedFile:
+def read(file: Path, merged: MergedViT, weights: str | None = None) -> TunedFile:
     """Reads tuned numbers for a model.
 
     Args:
         file: What `save` wrote.
         merged: The model, in float32.
+        weights: Its `fingerprint`, where it is known.
 
     Raises:
         SettingsError: The file cannot be read, or holds no tuned numbers, or those of another model or other weights.
@@ -130,7 +115,7 @@ def read(file: Path, merged: MergedViT) -> TunedFile:
     except (OSError, ValueError) as error:  # ValueError: a path that can be none
         raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
-        tuned.check(merged.model, merged.family)
+        tuned.check(merged.model, merged.family, weights)
     except TunedError as error:
         raise SettingsError(f"{file} is stale: {error}") from None
     return TunedFile(tuned, file, sha256)
@@ -141,17 +126,22 @@ def find(
 ) -> tuple[TunedFile | None, list[str]]:
     """The tuned numbers that lie where `save` puts them: those of the state folder before those beside the weights.
 
-    The weights are hashed only where there is a file to compare them with.
+    The weights are hashed once at most, and only where there is a file to compare them with.
 
     Returns:
         They, or None; and what is wrong with files that are there and cannot be used.
     """
     refusals: list[str] = []
-    for file in (_kept(spec, merged, weights_file, state_dir), beside(spec, weights_file)):
+    weights = kept = None
+    if weights_file is not None and _may_be_in_state(spec.name, state_dir):
+        weights = fingerprint(merged.model)
+        kept = in_state(spec.name, weights, state_dir)
+    for file in (kept, beside(spec, weights_file)):
         if file is None or not os.path.lexists(file):
             continue
+        weights = weights or fingerprint(merged.model)
         try:
-            return read(file, merged), refusals
+            return read(file, merged, weights), refusals
         except SettingsError as error:
             refusals.append(str(error))
     return None, refusals
@@ -184,12 +174,15 @@ def _forget(kept: Path | None) -> None:
         raise SettingsError(f"{kept} cannot be removed ({error.strerror}), and would be served instead") from None
 
 
-def _kept(spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None) -> Path | None:
-    """The place in the state folder, where any file is there that may be this model's."""
+def _own(spec: ModelSpec, weights_file: Path | None) -> Path | None:
+    """The place beside the weights, where `save` may write there: not for the bundled model."""
+    return None if spec.source == "bundled" and not spec.weights else beside(spec, weights_file)
+
+
+def _may_be_in_state(name: str, state_dir: Path | None) -> bool:
+    """Whether the state folder has tuned numbers of a model of this name."""
     folder = _folder(state_dir)
-    if weights_file is None or folder is None or not any(folder.glob(f"{spec.name}-*.safetensors")):
-        return None
-    return in_state(spec.name, fingerprint(merged.model), state_dir)
+    return folder is not None and any(folder.glob(f"{name}-*.safetensors"))
 
 
 def _folder(state_dir: Path | None) -> Path | None:

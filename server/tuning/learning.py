@@ -117,11 +117,9 @@ class Learning:
             told(now, share)
 
     def _step(self, share: float) -> Tensor:
-        recipe, step = self._tuner.recipe, self.progress.step
-        torch.manual_seed(step)  # after a stop, the same batches follow
-        r = int(torch.randint(self._band[0], self._band[1] + 1, ()))
-        pixels = views(self._photos, self._seen.input_size, recipe.batch_size, mix=step % 2 == 1)
-        return self._tuner.step(normalised(pixels, self._seen), r, share)
+        batch_size = self._tuner.recipe.batch_size
+        images, r = drawn(self.progress.step, self._photos, batch_size, self._seen, self._band)
+        return self._tuner.step(images, r, share)
 
     def _glance(self) -> None:
         now = self.progress
@@ -132,3 +130,22 @@ class Learning:
         now.idle += 1
         if nats < now.best:
             now.best, now.numbers, now.idle = nats, self._tuner.numbers(), 0
+
+
+def drawn(
+    step: int, photos: Tensor, batch_size: int, preprocessing: Preprocessing, band: tuple[int, int], mixed: int = 2
+) -> tuple[Tensor, int]:
+    """What a step learns from: images, (batch_size, 3, H, W), normalised, and their `r`. After a stop the same follow.
+
+    Args:
+        step: Counted from 0.
+        photos: (N, 3, H, W) uint8, on the device.
+        batch_size: How many images.
+        preprocessing: How the model wants them.
+        band: Smallest and largest `r`.
+        mixed: Every so many batches are mixed; 0 for none.
+    """
+    torch.manual_seed(step)
+    r = int(torch.randint(band[0], band[1] + 1, ()))
+    mix = bool(mixed) and step % mixed == mixed - 1
+    return normalised(views(photos, preprocessing.input_size, batch_size, mix), preprocessing), r

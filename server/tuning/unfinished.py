@@ -11,9 +11,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from server.tuning.learning import Progress
+from tome_core.whole_file import write_whole
 
 SUFFIX = ".unfinished"
-_NUMBERS = ("step", "seconds", "best", "glances", "idle", "agreement", "loss")
 
 
 def keep(file: Path, of: str, state: dict[str, Tensor], progress: Progress) -> None:
@@ -29,10 +29,9 @@ def keep(file: Path, of: str, state: dict[str, Tensor], progress: Progress) -> N
         OSError: The file cannot be written.
     """
     tensors = state | {f"best {name}": tensor for name, tensor in progress.numbers.items()}
-    said = {"of": of, "progress": json.dumps({name: getattr(progress, name) for name in _NUMBERS})}
-    new = file.with_name(f"{file.name}.new")
-    new.write_bytes(save(tensors, said))
-    new.replace(file)
+    plain = {name: value for name, value in vars(progress).items() if name != "numbers"}
+    said = {"of": of, "progress": json.dumps(plain)}
+    write_whole(file, save(tensors, said))
 
 
 def take_up(file: Path, of: str) -> tuple[dict[str, Tensor], Progress] | None:
