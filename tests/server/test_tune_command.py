@@ -242,18 +242,23 @@ def test_the_bundled_model_is_tuned_in_the_state_folder(
     assert load_model(ModelSpec.model_validate("bundled"), tmp_path).info.tuned == ((12, 14),)
 
 
+def receive(number: signal.Signals) -> None:
+    """Does what Python does on a signal. tests/e2e/test_tune.py sends real ones, to a process of its own."""
+    handler = signal.getsignal(number)
+    assert callable(handler)
+    handler(number, None)
+
+
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
-    """Sends a signal in a step, counted from 1."""
+    """Lets a signal arrive in a step, counted from 1."""
 
     def stopping(at: int, number: signal.Signals) -> None:
         step, steps = Tuner.step, iter(range(1, 1000))
 
         def signalled(tuner: Tuner, *args: Any) -> Any:
             if next(steps) == at:
-                handler = signal.getsignal(number)  # tests/e2e/test_tune.py sends a signal to a process of its own
-                assert callable(handler)
-                handler(number, None)
+                receive(number)
             return step(tuner, *args)
 
         monkeypatch.setattr(Tuner, "step", signalled)
@@ -364,7 +369,7 @@ def test_ctrl_c_ends_it_at_once_while_nothing_is_learned(
     module: Any = photos if where == "read" else session
 
     def interrupted(*args: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        receive(signal.SIGINT)
 
     monkeypatch.setattr(module, where, interrupted)
     assert main(command(folder, images)) == 128 + signal.SIGINT
@@ -372,8 +377,8 @@ def test_ctrl_c_ends_it_at_once_while_nothing_is_learned(
 
 def test_a_second_ctrl_c_ends_it_as_ever(folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(*args: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        receive(signal.SIGINT)
+        receive(signal.SIGINT)
 
     monkeypatch.setattr(Tuner, "step", twice)
     assert main(command(folder, images)) == 128 + signal.SIGINT
