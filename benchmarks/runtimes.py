@@ -15,6 +15,7 @@ from torch import Tensor
 import tome_core
 from server.device.openvino_compiler import Compiler
 from server.device.openvino_graphs import BATCH_SIZES, any_batch, config_of, run_of
+from tome_core.openvino_core import core
 from tome_core.quiet import onnxruntime, openvino
 
 Run = Callable[[Tensor], object]
@@ -30,13 +31,13 @@ def openvino_ours(model: Any, r: int, images: Tensor) -> Run:
 
 def openvino_timm(model: Any, r: int, images: Tensor) -> Run:
     """timm's own model, converted by OpenVINO as it is; large batches run in parts, side by side, as ours do."""
-    core, threads = openvino.Core(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     converted = openvino.convert_model(_float32(model), example_input=images[:1].float())
 
     def graph(size: int, side_by_side: int) -> Callable[[Tensor], Tensor]:
         converted.reshape([size, *images.shape[1:]])
         config = config_of(_precision(images), threads, side_by_side)
-        return run_of(core.compile_model(converted, "CPU", config), size, side_by_side)
+        return run_of(core().compile_model(converted, "CPU", config), size, side_by_side)
 
     return any_batch(graph, threads, len(images), BATCH_SIZES[_precision(images)])
 

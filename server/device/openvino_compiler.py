@@ -33,6 +33,7 @@ from server.device.openvino_graphs import (
 from server.dial import Schedule, r_of, text_of
 from server.lifetime import end_with_parent
 from tome_core.openvino import save, to_openvino
+from tome_core.openvino_core import core
 from tome_core.openvino_operator import build_operator, to_bfloat16
 from tome_core.quiet import openvino
 
@@ -67,7 +68,6 @@ class Compiler:
         self.input_size = input_size
         self.threads = threads or available_cpus()
         self._merged = merged
-        self._core = openvino.Core()
         if cache_dir is None:
             cache_dir = Path(tempfile.mkdtemp(prefix="tome-server-openvino-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
@@ -78,7 +78,7 @@ class Compiler:
     @property
     def has_bf16(self) -> bool:
         """Whether the CPU computes in bf16 itself."""
-        return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
     def keep(self, schedule: Schedule) -> None:
         """Keeps what is made of a schedule on disk whatever else is made."""
@@ -148,11 +148,11 @@ class Compiler:
         self, schedule: Schedule, batch_size: int, precision: str, config: Mapping[str, Any]
     ) -> openvino.CompiledModel:
         """Raises RuntimeError where the files are not there, or hold no graph."""
-        model = self._core.read_model(self._files.graph(schedule))
+        model = core().read_model(self._files.graph(schedule))
         model.reshape([batch_size, 3, *self.input_size])
         if precision == "bf16":
             to_bfloat16(model)
-        return self._core.compile_model(model, "CPU", dict(config))
+        return core().compile_model(model, "CPU", dict(config))
 
     def _translate(self, schedule: Schedule, aside: bool) -> None:
         """Makes the schedule's graph.
@@ -182,7 +182,7 @@ class Compiler:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             operator = build_operator(folder)
-            self._core.add_extension(operator)
+            core().add_extension(operator)
         except (RuntimeError, OSError) as error:  # OperatorError, or a folder that is full
             logger.info("OpenVINO merges by its own operators, which takes longer: %s", error)
             return None

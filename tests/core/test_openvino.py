@@ -14,10 +14,11 @@ from torch import Tensor
 import tome_core
 from tome_core.schedule import RLike
 
-openvino = pytest.importorskip("openvino", reason="the package openvino is not installed")
+pytest.importorskip("openvino", reason="the package openvino is not installed")
 
-from tome_core.openvino import save, to_openvino  # noqa: E402  # needs the package
-from tome_core.openvino_operator import build_operator, to_bfloat16  # noqa: E402
+from tome_core.openvino import save, to_openvino  # needs the package
+from tome_core.openvino_core import core
+from tome_core.openvino_operator import build_operator, to_bfloat16
 
 SCHEDULES: dict[str, RLike] = {"none": 0, "list": (5, 2, 3), "more than there are": 99}
 
@@ -48,14 +49,13 @@ def compiled(
 ) -> Any:
     """The model as OpenVINO runs it."""
     save(to_openvino(merged, r, (64, 64), operator), file)
-    core = openvino.Core()
     if operator is not None:
-        core.add_extension(operator)
-    model = core.read_model(file)
+        core().add_extension(operator)
+    model = core().read_model(file)
     model.reshape([batch_size, 3, 64, 64])
     if precision == "bf16":
         to_bfloat16(model)
-    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
 
 
 def images(batch_size: int) -> Tensor:
@@ -99,7 +99,7 @@ def test_equal_tokens_merge_as_in_torch(operator: Path | None, tmp_path: Path) -
 
 
 def test_scores_and_sizes_stay_float32_in_a_bfloat16_model(operator: Path | None, tmp_path: Path) -> None:
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bf16")
     run = compiled(tiny(), 2, tmp_path / "model.xml", 2, operator, "bf16")
     layers: dict[str, set[str]] = {}

@@ -20,6 +20,7 @@ from tome_core.schedule import max_r
 openvino = pytest.importorskip("openvino", reason="the package openvino is not installed")
 
 from tome_core import openvino_operator  # noqa: E402  # needs the package
+from tome_core.openvino_core import core  # noqa: E402
 from tome_core.openvino_operator import OperatorError, build_operator, to_bfloat16  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
@@ -43,9 +44,8 @@ def merged_by(
     model = openvino.Model([made.output(0), made.output(1)], parameters)
     if precision == "bf16":
         to_bfloat16(model)
-    core = openvino.Core()
-    core.add_extension(library)
-    answers = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})(inputs)
+    core().add_extension(library)
+    answers = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})(inputs)
     return torch.from_numpy(answers[0]), torch.from_numpy(answers[1])
 
 
@@ -75,7 +75,7 @@ def test_it_merges_as_the_library_does(data: st.DataObject, library: Path) -> No
 
 @needs_compiler
 def test_in_bfloat16_it_matches_and_weighs_in_float32(library: Path) -> None:
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bf16")
     generator = torch.Generator().manual_seed(0)
     x, keys = (torch.randn(shape, generator=generator).bfloat16().float() for shape in ((2, 60, 24), (2, 3, 60, 16)))

@@ -109,13 +109,14 @@ def test_onnx(merged: MergedViT, images: Tensor, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 @torch.no_grad()
 def test_openvino(build: Build, images: Tensor, tmp_path: Path, name: str) -> None:
-    openvino = pytest.importorskip("openvino", reason="the package openvino is not installed")
+    pytest.importorskip("openvino", reason="the package openvino is not installed")
     from tome_core.openvino import save, to_openvino
+    from tome_core.openvino_core import core
 
     merged = wrap(build(name, patch_size=16))
     merged.take_tuned(numbers(merged))
     save(to_openvino(merged, 3, SIZE, None), tmp_path / "model.xml")
-    run = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    run = core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     got = torch.from_numpy(run(images.numpy())[0])
     torch.testing.assert_close(got, merged(images, 3), rtol=1e-3, atol=1e-3)
 
