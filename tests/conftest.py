@@ -1,4 +1,5 @@
-"""What holds for every test: the same random numbers each time, one torch thread, and kernels that need no GPU."""
+"""What holds for every test: the same random numbers each time, one torch thread, no settings of the shell, and kernels
+that need no GPU."""
 
 from __future__ import annotations
 
@@ -26,6 +27,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the developer's shell that decides what a server does reaches a test."""
+    for name in [name for name in os.environ if name.startswith("TOME_") or name == "PROMETHEUS_MULTIPROC_DIR"]:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from tome_core.schedule import RLike
 pytest.importorskip("openvino", reason="the package openvino is not installed")
 
 from tome_core.openvino import save, to_openvino  # needs the package
-from tome_core.openvino_core import core
+from tome_core.openvino_core import add_operator, core
 from tome_core.openvino_operator import build_operator, to_bfloat16
 
 SCHEDULES: dict[str, RLike] = {"none": 0, "list": (5, 2, 3), "more than there are": 99}
@@ -50,7 +50,7 @@ def compiled(
     """The model as OpenVINO runs it."""
     save(to_openvino(merged, r, (64, 64), operator), file)
     if operator is not None:
-        core().add_extension(operator)
+        add_operator(operator)
     model = core().read_model(file)
     model.reshape([batch_size, 3, 64, 64])
     if precision == "bf16":

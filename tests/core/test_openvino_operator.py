@@ -20,7 +20,7 @@ from tome_core.schedule import max_r
 openvino = pytest.importorskip("openvino", reason="the package openvino is not installed")
 
 from tome_core import openvino_operator  # noqa: E402  # needs the package
-from tome_core.openvino_core import core  # noqa: E402
+from tome_core.openvino_core import add_operator, core  # noqa: E402
 from tome_core.openvino_operator import OperatorError, build_operator, to_bfloat16  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
@@ -44,7 +44,7 @@ def merged_by(
     model = openvino.Model([made.output(0), made.output(1)], parameters)
     if precision == "bf16":
         to_bfloat16(model)
-    core().add_extension(library)
+    add_operator(library)
     answers = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})(inputs)
     return torch.from_numpy(answers[0]), torch.from_numpy(answers[1])
 

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -80,13 +79,6 @@ def _own_logging() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-
-
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No TOME_ variable of the developer's shell reaches a test."""
-    for name in [name for name in os.environ if name.startswith("TOME_") or name == "PROMETHEUS_MULTIPROC_DIR"]:
-        monkeypatch.delenv(name)
 
 
 async def until(condition: Callable[[], bool]) -> None:
