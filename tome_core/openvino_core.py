@@ -9,6 +9,7 @@ fault. So no `Core` is ever dropped here.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +18,20 @@ if TYPE_CHECKING:
 
 @functools.cache
 def core() -> openvino.Core:
-    """The `Core` of this process. Any thread may use it; extensions that are added to it stay."""
+    """The `Core` of this process. Any thread may use it."""
     from tome_core.quiet import openvino
 
     return openvino.Core()
+
+
+@functools.cache
+def add_operator(library: Path) -> None:
+    """Adds a compiled operator to it, once; it stays.
+
+    Args:
+        library: What `build_operator` gave.
+
+    Raises:
+        RuntimeError: It cannot be loaded.
+    """
+    core().add_extension(library)

@@ -76,7 +76,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
             session.learn(60 * args.minutes, _line(band), stop)
         tell("")
         tuned, gain = session.result()
-    print_table(gain)
+    _print_table(gain)
     mean, low, high = (100 * each for each in (gain.mean, *gain.interval))
     found = f"agreement at r={band[0]}..{band[1]} gains {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
     kept = _saved(tuned, spec, loaded.weights, settings.state_dir, args.output) if gain.is_sure else None
@@ -174,7 +174,7 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def print_table(gain: Gain) -> None:
+def _print_table(gain: Gain) -> None:
     """Prints the agreement at each `r`, before and after."""
     print(f"{'r':>3} {'agree %, before':>16} {'tuned':>6} {'gain':>6}")
     for r, before, after in zip(gain.r, gain.before, gain.after, strict=True):

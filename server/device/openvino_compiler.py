@@ -33,7 +33,7 @@ from server.device.openvino_graphs import (
 from server.dial import Schedule, r_of, text_of
 from server.lifetime import end_with_parent
 from tome_core.openvino import save, to_openvino
-from tome_core.openvino_core import core
+from tome_core.openvino_core import add_operator, core
 from tome_core.openvino_operator import build_operator, to_bfloat16
 from tome_core.quiet import openvino
 
@@ -182,7 +182,7 @@ class Compiler:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             operator = build_operator(folder)
-            core().add_extension(operator)
+            add_operator(operator)
         except (RuntimeError, OSError) as error:  # OperatorError, or a folder that is full
             logger.info("OpenVINO merges by its own operators, which takes longer: %s", error)
             return None
