@@ -8,9 +8,19 @@ from pathlib import Path
 from server.settings import SettingsError
 
 
-def keep(
-    write: Callable[[Path], None], name: str, own: Path | None, kept: Path | None, no_state: str
-) -> tuple[Path, str | None]:
+def state_folder(state_dir: Path | None, kind: str) -> Path | None:
+    """The folder of one kind of files in the state folder.
+
+    Returns:
+        None where nothing is kept, or the state folder lies in a home folder that this user does not have.
+    """
+    try:
+        return state_dir.expanduser() / kind if state_dir else None
+    except RuntimeError:
+        return None
+
+
+def keep(write: Callable[[Path], None], name: str, own: Path | None, kept: Path | None) -> tuple[Path, str | None]:
     """Writes a file to the first place that can be written.
 
     Args:
@@ -18,7 +28,6 @@ def keep(
         name: Of the model.
         own: The place beside the weights, or None.
         kept: The place in the state folder, or None.
-        no_state: Why there is none, for the message.
 
     Returns:
         The file, and why it is not beside the weights where it should be.
@@ -34,7 +43,8 @@ def keep(
         except OSError as error:
             refusal = f"{own} cannot be written ({error.strerror})"
     if kept is None:
-        raise SettingsError(f"{refusal or f'{name} has no folder of its own'}, and {no_state}; use -o FILE")
+        reason = refusal or f"{name} has no folder of its own"
+        raise SettingsError(f"{reason}, and there is no state folder; use -o FILE")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write(kept)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from server.curve import Curve, CurveError, Facts, speed_staleness, staleness
 from server.device.models import BUNDLED
-from server.keeping import keep
+from server.keeping import keep, state_folder
 from server.settings import ModelSpec
 from server.types import ModelInfo
 from tome_core.whole_file import write_whole
@@ -27,7 +27,8 @@ def beside(spec: ModelSpec) -> Path | None:
 
 def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
     """The place in the state folder, for these weights alone; None where nothing is kept."""
-    return state_dir.expanduser() / "curves" / f"{name}-{weights[:12]}.json" if state_dir else None
+    folder = state_folder(state_dir, "curves")
+    return folder / f"{name}-{weights[:12]}.json" if folder else None
 
 
 def save(curve: Curve, spec: ModelSpec, state_dir: Path | None) -> tuple[Path, str | None]:
@@ -41,7 +42,7 @@ def save(curve: Curve, spec: ModelSpec, state_dir: Path | None) -> tuple[Path, s
     """
     own = None if spec.source == "bundled" and not spec.weights else beside(spec)
     kept = in_state(spec.name, curve.facts.weights, state_dir)
-    return keep(lambda file: write(curve, file), spec.name, own, kept, "--state-dir is none")
+    return keep(lambda file: write(curve, file), spec.name, own, kept)
 
 
 def write(curve: Curve, file: Path) -> None:

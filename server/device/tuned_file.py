@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from server.keeping import keep
+from server.keeping import keep, state_folder
 from server.settings import ModelSpec, SettingsError
 from tome_core import MergedViT
 from tome_core.tuned import Tuned, TunedError, fingerprint
@@ -51,7 +51,7 @@ def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
         weights: `fingerprint` of the model in float32.
         state_dir: The state folder.
     """
-    folder = _folder(state_dir)
+    folder = state_folder(state_dir, "tuned")
     return folder / f"{name}-{weights[:12]}.safetensors" if folder else None
 
 
@@ -87,7 +87,7 @@ def save(tuned: Tuned, spec: ModelSpec, weights_file: Path | None, state_dir: Pa
         SettingsError: There is no place that can be written.
     """
     own, kept = _own(spec, weights_file), in_state(spec.name, tuned.weights["float32"], state_dir)
-    file, refusal = keep(tuned.save, spec.name, own, kept, "there is no state folder")
+    file, refusal = keep(tuned.save, spec.name, own, kept)
     if file == own:
         _forget(kept)
     return file, refusal
@@ -181,12 +181,5 @@ def _own(spec: ModelSpec, weights_file: Path | None) -> Path | None:
 
 def _may_be_in_state(name: str, state_dir: Path | None) -> bool:
     """Whether the state folder has tuned numbers of a model of this name."""
-    folder = _folder(state_dir)
+    folder = state_folder(state_dir, "tuned")
     return folder is not None and any(folder.glob(f"{name}-*.safetensors"))
-
-
-def _folder(state_dir: Path | None) -> Path | None:
-    try:
-        return state_dir.expanduser() / "tuned" if state_dir else None
-    except RuntimeError:  # this user has no home folder
-        return None
