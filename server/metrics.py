@@ -71,7 +71,7 @@ class BatchMetrics:
     """The batcher's observer: its batches and drops as metrics."""
 
     def batch_ran(self, key: Hashable, waits_s: Sequence[float], run_s: float) -> None:
-        if not isinstance(key, BatchKey) or key.operation != "classify":
+        if not isinstance(key, BatchKey) or key.operation != "forward":
             return
         labels = (key.model, label_of(key.schedule))
         BATCH_SIZE.labels(*labels).observe(len(waits_s))

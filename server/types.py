@@ -5,12 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from server.dial import AutoR, RSetting, Schedule, schedule_of, setting_to_json
 from server.errors import InvalidError, NotFoundError, shown
 from server.images.preprocessing import Preprocessing
 from tome_core.schedule import mean_r, token_counts
+
+Activation = Literal["softmax", "sigmoid", "none"]
+"""What makes scores of logits: softmax of classes of which one is right, sigmoid of labels that hold each by itself."""
+
+LABEL_THRESHOLD = 0.5
+"""The least score of a label that holds, where nobody names another."""
 
 _token_counts = functools.lru_cache(4096)(token_counts)
 
@@ -21,7 +27,7 @@ class BatchKey(NamedTuple):
     model: str
     schedule: Schedule
     input_size: tuple[int, int]
-    operation: str = "classify"
+    operation: str = "forward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +44,14 @@ class ModelInfo:
     """What the HTTP side must know of a loaded model.
 
     Attributes:
-        labels: Words for each class, in class order.
+        labels: Words for each class, in class order; none for a model without a classifier.
         max_r: The most tokens that one block can merge.
         backend: What computes its answers; None before a device holds it.
         decodes_jpeg: The engine takes JPEG files as they came, and decodes them itself.
         tuned: Bands of `r` that it has tuned numbers for, (lowest, highest).
+        num_features: Channels of its pooled features.
+        activation: What makes scores of its logits where a request does not say.
+        version: Which of its versions is served.
     """
 
     name: str
@@ -57,6 +66,9 @@ class ModelInfo:
     backend: BackendInfo | None = None
     decodes_jpeg: bool = False
     tuned: tuple[tuple[int, int], ...] = ()
+    num_features: int = 0
+    activation: Activation = "softmax"
+    version: str = "1"
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
@@ -80,7 +92,7 @@ class ModelInfo:
         mean = mean_r(schedule)
         return any(low <= mean <= high for low, high in self.tuned)
 
-    def batch_key(self, schedule: Schedule, operation: str = "classify") -> BatchKey:
+    def batch_key(self, schedule: Schedule, operation: str = "forward") -> BatchKey:
         """What images for this model under this schedule are batched by."""
         return BatchKey(self.name, schedule, self.preprocessing.input_size, operation)
 

@@ -82,8 +82,9 @@ def to_openvino(
             by OpenVINO's own operators.
 
     Returns:
-        A model of images (B, 3, H, W) that gives logits (B, K), for any B; `reshape` it to the batch size to be run,
-        which OpenVINO compiles to a faster graph. Write it with `save`, which says what stays float32.
+        A model of images (B, 3, H, W) that gives what `merged` does, such as logits (B, K), for any B; `reshape` it to
+        the batch size to be run, which OpenVINO compiles to a faster graph. Write it with `save`, which says what stays
+        float32.
 
     Raises:
         ExportError: The model is in training mode.
@@ -91,7 +92,10 @@ def to_openvino(
     """
     from tome_core.quiet import openvino
 
-    program = export_program(_OneOperator(merged.at(r).model), r, input_size)
+    model = _OneOperator(merged.at(r).model)
+    if merged.gives_features:
+        model = model.with_features()
+    program = export_program(model, r, input_size)
     _split_projections(program)
     _scale_queries(program)
     _fold_norms(program)

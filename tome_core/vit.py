@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class MergedViT(nn.Module):
         num_tokens: Tokens that enter the first block at the model's own input size, prefix included.
         max_r: The most tokens that the first block can merge.
         tuned: What `load_tuned` has read; None before.
+        gives_features: Whether `forward` gives pooled features beside the logits (`with_features`).
 
     Source: Bolya et al., Token Merging, ICLR 2023.
     """
@@ -83,6 +84,7 @@ class MergedViT(nn.Module):
         self.family = family_of(model)
         self._kernels = kernels
         self._normalisation: Normalisation | None = None
+        self.gives_features = False
         self._float8: list[Block8 | None] = []
         self._in_bands: tuple[object, list[Self]] = (None, [])
         self._unfusable = reason_against(self.family, model)
@@ -109,7 +111,8 @@ class MergedViT(nn.Module):
                 is clipped; `token_counts` shows the outcome.
 
         Returns:
-            Logits, (B, K); where the timm model gives several (distilled, in its mode for training), what it gives.
+            Logits, (B, K); where the timm model gives several (distilled, in its mode for training), what it gives. A
+            model made by `with_features` gives logits and pooled features side by side, (B, K + C).
 
         Raises:
             UnsupportedModelError: No right form of the model's pooling is known.
@@ -117,7 +120,8 @@ class MergedViT(nn.Module):
             TypeError: r is neither an integer, a sequence of integers nor a Ramp.
         """
         prefix_only = self.family.reads_prefix_only(self.model)
-        return self.forward_head(self.forward_features(images, r, prefix_only=prefix_only))
+        tokens = self.forward_features(images, r, prefix_only=prefix_only)
+        return self._both(tokens) if self.gives_features else self.forward_head(tokens)
 
     def forward_features(
         self, images: Tensor, r: RLike = 0, *, track: bool = False, prefix_only: bool = False
@@ -280,6 +284,22 @@ class MergedViT(nn.Module):
         model._normalisation = Normalisation(tuple(mean), tuple(std))
         return model
 
+    def with_features(self) -> Self:
+        """The same model, over the same weights, whose `forward` gives pooled features beside the logits.
+
+        Both come from one pass, as one tensor (B, K + C): the K logits, then the C pooled features that the classifier
+        reads. A model without a classifier gives its features alone.
+        """
+        model = self._twin()
+        model.gives_features = True
+        return model
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the pooled features."""
+        model: Any = self.model
+        return int(getattr(model, "head_hidden_size", None) or model.num_features)
+
     def _twin(self) -> Self:
         """A model over the same timm model, with attributes and hooks of its own."""
         twin = copy(self)
@@ -337,6 +357,12 @@ class MergedViT(nn.Module):
         """
         self.family.check_head(self.model)
         return self.family.head(self.model, tokens.x, tokens.size, pre_logits)
+
+    def _both(self, tokens: Tokens) -> Tensor:
+        """Logits and pooled features of what `forward_features` gave, side by side."""
+        self.family.check_head(self.model)
+        logits, features = self.family.head_and_features(self.model, tokens.x, tokens.size)
+        return features if logits is None else torch.cat([logits, features], dim=1)
 
     def forward_intermediates(
         self,

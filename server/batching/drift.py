@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+
+from msgspec import structs
 
 from server.curve import Curve, CurveRow
 from server.dial import label_of
@@ -21,7 +22,7 @@ from server.images.image import Image
 from server.intervals import wilson
 from server.ipc.messages import Classify, Item, TopK
 from server.metrics import DRIFT, DRIFT_AGREED, DRIFT_CHECKED, LIVE_AGREEMENT
-from server.types import BatchKey
+from server.types import LABEL_THRESHOLD, BatchKey, ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,14 @@ LONGEST_QUIET_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """An answered image, the key that it was computed under, and its likeliest class."""
+    """An answered image, the key that it was computed under, and its answer: the likeliest class, or its labels.
+
+    The labels of a model with several are not known from what one request wanted: they are None until the check.
+    """
 
     key: BatchKey
     image: Image
-    index: int
+    answer: tuple[int, ...] | None
 
 
 class LiveAgreement:
@@ -99,6 +103,7 @@ class DriftWatch:
     Args:
         run_batch: Classifies images on the device; nothing else may run there meanwhile.
         curves: What was measured of the models, those that have a curve.
+        models: What is served; of a multi-label model the answer to an image is the set of its labels.
         share: Of the images answered with r > 0, those that are checked: from 0, none, to 1, all.
         random: Uniform numbers from 0 up to 1.
         clock: Seconds, as those of the event loop.
@@ -110,10 +115,12 @@ class DriftWatch:
         curves: Mapping[str, Curve],
         share: float,
         *,
+        models: Mapping[str, ModelInfo] | None = None,
         random: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run_batch, self._share, self._random, self._clock = run_batch, share, random, clock
+        self._models = models or {}
         # The newest are kept: it is the traffic of today that may have drifted.
         self._samples: deque[_Sample] = deque(maxlen=KEPT)
         self._rows = {
@@ -127,12 +134,13 @@ class DriftWatch:
         """Samples that wait for an idle device."""
         return len(self._samples)
 
-    def offer(self, key: BatchKey, images: Sequence[Image], answers: Sequence[Any]) -> None:
+    def offer(self, key: BatchKey, images: Sequence[Image], answers: Sequence[TopK]) -> None:
         """Tells of a request that was classified; some of its images may be kept for a check."""
         if max(key.schedule) > 0:
             for image, answer in zip(images, answers, strict=True):
                 if self._random() < self._share:
-                    self._samples.append(_Sample(key, image, answer.indices[0]))
+                    is_known = self._num_labels(key) is None and answer.indices
+                    self._samples.append(_Sample(key, image, (answer.indices[0],) if is_known else None))
 
     async def idle(self, arrived: asyncio.Event) -> None:
         """Spends the time until something arrives: what the batcher does while nothing waits.
@@ -147,13 +155,26 @@ class DriftWatch:
     async def _check(self, sample: _Sample) -> None:
         started = self._clock()
         try:
+            answer = sample.answer or await self._answer(sample.key, sample.image)
             unmerged = sample.key._replace(schedule=(0,) * len(sample.key.schedule))
-            asked = Classify(model=sample.key.model, images=[sample.image], deadline=inf, top_k=1)
-            (answer,) = await self._run_batch(unmerged, [Item(asked, 0)])
-            self._count(sample.key, answer.indices[0] == sample.index)
+            self._count(sample.key, await self._answer(unmerged, sample.image) == answer)
         except Exception:  # nobody waits for it, and the batch loop must go on
             logger.exception("an image of %s could not be checked at r=0", sample.key.model)
         self._quiet_s = min(self._clock() - started, LONGEST_QUIET_S)
+
+    async def _answer(self, key: BatchKey, image: Image) -> tuple[int, ...]:
+        """The likeliest class of an image, or of a multi-label model all of its labels."""
+        asked = Classify(model=key.model, images=[image], deadline=inf, top_k=1)
+        num_labels = self._num_labels(key)
+        if num_labels is not None:
+            asked = structs.replace(asked, top_k=num_labels, activation="sigmoid", threshold=LABEL_THRESHOLD)
+        (answer,) = await self._run_batch(key, [Item(asked, 0)])
+        return tuple(sorted(answer.indices))
+
+    def _num_labels(self, key: BatchKey) -> int | None:
+        """How many labels a multi-label model has; None for any other."""
+        info = self._models.get(key.model)
+        return len(info.labels) if info is not None and info.activation == "sigmoid" else None
 
     def _count(self, key: BatchKey, agreed: bool) -> None:
         labels = model, r = key.model, label_of(key.schedule)

@@ -18,7 +18,7 @@ from server.config.store import ConfigStore
 from server.curve import Curve
 from server.dial import AutoR, PlainR, RSetting, Schedule
 from server.errors import NotFoundError, ServerError, UnavailableError
-from server.ipc.messages import Answered, Choice, Item, Request
+from server.ipc.messages import Answered, Choice, Classify, Item, Request
 from server.metrics import BatchMetrics
 from server.types import BatchKey, Configuration, ModelInfo, find_model
 
@@ -101,7 +101,7 @@ class LocalEngine:
         self._following: asyncio.Task[None] | None = None
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # has a thread once it is asked for one
-        self._drift = DriftWatch(self._prepare_and_compute, curves or {}, drift_sample)
+        self._drift = DriftWatch(self._prepare_and_compute, curves or {}, drift_sample, models=self._models)
         self._batcher = Batcher[BatchKey, Item, Any](
             self._compute,
             prepare=self._prepare if device.prepares else None,
@@ -152,7 +152,7 @@ class LocalEngine:
         key, auto = self._key(info, r, request)
 
         def finish(batched: Batched[BatchKey, T]) -> Answered[T]:
-            if batched.key.operation == "classify":
+            if isinstance(request, Classify):
                 self._drift.offer(batched.key, request.images, batched.results)
             return Answered(
                 results=batched.results,
@@ -185,7 +185,7 @@ class LocalEngine:
         if not isinstance(r, AutoR):
             return self._batch_key(info.name, r, request.operation), None
         auto = self._auto[info.name]
-        if len(request.images) == 1 and request.operation == "classify":
+        if len(request.images) == 1 and request.operation == "forward":
             return auto.open(r), None
         choice = auto.choose(self._batcher.load(), r)
         return self._batch_key(info.name, choice.schedule, request.operation), choice

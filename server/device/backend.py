@@ -1,4 +1,4 @@
-"""What computes logits on the device, as the runner sees it, and what may be said of it."""
+"""What computes a model's outputs on the device, as the runner sees it, and what may be said of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from server.types import BackendInfo
 from tome_core import MergedViT
 
 
-class LogitsBackend(Protocol):
-    """What computes one model's logits.
+class Backend(Protocol):
+    """What computes one model's outputs: logits and pooled features, side by side.
 
     Attributes:
         info: Its name, precision, and why it was chosen.
@@ -25,8 +25,8 @@ class LogitsBackend(Protocol):
     info: BackendInfo
     merged: MergedViT
 
-    def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
-        """Pixels (B, H, W, 3) in uint8, on the device, to logits (B, K)."""
+    def outputs(self, pixels: Tensor, schedule: Schedule) -> Tensor:
+        """Pixels (B, H, W, 3) in uint8, on the device, to logits and pooled features, (B, K + C)."""
         ...
 
     def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
@@ -34,7 +34,7 @@ class LogitsBackend(Protocol):
         ...
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
-        """Whether `logits` of such a batch only begins what the device does then, in no time."""
+        """Whether `outputs` of such a batch only begins what the device does then, in no time."""
         ...
 
     def warm_further(self) -> bool:

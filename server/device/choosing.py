@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from server.device.backend import BackendOptions, LogitsBackend
+from server.device.backend import Backend, BackendOptions
 from server.device.models import LoadedModel
 from server.device.torch_backend import RecordedBackend, TorchBackend
 from server.settings import SettingsError
@@ -22,7 +22,7 @@ def choose_backend(
     precision: str,
     options: BackendOptions,
     alone: AbstractContextManager[bool],
-) -> LogitsBackend:
+) -> Backend:
     """The backend for a model, with the reason in its info and in the log.
 
     Args:
@@ -65,7 +65,7 @@ def _refusal(device: torch.device, precision: str) -> str | None:
     return None
 
 
-def _told(loaded: LoadedModel, backend: LogitsBackend) -> LogitsBackend:
+def _told(loaded: LoadedModel, backend: Backend) -> Backend:
     info = backend.info
     logger.info("%s runs on %s in %s: %s", loaded.info.name, info.name, info.precision, info.reason)
     return backend

@@ -20,11 +20,13 @@ def class_labels(names: object, descriptions: object, num_classes: int) -> tuple
             names, or one of names to class numbers. None where the model has no names: then the number of classes tells
             whether they are ImageNet's.
         descriptions: `label_descriptions`: a mapping of names to the words that are shown, or a list in class order.
-        num_classes: Of the model.
+        num_classes: Of the model; 0 without a classifier.
 
     Raises:
         SettingsError: A class has no name, or what should be text is none.
     """
+    if not num_classes:
+        return ()
     if names is None:
         subset = infer_imagenet_subset({"num_classes": num_classes})
         if subset:

@@ -8,16 +8,17 @@ from typing import Any
 
 from server.device.explainer import Explainer
 from server.device.fitting import Fitting
+from server.device.outcome import wanted_by
 from server.device.prepared import PixelBatch, Prepared, is_whole, joined
 from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.errors import ServerError
-from server.ipc.messages import Item, Merges, TopK
+from server.ipc.messages import Item, Merges, TopK, Vector
 from server.types import BatchKey
 
 logger = logging.getLogger(__name__)
 
-Result = TopK | Merges
+Result = TopK | Vector | Merges
 Compute = Callable[[BatchKey, Sequence[Prepared]], Sequence[Result]]
 
 
@@ -25,7 +26,7 @@ class Device:
     """Prepares and computes batches; what does not fit into memory goes in parts.
 
     Args:
-        runner: Classifies.
+        runner: Computes what requests want of a model's outputs.
         explainer: Says what merged.
         preparer: Makes pixels of files, as a stage of its own; None where every image comes as pixels.
     """
@@ -33,7 +34,7 @@ class Device:
     def __init__(self, runner: Runner, explainer: Explainer, preparer: Preparer | None = None) -> None:
         self._runner = runner
         self._prepare = Fitting(preparer) if preparer is not None else None
-        operations: Mapping[str, Compute] = {"classify": runner.classify, "explain": explainer.explain}
+        operations: Mapping[str, Compute] = {"forward": runner.forward, "explain": explainer.explain}
         self._operations = {name: Fitting(compute) for name, compute in operations.items()}
 
     @property
@@ -45,7 +46,7 @@ class Device:
         assert self._prepare is not None
         with self._runner.alone:
             prepared = self._prepare(key, items)
-            if key.operation == "classify":
+            if key.operation == "forward":
                 self._launch_ahead(key, [each for each in prepared if isinstance(each, Prepared)])
         return prepared
 
@@ -55,7 +56,7 @@ class Device:
             return
         batch = prepared[0].batch
         try:
-            batch.launched = self._runner.launch(key, batch.pixels, max(each.item.request.top_k for each in prepared))
+            batch.launched = self._runner.launch(key, batch.pixels, wanted_by([each.item for each in prepared]))
         except Exception:  # `compute` tries again, in smaller parts where it was the memory
             logger.exception("a batch of %d could not be launched ahead", len(prepared))
 

@@ -14,7 +14,7 @@ from server.device.models import LoadedModel
 from server.device.prepared import Prepared, rows
 from server.device.runner import Runner, on
 from server.errors import InvalidError
-from server.ipc.messages import Merges
+from server.ipc.messages import Merges, TopK
 from server.types import BatchKey
 from tome_core import MergedViT
 from tome_core.visualize import groups, sources
@@ -49,8 +49,12 @@ class Explainer:
         with on(self._runner.device):
             found = sources(self._runner.merged(key.model), rows(prepared), key.schedule, range(loaded.info.num_blocks))
         after = torch.stack([groups(source[:, loaded.info.num_prefix_tokens :]) for source in found], dim=1)
-        top_ks = self._runner.classify(key, prepared)
-        return [Merges(top_k, grid, patch, each) for top_k, each in zip(top_ks, after.tolist(), strict=True)]
+        answers = self._runner.forward(key, prepared)
+        return [
+            Merges(top_k, grid, patch, each)
+            for top_k, each in zip(answers, after.tolist(), strict=True)
+            if isinstance(top_k, TopK)
+        ]
 
 
 def patches(loaded: LoadedModel) -> tuple[tuple[int, int], int]:

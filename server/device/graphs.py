@@ -46,7 +46,7 @@ class Graphs:
     """A model's forward passes by schedule and batch size. Threads take turns.
 
     Args:
-        forward: Images (B, ...) and a schedule to logits (B, K).
+        forward: Images (B, ...) and a schedule to outputs, (B, K + C).
         image: An image as `forward` takes it: its shape, dtype and device.
         max_batch_size: Most images in a batch.
         record: Makes a recording.
@@ -110,7 +110,7 @@ class Graphs:
         return (schedule, self._bucket(num_images)) in self._recordings
 
     def __call__(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Logits, (B, K), of images (B, ...); more than `max_batch_size` are launched."""
+        """Outputs, (B, K + C), of images (B, ...); more than `max_batch_size` are launched."""
         key = (schedule, self._bucket(len(images)))
         if key not in self._recordings and len(images) <= self.buckets[-1]:
             self._seen[key] = seen = self._seen.get(key, 0) + 1

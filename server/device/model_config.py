@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from server.documents import read_json
 from server.errors import InvalidError, shown
 from server.settings import SettingsError
+from server.types import Activation
 
 FILE = "config.json"
 NEEDED = "a model folder holds config.json with 'architecture', a name of timm's, and model.safetensors"
 MOST_BYTES = 16 << 20
 """Of a config.json: 22,000 classes with their descriptions take 2 MB."""
 
-_EITHER_PLACE = ("num_classes", "label_names", "label_descriptions")
+_EITHER_PLACE = ("num_classes", "label_names", "label_descriptions", "problem_type", "function_to_apply")
 _MOST_BLOCKS = 1000
 _LARGEST = 1_000_000
 _OF_TIMM = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"}
@@ -57,6 +58,8 @@ class _File(BaseModel):
     pretrained_cfg: dict[str, Any]
     label_names: Any = None
     label_descriptions: Any = None
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = None
+    function_to_apply: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Described:
         args: What the model is built with.
         pretrained_cfg: What goes with its weights; None for what timm itself has under that name.
         label_names, label_descriptions: Of the classes, as they are written; None where nothing is said.
+        activation: What makes scores of the model's logits.
     """
 
     architecture: str
@@ -75,6 +79,7 @@ class Described:
     pretrained_cfg: dict[str, Any] | None = None
     label_names: object = None
     label_descriptions: object = None
+    activation: Activation = "softmax"
 
 
 def read_config(file: Path) -> Described:
@@ -119,7 +124,10 @@ def read_config(file: Path) -> Described:
     }
     if read.num_classes is not None:
         known["num_classes"] = read.num_classes
-    return Described(read.architecture, args, known, read.label_names, read.label_descriptions)
+    activation = read.function_to_apply
+    if activation is None:
+        activation = "sigmoid" if read.problem_type == "multi_label_classification" else "softmax"
+    return Described(read.architecture, args, known, read.label_names, read.label_descriptions, activation)
 
 
 def checked(kind: type[Read], values: Mapping[str, Any], where: str) -> Read:

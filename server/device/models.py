@@ -160,6 +160,8 @@ def _load(spec: ModelSpec, state_dir: Path | None) -> LoadedModel:
         num_prefix_tokens=merged.num_prefix_tokens,
         max_r=merged.max_r,
         tuned=tuple((band.low, band.high) for band in found.tuned.bands) if found else (),
+        num_features=merged.num_features,
+        activation=described.activation,
     )
     return LoadedModel(merged, info, file, found and found.sha256, found and found.file)
 
@@ -193,7 +195,7 @@ def _sized(described: Described) -> tuple[Any, Preprocessing]:
 
 
 def _built(described: Described, more: Mapping[str, Any]) -> Any:
-    """A timm model in which tokens can merge, and which classifies.
+    """A timm model in which tokens can merge, and whose head is right for merged tokens.
 
     Raises:
         SettingsError: There is none.
@@ -207,8 +209,6 @@ def _built(described: Described, more: Mapping[str, Any]) -> Any:
     except Exception as error:  # timm raises whatever its layers make of their arguments
         said = f" with {shown(dict(described.args))}" if described.args else ""
         raise SettingsError(f"cannot build {described.architecture!r}{said}: {sentence(error)}") from error
-    if not model.num_classes:
-        raise SettingsError(f"{described.architecture} has no classifier: it gives features, not classes")
     return model
 
 

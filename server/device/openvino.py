@@ -61,9 +61,9 @@ class OpenVINOBackend:
     def __init__(self, loaded: LoadedModel, precision: str, options: BackendOptions) -> None:
         self._torch = TorchBackend(loaded, torch.device("cpu"), "fp32")
         self.merged = self._torch.merged
-        self._name = loaded.info.name
+        self._name, self._num_classes = loaded.info.name, len(loaded.info.labels)
         self._compiler = Compiler(
-            loaded.merged, loaded.info.preprocessing.input_size, options.threads, options.cache_dir
+            loaded.merged.with_features(), loaded.info.preprocessing.input_size, options.threads, options.cache_dir
         )
         self._max_batch_size = options.max_batch_size
         self._unmerged = loaded.info.schedule(0)
@@ -83,15 +83,15 @@ class OpenVINOBackend:
             *(self._name, self.most_schedules, self.most_schedules * schedule_bytes / 1e6),
         )
 
-    def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
-        """Pixels (B, H, W, 3) in uint8 to logits (B, K)."""
+    def outputs(self, pixels: Tensor, schedule: Schedule) -> Tensor:
+        """Pixels (B, H, W, 3) in uint8 to logits and pooled features, (B, K + C)."""
         self._take_over()
         uses = self._uses.note(schedule)
         if run := self._runs.get(schedule):
             return run(self.merged.normalised(pixels))
         if uses >= SEEN_OFTEN and self._has_room_for(uses):
             self._later.ask(schedule)
-        return self._torch.logits(pixels, schedule)
+        return self._torch.outputs(pixels, schedule)
 
     def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
         """Compiles the schedule for every batch size, and keeps it for good."""
@@ -150,12 +150,13 @@ class OpenVINOBackend:
         """
         shape, generator = (size, *self._compiler.input_size, 3), torch.Generator().manual_seed(0)
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        wanted = self._torch.logits(pixels, schedule)
-        difference = float((run(self.merged.normalised(pixels)) - wanted).abs().amax(dim=1).quantile(0.5))
+        compared = slice(self._num_classes or None)  # features have scales of their own; without classes they are all
+        wanted = self._torch.outputs(pixels, schedule)[:, compared]
+        difference = float((run(self.merged.normalised(pixels))[:, compared] - wanted).abs().amax(dim=1).quantile(0.5))
         allowed = _TOLERANCES[self.info.precision] * float(wanted.abs().max())
         if not difference <= allowed:
             raise RuntimeError(
-                f"OpenVINO's logits differ from torch's by {difference:.2g}; at most {allowed:.2g} may be"
+                f"OpenVINO's outputs differ from torch's by {difference:.2g}; at most {allowed:.2g} may be"
             )
 
     def _faster_precision(self) -> tuple[str, str]:

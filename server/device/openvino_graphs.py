@@ -27,7 +27,7 @@ GRAPH_PER_WEIGHTS = 4
 them for every graph, and graphs share nothing. Measured: 2.5 for a lone one, 3.8 side by side."""
 
 Run = Callable[[Tensor], Tensor]
-"""Images (n, 3, H, W), float32 on the CPU, to logits (n, K)."""
+"""Images (n, 3, H, W), float32 on the CPU, to outputs (n, K + C)."""
 
 
 class AnyBatch:

@@ -22,7 +22,7 @@ class PixelBatch:
 
     Attributes:
         pixels: (B, H, W, 3) in uint8.
-        launched: The classification of all of them, where it has begun already.
+        launched: What is computed of all of them, where it has begun already.
     """
 
     pixels: Tensor

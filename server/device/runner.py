@@ -1,4 +1,4 @@
-"""The device: loaded models in, batches of pixels through them, likeliest classes out. Called from one thread."""
+"""The device: loaded models in, batches of pixels through them, results out. Called from one thread."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import Tensor
 from server.device.backend import BackendOptions
 from server.device.choosing import choose_backend
 from server.device.models import LoadedModel
+from server.device.outcome import Found, Wanted, gathered, wanted_by
 from server.device.prepared import Prepared, is_whole, rows
 from server.dial import r_of, text_of
 from server.documents import sentence
 from server.errors import EngineError, ServerError
-from server.ipc.messages import TopK
+from server.ipc.messages import TopK, Vector
 from server.settings import SettingsError
 from server.types import BackendInfo, BatchKey
 from tome_core import MergedViT
@@ -33,31 +34,33 @@ class Launched:
 
     Args:
         name: What computes it.
-        found: Classes and probabilities of each image, (2, B, k) float32, where they will be.
+        columns: What is wanted of its outputs, as `gathered` gives it, where it will be.
+        num_classes: Of the model.
+        wanted: What that is.
         pixels: What it is computed from, and so must stay.
     """
 
-    def __init__(self, name: str, found: Tensor, pixels: Tensor) -> None:
-        self._name, self._found, self._pixels = name, found, pixels
+    def __init__(self, name: str, columns: Tensor, num_classes: int, wanted: Wanted, pixels: Tensor) -> None:
+        self._name, self._columns, self._pixels = name, columns, pixels
+        self._num_classes, self._wanted = num_classes, wanted
         self._done: torch.cuda.Event | None = None
-        if found.is_cuda:
-            self._found = torch.empty(found.shape, pin_memory=True)
-            self._found.copy_(found, non_blocking=True)
+        if columns.is_cuda:
+            self._columns = torch.empty(columns.shape, pin_memory=True)
+            self._columns.copy_(columns, non_blocking=True)
             self._done = torch.cuda.Event(blocking=True)  # the thread that waits keeps no core busy
             self._done.record()
 
-    def result(self) -> list[tuple[list[int], list[float]]]:
-        """The likeliest classes of each image, and their probabilities, once they are there.
+    def result(self) -> Found:
+        """What was wanted, once it is there.
 
         Raises:
             EngineError: The model gives no numbers.
         """
         if self._done is not None:
             self._done.synchronize()
-        if not self._found.isfinite().all():
+        if not self._columns.isfinite().all():
             raise EngineError(f"{self._name} gives numbers that are none; try another --precision")
-        indices, scores = self._found
-        return list(zip(indices.to(torch.int64).tolist(), scores.tolist(), strict=True))
+        return Found(self._columns, self._num_classes, self._wanted)
 
 
 class Runner:
@@ -88,26 +91,28 @@ class Runner:
         options = replace(options, memory_bytes=options.memory_bytes // max(1, len(models)))
         self.alone = _alone_on(str(self._device))
         with on(self._device):
+            self._infos = {name: loaded.info for name, loaded in models.items()}
             self._backends = {
                 name: choose_backend(loaded, self._device, precision, options, self.alone)
                 for name, loaded in models.items()
             }
 
     @torch.inference_mode()
-    def classify(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[TopK]:
-        """The likeliest classes of images under the key's schedule, as many as the request of each wants.
+    def forward(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[TopK | Vector]:
+        """What the request of each image wants of the model's outputs under the key's schedule.
 
         Raises:
             EngineError: The model gives no numbers.
         """
-        top_ks = [each.item.request.top_k for each in prepared]
         launched = prepared[0].batch.launched
+        items = [each.item for each in prepared]
         if launched is None or not is_whole(prepared):
-            launched = self.launch(key, rows(prepared), max(top_ks))
-        return [TopK(indices[:k], scores[:k]) for k, (indices, scores) in zip(top_ks, launched.result(), strict=True)]
+            launched = self.launch(key, rows(prepared), wanted_by(items))
+        found = launched.result()
+        return [found.of(row, item) for row, item in enumerate(items)]
 
     def top_k(self, key: BatchKey, pixels: Tensor, k: int) -> list[tuple[list[int], list[float]]]:
-        """The k likeliest classes of each image, and their probabilities.
+        """The k likeliest classes of each image, and their scores by the model's own activation.
 
         Args:
             key: Model and schedule.
@@ -117,20 +122,24 @@ class Runner:
         Raises:
             EngineError: The model gives no numbers.
         """
-        return self.launch(key, pixels, k).result()
+        wanted = Wanted((self._infos[key.model].activation,), top_k=k)
+        return self.launch(key, pixels, wanted).result().top_k()
+
+    def run(self, key: BatchKey, pixels: Tensor) -> None:
+        """Does all of the work of a batch, and keeps nothing of it; as `top_k`."""
+        has_classes = bool(self._infos[key.model].labels)
+        self.launch(key, pixels, Wanted(("none",), top_k=int(has_classes), features=not has_classes)).result()
 
     @torch.inference_mode()
-    def launch(self, key: BatchKey, pixels: Tensor, k: int) -> Launched:
-        """Begins what `top_k` does. On a GPU that takes no time: it is computed after all that was launched before.
+    def launch(self, key: BatchKey, pixels: Tensor, wanted: Wanted) -> Launched:
+        """Begins a batch. On a GPU that takes no time: it is computed after all that was launched before.
 
         The device must be done with the pixels.
         """
-        backend = self._backends[key.model]
+        backend, num_classes = self._backends[key.model], len(self._infos[key.model].labels)
         with on(self._device):
-            probabilities = backend.logits(pixels, key.schedule).float().softmax(dim=1)
-            scores, indices = probabilities.topk(k, dim=1)
-            # One copy back for all: a whole number up to 2^24 is itself in float32.
-            return Launched(f"{key.model} in {backend.info.precision}", torch.stack([indices.float(), scores]), pixels)
+            columns = gathered(backend.outputs(pixels, key.schedule), num_classes, wanted)
+            return Launched(f"{key.model} in {backend.info.precision}", columns, num_classes, wanted, pixels)
 
     def is_quick(self, key: BatchKey, num_images: int) -> bool:
         """Whether `launch` only begins what the device does then, in no time."""
@@ -154,7 +163,7 @@ class Runner:
         torch.ones(1, device=self._device).sum().item()
 
     def warm_up(self, key: BatchKey, is_likely: bool = True) -> None:
-        """Compiles where that is needed, and classifies one black image: no request pays for what is done once.
+        """Compiles where that is needed, and computes one black image: no request pays for what is done once.
 
         Args:
             key: Model and schedule.
@@ -168,12 +177,12 @@ class Runner:
         try:
             with on(self._device):
                 backend.warm_up(key.schedule, is_likely)
-            self.top_k(key, torch.zeros(1, *key.input_size, 3, dtype=torch.uint8, device=self._device), 1)
+            self.run(key, torch.zeros(1, *key.input_size, 3, dtype=torch.uint8, device=self._device))
         except (ServerError, SettingsError):
             raise
         except Exception as error:
             logger.debug("%s cannot be warmed up", key.model, exc_info=True)
-            raise EngineError(f"{key.model} cannot classify a black image: {sentence(error)}") from error
+            raise EngineError(f"{key.model} cannot compute a black image: {sentence(error)}") from error
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
         logger.info(
             "%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, backend.info.precision, took_s

@@ -34,7 +34,7 @@ class TorchBackend:
 
     Attributes:
         info: What it is.
-        merged: The model on its device; it takes pixels.
+        merged: The model on its device; it takes pixels, and gives features beside logits.
         black: A black image as it takes them, (H, W, 3) in uint8 on the device.
         implementation: How it computes, and why so.
 
@@ -47,7 +47,8 @@ class TorchBackend:
             precision = "bf16" if device.type == "cuda" else "fp32"
         self.info = BackendInfo("torch", precision, reason)
         seen = loaded.info.preprocessing
-        self.merged = loaded.merged.from_pixels(seen.mean, seen.std).to(device, _DTYPES[precision]).eval()
+        merged = loaded.merged.from_pixels(seen.mean, seen.std).with_features()
+        self.merged = merged.to(device, _DTYPES[precision]).eval()
         self.black = torch.zeros(*seen.input_size, 3, dtype=torch.uint8, device=device)
         with torch.inference_mode():
             self.implementation = self.merged.implementation(self.black[None])
@@ -55,8 +56,8 @@ class TorchBackend:
             self.merged = self._in_float8(loaded.info.name)
         self._part = CPU_PART if device.type == "cpu" else None
 
-    def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
-        """Pixels (B, H, W, 3) in uint8 to logits (B, K)."""
+    def outputs(self, pixels: Tensor, schedule: Schedule) -> Tensor:
+        """Pixels (B, H, W, 3) in uint8 to logits and pooled features, (B, K + C)."""
         parts = pixels.split(self._part or len(pixels))
         return torch.cat([self.merged(part, schedule) for part in parts])
 
@@ -101,12 +102,12 @@ class RecordedBackend:
     ) -> None:
         self.merged = backend.merged
         device = backend.black.device
-        self._graphs = Graphs(backend.logits, backend.black, max_batch_size, record, alone, lambda: has_room(device))
+        self._graphs = Graphs(backend.outputs, backend.black, max_batch_size, record, alone, lambda: has_room(device))
         reason = f"{backend.implementation.name} operations ({backend.implementation.reason}), recorded as graphs"
         self.info = replace(backend.info, reason=f"{backend.info.reason}; {reason}")
 
-    def logits(self, pixels: Tensor, schedule: Schedule) -> Tensor:
-        """Pixels (B, H, W, 3) in uint8 to logits (B, K)."""
+    def outputs(self, pixels: Tensor, schedule: Schedule) -> Tensor:
+        """Pixels (B, H, W, 3) in uint8 to logits and pooled features, (B, K + C)."""
         return self._graphs(pixels, schedule)
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ from server.curve import Curve
 from server.dial import AutoR, RSetting, Schedule
 from server.errors import ServerError
 from server.images.image import Image
-from server.types import Configuration, ModelInfo
+from server.types import Activation, Configuration, ModelInfo
 
 T = TypeVar("T")
 
@@ -29,17 +29,19 @@ class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
         images: At least one.
         r: `r` of each block as asked, or the bounds of `auto`; None takes the deployment's.
         deadline: When the answer is worth nothing, in seconds of `time.monotonic()`, which all processes share.
+        trace: The caller's span as a W3C `traceparent`; None without tracing.
     """
 
     model: str
     images: list[Image]
     r: Schedule | AutoR | None = None
     deadline: float
+    trace: str | None = None
 
     @property
     def operation(self) -> str:
-        """What is to be computed."""
-        return str(type(self).__struct_config__.tag)
+        """What is to be computed. Images of one operation share batches, whatever is wanted of its outcome."""
+        return "forward"
 
 
 class TopK(Struct, frozen=True, array_like=True, gc=False, tag="top_k"):
@@ -47,6 +49,12 @@ class TopK(Struct, frozen=True, array_like=True, gc=False, tag="top_k"):
 
     indices: list[int]
     scores: list[float]
+
+
+class Vector(Struct, frozen=True, array_like=True, gc=False, tag="vector"):
+    """Numbers of one image: float32, little-endian."""
+
+    values: bytes
 
 
 class Merges(Struct, frozen=True, array_like=True, tag="merges"):
@@ -66,15 +74,42 @@ class Merges(Struct, frozen=True, array_like=True, tag="merges"):
 
 
 class Classify(Request[TopK], frozen=True, tag="classify"):
-    """Asks for the `top_k` likeliest classes of each image."""
+    """Asks for the likeliest classes of each image.
+
+    Attributes:
+        top_k: How many, at most.
+        activation: What makes scores of logits.
+        threshold: Least score of a class that is named; None names `top_k` whatever their scores.
+    """
 
     top_k: int
+    activation: Activation = "softmax"
+    threshold: float | None = None
+
+
+class Score(Request[Vector], frozen=True, tag="score"):
+    """Asks for the scores of all classes, in their order.
+
+    Attributes:
+        activation: What makes scores of logits; "none" gives the logits.
+    """
+
+    activation: Activation = "none"
+
+
+class Embed(Request[Vector], frozen=True, tag="embed"):
+    """Asks for the pooled features that the classifier reads."""
 
 
 class Explain(Request[Merges], frozen=True, tag="explain"):
-    """Asks as `Classify` does, and for what merged in every block."""
+    """Asks for the likeliest classes of each image, and for what merged in every block."""
 
     top_k: int
+    activation: Activation = "softmax"
+
+    @property
+    def operation(self) -> str:
+        return "explain"
 
 
 class Item(Struct, frozen=True):
@@ -85,7 +120,7 @@ class Item(Struct, frozen=True):
         index: Its place among the images.
     """
 
-    request: Classify | Explain
+    request: Classify | Score | Embed | Explain
     index: int
 
     @property
@@ -202,14 +237,14 @@ class Call(Struct, frozen=True, array_like=True):
     """What an HTTP process asks, under an id of its own."""
 
     id: int
-    ask: Classify | Explain | Probe | GetCurve | GetConfiguration | Configure | Withdraw
+    ask: Classify | Score | Embed | Explain | Probe | GetCurve | GetConfiguration | Configure | Withdraw
 
 
 class Reply(Struct, frozen=True, array_like=True):
     """What the engine says to the call of that id. The catalog answers no call."""
 
     id: int
-    answer: Answered[TopK | Merges] | Alive | Measured | Deployed | Failure | Catalog
+    answer: Answered[TopK | Vector | Merges] | Alive | Measured | Deployed | Failure | Catalog
 
 
 def to_bytes(message: Call | Reply, into: bytearray) -> None:

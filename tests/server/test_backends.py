@@ -134,8 +134,8 @@ def test_recordings_answer_as_launches_do_and_say_what_they_record() -> None:
     recorded.warm_up((3, 3))
     for size in (1, 5, 8):
         for schedule in ((3, 3), (0, 2)):
-            wanted = launched.logits(pixels(size), schedule)
-            torch.testing.assert_close(recorded.logits(pixels(size), schedule), wanted, atol=1e-5, rtol=1e-5)
+            wanted = launched.outputs(pixels(size), schedule)
+            torch.testing.assert_close(recorded.outputs(pixels(size), schedule), wanted, atol=1e-5, rtol=1e-5)
     assert recorded._graphs._held.dtype == torch.uint8  # a quarter of what normalised images take
     assert recorded.info.reason == "asked for; plain operations (there are no kernels for cpu), recorded as graphs"
 
@@ -148,7 +148,7 @@ def test_torch_takes_pixels_and_answers_as_for_their_normalised_images(kernels: 
     assert backend.implementation.name == kernels
     for schedule in ((0, 0), (5, 2)):
         wanted = model.merged(images(3), schedule)
-        torch.testing.assert_close(backend.logits(pixels(3), schedule), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(backend.outputs(pixels(3), schedule), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_pixels_are_normalised_by_mean_and_std() -> None:
@@ -196,7 +196,7 @@ def test_fp8_is_near_bf16_and_something_else() -> None:
     of = {precision: TorchBackend(loaded("fused", 384), CPU, precision) for precision in ("bf16", "fp8", "auto")}
     assert (of["fp8"].info.precision, of["auto"].info.precision) == ("fp8", "fp32")
     for schedule in ((0, 0), (4, 0)):
-        bf16, fp8 = (of[precision].logits(pixels(4), schedule).float() for precision in ("bf16", "fp8"))
+        bf16, fp8 = (of[precision].outputs(pixels(4), schedule).float() for precision in ("bf16", "fp8"))
         assert 0 < (fp8 - bf16).norm() / bf16.norm() < 0.2
 
 
@@ -251,7 +251,7 @@ def test_openvino_answers_as_torch_does_whatever_the_size_of_the_batch(openvino:
         backend.warm_up(schedule)
         for batch_size in (1, 3, 5, 6):
             wanted = model.merged(images(batch_size), schedule)
-            torch.testing.assert_close(backend.logits(pixels(batch_size), schedule), wanted, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(backend.outputs(pixels(batch_size), schedule), wanted, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -269,12 +269,12 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
     monkeypatch.setattr(backend, "_compile", wait_and_compile)
     wanted = model.merged.from_pixels(MEAN, STD)(pixels(1), (3, 0))
     for _ in range(openvino.SEEN_OFTEN):
-        assert torch.equal(backend.logits(pixels(1), (3, 0)), wanted)  # torch's own: bit for bit
+        assert torch.equal(backend.outputs(pixels(1), (3, 0)), wanted)  # torch's own: bit for bit
     assert (3, 0) not in backend._runs
     may_compile.set()
     backend._later._thread.submit(lambda: None).result()  # comes after the compiling
     assert (3, 0) not in backend._runs  # of this thread
-    torch.testing.assert_close(backend.logits(pixels(1), (3, 0)), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(backend.outputs(pixels(1), (3, 0)), wanted, atol=1e-4, rtol=1e-4)
     assert (3, 0) in backend._runs
 
 
@@ -283,9 +283,9 @@ def test_torch_answers_while_a_schedule_is_translated(openvino: Any) -> None:
     model = loaded()
     backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1), Lock())
     wanted = model.merged(images(1), (4, 0))
-    backend.logits(pixels(1), (4, 0))
+    backend.outputs(pixels(1), (4, 0))
     while (4, 0) not in backend._runs:
-        torch.testing.assert_close(backend.logits(pixels(1), (4, 0)), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(backend.outputs(pixels(1), (4, 0)), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_translation_that_dies_is_told(openvino_compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,7 @@ def test_the_runner_answers_as_the_model_does_whatever_else_is_in_the_batch(tiny
             for top_k, each in enumerate(pixels, 1)
         ]
         prepared = [Prepared(Item(request, 0), batch, row) for row, request in enumerate(asked)]
-        for image, request, answer in zip(images, asked, runner.classify(key, prepared), strict=True):
+        for image, request, answer in zip(images, asked, runner.forward(key, prepared), strict=True):
             mean, std = torch.tensor(loaded.info.preprocessing.mean), torch.tensor(loaded.info.preprocessing.std)
             with torch.no_grad():
                 logits = loaded.merged((((image / 255) - mean) / std).permute(2, 0, 1)[None], r=schedule)

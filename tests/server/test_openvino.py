@@ -92,7 +92,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
 def ask(backend: Any, schedule: Schedule, times: int = openvino.SEEN_OFTEN) -> None:
     """Asks for a schedule so often, and waits until nothing is compiled."""
     for _ in range(times):
-        backend.logits(pixels(1), schedule)
+        backend.outputs(pixels(1), schedule)
         settle(backend)
     backend._take_over()
 
@@ -142,7 +142,7 @@ def test_no_more_than_fit_are_compiled_where_many_are_asked_for_at_once(monkeypa
     with compiler_of.TRACING:  # a compiling thread stands still before it compares
         for number in range(1, 9):
             for _ in range(openvino.SEEN_OFTEN):
-                backend.logits(pixels(1), (number, 0))
+                backend.outputs(pixels(1), (number, 0))
     settle(backend)
     assert len(backend._compiler.compiled) == 1 + 2
 
@@ -176,9 +176,9 @@ def test_all_that_is_asked_for_at_once_is_compiled(backend: Any) -> None:
     asked = [(number, 0) for number in range(1, 6)]
     with compiler_of.TRACING:  # a compiling thread stands still before it compares
         for schedule in asked * openvino.SEEN_OFTEN:
-            backend.logits(pixels(1), schedule)
+            backend.outputs(pixels(1), schedule)
     settle(backend)
-    backend.logits(pixels(1), (0, 0))
+    backend.outputs(pixels(1), (0, 0))
     assert set(asked) < set(backend._runs)
 
 

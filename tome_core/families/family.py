@@ -181,6 +181,15 @@ class Family:
         x = model.head_drop(x)
         return x if pre_logits else model.head(x)
 
+    def head_and_features(self, model: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Logits (B, K), None without a classifier, and pooled features (B, C), pooled once where that is possible."""
+        features = self.head(model, x, size, pre_logits=True)
+        if not model.num_classes:
+            return None, features
+        if hasattr(model, "head_dist"):  # each of two classifiers reads a token of its own
+            return self.head(model, x, size), features
+        return model.head(features), features
+
     def pools_prefix(self, model: Any) -> bool:
         """Whether prefix tokens are pooled with the others."""
         return bool(getattr(model, "pool_include_prefix", False))

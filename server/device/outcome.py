@@ -1,0 +1,128 @@
+"""What requests want of a model's outputs: gathered on the device for a whole batch, read back image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from server.ipc.messages import Classify, Embed, Explain, Item, Score, TopK, Vector
+from server.types import Activation
+
+
+class Wanted(NamedTuple):
+    """What is fetched of the outputs of a batch: what any of its images wants.
+
+    Attributes:
+        activations: What makes scores of logits, for each image; one for all where they do not differ.
+        top_k: How many of the likeliest classes; 0 for none.
+        scores: Whether the scores of all classes are.
+        features: Whether the pooled features are.
+    """
+
+    activations: tuple[Activation, ...]
+    top_k: int = 0
+    scores: bool = False
+    features: bool = False
+
+
+def wanted_by(items: Sequence[Item]) -> Wanted:
+    """What a batch of images wants, together."""
+    requests = [item.request for item in items]
+    activations: tuple[Activation, ...] = tuple(getattr(request, "activation", "none") for request in requests)
+    return Wanted(
+        activations=activations[:1] if len(set(activations)) == 1 else activations,
+        top_k=max((request.top_k for request in requests if isinstance(request, Classify | Explain)), default=0),
+        scores=any(isinstance(request, Score) for request in requests),
+        features=any(isinstance(request, Embed) for request in requests),
+    )
+
+
+def gathered(outputs: Tensor, num_classes: int, wanted: Wanted) -> Tensor:
+    """What is wanted of a batch, as one tensor, so that one copy brings it back.
+
+    Args:
+        outputs: Logits and pooled features, (B, K + C).
+        num_classes: K.
+        wanted: What is.
+
+    Returns:
+        Float32, (B, columns): the classes' indices, their scores, the scores of all classes, the features; each where
+        it is wanted. An index up to 2^24 is itself in float32.
+    """
+    outputs = outputs.float()
+    logits, features = outputs[:, :num_classes], outputs[:, num_classes:]
+    scores = _activated(logits, wanted.activations) if wanted.top_k or wanted.scores else logits
+    columns = []
+    if wanted.top_k:
+        indices = logits.topk(wanted.top_k, dim=1).indices
+        columns += [indices.float(), scores.gather(1, indices)]
+    if wanted.scores:
+        columns.append(scores)
+    if wanted.features:
+        columns.append(features)
+    return torch.cat(columns, dim=1) if columns else outputs[:, :0]  # what merged in a model without classes
+
+
+class Found:
+    """What `gathered` gave, on the CPU.
+
+    Args:
+        columns: As it gave them.
+        num_classes: Of the model.
+        wanted: As it got it.
+    """
+
+    def __init__(self, columns: Tensor, num_classes: int, wanted: Wanted) -> None:
+        k, dense = wanted.top_k, num_classes if wanted.scores else 0
+        self._indices: list[list[int]] = columns[:, :k].to(torch.int64).tolist()
+        self._scores: list[list[float]] = columns[:, k : 2 * k].tolist()
+        self._dense, self._features = columns[:, 2 * k : 2 * k + dense], columns[:, 2 * k + dense :]
+
+    def top_k(self) -> list[tuple[list[int], list[float]]]:
+        """The likeliest classes of each image, and their scores."""
+        return list(zip(self._indices, self._scores, strict=True))
+
+    def scores(self) -> Tensor:
+        """The scores of all classes, (B, K)."""
+        return self._dense
+
+    def features(self) -> Tensor:
+        """The pooled features, (B, C)."""
+        return self._features
+
+    def of(self, row: int, item: Item) -> TopK | Vector:
+        """The result of one image."""
+        request = item.request
+        if isinstance(request, Score):
+            return _vector(self._dense[row])
+        if isinstance(request, Embed):
+            return _vector(self._features[row])
+        indices, scores = self._indices[row][: request.top_k], self._scores[row][: request.top_k]
+        if isinstance(request, Classify) and request.threshold is not None:
+            named = sum(score >= request.threshold for score in scores)  # they fall
+            indices, scores = indices[:named], scores[:named]
+        return TopK(indices, scores)
+
+
+def _activated(logits: Tensor, activations: Sequence[Activation]) -> Tensor:
+    """Scores of logits (B, K), by the activation of each image."""
+    if len(activations) == 1:
+        return _activation(logits, activations[0])
+    scores = torch.empty_like(logits)
+    for activation in set(activations):
+        rows = [row for row, each in enumerate(activations) if each == activation]
+        scores[rows] = _activation(logits[rows], activation)
+    return scores
+
+
+def _activation(logits: Tensor, activation: Activation) -> Tensor:
+    if activation == "softmax":
+        return logits.softmax(dim=1)
+    return logits.sigmoid() if activation == "sigmoid" else logits
+
+
+def _vector(row: Tensor) -> Vector:
+    return Vector(row.numpy().astype("<f4", copy=False).tobytes())
