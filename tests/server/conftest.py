@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import signal
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from server.dial import AutoR, RSetting, Schedule
 from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
 from server.ipc.engine import Engine
-from server.ipc.messages import Classify, Explain, Item, Merges, TopK
+from server.ipc.messages import Classify, Embed, Explain, Item, Merges, Score, TopK, Vector
 from server.settings import Settings
 from server.types import BatchKey, ModelInfo
 from tests.server.listening import Listening, Recorder
@@ -100,6 +101,7 @@ def model_info(name: str = "tiny", **changes: Any) -> ModelInfo:
         "num_tokens": 17,
         "num_prefix_tokens": 1,
         "max_r": 8,
+        "num_features": 4,
     }
     return ModelInfo(**(facts | changes))
 
@@ -151,6 +153,16 @@ def class_of_grey(grey: int, schedule: Sequence[int] = (0, 0, 0)) -> int:
     return class_of(bytes([grey]) * (SIDE * SIDE * 3), schedule)
 
 
+def vector_of(first: int) -> list[float]:
+    """What the fake device embeds an image of that class as."""
+    return [first + 1.0, -2.0, 0.5, 0.25]
+
+
+def scores_of(first: int, num_classes: int = NUM_CLASSES) -> list[float]:
+    """The scores that the fake device gives all classes: each half of the one before."""
+    return [1 / 2 ** ((index - first) % num_classes + 1) for index in range(num_classes)]
+
+
 def groups_of(schedule: Sequence[int]) -> list[list[int]]:
     """What the fake device says has merged of 16 patches: the first ones, as many as left a token in each block."""
     merged = itertools.accumulate(schedule)
@@ -177,7 +189,7 @@ class FakeDevice:
     def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
         return items
 
-    def compute(self, key: BatchKey, work: Sequence[Any]) -> list[TopK] | list[Merges]:
+    def compute(self, key: BatchKey, work: Sequence[Any]) -> list[Any]:
         self.batches.append((key, list(work)))
         self.gate.wait()
         if self.failure is not None:
@@ -187,11 +199,16 @@ class FakeDevice:
             return [Merges(top_k, (4, 4), SIDE // 4, groups_of(key.schedule)) for top_k in answers]
         return answers
 
-    def answer(self, key: BatchKey, item: Item) -> TopK:
-        first, k = class_of(item.image.data, key.schedule), item.request.top_k
-        return TopK(
-            [(first + rank) % self.num_classes for rank in range(k)], [1 / 2 ** (rank + 1) for rank in range(k)]
-        )
+    def answer(self, key: BatchKey, item: Item) -> TopK | Vector:
+        first, request = class_of(item.image.data, key.schedule), item.request
+        if isinstance(request, Embed):
+            return Vector(struct.pack("<4f", *vector_of(first)))
+        if isinstance(request, Score):
+            return Vector(struct.pack(f"<{self.num_classes}f", *scores_of(first, self.num_classes)))
+        k, threshold = request.top_k, getattr(request, "threshold", None)
+        scores = [1 / 2 ** (rank + 1) for rank in range(k)]
+        k = k if threshold is None else sum(score >= threshold for score in scores)
+        return TopK([(first + rank) % self.num_classes for rank in range(k)], scores[:k])
 
     def check(self) -> None:
         if self.broken is not None:
