@@ -34,7 +34,7 @@ from server.images.preprocessing import Preprocessing
 from server.ipc.engine import Engine
 from server.ipc.messages import Classify, Embed, Explain, Item, Merges, Score, TopK, Vector
 from server.settings import Settings
-from server.types import BatchKey, ModelInfo
+from server.types import Activation, BatchKey, ModelInfo
 from tests.server.listening import Listening, Recorder
 
 hypothesis_settings.register_profile("server", deadline=None)
@@ -42,6 +42,7 @@ hypothesis_settings.load_profile("server")
 
 SIDE = 8
 NUM_CLASSES = 101  # a prime: different colours and schedules give different classes
+NUM_FEATURES = 5
 HANGS_AFTER_S = 60
 
 
@@ -101,7 +102,7 @@ def model_info(name: str = "tiny", **changes: Any) -> ModelInfo:
         "num_tokens": 17,
         "num_prefix_tokens": 1,
         "max_r": 8,
-        "num_features": 4,
+        "num_features": NUM_FEATURES,
     }
     return ModelInfo(**(facts | changes))
 
@@ -153,14 +154,33 @@ def class_of_grey(grey: int, schedule: Sequence[int] = (0, 0, 0)) -> int:
     return class_of(bytes([grey]) * (SIDE * SIDE * 3), schedule)
 
 
-def vector_of(first: int) -> list[float]:
-    """What the fake device embeds an image of that class as."""
-    return [first + 1.0, -2.0, 0.5, 0.25]
+def score_of(rank: int, activation: Activation = "softmax") -> float:
+    """The fake device's score of the class of this rank, 0 for the likeliest."""
+    if activation == "softmax":
+        return float(0.5 ** (rank + 1))
+    return 1 / (rank + 2) if activation == "sigmoid" else float(-rank)
 
 
-def scores_of(first: int, num_classes: int = NUM_CLASSES) -> list[float]:
-    """The scores that the fake device gives all classes: each half of the one before."""
-    return [1 / 2 ** ((index - first) % num_classes + 1) for index in range(num_classes)]
+def scores_of(pixels: bytes, schedule: Sequence[int], activation: Activation = "none") -> list[float]:
+    """The fake device's scores of all classes, in their order, as float32 has them."""
+    first = class_of(pixels, schedule)
+    scores = [score_of((index - first) % NUM_CLASSES, activation) for index in range(NUM_CLASSES)]
+    return numbers(vector(scores))
+
+
+def features_of(pixels: bytes, schedule: Sequence[int]) -> list[float]:
+    """The fake device's features of an image: not of length 1, and never zero."""
+    return [class_of(pixels, schedule) + 1.5 * (channel + 1) for channel in range(NUM_FEATURES)]
+
+
+def vector(values: Sequence[float]) -> Vector:
+    """Numbers as an engine sends them."""
+    return Vector(struct.pack(f"<{len(values)}f", *values))
+
+
+def numbers(sent: Vector) -> list[float]:
+    """The numbers that an engine sent."""
+    return list(struct.unpack(f"<{len(sent.values) // 4}f", sent.values))
 
 
 def groups_of(schedule: Sequence[int]) -> list[list[int]]:
@@ -189,26 +209,34 @@ class FakeDevice:
     def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
         return items
 
-    def compute(self, key: BatchKey, work: Sequence[Any]) -> list[Any]:
+    def compute(self, key: BatchKey, work: Sequence[Any]) -> list[TopK | Vector] | list[Merges]:
         self.batches.append((key, list(work)))
         self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        answers = [self.answer(key, item) for item in work]
         if key.operation == "explain":
-            return [Merges(top_k, (4, 4), SIDE // 4, groups_of(key.schedule)) for top_k in answers]
-        return answers
+            groups = groups_of(key.schedule)
+            return [Merges(self.top_k(key, item), (4, 4), SIDE // 4, groups) for item in work]
+        return [self.answer(key, item) for item in work]
 
     def answer(self, key: BatchKey, item: Item) -> TopK | Vector:
-        first, request = class_of(item.image.data, key.schedule), item.request
+        request, pixels = item.request, item.image.data
         if isinstance(request, Embed):
-            return Vector(struct.pack("<4f", *vector_of(first)))
+            return vector(features_of(pixels, key.schedule))
         if isinstance(request, Score):
-            return Vector(struct.pack(f"<{self.num_classes}f", *scores_of(first, self.num_classes)))
-        k, threshold = request.top_k, getattr(request, "threshold", None)
-        scores = [1 / 2 ** (rank + 1) for rank in range(k)]
-        k = k if threshold is None else sum(score >= threshold for score in scores)
-        return TopK([(first + rank) % self.num_classes for rank in range(k)], scores[:k])
+            return vector(scores_of(pixels, key.schedule, request.activation))
+        return self.top_k(key, item)
+
+    def top_k(self, key: BatchKey, item: Item) -> TopK:
+        request, first = item.request, class_of(item.image.data, key.schedule)
+        assert isinstance(request, Classify | Explain)
+        ranks = range(request.top_k)
+        if isinstance(request, Classify) and request.threshold is not None:
+            ranks = range(sum(score_of(rank, request.activation) >= request.threshold for rank in ranks))
+        return TopK(
+            [(first + rank) % self.num_classes for rank in ranks],
+            [score_of(rank, request.activation) for rank in ranks],
+        )
 
     def check(self) -> None:
         if self.broken is not None:
@@ -228,6 +256,17 @@ def classify(
 def explain(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny") -> Explain:
     """The same to explain it."""
     return Explain(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e6, top_k=1)
+
+
+def score(pixels: bytes = b"abc", activation: Activation = "none", *, r: Schedule | AutoR | None = None) -> Score:
+    """The same for the scores of all classes."""
+    asked = {"model": "tiny", "images": [Pixels(pixels)], "r": r, "deadline": time.monotonic() + 1e6}
+    return Score(**asked, activation=activation)
+
+
+def embed(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny") -> Embed:
+    """The same for its features."""
+    return Embed(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e6)
 
 
 def local_engine(
