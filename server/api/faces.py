@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
-
-from server.api.schemas import ErrorBody
 
 
 class Problem(NamedTuple):
@@ -45,7 +42,6 @@ class Face:
         router: Its endpoints.
         owns: Whether a method and a path are its own, and so its errors have its shape; unknown paths of its may be.
         error: Gives an error its shape. The status and the headers that all errors have stay as they are.
-        error_body: That shape, for the API's description.
     """
 
     name: str
@@ -53,7 +49,6 @@ class Face:
     router: APIRouter
     owns: Callable[[str, str], bool]
     error: Callable[[Problem], JSONResponse] = field(default=native)
-    error_body: type[BaseModel] = ErrorBody
 
 
 def shape_of(request: Request) -> Callable[[Problem], JSONResponse]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -11,7 +10,6 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from server.api.access import for_admins, for_scrapers, for_users
-from server.api.faces import Face
 from server.settings import Settings
 
 router = APIRouter(include_in_schema=False)
@@ -21,6 +19,7 @@ _SCHEMES = {
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "X-API-Key: KEY"},
 }
 _EITHER: list[dict[str, list[str]]] = [{name: []} for name in _SCHEMES]
+_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
@@ -37,29 +36,21 @@ async def get_openapi(request: Request) -> JSONResponse:
 def describe(app: FastAPI) -> dict[str, Any]:
     """The description of an application. It is made once, at the first request."""
     if not hasattr(app.state, "described"):
-        app.state.described = _complete(app.openapi(), app.state.routes, app.state.faces, app.state.service.settings)
+        app.state.described = _complete(app.openapi(), app.state.routes, app.state.service.settings)
+        app.state.described["tags"] = [{"name": face.name, "description": face.description} for face in app.state.faces]
     described: dict[str, Any] = app.state.described
     return described
 
 
-def _complete(
-    described: dict[str, Any], routes: list[APIRoute], faces: Sequence[Face], settings: Settings
-) -> dict[str, Any]:
+def _complete(described: dict[str, Any], routes: list[APIRoute], settings: Settings) -> dict[str, Any]:
     components = described.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     described["paths"] = _hoisted(described["paths"], schemas)
-    described["tags"] = [{"name": face.name, "description": face.description} for face in faces]
-    errors: dict[str, Any] = {}
-    for face in faces:
-        name = face.error_body.__name__
-        schemas[name] = _hoisted(face.error_body.model_json_schema(), schemas)
-        errors[face.name] = _error(name)
     for operations in described["paths"].values():
         for operation in operations.values():
-            error = next((errors[tag] for tag in operation.get("tags", ()) if tag in errors), _error("ErrorBody"))
             for status, response in operation["responses"].items():
-                if status >= "400":
-                    response["content"] = error  # of text too, as the metrics are
+                if status >= "400" and "application/json" not in response.get("content", {}):
+                    response["content"] = _ERROR  # of text, as the metrics are
     wants_key: dict[object, str | None] = {
         for_users: settings.api_key,
         for_admins: settings.api_key or settings.admin_key,
@@ -74,10 +65,6 @@ def _complete(
                 operation["security"] = _EITHER
                 components["securitySchemes"] = _SCHEMES
     return described
-
-
-def _error(schema: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
 def _hoisted(part: Any, schemas: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from server.api.access import ERRORS, ForUsers
+from server.api.access import ForUsers, errors_as
 from server.api.asking import EMBED, Asking
 from server.api.body import Layout, read_request
 from server.api.described import ANSWERED, asked
@@ -29,8 +29,6 @@ from server.types import ModelInfo
 PATH = "/v1/embeddings"
 _NO_MODEL = ("", "default/not-specified")
 """What clients send as the model where their user names none."""
-
-router = APIRouter(responses=ERRORS, route_class=DirectRoute, tags=["embeddings"])
 
 
 class EmbeddingParameters(Dial):
@@ -90,6 +88,9 @@ class EmbeddingErrorBody(BaseModel):
     """An error as OpenAI's clients read it."""
 
     error: EmbeddingError
+
+
+router = APIRouter(responses=errors_as(EmbeddingErrorBody), route_class=DirectRoute, tags=["embeddings"])
 
 
 _LAYOUT = Layout(EmbeddingParameters, EmbeddingBody, "input")
@@ -170,5 +171,4 @@ def face(settings: Settings) -> Face:
         router=router,
         owns=lambda method, path: path == PATH,
         error=_error,
-        error_body=EmbeddingErrorBody,
     )

@@ -6,14 +6,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from server.api.access import ERRORS, ForUsers
+from server.api.access import ForUsers, errors_as
 from server.api.asking import CLASSIFY, Asking
 from server.api.described import ANSWERED
 from server.api.faces import Face, Problem
 from server.api.protocols.inputs import ASKED, LabelScore, labels_of, read_inputs
 from server.settings import Settings
-
-router = APIRouter(responses=ERRORS, tags=["huggingface"])
 
 Labels = list[LabelScore] | list[list[LabelScore]]
 
@@ -22,6 +20,9 @@ class HuggingFaceError(BaseModel):
     """An error as Hugging Face's clients read it."""
 
     error: str
+
+
+router = APIRouter(responses=errors_as(HuggingFaceError), tags=["huggingface"])
 
 
 @router.post("/", response_model=Labels, responses=ANSWERED, openapi_extra=ASKED)
@@ -55,5 +56,4 @@ def face(settings: Settings) -> Face:
         router=router,
         owns=lambda method, path: path.startswith("/models/") or (path == "/" and method not in ("GET", "HEAD")),
         error=_error,
-        error_body=HuggingFaceError,
     )

@@ -25,7 +25,7 @@ class InstancesBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     instances: list[Any] = Field(
-        description='Images: each {"b64": "..."}, {"data": "..."} or the base64 itself, with or without a data: prefix.',
+        description='Images: each {"b64": "..."}, {"data": "..."} or the base64 itself, a data: prefix or not.',
         min_length=1,
         json_schema_extra={
             "items": {

@@ -1,4 +1,4 @@
-"""KServe's protocol v1: `POST /v1/models/{name}:predict`. `GET /v1/models/{name}` and `/` are among our own endpoints."""
+"""KServe's protocol v1: `POST /v1/models/{name}:predict`. Our own endpoints answer `GET /v1/models/{name}` and `/`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from server.api.access import ERRORS, ForUsers
+from server.api.access import ForUsers, errors_as
 from server.api.asking import CLASSIFY, Asking
 from server.api.body import joined, parse
 from server.api.described import ANSWERED
@@ -16,8 +16,6 @@ from server.api.faces import Face, Problem
 from server.api.protocols.instances import ASKED, read_instances, scores_by_label
 from server.api.schemas import Parameters
 from server.settings import Settings
-
-router = APIRouter(responses=ERRORS, tags=["kserve"])
 
 _OURS = re.compile(r"/v1/models/[^/]*:[a-z]+")
 
@@ -32,6 +30,9 @@ class KServeError(BaseModel):
     """An error as KServe's clients read it."""
 
     error: str
+
+
+router = APIRouter(responses=errors_as(KServeError), tags=["kserve"])
 
 
 @router.post("/v1/models/{name}:predict", response_model=KServePredictions, responses=ANSWERED, openapi_extra=ASKED)
@@ -57,5 +58,4 @@ def face(settings: Settings) -> Face:
         router=router,
         owns=lambda method, path: _OURS.fullmatch(path) is not None,
         error=_error,
-        error_body=KServeError,
     )

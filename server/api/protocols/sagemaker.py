@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from server.api.access import ERRORS, ForUsers, Service
+from server.api.access import ForUsers, Service, errors_as
 from server.api.asking import CLASSIFY, R_HEADER, Asking
 from server.api.described import ANSWERED
 from server.api.faces import Face, Problem
@@ -86,7 +86,7 @@ def _error(problem: Problem) -> JSONResponse:
 
 def face(settings: Settings) -> Face:
     """The face, as `FACES` has it."""
-    router = APIRouter(responses=ERRORS, tags=["sagemaker"])
+    router = APIRouter(responses=errors_as(SageMakerError), tags=["sagemaker"])
     for path, endpoint in (("/invocations", invoke), ("/endpoints/{name}/invocations", invoke_endpoint)):
         router.post(path, response_model=Labels, responses=ANSWERED, openapi_extra=ASKED)(endpoint)
     if "torchserve" not in settings.protocol:
@@ -97,5 +97,4 @@ def face(settings: Settings) -> Face:
         router=router,
         owns=lambda method, path: path in (PING, "/invocations") or path.startswith("/endpoints/"),
         error=_error,
-        error_body=SageMakerError,
     )

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from server.api.access import ERRORS, ForUsers, Service
+from server.api.access import ForUsers, Service, errors_as
 from server.api.asking import CLASSIFY, Asking
 from server.api.body import Upload, check_count, content_type_of, joined, parse, read_form, read_query, read_whole
 from server.api.described import ANSWERED, FILE, body_of, in_query
@@ -128,7 +128,7 @@ def _error(problem: Problem) -> JSONResponse:
 
 def face(settings: Settings) -> Face:
     """The face, as `FACES` has it."""
-    router = APIRouter(responses=ERRORS, tags=["torchserve"])
+    router = APIRouter(responses=errors_as(TorchServeError), tags=["torchserve"])
     for path, endpoint in (("/predictions/{name}", predict), ("/predictions/{name}/{version}", predict_version)):
         for add in (router.post, router.put):  # curl -T sends PUT
             add(path, response_model=Scores, responses=ANSWERED, openapi_extra=_ASKED)(endpoint)
@@ -139,5 +139,4 @@ def face(settings: Settings) -> Face:
         router=router,
         owns=lambda method, path: path == PING or path.startswith("/predictions/"),
         error=_error,
-        error_body=TorchServeError,
     )

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from server.api.access import ERRORS, ForAll, ForUsers
+from server.api.access import ForAll, ForUsers, errors_as
 from server.api.asking import CLASSIFY, Asking
 from server.api.described import ANSWERED
 from server.api.faces import Face, Problem
@@ -89,7 +89,7 @@ def _error(problem: Problem) -> JSONResponse:
 def face(settings: Settings) -> Face:
     """The face, as `FACES` has it."""
     paths = settings.vertex_predict_route, settings.vertex_health_route
-    router = APIRouter(responses=ERRORS, tags=["vertex"])
+    router = APIRouter(responses=errors_as(VertexError), tags=["vertex"])
     router.post(paths[0], response_model=VertexPredictions, responses=ANSWERED, openapi_extra=ASKED)(predict)
     router.get(paths[1])(health)
     return Face(
@@ -98,5 +98,4 @@ def face(settings: Settings) -> Face:
         router=router,
         owns=lambda method, path: path in paths,
         error=_error,
-        error_body=VertexError,
     )
