@@ -219,7 +219,7 @@ def _listed(names: Sequence[str]) -> str:
 def check_count(count: int, max_images: int) -> None:
     """Raises UndecodableError where there is no image, TooLargeError where there are too many."""
     if count == 0:
-        raise UndecodableError("the request holds no image; send it as the form part 'image', as JSON 'images' or raw")
+        raise UndecodableError("the request holds no image; /docs says how to send one")
     if count > max_images:
         raise TooLargeError(
             f"the request holds {count} images; at most {max_images} are allowed", max_images=max_images
