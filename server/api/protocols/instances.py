@@ -22,7 +22,7 @@ _FIELDS = ("b64", "data")
 class InstancesBody(BaseModel):
     """A JSON request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"instances": [{"b64": "..."}]}})
 
     instances: list[Any] = Field(
         description='Images: each {"b64": "..."}, {"data": "..."} or the base64 itself, a data: prefix or not.',
