@@ -25,6 +25,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* The settings file of `tome-server serve`. */}}
 {{- define "tome-server.settings" -}}
+{{- range list "host" "port" "model" "protocol" "grpc_port" "threads" "state_dir" "api_key" "admin_key" "metrics_key" -}}
+{{- if hasKey $.Values.settings . -}}{{- fail (printf "settings.%s: other values of this chart say it" .) -}}{{- end -}}
+{{- end -}}
 {{- $models := list -}}
 {{- range .Values.models -}}{{- $models = append $models (omit . "live") -}}{{- end -}}
 {{- $settings := dict "port" 8000 "model" $models -}}
