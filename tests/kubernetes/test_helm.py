@@ -8,7 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import kubernetes_validate
 import pytest
@@ -20,7 +20,7 @@ from server.api import health
 from server.commands import serve
 from server.config.watched import WatchedFile
 from server.dial import AutoR, RSetting
-from server.settings import BUNDLED_NAME, PREFIX, Settings, load_settings
+from server.settings import BUNDLED_NAME, PREFIX, Protocol, Settings, load_settings
 from tests.kubernetes.custom import kept
 from tests.test_kubernetes import VERSIONS
 
@@ -37,7 +37,7 @@ EVERYTHING: dict[str, Any] = {
         {"name": "c", "source": "bundled"},
     ],
     "settings": {"max_body_bytes": 33554432, "deadline_s": 2.5, "cors_origin": ["https://app.example.org"]},
-    "protocols": [],
+    "protocols": ["oip", "kserve"],
     "grpc": {"enabled": True, "port": 9001},
     "keys": {"secret": "keys", "api": "api-key", "admin": "admin", "metrics": "metrics"},
     "gpu": {"count": 2},
@@ -181,7 +181,7 @@ def test_settings_arrive_as_they_were_given(tmp_path: Path) -> None:
     assert settings.cors_origin == ("https://app.example.org",)
     assert settings.devices() == ("cuda:0", "cuda:1")
     assert (settings.api_key, settings.admin_key) == ("secret-api-key", "secret-admin")
-    assert settings.grpc_port == 9001
+    assert (settings.protocol, settings.grpc_port) == (("oip", "kserve"), 9001)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +285,11 @@ def test_notes_say_how_to_ask(values: dict[str, Any]) -> None:
     assert f"service/{NAME} 8000:80" in notes and "/classify" in notes
     assert ("Authorization: Bearer" in notes) == bool(values.get("keys"))
     assert ("port 9001" in notes) == bool(values.get("grpc"))
+
+
+def test_the_schema_knows_every_protocol() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert set(schema["properties"]["protocols"]["items"]["enum"]) == {"none", *get_args(Protocol)}
 
 
 def test_the_chart_is_of_this_version() -> None:
