@@ -101,13 +101,22 @@ def container_of(release: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return dict(container)
 
 
+def files_of(release: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What the container finds of the ConfigMap, by path."""
+    volumes = {volume["name"]: volume for volume in pod_of(release)["spec"]["volumes"]}
+    return {
+        f"{mount['mountPath']}/{item['path']}": release["ConfigMap"]["data"][item["key"]]
+        for mount in container_of(release)["volumeMounts"]
+        for item in volumes[mount["name"]].get("configMap", {}).get("items", [])
+    }
+
+
 def settings_of(release: dict[str, dict[str, Any]], folder: Path) -> Settings:
-    """What the server reads where the folder stands for /etc/tome."""
-    data = release["ConfigMap"]["data"]
-    (folder / "settings.yaml").write_text(data["settings.yaml"].replace("/etc/tome", str(folder)))
-    (folder / "keys").mkdir()
+    """What the server reads where the folder holds the keys that a Secret would."""
+    [path] = [each["value"] for each in container_of(release)["env"] if each["name"] == "TOME_CONFIG"]
+    (folder / "settings.yaml").write_text(files_of(release)[path].replace("/etc/tome/keys", str(folder)))
     for key in ("api-key", "admin", "metrics"):
-        (folder / "keys" / key).write_text(f"secret-{key}\n")
+        (folder / key).write_text(f"secret-{key}\n")
     return load_settings({}, str(folder / "settings.yaml"))
 
 
@@ -194,9 +203,8 @@ def test_the_live_configuration_is_one(values: dict[str, Any], expected: dict[st
     release = render(values)
     settings = settings_of(release, tmp_path)
     start: dict[str, RSetting] = {spec.name: 0 for spec in settings.specs()}
-    path = Path(str(settings.shared_config))
-    path.parent.mkdir()
-    path.write_text(release["ConfigMap"]["data"][path.name])
+    path = tmp_path / "live.yaml"
+    path.write_text(files_of(release)[str(settings.shared_config)])
     config = WatchedFile(start, str(path), None, lambda models: None)
     assert config.configuration.models == expected
 
@@ -214,7 +222,7 @@ def test_a_live_change_restarts_nothing() -> None:
 def test_without_a_live_r_every_replica_has_its_own(tmp_path: Path) -> None:
     release = render({"models": [{"name": BUNDLED_NAME, "source": "bundled"}]})
     assert settings_of(release, tmp_path).shared_config is None
-    assert "config.yaml" not in release["ConfigMap"]["data"]
+    assert len(files_of(release)) == 1
 
 
 @each_release
@@ -229,9 +237,6 @@ def test_what_refers_to_something_finds_it(values: dict[str, Any]) -> None:
     assert ports["http"] == Settings.model_fields["port"].default
     volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
-    for name in ("settings", "live"):
-        [item] = volumes[name]["configMap"]["items"]
-        assert item["key"] in release["ConfigMap"]["data"]
     if claim := release.get("PersistentVolumeClaim"):
         volume = claim["metadata"]["name"].removeprefix(f"{NAME}-")
         assert volumes[volume]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
