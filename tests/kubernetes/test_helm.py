@@ -24,7 +24,8 @@ from server.settings import BUNDLED_NAME, PREFIX, Protocol, Settings, load_setti
 from tests.kubernetes.custom import kept
 from tests.test_kubernetes import VERSIONS
 
-CHART = Path(__file__).parents[2] / "docker/helm/tome-server"
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "docker/helm/tome-server"
 PROGRAM = Path(__file__).parent / "helm_chart.py"
 NAME = "photos-tome-server"
 
@@ -43,7 +44,7 @@ EVERYTHING: dict[str, Any] = {
     "gpu": {"count": 2},
     "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "20Gi"}},
     "autoscaling": {"type": "keda"},
-    "persistence": {"models": {"enabled": True, "storageClassName": "nfs"}},
+    "persistence": {"models": {"create": True, "storageClassName": "nfs"}},
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "podAnnotations": {"owner": "vision"},
     "extraEnv": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}],
@@ -54,10 +55,13 @@ EVERYTHING: dict[str, Any] = {
 ONE_WITH_STATE: dict[str, Any] = {
     "autoscaling": {"type": "none"},
     "replicaCount": 1,
-    "persistence": {"state": {"enabled": True}, "models": {"enabled": True, "existingClaim": "weights"}},
+    "persistence": {"state": {"create": True}, "models": {"existingClaim": "weights"}},
     "podDisruptionBudget": {"enabled": False},
 }
-RELEASES: dict[str, dict[str, Any]] = {"default": {}, "everything": EVERYTHING, "one with state": ONE_WITH_STATE}
+DOCUMENTED: dict[str, Any] = yaml.safe_load(
+    (ROOT / "docs/scale.md").read_text().split("### Helm")[1].split("```yaml")[1].split("```")[0]
+)
+RELEASES = {"default": {}, "everything": EVERYTHING, "one with state": ONE_WITH_STATE, "documented": DOCUMENTED}
 each_release = pytest.mark.parametrize("values", RELEASES.values(), ids=RELEASES)
 
 
@@ -115,7 +119,7 @@ def settings_of(release: dict[str, dict[str, Any]], folder: Path) -> Settings:
     """What the server reads where the folder holds the keys that a Secret would."""
     [path] = [each["value"] for each in container_of(release)["env"] if each["name"] == "TOME_CONFIG"]
     (folder / "settings.yaml").write_text(files_of(release)[path].replace("/etc/tome/keys", str(folder)))
-    for key in ("api-key", "admin", "metrics"):
+    for key in ("api-key", "admin", "metrics", "metrics-key"):
         (folder / key).write_text(f"secret-{key}\n")
     return load_settings({}, str(folder / "settings.yaml"))
 
@@ -162,7 +166,7 @@ def test_makes_what_is_asked_for() -> None:
         ({"gpu": {"count": -1}}, "/gpu/count"),
         ({"autoscaling": {"type": "cpu"}}, "/autoscaling/type"),
         ({"resources": {"requests": {"cpu": None}}}, "cpu"),
-        ({"persistence": {"state": {"enabled": True}}}, "replicaCount 1"),
+        ({"persistence": {"state": {"existingClaim": "mine"}}}, "replicaCount 1"),
     ],
 )
 def test_refuses_wrong_values_by_name(values: dict[str, Any], named: str) -> None:
@@ -273,6 +277,11 @@ def test_autoscalers_read_a_metric_of_ours() -> None:
         assert "replicas" not in render(values)["Deployment"]["spec"]  # an upgrade would set the count back
 
 
+def test_replicas_share_a_claim_that_exists() -> None:
+    [models] = [volume for volume in pod_of(render(ONE_WITH_STATE))["spec"]["volumes"] if volume["name"] == "models"]
+    assert models["persistentVolumeClaim"]["claimName"] == "weights"
+
+
 def test_a_volume_of_one_replica_is_free_before_the_next_one_starts() -> None:
     deployment = render(ONE_WITH_STATE)["Deployment"]["spec"]
     assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
@@ -289,7 +298,7 @@ def test_notes_say_how_to_ask(values: dict[str, Any]) -> None:
     [notes] = [text for name, text in run(values)["files"].items() if name.endswith("NOTES.txt")]
     assert f"service/{NAME} 8000:80" in notes and "/classify" in notes
     assert ("Authorization: Bearer" in notes) == bool(values.get("keys"))
-    assert ("port 9001" in notes) == bool(values.get("grpc"))
+    assert ("gRPC: port" in notes) == bool(values.get("grpc"))
 
 
 def test_the_schema_knows_every_protocol() -> None:
