@@ -214,7 +214,7 @@ class ModelCard(BaseModel):
 
     id: str = Field(description="Its name.")
     object: Literal["model"] = "model"
-    created: int = Field(0, description="Not known: always 0.")
+    created: int = Field(default=0, description="Not known: always 0.")
     owned_by: str = "tome-server"
 
 

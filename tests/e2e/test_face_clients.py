@@ -11,7 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,12 @@ def in_base64() -> str:
     return base64.b64encode(PHOTO.read_bytes()).decode()
 
 
-def length(vector: Any) -> float:
+def length(vector: Sequence[float]) -> float:
     return math.hypot(*vector)
 
 
-def cosine(one: Any, other: Any) -> float:
-    return sum(a * b for a, b in zip(one, other, strict=True)) / (length(one) * length(other))
+def cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(map(mul, one, other)) / (length(one) * length(other))
 
 
 def test_our_own_client_gets_vectors_that_r_turns_a_little(service: Service, vector: tuple[float, ...]) -> None:
@@ -148,7 +149,7 @@ def test_infinitys_client_gets_vectors(service: Service, vector: tuple[float, ..
     body = OpenAIEmbeddingInputImage(
         input_=[f"data:image/jpeg;base64,{in_base64()}"], modality=OpenAIEmbeddingInputImageModality.IMAGE
     )
-    result = embeddings.sync(client=client, body=body)
+    result: Any = embeddings.sync(client=client, body=body)
     assert result.data[0].embedding == pytest.approx(vector, abs=1e-5)
     assert result.usage.total_tokens == 257
 

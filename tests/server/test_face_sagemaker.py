@@ -11,7 +11,7 @@ from tests.server.faces import B64, PNG, message_of
 from tests.server.test_face_huggingface import told
 
 ATTRIBUTES, TARGET = "X-Amzn-SageMaker-Custom-Attributes", "X-Amzn-SageMaker-Target-Model"
-ON = {"protocol": "sagemaker"}
+ON: dict[str, Any] = {"protocol": "sagemaker"}
 
 
 @pytest.mark.parametrize("path", ["/invocations", "/endpoints/any-name/invocations"])

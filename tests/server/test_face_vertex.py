@@ -18,7 +18,10 @@ AIP = {
 
 
 async def test_instances_give_predictions_on_the_named_routes() -> None:
-    routes = {"vertex_predict_route": AIP["AIP_PREDICT_ROUTE"], "vertex_health_route": AIP["AIP_HEALTH_ROUTE"]}
+    routes: dict[str, Any] = {
+        "vertex_predict_route": AIP["AIP_PREDICT_ROUTE"],
+        "vertex_health_route": AIP["AIP_HEALTH_ROUTE"],
+    }
     async with serving(protocol="vertex kserve", **routes) as service:
         assert (await service.client.get(AIP["AIP_HEALTH_ROUTE"])).status_code == 200
         body = {"instances": [{"b64": B64}, B64], "parameters": {"r": 4, "top_k": 2}}

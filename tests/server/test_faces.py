@@ -13,7 +13,7 @@ from tests.server.faces import ASKED, B64, CHECKS, EVERY, PROTOCOLS, SAID, ask, 
 from tests.server.test_json_body import AMPLIFIED, STRANGE
 from tests.server.test_openapi import assert_described, description
 
-ALL = {"protocol": PROTOCOLS}
+ALL: dict[str, Any] = {"protocol": PROTOCOLS}
 JSON = {"content-type": "application/json"}
 
 

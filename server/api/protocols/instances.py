@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from server.api.body import Upload, check_count, joined, parse, read_query, uploads_of
 from server.api.described import ParametersObject, body_of, in_query
@@ -17,6 +17,10 @@ from server.ipc.messages import TopK
 from server.types import ModelInfo
 
 _FIELDS = ("b64", "data")
+_KINDS: list[JsonValue] = [
+    {"type": "string"},
+    *({"type": "object", "properties": {name: {"type": "string"}}, "required": [name]} for name in _FIELDS),
+]
 
 
 class InstancesBody(BaseModel):
@@ -27,17 +31,7 @@ class InstancesBody(BaseModel):
     instances: list[Any] = Field(
         description='Images: each {"b64": "..."}, {"data": "..."} or the base64 itself, a data: prefix or not.',
         min_length=1,
-        json_schema_extra={
-            "items": {
-                "anyOf": [
-                    {"type": "string"},
-                    *(
-                        {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
-                        for name in _FIELDS
-                    ),
-                ]
-            }
-        },
+        json_schema_extra={"items": {"anyOf": _KINDS}},
     )
     parameters: ParametersObject = None
 

@@ -52,7 +52,7 @@ async def invoke(request: Request, service: ForUsers) -> Response:
 
 
 async def invoke_endpoint(name: str, request: Request, service: ForUsers) -> Response:
-    """The same, as boto3 asks a local endpoint. An endpoint's name is no model's: any will do."""
+    """Labels and scores, as boto3 asks a local endpoint. An endpoint's name is no model's: any will do."""
     return await _invoke(request, service)
 
 

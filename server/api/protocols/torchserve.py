@@ -68,7 +68,7 @@ async def predict(name: str, request: Request, service: ForUsers) -> Response:
 
 
 async def predict_version(name: str, version: str, request: Request, service: ForUsers) -> Response:
-    """The same, where this version of the model is served."""
+    """The likeliest labels and their scores, where this version of the model is served."""
     return await _predict(name, version, request, service)
 
 
