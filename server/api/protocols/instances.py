@@ -17,10 +17,8 @@ from server.ipc.messages import TopK
 from server.types import ModelInfo
 
 _FIELDS = ("b64", "data")
-_KINDS: list[JsonValue] = [
-    {"type": "string"},
-    *({"type": "object", "properties": {name: {"type": "string"}}, "required": [name]} for name in _FIELDS),
-]
+_TEXT: JsonValue = {"type": "string"}
+_OBJECTS: list[JsonValue] = [{"type": "object", "properties": {name: _TEXT}, "required": [name]} for name in _FIELDS]
 
 
 class InstancesBody(BaseModel):
@@ -31,7 +29,7 @@ class InstancesBody(BaseModel):
     instances: list[Any] = Field(
         description='Images: each {"b64": "..."}, {"data": "..."} or the base64 itself, a data: prefix or not.',
         min_length=1,
-        json_schema_extra={"items": {"anyOf": _KINDS}},
+        json_schema_extra={"items": {"anyOf": [_TEXT, *_OBJECTS]}},
     )
     parameters: ParametersObject = None
 
