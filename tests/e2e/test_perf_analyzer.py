@@ -43,6 +43,8 @@ def test_a_header_turns_the_dial(
 ) -> None:
     data, image = tmp_path / "data.json", tmp_path / "photo.jpg"
     image.write_bytes(photo)
+    inputs: dict[str, object]
+    options: list[str]
     if protocol == "oip":  # the file as an element of a BYTES tensor, which has its length before it
         element = base64.b64encode(struct.pack("<I", len(photo)) + photo).decode()
         inputs, options = {"image": {"b64": element, "shape": [1]}}, []
