@@ -145,11 +145,11 @@ def test_infinitys_client_gets_vectors(service: Service, vector: tuple[float, ..
     from infinity_client.models import OpenAIEmbeddingInputImage
     from infinity_client.models.open_ai_embedding_input_image_modality import OpenAIEmbeddingInputImageModality
 
-    client = infinity.Client(base_url=f"{service.url}/v1", headers={"x-r": "0"})
     body = OpenAIEmbeddingInputImage(
         input_=[f"data:image/jpeg;base64,{in_base64()}"], modality=OpenAIEmbeddingInputImageModality.IMAGE
     )
-    result: Any = embeddings.sync(client=client, body=body)
+    with infinity.Client(base_url=f"{service.url}/v1", headers={"x-r": "0"}) as client:
+        result: Any = embeddings.sync(client=client, body=body)
     assert result.data[0].embedding == pytest.approx(vector, abs=1e-5)
     assert result.usage.total_tokens == 257
 
