@@ -22,7 +22,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
 from server.errors import ServerError
+from server.images.image import Image
 from server.images.nvjpeg import engine_decodes
 from server.images.photos import photos_in
 from server.ipc.messages import Classify, Item
@@ -103,42 +104,37 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
         rounds: list[tuple[float, ...]] = []
         for _ in range(args.rounds):
             reading, images = read(reader, files)
-            decoding = rate(lambda: decoded(preparer, key, images, args.batch), len(files)) if preparer else 0.0
+            decoding = decoded(preparer, key, images, args.batch) if preparer else 0.0
             rounds.append((images_per_s(runner, key, args), reading, decoding, run(args, r, folder)))
         forward, reading, decoding, computed = map(statistics.median, zip(*rounds, strict=True))
         parts = [rate for rate in (forward, reading, decoding) if rate]
         bound = 1 / sum(1 / rate for rate in parts) if is_shared else min(parts)
         row = {"forward": forward, "reading": reading, "decoding": decoding, "run": computed, "bound": bound}
         rows.append({"r": int(r), **row, "of_bound": computed / bound, "of_forward": computed / forward})
-        told = " ".join(f"{value:>9,.1f}" for value in row.values())
-        print(f"{r:>4} {told} {computed / bound:>8.2f} {computed / forward:>10.2f}", flush=True)
+        told = " ".join(f"{value:>10,.1f}" for value in row.values())
+        print(f"{r:>4} {told} {computed / bound:>10.2f} {computed / forward:>10.2f}", flush=True)
     reader.close()
     return rows
 
 
-def rate(work: Callable[[], object], images: int) -> float:
-    """Images a second."""
-    start = time.perf_counter()
-    work()
-    return images / (time.perf_counter() - start)
-
-
-def read(reader: Reader, files: Sequence[str]) -> tuple[float, list[object]]:
+def read(reader: Reader, files: Sequence[str]) -> tuple[float, list[Image | str]]:
     """Files a second by as many threads as the command has, and the images."""
-    images: list[object] = []
     with ThreadPoolExecutor(available_cpus()) as pool:
-        speed = rate(lambda: images.extend(pool.map(reader.read, files)), len(files))
-    return speed, images
+        start = time.perf_counter()
+        images = list(pool.map(reader.read, files))
+        return len(files) / (time.perf_counter() - start), images
 
 
-def decoded(preparer: Preparer, key: BatchKey, images: Sequence[object], size: int) -> None:
-    """Has the device decode images, batch by batch."""
+def decoded(preparer: Preparer, key: BatchKey, images: Sequence[Image | str], size: int) -> float:
+    """Images a second that the device decodes, batch by batch."""
+    began = time.perf_counter()
     for start in range(0, len(images), size):
         batch = [image for image in images[start : start + size] if not isinstance(image, str)]
-        request = Classify(model=key.model, images=batch, deadline=0.0, top_k=1)  # type: ignore[arg-type]
+        request = Classify(model=key.model, images=batch, deadline=0.0, top_k=1)
         for each in preparer(key, [Item(request, index) for index in range(len(batch))]):
             if isinstance(each, ServerError):
                 raise each
+    return len(images) / (time.perf_counter() - began)
 
 
 def run(args: argparse.Namespace, r: str, folder: Path) -> float:

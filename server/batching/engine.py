@@ -151,7 +151,7 @@ class LocalEngine:
         r = configuration.models[info.name] if request.r is None else request.r
         key, auto = self._key(info, r, request)
 
-        def finish(batched: Batched[BatchKey, T]) -> Answered[T]:
+        def finish(batched: Batched[BatchKey, Any]) -> Answered[Any]:
             if isinstance(request, Classify):
                 self._drift.offer(batched.key, request.images, batched.results)
             return Answered(

@@ -18,6 +18,7 @@ from server.dial import r_of, text_of
 from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
+    from server.offline.formats import Format
     from server.offline.model import Ask, Served
     from server.types import ModelInfo
 
@@ -69,9 +70,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
     _check(args)
     form = format_of(args.output)
-    if not args.overwrite and os.path.exists(args.output):
-        raise SettingsError(f"-o is {args.output}, which is there already; --overwrite replaces it")
-    spare_others(args.output, form.check, "holds no table of this command")
+    _spare(args.output, args.overwrite, form)
     files = files_of(args.source)
     with closing(open_devices(settings)) as devices:
         served = devices.served
@@ -116,6 +115,16 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     return 0 if is_whole else 128 + (stop.number or 0)
 
 
+def _spare(output: Path, may_replace: bool, form: Format) -> None:
+    """Refuses an output that has no folder, or would replace what it may not."""
+    # os.path, for the methods of Path raise an error where a name is too long.
+    if not os.path.isdir(output.absolute().parent):
+        raise SettingsError(f"-o is {output}: there is no folder {output.parent}")
+    spare_others(output, form.check, "holds no table of this command")
+    if os.path.exists(output) and not may_replace:
+        raise SettingsError(f"-o is {output}, which is there already; --overwrite replaces it")
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuses arguments that are wrong for any model."""
     if args.embed:
@@ -124,6 +133,8 @@ def _check(args: argparse.Namespace) -> None:
                 raise SettingsError(f"--{flag.replace('_', '-')} goes without --embed")
     elif args.no_normalize:
         raise SettingsError("--no-normalize goes with --embed")
+    if args.threshold is not None and args.top_k is not None:
+        raise SettingsError("--threshold and --top-k are both given; give one of them")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise SettingsError(f"--threshold is {args.threshold:g}; it must lie between 0 and 1")
 
