@@ -95,9 +95,8 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
     preparer = Preparer(runner.device, {info.name: info}, MAX_PIXELS) if info.decodes_jpeg else None
     reader = Reader(info, MAX_PIXELS)
     is_shared = runner.device.type == "cpu"
-    print(
-        f"{'r':>4} {'forward':>9} {'reading':>9} {'decoding':>9} {'run':>9} {'bound':>9} {'of bound':>8} {'of forward':>10}"
-    )
+    names = ("forward", "reading", "decoding", "run", "bound", "of bound", "of forward")
+    print(f"{'r':>4} " + " ".join(f"{name:>10}" for name in names))
     rows = []
     for r in args.r.split(","):
         key = info.batch_key(info.schedule(int(r)))

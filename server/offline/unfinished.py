@@ -54,19 +54,16 @@ class Unfinished:
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = _locked(self.folder)
-            said = self._read_about()
-            if said is not None and said != about and begins_anew:
-                for part in self._parts():
-                    part.unlink()
-            elif said is not None and said != about:
-                raise SettingsError(self._differs(said, about))
-            write_whole(self.folder / _ABOUT, json.dumps(about).encode())
-            self.done = {file for part in self._parts() for file in form.files(part)}
         except OSError as error:
             raise SettingsError(f"{self.folder}: {error.strerror or error}") from None
-        except ValueError as error:
-            if isinstance(error, SettingsError):
-                raise
+        try:
+            self._take_up(about, begins_anew)
+            self.done = {file for part in self._parts() for file in form.files(part)}
+        except SettingsError:
+            self.close()
+            raise
+        except (OSError, ValueError) as error:
+            self.close()
             raise SettingsError(f"{self.folder} cannot be read ({error}); remove it to begin anew") from None
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -118,11 +115,16 @@ class Unfinished:
         found = self.folder.glob(f"*{self._output.suffix}")
         return sorted(part for part in found if part.stem.isdecimal())
 
-    def _read_about(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads((self.folder / _ABOUT).read_bytes()))
-        except FileNotFoundError:
-            return None
+    def _take_up(self, about: Mapping[str, Any], begins_anew: bool) -> None:
+        """Goes on with what is there, or throws it away where that is asked for and it is of something else."""
+        file = self.folder / _ABOUT
+        said = dict(json.loads(file.read_bytes())) if file.exists() else about
+        if said != about and not begins_anew:
+            raise SettingsError(self._differs(said, about))
+        if said != about:
+            for part in self._parts():
+                part.unlink()
+        write_whole(file, json.dumps(about).encode())
 
     def _differs(self, said: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         name = next(name for name in {**said, **about} if said.get(name) != about.get(name))
