@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="as for tome-server serve")
     parser.add_argument("--backend", default="auto", help="as for tome-server serve")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--decode", default="auto", help="as for tome-server serve")
     parser.add_argument("--suffix", default=".jsonl", help="of the table")
     parser.add_argument("--embed", action="store_true", help="write vectors")
     args = parser.parse_args()
@@ -91,7 +92,7 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
         args.precision,
         BackendOptions(args.backend, args.threads, None, args.batch),
     )
-    info = replace(loaded.info, decodes_jpeg=engine_decodes("auto", runner.device))
+    info = replace(loaded.info, decodes_jpeg=engine_decodes(args.decode, runner.device))
     preparer = Preparer(runner.device, {info.name: info}, MAX_PIXELS) if info.decodes_jpeg else None
     reader = Reader(info, MAX_PIXELS)
     is_shared = runner.device.type == "cpu"
@@ -139,7 +140,7 @@ def decoded(preparer: Preparer, key: BatchKey, images: Sequence[Image | str], si
 def run(args: argparse.Namespace, r: str, folder: Path) -> float:
     """Images a second, as the command tells them: without loading the model."""
     command = ["run", str(folder / "photos"), "-o", str(folder / f"table{args.suffix}"), "--overwrite", "--r", r]
-    for flag in ("model", "weights", "device", "precision", "backend", "threads"):
+    for flag in ("model", "weights", "device", "precision", "backend", "decode", "threads"):
         if getattr(args, flag) is not None:
             command += [f"--{flag}", str(getattr(args, flag))]
     command += ["--max-batch-size", str(args.batch), "--state-dir", "none", *(["--embed"] if args.embed else [])]

@@ -31,6 +31,7 @@ SETTINGS: tuple[str, ...] = (
     "device",
     "precision",
     "backend",
+    "decode",
     "threads",
     "max_batch_size",
     "state_dir",
@@ -163,13 +164,15 @@ def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
 
 def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: Ask) -> dict[str, Any]:
     """What decides what stands in the rows, under the names of flags where there are such."""
+    from server.offline.model import schedule_of
+
     said: dict[str, Any] = {
         "FOLDER|LIST": args.source,
         "--model": settings.specs()[0].source,
         "name": served.info.name,
         "sha256 of the weights": served.weights,
         "sha256 of tuned numbers": served.tuned,
-        "--r": text_of(r_of(ask.r)),
+        "--r": text_of(r_of(schedule_of(ask))),
         "--precision": settings.precision,
         "--backend": settings.backend,
         "--embed": args.embed,

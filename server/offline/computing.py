@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
+import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +28,21 @@ from server.errors import EngineError, ServerError
 from server.images.image import Image
 from server.images.nvjpeg import engine_decodes
 from server.ipc.messages import Item, TopK, Vector
-from server.offline.model import Answer, Ask, Served
+from server.lifetime import spare_the_collector, take_turns_quickly
+from server.offline.model import Answer, Ask, Served, schedule_of
 from server.offline.reading import OF_A_FILE, Reader
 from server.settings import Settings
+from server.types import BatchKey
 
 logger = logging.getLogger(__name__)
 
+Stage = Callable[[BatchKey, Sequence[Any]], Sequence[Any]]
+
 MOST_UNDER_WAY = 5
 """Batches: one that is computed, one launched behind it, and others that are read. They are what memory holds."""
+
+FILES_OF_A_THREAD = 4
+"""Files that a thread reads in one go: a task a file costs as much as reading a small one."""
 
 
 class Computing:
@@ -62,7 +72,7 @@ class Computing:
         Raises:
             EngineError: The model gives no numbers.
         """
-        self._runner.warm_up(self.served.info.batch_key(_schedule(ask)))
+        self._runner.warm_up(self.served.info.batch_key(schedule_of(ask)))
 
     def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Iterator[list[Answer]]:
         """The answers to each batch of files, in order. It takes some batches more than it has given.
@@ -75,28 +85,27 @@ class Computing:
         preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
         under_way: deque[Future[list[Answer]]] = deque()
-        try:
+        with _ended(computing, preparing, readers), _undisturbed():
             for files in batches:
-                read = [readers.submit(self._reader.read, file) for file in files]
+                parts = [files[start : start + FILES_OF_A_THREAD] for start in range(0, len(files), FILES_OF_A_THREAD)]
+                read = [readers.submit(self._read, part) for part in parts]
                 prepared = preparing.submit(self._prepare, ask, read)
                 under_way.append(computing.submit(self._compute, ask, prepared))
                 if len(under_way) == MOST_UNDER_WAY:
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
-        finally:
-            for stage in (computing, preparing, readers):
-                stage.shutdown(wait=False, cancel_futures=True)
-            for stage in (computing, preparing, readers):
-                stage.shutdown()
 
     def close(self) -> None:
         """Ends the decoder processes."""
         self._reader.close()
 
-    def _prepare(self, ask: Ask, read: Sequence[Future[Image | str]]) -> list[Any]:
+    def _read(self, files: Sequence[str]) -> list[Image | str]:
+        return [self._reader.read(file) for file in files]
+
+    def _prepare(self, ask: Ask, read: Sequence[Future[list[Image | str]]]) -> list[Any]:
         """Of each file an error's text, or what the device computes: on a GPU pixels that lie there, else an item."""
-        images = [each.result() for each in read]
+        images = [image for part in read for image in part.result()]
         good = [image for image in images if not isinstance(image, str)]
         request = structs.replace(ask, images=good)
         work: Sequence[Any] = [Item(request, index) for index in range(len(good))]
@@ -111,9 +120,9 @@ class Computing:
         made = iter(self._run(ask, self._device.compute, work) if work else ())
         return [_told(each if isinstance(each, str | ServerError) else next(made)) for each in outcomes]
 
-    def _run(self, ask: Ask, stage: Any, work: Sequence[Any]) -> Sequence[Any]:
+    def _run(self, ask: Ask, stage: Stage, work: Sequence[Any]) -> Sequence[Any]:
         """What a stage makes of a batch; where that fails, it is split until what makes it fail is alone."""
-        key = self.served.info.batch_key(_schedule(ask))
+        key = self.served.info.batch_key(schedule_of(ask))
         try:
             return stage(key, work)
         except Exception as error:  # whatever the device raises
@@ -133,9 +142,30 @@ class Computing:
         return outcomes
 
 
-def _schedule(ask: Ask) -> tuple[int, ...]:
-    assert isinstance(ask.r, tuple)
-    return ask.r
+@contextmanager
+def _ended(*stages: ThreadPoolExecutor) -> Iterator[None]:
+    """Drops at its end what stages have not begun, and waits for the rest."""
+    try:
+        yield
+    finally:
+        for stage in stages:
+            stage.shutdown(wait=False, cancel_futures=True)
+        for stage in stages:
+            stage.shutdown()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within it threads take turns quickly, and the garbage collector leaves all of torch alone."""
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    take_turns_quickly()
+    spare_the_collector()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 def _told(outcome: TopK | Vector | ServerError | str) -> Answer:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from server.errors import EngineError, ServerError
-from server.lifetime import end_with_parent, spare_the_collector, take_turns_quickly
+from server.lifetime import end_with_parent
 from server.offline.model import Answer, Ask, Computes
 from server.settings import Settings, SettingsError
 
@@ -111,7 +111,6 @@ def _work(settings: Settings, connection: Connection) -> None:
     from server.offline.computing import Computing
 
     end_with_parent()
-    take_turns_quickly()
     batches: queue.SimpleQueue[Sequence[str] | None] = queue.SimpleQueue()
 
     def receive() -> None:
@@ -125,7 +124,6 @@ def _work(settings: Settings, connection: Connection) -> None:
         connection.send(computing.served)
         ask = connection.recv()
         computing.warm_up(ask)
-        spare_the_collector()
         connection.send("warm")
         threading.Thread(target=receive, name="receive", daemon=True).start()
         for answers in computing.answers(ask, iter(batches.get, None)):

@@ -1,4 +1,4 @@
-"""What is asked of a model's files, what is answered, and which model it is: in words that need no torch."""
+"""What is asked of every file, what is answered, and what answers: in words that need no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.dial import Schedule
 from server.ipc.messages import Classify, Embed, TopK, Vector
 from server.types import ModelInfo
 
@@ -14,6 +15,12 @@ Ask = Classify | Embed
 
 Answer = TopK | Vector | str
 """Of one file; text says what is wrong with it."""
+
+
+def schedule_of(ask: Ask) -> Schedule:
+    """The `r` of each block."""
+    assert isinstance(ask.r, tuple), "it is no request of a client"
+    return ask.r
 
 
 @dataclass(frozen=True)

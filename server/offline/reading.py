@@ -6,7 +6,6 @@ import asyncio
 import os
 import stat
 import threading
-from pathlib import Path
 
 from server.errors import TooLargeError, UndecodableError, UnsupportedError
 from server.images.cost import Cost
@@ -40,9 +39,8 @@ class Reader:
             UnavailableError: It is to be decoded apart, and no process can be started.
         """
         try:
-            if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be read for ever
-                return "it is not a file"
-            return self._image(Path(file).read_bytes())
+            encoded = _content(file)
+            return "it is not a file" if encoded is None else self._image(encoded)
         except OF_A_FILE as error:
             return error.message
         except OSError as error:
@@ -68,3 +66,15 @@ class Reader:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _content(file: str) -> bytes | None:
+    """The bytes of a file; None of a folder, a device or a pipe, which nobody may ever write to."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        with open(descriptor, "rb", buffering=0, closefd=False) as opened:
+            return opened.readall()
+    finally:
+        os.close(descriptor)

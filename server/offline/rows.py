@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.ipc.messages import Embed, TopK, Vector
-from server.offline.model import Answer, Ask
+from server.offline.model import Answer, Ask, schedule_of
 from server.types import ModelInfo
 
 Row = dict[str, Any]
@@ -43,8 +43,7 @@ class Table:
 
     def rows(self, files: Sequence[str], answers: Sequence[Answer]) -> Iterator[Row]:
         """A row for each file."""
-        r = self.ask.r
-        assert isinstance(r, tuple)
+        r = schedule_of(self.ask)
         same = {"model": self.info.name, "r": list(r), "tuned": self.info.is_tuned(r)}
         nothing: Row = dict.fromkeys(self._answers)
         for file, answer in zip(files, answers, strict=True):

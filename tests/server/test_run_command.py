@@ -296,13 +296,10 @@ def test_parquet_without_pyarrow_names_the_extra(
     assert "pip install 'tome-server[parquet]'" in run.told
 
 
-def test_a_device_that_decodes_gets_files_as_they_came(
-    run: Command, photos: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_decodes_gets_files_as_they_came(run: Command, photos: list[str]) -> None:
     Path("photos", "cut.jpg").write_bytes(Path(photos[1]).read_bytes()[:200])
     run("photos", "-o", "pillow.jsonl")
-    monkeypatch.setenv("TOME_DECODE", "device")
-    run("photos", "-o", "device.jsonl")
+    run("photos", "--decode", "device", "-o", "device.jsonl")
     for row, by_pillow in zip(lines("device.jsonl"), lines("pillow.jsonl"), strict=True):
         assert (row["file"], row["label"], row["error"]) == (by_pillow["file"], by_pillow["label"], by_pillow["error"])
 
