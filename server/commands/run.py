@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,10 @@ from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from server.offline.formats import Format
-    from server.offline.model import Ask, Served
+    from server.offline.model import Answer, Ask, Served
+    from server.offline.progress import Progress
+    from server.offline.rows import Table
+    from server.offline.unfinished import Unfinished
     from server.types import ModelInfo
 
 HELP = "compute a folder of photos into a table of labels or vectors, without a server"
@@ -86,15 +89,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
             progress = Progress(len(files), len(files) - len(left))
             batches = list(_batches(left, settings.max_batch_size))
             with Stop("stopping after this batch; what is done is kept") as stop:
-                try:
-                    with closing(devices.answers(ask, batches)) as answered:  # type: ignore[type-var]
-                        for batch, answers in zip(batches, answered, strict=False):
-                            unfinished.add(list(table.rows(batch, answers)))
-                            progress.add(len(batch), sum(isinstance(answer, str) for answer in answers))
-                            if stop.is_asked:
-                                break
-                finally:
-                    unfinished.keep()
+                _compute(devices.answers(ask, batches), batches, table, unfinished, progress, stop)
             is_whole = progress.images == len(left)
             if is_whole:
                 unfinished.finish()
@@ -114,6 +109,26 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         )
     )
     return 0 if is_whole else 128 + (stop.number or 0)
+
+
+def _compute(
+    answers: Generator[list[Answer], None, None],
+    batches: Sequence[Sequence[str]],
+    table: Table,
+    unfinished: Unfinished,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """Adds the rows of all batches, or of those until it is asked to stop; they are kept whatever happens."""
+    try:
+        with closing(answers):
+            for files, answered in zip(batches, answers, strict=False):
+                unfinished.add(list(table.rows(files, answered)))
+                progress.add(len(files), sum(isinstance(answer, str) for answer in answered))
+                if stop.is_asked:
+                    break
+    finally:
+        unfinished.keep()
 
 
 def _spare(output: Path, may_replace: bool, form: Format) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -74,7 +74,7 @@ class Computing:
         """
         self._runner.warm_up(self.served.info.batch_key(schedule_of(ask)))
 
-    def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Iterator[list[Answer]]:
+    def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
         """The answers to each batch of files, in order. It takes some batches more than it has given.
 
         Raises:

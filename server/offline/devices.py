@@ -8,7 +8,7 @@ import multiprocessing
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -55,7 +55,7 @@ class Devices:
         for process in self._processes:
             process.receive()
 
-    def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Iterator[list[Answer]]:
+    def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
         """The answers to each batch. In turn, so that they come in order; the devices should be equally fast."""
         under_way: deque[_Process] = deque()
         for files, process in zip(batches, itertools.cycle(self._processes), strict=False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +51,7 @@ class Computes(Protocol):
         """Does what is done once for what is asked; raises EngineError where the model gives no numbers."""
         ...
 
-    def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Iterator[list[Answer]]:
+    def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
         """The answers to each batch of files, in order. It takes some batches more than it has given.
 
         Raises:
