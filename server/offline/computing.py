@@ -58,11 +58,11 @@ class Computing:
         info, max_pixels = loaded.info, settings.max_image_pixels
         options = BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size)
         self._runner = Runner({info.name: loaded}, settings.device, settings.precision, options)
-        preparer = None
+        self._preparer = None
         if engine_decodes(settings.decode, self._runner.device):
-            preparer = Preparer(self._runner.device, {info.name: info}, max_pixels)
-        self._device = Device(self._runner, None, preparer)
-        info = replace(info, backend=self._runner.backend(info.name), decodes_jpeg=preparer is not None)
+            self._preparer = Preparer(self._runner.device, {info.name: info}, max_pixels)
+        self._device = Device(self._runner, None, self._preparer)
+        info = replace(info, backend=self._runner.backend(info.name), decodes_jpeg=self._preparer is not None)
         self.served = Served(info, _hash(loaded), loaded.tuned)
         self._reader = Reader(info, max_pixels)
 
@@ -72,7 +72,10 @@ class Computing:
         Raises:
             EngineError: The model gives no numbers.
         """
-        self._runner.warm_up(self.served.info.batch_key(schedule_of(ask)))
+        key = self.served.info.batch_key(schedule_of(ask))
+        self._runner.warm_up(key)
+        if self._preparer is not None:
+            self._preparer.warm_up(key)
 
     def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
         """The answers to each batch of files, in order. It takes some batches more than it has given.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -17,11 +18,12 @@ from pyarrow import parquet
 
 from server.cli import main
 from server.errors import EngineError
-from server.offline import progress
+from server.offline import progress, unfinished
 from server.offline.computing import Computing
 from server.offline.model import Answer, Ask
 from tests.server.conftest import encode
 from tests.server.model_folders import edit, random_vit
+from tome_core.whole_file import write_whole
 
 COLOURS = [(200, 120, 10), (10, 20, 30), (250, 250, 250), (0, 200, 0), (90, 0, 180), (255, 0, 0), (3, 250, 200)]
 LABELS = {"cat", "dog", "goldfish"}
@@ -349,3 +351,25 @@ def test_several_devices_fill_one_table(run: Command, photos: list[str]) -> None
     assert said["images"] == 7 and Path("two.jsonl").read_text() == Path("one.jsonl").read_text()
     run("photos", "--device", "cpu,abacus", "-o", "bad.jsonl", status=1)
     assert "abacus" in run.told
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_parts(
+    run: Command, photos: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished, "PART_S", 0)
+    write, written = write_whole, list[Path]()
+
+    def full(file: Path, content: bytes) -> None:
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(file)
+        write(file, content)
+
+    monkeypatch.setattr(unfinished, "write_whole", full)
+    command = ["photos", "--max-batch-size", "2", "-o", "out.jsonl"]
+    run(*command, status=1)
+    assert "out.jsonl.unfinished: No space left on device" in run.told and run.told.count("\n") == 1
+    monkeypatch.setattr(unfinished, "write_whole", write)
+    said = run(*command)
+    assert (said["earlier"], said["images"]) == (4, 3)
+    assert [row["file"] for row in lines("out.jsonl")] == photos
