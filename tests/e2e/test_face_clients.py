@@ -61,7 +61,7 @@ def length(vector: Sequence[float]) -> float:
 
 
 def cosine(one: Sequence[float], other: Sequence[float]) -> float:
-    return sum(map(mul, one, other)) / (length(one) * length(other))
+    return float(sum(map(mul, one, other))) / (length(one) * length(other))
 
 
 def test_our_own_client_gets_vectors_that_r_turns_a_little(service: Service, vector: tuple[float, ...]) -> None:
