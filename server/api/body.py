@@ -185,10 +185,11 @@ async def uploads_of(images: str | Sequence[str]) -> list[Upload]:
 
 
 def _decoded(texts: Sequence[str]) -> list[Upload]:
-    return [Upload(_from_base64(text, index)) for index, text in enumerate(texts)]
+    return [Upload(from_base64(text, index)) for index, text in enumerate(texts)]
 
 
-def _from_base64(text: str, index: int) -> bytes:
+def from_base64(text: str, index: int) -> bytes:
+    """The bytes of an image that came as base64, with or without a data: prefix; raises UndecodableError."""
     encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
     try:
         return base64.b64decode(encoded, validate=True)  # as nearly all comes
