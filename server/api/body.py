@@ -69,15 +69,15 @@ async def read_request(request: Request, max_images: int, layout: Layout[P]) -> 
         TooLargeError: Too many images.
         InvalidError: A parameter is unknown, wrong, or given twice.
     """
-    content_type = content_type_of(request)
-    query = read_query(request)
+    content_type, query = content_type_of(request), read_query(request)
+    how = f"the form part 'image', as JSON '{layout.images}' or raw"
     if content_type == "multipart/form-data":
         uploads, said = await read_form(request, max_images)
         parameters = parse(layout.parameters, joined(query, said))
     elif content_type == "application/json":
         said = joined(query, await read_json(request, max_images, (layout.images,)))
         if isinstance(said.get(layout.images), list):  # before each of them is looked at
-            check_count(len(said[layout.images]), max_images)
+            check_count(len(said[layout.images]), max_images, how)
         parameters = parse(layout.body, said)
         uploads = await uploads_of(getattr(parameters, layout.images))
     elif content_type.startswith("image/") or content_type == "application/octet-stream":
@@ -87,7 +87,7 @@ async def read_request(request: Request, max_images: int, layout: Layout[P]) -> 
             f"content type {shown(content_type or 'missing')} is not one of {', '.join(CONTENT_TYPES)}",
             allowed=CONTENT_TYPES,
         )
-    check_count(len(uploads), max_images)
+    check_count(len(uploads), max_images, how)
     return uploads, parameters
 
 
@@ -217,10 +217,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown(name) for name in names[:_PROBLEMS_TOLD])
 
 
-def check_count(count: int, max_images: int) -> None:
-    """Raises UndecodableError where there is no image, TooLargeError where there are too many."""
+def check_count(count: int, max_images: int, how: str) -> None:
+    """Raises UndecodableError where there is no image, saying how to send one, TooLargeError where there are too many."""
     if count == 0:
-        raise UndecodableError("the request holds no image; /docs says how to send one")
+        raise UndecodableError(f"the request holds no image; send it as {how}")
     if count > max_images:
         raise TooLargeError(
             f"the request holds {count} images; at most {max_images} are allowed", max_images=max_images

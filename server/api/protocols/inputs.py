@@ -77,7 +77,7 @@ async def read_inputs(request: Request, max_images: int, beside: Mapping[str, An
         return Read([Upload(await read_whole(request))], parse(Parameters, said), is_list=False)
     body = await read_json(request, max_images, ("inputs",))
     if isinstance(body.get("inputs"), list):  # before each of them is looked at
-        check_count(len(body["inputs"]), max_images)
+        check_count(len(body["inputs"]), max_images, "JSON 'inputs' or raw")
     inputs = parse(InputsBody, body)
     parameters = parse(Parameters, joined(said, inputs.parameters or {}))
     return Read(await uploads_of(inputs.inputs), parameters, isinstance(inputs.inputs, list))

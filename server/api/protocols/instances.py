@@ -49,7 +49,7 @@ async def read_instances(request: Request, max_images: int) -> tuple[list[Upload
     query = read_query(request)
     body = await read_json(request, max_images, _FIELDS)
     if isinstance(body.get("instances"), list):  # before each of them is looked at
-        check_count(len(body["instances"]), max_images)
+        check_count(len(body["instances"]), max_images, "JSON 'instances'")
     said = parse(InstancesBody, body)
     parameters = parse(Parameters, joined(query, said.parameters or {}))
     texts = [_text_of(instance, index) for index, instance in enumerate(said.instances)]

@@ -101,7 +101,7 @@ async def _read(request: Request, max_images: int) -> tuple[list[Upload], Parame
     if content_type_of(request) != "multipart/form-data":  # curl -T sends none, --data-binary a wrong one
         return [Upload(await read_whole(request))], parse(Parameters, query)
     uploads, said = await read_form(request, max_images, _PARTS)
-    check_count(len(uploads), max_images)
+    check_count(len(uploads), max_images, f"the form part '{_PARTS[0]}'")
     return uploads, parse(Parameters, joined(query, said))
 
 
