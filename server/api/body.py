@@ -218,7 +218,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_count(count: int, max_images: int, how: str) -> None:
-    """Raises UndecodableError where there is no image, saying how to send one, TooLargeError where there are too many."""
+    """Raises UndecodableError, which says how to send one, where there is no image; TooLargeError for too many."""
     if count == 0:
         raise UndecodableError(f"the request holds no image; send it as {how}")
     if count > max_images:
