@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +17,7 @@ from starlette.types import Lifespan
 from server import __version__
 from server.api import config, explain, health, models, openapi, page, routes
 from server.api.access import Service
+from server.api.access_log import AccessLog
 from server.api.admission import Admission
 from server.api.body import invalid
 from server.api.direct import Direct, Handlers
@@ -28,6 +29,9 @@ from server.errors import ServerError
 from server.images.decoders import Decoders
 from server.ipc.engine import Engine
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.tracing.provider import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,8 @@ def create_app(
     engine: Engine,
     lifespan: Lifespan[FastAPI] | None = None,
     instead: Sequence[APIRouter] = (),
+    access_log: AccessLog | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Builds the application around an engine, real or fake.
 
@@ -49,6 +55,8 @@ def create_app(
         engine: Where images are classified.
         lifespan: Starts and stops the engine with the application.
         instead: Endpoints that answer in place of ours of the same method and path.
+        access_log: Gets a line a request; None for no lines.
+        tracing: Makes the spans of requests; None for none.
     """
     app = FastAPI(
         title="ToMe Server",
@@ -85,7 +93,13 @@ def create_app(
             allow_headers=("authorization", "content-type", "if-match", "x-api-key", "x-r", "x-request-id"),
             expose_headers=_READABLE,
         )
-    app.add_middleware(Front, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
+    app.add_middleware(
+        Front,
+        max_bytes=settings.max_body_bytes,
+        client_timeout_s=settings.client_timeout_s,
+        access_log=access_log,
+        tracing=tracing,
+    )
     return app
 
 
