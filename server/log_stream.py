@@ -96,9 +96,10 @@ class LogStream(io.TextIOBase):
 
 def log_stream() -> TextIO:
     """Where the log of this process goes: standard error, unless a program has put something else in its place."""
-    if sys.stderr is None:  # closed before the process began; its descriptor may be that of something else by now
+    stderr: TextIO | None = sys.stderr
+    if stderr is None:  # closed before the process began; its descriptor may be that of something else by now
         return open(os.devnull, "w")
-    return LogStream(sys.stderr.fileno()) if sys.stderr is sys.__stderr__ else sys.stderr  # type: ignore[return-value]
+    return LogStream(stderr.fileno()) if stderr is sys.__stderr__ else stderr  # type: ignore[return-value]
 
 
 def _poll(fd: int) -> select.poll:
