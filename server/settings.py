@@ -217,8 +217,8 @@ class Settings(BaseModel):
     )
     protocol: tuple[Protocol, ...] = Field(
         DEFAULT_PROTOCOLS,
-        description="protocols beside our own API, with blanks or commas between, or none: oip (Open Inference Protocol "
-        "v2), embeddings (OpenAI), huggingface, torchserve, kserve (v1), sagemaker, vertex",
+        description="protocols beside our own API, with blanks or commas between, or none: oip (Open Inference "
+        "Protocol v2), embeddings (OpenAI), huggingface, torchserve, kserve (v1), sagemaker, vertex",
     )
     grpc_port: int | None = Field(
         None, ge=0, le=65535, description="port of the Open Inference Protocol by gRPC; default: no such port"
