@@ -74,6 +74,7 @@ class AccessLog:
         size: int | None = None,
         r: str | None = None,
         client: str | None = None,
+        is_probe: bool = False,
     ) -> None:
         """Notes an answered request; call it inside the event loop.
 
@@ -86,8 +87,9 @@ class AccessLog:
             size: Bytes of the answer's body, where that is known beforehand.
             r: What was used.
             client: The address of who asked.
+            is_probe: Its client only looks whether the server is there, which is known of `PROBES`.
         """
-        is_probe = path in PROBES
+        is_probe = is_probe or path in PROBES
         if is_probe and not self._has_probes:
             return
         if not self._lines:

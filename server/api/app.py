@@ -20,6 +20,7 @@ from server.api.access import Service
 from server.api.access_log import AccessLog
 from server.api.admission import Admission
 from server.api.body import invalid
+from server.api.calls import Calls
 from server.api.direct import Direct, Handlers
 from server.api.faces import Problem, shape_of
 from server.api.methods import Head, allowed
@@ -37,6 +38,17 @@ logger = logging.getLogger(__name__)
 
 _READABLE = ("etag", "retry-after", "server-timing", "x-batch-size", "x-config-version", "x-r", "x-request-id")
 """The headers of an answer that a page of another origin may read."""
+_FROM_PAGES = (
+    "authorization",
+    "content-type",
+    "if-match",
+    "traceparent",
+    "tracestate",
+    "x-api-key",
+    "x-r",
+    "x-request-id",
+)
+"""Those of a request that such a page may set."""
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -67,6 +79,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # what asks for it costs each request 0.01 ms
     )
     app.state.is_draining = False
+    app.state.calls = Calls(access_log, tracing)
     app.state.faces = faces = faces_of(settings)
     decoders = Decoders(settings.max_image_pixels, settings.http_workers)
     app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
@@ -90,7 +103,16 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origin,
             allow_methods=("GET", "HEAD", "POST", "PATCH"),
-            allow_headers=("authorization", "content-type", "if-match", "x-api-key", "x-r", "x-request-id"),
+            allow_headers=(
+                "authorization",
+                "content-type",
+                "if-match",
+                "traceparent",
+                "tracestate",
+                "x-api-key",
+                "x-r",
+                "x-request-id",
+            ),
             expose_headers=_READABLE,
         )
     app.add_middleware(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode
 
+from server.api.access_log import AccessLog
+from server.api.calls import Calls
+from server.errors import NotFoundError
 from server.settings import SettingsError
-from server.tracing.context import caller_of
+from server.tracing.context import caller_of, current_trace
 from server.tracing.provider import Tracing
 from server.tracing.start import start_tracing, traces_endpoint
 from tests.server.conftest import Service, grey_png, model_info, serving, until
@@ -281,3 +285,53 @@ def test_the_service_is_named_as_the_variable_says(
     tracing.serve("GET", None, {}).end()
     (span,) = exporter.get_finished_spans()
     assert (span.resource.attributes["service.name"], span.resource.attributes["tome.process"]) == (name, "http-3")
+
+
+async def test_a_call_that_is_no_http_has_a_span_a_line_and_a_context_too() -> None:
+    exporter, lines = InMemorySpanExporter(), list[str]()
+    calls = Calls(AccessLog(lines.append, "json"), Tracing(SimpleSpanProcessor(exporter), "http-0"))
+    with calls.note("grpc", "/inference.Service/ModelInfer", {**CALLER, "x-request-id": "mine"}, "10.0.0.1") as call:
+        trace = current_trace()
+        call.r = "8"
+    assert current_trace() is None
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "inference.Service/ModelInfer" and span.parent is not None
+    assert f"{span.parent.span_id:016x}" == PARENT
+    assert trace == f"00-{TRACE}-{context(span).span_id:016x}-01 vendor=7"
+    await asyncio.sleep(0)
+    line = json.loads("".join(lines))
+    assert line["message"] == "GRPC /inference.Service/ModelInfer 200"
+    assert (line["r"], line["request_id"], line["trace_id"], line["client"]) == ("8", "mine", TRACE, "10.0.0.1")
+
+
+@pytest.mark.parametrize(("error", "status"), [(NotFoundError("no such model"), 404), (ValueError("broken"), 500)])
+async def test_a_call_that_fails_has_the_status_of_its_error(error: Exception, status: int) -> None:
+    exporter, lines = InMemorySpanExporter(), list[str]()
+    calls = Calls(AccessLog(lines.append, "json"), Tracing(SimpleSpanProcessor(exporter), "http-0"))
+    with pytest.raises(type(error)), calls.note("grpc", "/a/b", {}):
+        raise error
+    with calls.note("grpc", "/a/b", {}) as call:  # one that is turned into an answer
+        call.error = error
+    await asyncio.sleep(0)
+    assert [json.loads(line)["status"] for line in "".join(lines).splitlines()] == [status, status]
+    failed = StatusCode.ERROR if status == 500 else StatusCode.UNSET
+    spans = exporter.get_finished_spans()
+    assert [span.status.status_code for span in spans] == [failed, failed] and all(span.events for span in spans)
+
+
+async def test_a_call_that_is_withdrawn_is_no_success() -> None:
+    lines = list[str]()
+    calls = Calls(AccessLog(lines.append, "json"))
+    with pytest.raises(asyncio.CancelledError), calls.note("grpc", "/a/b", {}):
+        raise asyncio.CancelledError
+    await asyncio.sleep(0)
+    assert json.loads("".join(lines))["status"] == 499
+
+
+async def test_a_call_that_is_a_probe_has_neither() -> None:
+    exporter, lines = InMemorySpanExporter(), list[str]()
+    calls = Calls(AccessLog(lines.append, "json"), Tracing(SimpleSpanProcessor(exporter), "http-0"))
+    with calls.note("grpc", "/a/ServerLive", {}, is_probe=True):
+        pass
+    await asyncio.sleep(0)
+    assert not lines and not exporter.get_finished_spans()
