@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TextIO, cast
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ _PIECE = select.PIPE_BUF
 """A pipe that is ready to be written takes so much at once, and from several processes without mixing it."""
 
 _FINISH_S = 1.0
+_STDERR = 2
 
 
 class LogStream(io.TextIOBase):
@@ -96,10 +97,11 @@ class LogStream(io.TextIOBase):
 
 def log_stream() -> TextIO:
     """Where the log of this process goes: standard error, unless a program has put something else in its place."""
-    stderr: TextIO | None = sys.stderr
-    if stderr is None:  # closed before the process began; its descriptor may be that of something else by now
+    if sys.stderr is None:  # closed before the process began; its descriptor may be that of something else by now
         return open(os.devnull, "w")
-    return LogStream(stderr.fileno()) if stderr is sys.__stderr__ else stderr  # type: ignore[return-value]
+    if sys.stderr is not sys.__stderr__:
+        return sys.stderr
+    return cast(TextIO, LogStream(_STDERR))
 
 
 def _poll(fd: int) -> select.poll:

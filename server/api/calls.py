@@ -82,7 +82,7 @@ class Calls:
             call.error = call.error or ClientGoneError("the call was withdrawn")
             raise
         except Exception as error:
-            call.error = error
+            call.error = call.error or error  # what is raised may be how gRPC answers with the error that is known
             raise
         finally:
             CURRENT.reset(token)

@@ -312,11 +312,14 @@ async def test_a_call_that_fails_has_the_status_of_its_error(error: Exception, s
         raise error
     with calls.note("grpc", "/a/b", {}) as call:  # one that is turned into an answer
         call.error = error
+    with pytest.raises(RuntimeError), calls.note("grpc", "/a/b", {}) as call:  # and as gRPC turns it
+        call.error = error
+        raise RuntimeError("aborted")
     await asyncio.sleep(0)
-    assert [json.loads(line)["status"] for line in "".join(lines).splitlines()] == [status, status]
+    assert [json.loads(line)["status"] for line in "".join(lines).splitlines()] == [status] * 3
     failed = StatusCode.ERROR if status == 500 else StatusCode.UNSET
     spans = exporter.get_finished_spans()
-    assert [span.status.status_code for span in spans] == [failed, failed] and all(span.events for span in spans)
+    assert [span.status.status_code for span in spans] == [failed] * 3 and all(span.events for span in spans)
 
 
 async def test_a_call_that_is_withdrawn_is_no_success() -> None:
