@@ -1,4 +1,4 @@
-"""The settings of the service: one frozen object, read once. The only reader of the environment.
+"""The settings of the service: one frozen object, read once. The only reader of TOME_* variables.
 
 Every field is a flag (`--max-batch-size`), a variable (`TOME_MAX_BATCH_SIZE`) and a key of a YAML file; a flag wins
 over a variable, a variable over the file. What is unknown or out of range stops the start.
@@ -243,6 +243,12 @@ class Settings(BaseModel):
         "/health", description="path of Vertex AI's health; where its protocol is on, AIP_HEALTH_ROUTE says it too"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field(
+        "text", description="lines of the log as text, or as JSON with the ids of request and trace"
+    )
+    access_log: bool = Field(
+        True, description="a line of the log for each request, at the level info; those of probes at debug"
+    )
 
     @model_validator(mode="before")
     @classmethod

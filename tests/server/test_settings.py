@@ -59,6 +59,8 @@ def test_every_field_is_a_flag_a_variable_and_a_key(name: str, tmp_path: Path, m
         "precision": "fp16",
         "backend": "torch",
         "log_level": "debug",
+        "log_format": "json",
+        "access_log": "false",
         "device": "cpu",
         "host": "::1",
         "protocol": "vertex",
