@@ -89,7 +89,8 @@ def export_onnx(
 ) -> OnnxFile:
     """Writes the model at one `r` as an ONNX file, and checks it.
 
-    Its input is `images` (batch, 3, H, W), float32, normalised as the model wants them; its output `logits` (batch, K).
+    Its input is `images` (batch, 3, H, W), float32, normalised as the model wants them; its output `logits` (batch, K), or
+    of a model without a classifier `features` (batch, C).
     The file appears only when `onnx` finds it valid and onnxruntime, where installed, gives torch's logits.
 
     Args:
@@ -124,7 +125,8 @@ def export_onnx(
         raise ExportError(f"the model is {dtype}; an ONNX file is written in float32: call float() first")
 
     fixed = FixedR(merged, r)
-    written = to_onnx(export_program(merged, r, input_size, batch_size=batch_size), opset, ["images"], ["logits"])
+    output = "logits" if getattr(merged.model, "num_classes", 1) else "features"
+    written = to_onnx(export_program(merged, r, input_size, batch_size=batch_size), opset, ["images"], [output])
     facts = {"schedule": fixed.schedule, **(metadata or {})}
     written.model.metadata_props.update({name: json.dumps(fact) for name, fact in facts.items()})
     with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:

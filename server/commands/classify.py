@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import get_args
 
 from server.settings import Settings, SettingsError
+from server.types import Activation
 
 HELP = "classify photos here and now, without a server"
 SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir")
@@ -14,6 +16,14 @@ SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precis
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image file")
     parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all where there are fewer)")
+    parser.add_argument(
+        "--function-to-apply",
+        choices=get_args(Activation),
+        help="what makes scores of logits (default: the model's own, softmax or, with several labels, sigmoid)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="with sigmoid, in place of --top-k: the least score of a class to name"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, one line a photo")
 
 
@@ -29,23 +39,29 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     loaded = load_model(spec, settings.state_dir)
     info = loaded.info
     schedule = info.schedule(spec.r or 0)
-    top_k = min(5, len(info.labels)) if args.top_k is None else args.top_k
-    if not 1 <= top_k <= len(info.labels):
-        raise SettingsError(f"--top-k is {top_k}; it must lie between 1 and {len(info.labels)}")
+    if not info.labels:
+        raise SettingsError(
+            f"model {info.name} has no classifier and so names no classes; tome-server serve gives its vectors"
+        )
+    activation: Activation = args.function_to_apply or info.activation
+    top_k = info.most_classes(activation, args.top_k, args.threshold)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     key = info.batch_key(schedule)
     for photo in args.photos:
         pixels = read_photo(photo, info.preprocessing, settings.max_image_pixels)
-        ((likeliest, scores),) = runner.top_k(key, stacked([pixels], key.input_size, runner.device), top_k)
+        batch = stacked([pixels], key.input_size, runner.device)
+        ((likeliest, scores),) = runner.top_k(key, batch, top_k, activation)
         classes = [
             {"label": info.labels[index], "index": index, "score": score}
             for index, score in zip(likeliest, scores, strict=True)
+            if args.threshold is None or score >= args.threshold
         ]
         if args.json:
             said = {"file": photo, "model": info.name, "r": list(schedule), "tuned": info.is_tuned(schedule)}
-            print(json.dumps({**said, "top_k": classes}))
+            print(json.dumps({**said, "function_to_apply": activation, "top_k": classes}))
         else:
             print(photo)
+            form = "6.2f" if activation == "none" else "6.1%"
             for each in classes:
-                print(f"  {each['score']:6.1%}  {each['label']}")
+                print(f"  {each['score']:{form}}  {each['label']}")
     return 0

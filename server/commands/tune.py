@@ -62,6 +62,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     device = device_of(settings.device)
     spec = settings.specs()[0].model_copy(update={"tuned": "none"})
     loaded = load_model(spec, settings.state_dir)
+    if not loaded.info.labels:
+        raise SettingsError(f"{loaded.info.name} has no classifier, and tune learns from the answers of one")
     band = bands.default(loaded.info) if args.band is None else bands.parse(args.band, loaded.info)
     taken = photos.read(args.images, args.photos, loaded.info, settings.max_image_pixels)
     with on(device):
