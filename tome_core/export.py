@@ -89,9 +89,9 @@ def export_onnx(
 ) -> OnnxFile:
     """Writes the model at one `r` as an ONNX file, and checks it.
 
-    Its input is `images` (batch, 3, H, W), float32, normalised as the model wants them; its output `logits` (batch, K), or
-    of a model without a classifier `features` (batch, C).
-    The file appears only when `onnx` finds it valid and onnxruntime, where installed, gives torch's logits.
+    Its input is `images` (batch, 3, H, W), float32, normalised as the model wants them; its output `logits` (batch, K),
+    or `features` (batch, C) of a model without a classifier. The file appears only when `onnx` finds it valid and
+    onnxruntime, where installed, gives torch's numbers.
 
     Args:
         merged: The merging model, in eval mode and float32.

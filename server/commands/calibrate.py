@@ -34,7 +34,7 @@ SETTINGS: tuple[str, ...] = (
 WIDTH = 40
 COLUMNS: dict[AgreementOf, tuple[str, ...]] = {
     "top1": ("agree", "top-1 %"),
-    "labels": ("labels agree", "top-1 %"),
+    "labels": ("labels agree", ""),
     "neighbours": ("neighbours", "same r %", "cosine"),
 }
 """What the table says of agreement."""
