@@ -68,6 +68,7 @@ async def get_curve(name: str, service: ForUsers) -> ModelCurve:
         backend=facts.backend,
         measured=curve.measured,
         photos=curve.photos,
+        agreement_of=curve.agreement_of,
         rows=[_curve_row(row) for row in curve.rows],
     )
 
@@ -95,7 +96,7 @@ def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
         schedule=list(row.r),
         batch_s=BatchSeconds(a=row.line[0], b=row.line[1]),
         images_per_s=row.images_per_s,
-        **row.model_dump(include={"tokens", "gflops", "agreement", "agreement_interval", "top1"}),
+        **row.model_dump(include={"tokens", "gflops", "agreement", "agreement_interval", "top1", "neighbours"}),
     )
 
 
@@ -122,6 +123,9 @@ def _detail(
         backend=Backend(**asdict(info.backend)) if info.backend else None,
         num_classes=len(info.labels),
         classes=list(info.labels),
+        function_to_apply=info.activation,
+        num_features=info.num_features,
+        version=info.version,
         input_size=info.preprocessing.input_size,
         num_blocks=info.num_blocks,
         num_tokens=info.num_tokens,

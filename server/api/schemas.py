@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from server.curve import AgreementOf
 from server.dial import PlainR
 from server.ipc.messages import Reason
 from server.types import Activation
@@ -220,8 +221,13 @@ class ModelCard(BaseModel):
 
 class ModelDetail(ModelCard, ModelSummary):
     backend: Backend | None = Field(description="What computes the answers; null before a device holds the model.")
-    num_classes: int
+    version: str = Field(description="Which of its versions is served.")
+    num_classes: int = Field(description="0 for a model without a classifier, which gives vectors alone.")
     classes: list[str]
+    function_to_apply: Activation = Field(
+        description="What makes scores of its logits where a request does not say; sigmoid with several labels."
+    )
+    num_features: int = Field(description="Numbers of an image's vector.")
     input_size: tuple[int, int]
     num_blocks: int
     num_tokens: int
@@ -244,6 +250,13 @@ class BatchSeconds(BaseModel):
     b: float
 
 
+class CurveNeighbours(BaseModel):
+    """What is left of a search by vectors at one r."""
+
+    same_index: float = Field(description="Share of the ten nearest of r=0 that are found in an index at this r.")
+    cosine: float = Field(description="Between a photo's vectors at this r and at r=0, on average.")
+
+
 class ModelCurveRow(BaseModel):
     """What one r costs, and what it keeps."""
 
@@ -253,9 +266,13 @@ class ModelCurveRow(BaseModel):
     gflops: float | None = Field(description="Of one image; null where they cannot be counted.")
     images_per_s: float = Field(description="In full batches, as the engine knows it now.")
     batch_s: BatchSeconds
-    agreement: float = Field(description="Share of photos that keep the answer of r=0.")
+    agreement: float = Field(
+        description="Share of photos that keep the answer of r=0; with agreement_of neighbours, share of the ten "
+        "nearest of r=0 that are found by a query at this r in an index at r=0."
+    )
     agreement_interval: tuple[float, float] = Field(description="Its 95 % interval.")
     top1: float | None = Field(description="Share of labelled photos that are answered rightly; null without labels.")
+    neighbours: CurveNeighbours | None = Field(description="With agreement_of neighbours, more of the search.")
 
 
 class ModelCurve(BaseModel):
@@ -267,6 +284,9 @@ class ModelCurve(BaseModel):
     backend: str
     measured: str = Field(description="The date of agreement and top-1.")
     photos: int = Field(description="How many they were measured on.")
+    agreement_of: AgreementOf = Field(
+        description="top1: the likeliest class; labels: all labels of 0.5 or more; neighbours: the ten nearest photos."
+    )
     rows: list[ModelCurveRow]
 
 

@@ -260,10 +260,16 @@ def explain(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model:
     return Explain(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e6, top_k=1)
 
 
-def score(pixels: bytes = b"abc", activation: Activation = "none", *, r: Schedule | AutoR | None = None) -> Score:
+def score(
+    pixels: bytes = b"abc",
+    r: Schedule | AutoR | None = None,
+    *,
+    model: str = "tiny",
+    activation: Activation = "none",
+) -> Score:
     """The same for the scores of all classes."""
-    asked = {"model": "tiny", "images": [Pixels(pixels)], "r": r, "deadline": time.monotonic() + 1e6}
-    return Score(**asked, activation=activation)
+    deadline = time.monotonic() + 1e6
+    return Score(model=model, images=[Pixels(pixels)], r=r, deadline=deadline, activation=activation)
 
 
 def embed(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny") -> Embed:
