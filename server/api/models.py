@@ -16,6 +16,7 @@ from server.api.schemas import (
     AutoBounds,
     Backend,
     BatchSeconds,
+    ModelCard,
     ModelCurve,
     ModelCurveRow,
     ModelDetail,
@@ -40,15 +41,19 @@ async def list_models(service: ForUsers) -> ModelList:
     """The models that are served, the default first."""
     engine = service.engine
     configuration = await engine.configuration()
-    return ModelList(models=[_summary(info, configuration, engine) for info in engine.catalog().values()])
+    catalog = engine.catalog()
+    return ModelList(
+        models=[_summary(info, configuration, engine) for info in catalog.values()],
+        data=[ModelCard(id=name) for name in catalog],
+    )
 
 
 @router.get("/{name}")
-async def get_model(name: str, response: Response, service: ForUsers) -> ModelDetail:
+async def get_model(name: str, request: Request, response: Response, service: ForUsers) -> ModelDetail:
     """One model: classes, input size, blocks, range of r, and token counts for each r."""
     engine = service.engine
     info = find_model(engine.catalog(), name)
-    return _detail(info, await engine.configuration(), engine, response)
+    return _detail(info, await engine.configuration(), engine, request, response)
 
 
 @router.get("/{name}/curve")
@@ -80,7 +85,8 @@ async def patch_model(
     engine = service.engine
     info = find_model(engine.catalog(), name)
     r = setting_of(info, parse(PatchModel, await read_json(request)))
-    return _detail(info, await engine.configure({name: r}, expected_version(if_match)), engine, response)
+    configuration = await engine.configure({name: r}, expected_version(if_match))
+    return _detail(info, configuration, engine, request, response)
 
 
 def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
@@ -107,9 +113,12 @@ def _summary(info: ModelInfo, configuration: Configuration, engine: Engine) -> M
     )
 
 
-def _detail(info: ModelInfo, configuration: Configuration, engine: Engine, response: Response) -> ModelDetail:
+def _detail(
+    info: ModelInfo, configuration: Configuration, engine: Engine, request: Request, response: Response
+) -> ModelDetail:
     tag(response, configuration)
     return ModelDetail(
+        id=info.name,
         **_summary(info, configuration, engine).model_dump(),
         backend=Backend(**asdict(info.backend)) if info.backend else None,
         num_classes=len(info.labels),
@@ -125,6 +134,7 @@ def _detail(info: ModelInfo, configuration: Configuration, engine: Engine, respo
         max_r=info.max_r,
         token_counts=_token_counts(info),
         tuned=list(info.tuned),
+        ready=not request.app.state.is_draining,
     )
 
 

@@ -21,8 +21,8 @@ _KINDS_OF_R: list[JsonValue] = [_NUMBER, {"type": "array", "items": _NUMBER, "mi
 """What `r` may be, for the API's description. `parse_setting` checks it."""
 
 
-class Parameters(BaseModel):
-    """The parameters of a classification, from the query, the form or the JSON body."""
+class Dial(BaseModel):
+    """What any request may say: the model, its `r`, and how long the answer is waited for."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,15 +39,20 @@ class Parameters(BaseModel):
     inflect: float | None = Field(
         None, ge=-1, le=1, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r."
     )
+    deadline_ms: float | None = Field(
+        None, ge=LEAST_DEADLINE_MS, description="Time after which the answer is worth nothing."
+    )
+
+
+class Parameters(Dial):
+    """The parameters of a classification, from the query, the form or the JSON body."""
+
     top_k: int | None = Field(None, ge=1, description="Classes to answer with, likeliest first; 5 when absent.")
     function_to_apply: Activation | None = Field(
         None, description="What makes scores of logits: softmax, sigmoid or none; the model's own when absent."
     )
     threshold: float | None = Field(
         None, ge=0, le=1, description="With sigmoid, in place of top_k: the least score of a class that is named."
-    )
-    deadline_ms: float | None = Field(
-        None, ge=LEAST_DEADLINE_MS, description="Time after which the answer is worth nothing."
     )
 
 
@@ -205,7 +210,16 @@ class Backend(BaseModel):
     reason: str = Field(description="Why this one, and this precision.")
 
 
-class ModelDetail(ModelSummary):
+class ModelCard(BaseModel):
+    """A model as clients of OpenAI's API know it."""
+
+    id: str = Field(description="Its name.")
+    object: Literal["model"] = "model"
+    created: int = Field(default=0, description="Not known: always 0.")
+    owned_by: str = "tome-server"
+
+
+class ModelDetail(ModelCard, ModelSummary):
     backend: Backend | None = Field(description="What computes the answers; null before a device holds the model.")
     version: str = Field(description="Which of its versions is served.")
     num_classes: int = Field(description="0 for a model without a classifier, which gives vectors alone.")
@@ -226,6 +240,7 @@ class ModelDetail(ModelSummary):
     tuned: list[tuple[int, int]] = Field(
         description="Bands of r that are computed with tuned numbers, lowest and highest; empty without such numbers."
     )
+    ready: bool = Field(description="Whether images should be sent here now; false once the server is about to end.")
 
 
 class BatchSeconds(BaseModel):
@@ -277,6 +292,8 @@ class ModelCurve(BaseModel):
 
 class ModelList(BaseModel):
     models: list[ModelSummary]
+    object: Literal["list"] = "list"
+    data: list[ModelCard] = Field(description="The same models, as clients of OpenAI's API know them.")
 
 
 class ErrorDetail(BaseModel):

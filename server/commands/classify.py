@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import get_args
 
-from server.settings import Settings, SettingsError
+from server.commands.top_k import named_classes
+from server.settings import Settings
 from server.types import Activation
 
 HELP = "classify photos here and now, without a server"
@@ -33,35 +34,29 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.device.runner import Runner
     from server.device.torch_backend import set_threads
     from server.images.photos import read_photo
+    from server.offline.rows import classes
 
     set_threads(settings.threads)
     spec = settings.specs()[0]
     loaded = load_model(spec, settings.state_dir)
     info = loaded.info
     schedule = info.schedule(spec.r or 0)
-    if not info.labels:
-        raise SettingsError(
-            f"model {info.name} has no classifier and so names no classes; tome-server serve gives its vectors"
-        )
-    activation: Activation = args.function_to_apply or info.activation
-    top_k = info.most_classes(activation, args.top_k, args.threshold)
+    top_k, activation = named_classes(args, info)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     key = info.batch_key(schedule)
     for photo in args.photos:
         pixels = read_photo(photo, info.preprocessing, settings.max_image_pixels)
         batch = stacked([pixels], key.input_size, runner.device)
         ((likeliest, scores),) = runner.top_k(key, batch, top_k, activation)
-        classes = [
-            {"label": info.labels[index], "index": index, "score": score}
-            for index, score in zip(likeliest, scores, strict=True)
-            if args.threshold is None or score >= args.threshold
+        found = [
+            each for each in classes(info, likeliest, scores) if each["score"] >= (args.threshold or float("-inf"))
         ]
         if args.json:
             said = {"file": photo, "model": info.name, "r": list(schedule), "tuned": info.is_tuned(schedule)}
-            print(json.dumps({**said, "function_to_apply": activation, "top_k": classes}))
+            print(json.dumps({**said, "function_to_apply": activation, "top_k": found}))
         else:
             print(photo)
             form = "6.2f" if activation == "none" else "6.1%"
-            for each in classes:
+            for each in found:
                 print(f"  {each['score']:{form}}  {each['label']}")
     return 0

@@ -6,18 +6,19 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from server.commands.output import spare_others, tell
+from server.commands.stopping import Stop
 from server.settings import ModelSpec, Settings, SettingsError
 
 if TYPE_CHECKING:
     from server.tuning.judging import Gain
     from server.tuning.learning import Progress
+    from server.types import ModelInfo
     from tome_core.tuned import Tuned
 
 HELP = "tune norms and biases for high r, from photos without labels; r=0 stays as it is"
@@ -62,8 +63,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     device = device_of(settings.device)
     spec = settings.specs()[0].model_copy(update={"tuned": "none"})
     loaded = load_model(spec, settings.state_dir)
-    if not loaded.info.labels:
-        raise SettingsError(f"{loaded.info.name} has no classifier, and tune learns from the answers of one")
+    _check_answers(loaded.info)
     band = bands.default(loaded.info) if args.band is None else bands.parse(args.band, loaded.info)
     taken = photos.read(args.images, args.photos, loaded.info, settings.max_image_pixels)
     with on(device):
@@ -74,7 +74,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         )
         if session.progress.step:
             tell(f"going on after step {session.progress.step}")
-        with _Stop() as stop:
+        with Stop("stopping after this step; what was learned is judged and kept") as stop:
             session.learn(60 * args.minutes, _line(band), stop)
         tell("")
         tuned, gain = session.result()
@@ -115,6 +115,16 @@ def _check(args: argparse.Namespace) -> None:
         spare_others(output, Tuned.load, "holds no tuned numbers")
 
 
+def _check_answers(info: ModelInfo) -> None:
+    """Refuses models whose answer is not one class: what is learned and judged is the class that r=0 names."""
+    if not info.labels:
+        raise SettingsError(f"{info.name} has no classifier; tune learns from the classes that a model names at r=0")
+    if info.activation == "sigmoid":
+        raise SettingsError(
+            f"{info.name} is a multi-label model; tune learns from the one class that a model names at r=0"
+        )
+
+
 def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path | None, output: Path | None) -> Path:
     """Writes the tuned numbers to `output`, or else to the model's own place; gives the file."""
     from server.device import tuned_file
@@ -129,29 +139,6 @@ def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path 
     except OSError as error:
         raise SettingsError(f"-o is {output}: {error.strerror}") from None
     return output
-
-
-class _Stop:
-    """Within it, the first Ctrl-C or SIGTERM asks to stop after this step; the next one ends the process as ever."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        return self.is_asked
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.is_asked = True
-        self.__exit__()
-        tell("\nstopping after this step; what was learned is judged and kept")
 
 
 def _line(band: tuple[int, int]) -> Callable[[Progress, float], None]:
