@@ -25,7 +25,8 @@ def of_mean(shares: Sequence[float]) -> tuple[float, float]:
     It is that of a share of so many yes and no that its mean would vary as much as theirs: never fewer than there are
     numbers, and no more where all are 0 or all are 1.
     """
-    count, mean = len(shares), sum(shares) / len(shares)
+    count: float = len(shares)
+    mean = sum(shares) / count
     variance = sum((share - mean) ** 2 for share in shares) / count
     if variance > 0:
         count = count * mean * (1 - mean) / variance

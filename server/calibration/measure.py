@@ -71,8 +71,8 @@ def measure(
     for batch in sized:
         take_turns(batch)  # warm-up
     for part in whole:
-        for schedule, (answered, took_s) in take_turns(part).items():
-            parts[schedule].append(answered)
+        for schedule, (answers_of_part, took_s) in take_turns(part).items():
+            parts[schedule].append(answers_of_part)
             if len(part) == max_batch_size:
                 seconds[schedule][max_batch_size].append(took_s)
     for batch in sized * RUNS:

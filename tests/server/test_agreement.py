@@ -12,6 +12,7 @@ from torch import Tensor
 
 from server.calibration import agreement
 from server.calibration.agreement import answers, default_for, judge, nearest
+from server.curve import AgreementOf
 from server.device.outcome import Found, Wanted, gathered
 from server.intervals import of_mean, wilson
 from tests.server.conftest import model_info
@@ -70,7 +71,7 @@ def test_neighbours_are_counted_photo_by_photo(seed: int, count: int, noise: flo
 def test_the_length_of_a_vector_means_nothing(seed: int, factor: float) -> None:
     judged = judge("neighbours", factor * vectors(seed, 15), vectors(seed, 15))
     assert judged.agreement == 1 and judged.neighbours is not None
-    assert (judged.neighbours.same_index, judged.neighbours.cosine) == (1, pytest.approx(1))
+    assert judged.neighbours.same_index == 1 and judged.neighbours.cosine == pytest.approx(1)
 
 
 LOGITS = torch.tensor([[2.0, 1.0, -1.0], [0.1, 0.2, 3.0], [-1.0, -2.0, -3.0]])
@@ -87,7 +88,7 @@ def test_an_answer_is_the_likeliest_class_or_all_labels_that_hold() -> None:
 
 
 @pytest.mark.parametrize(("of", "hits"), [("top1", 3), ("labels", 1)])
-def test_one_label_more_is_another_answer(of: agreement.AgreementOf, hits: int) -> None:
+def test_one_label_more_is_another_answer(of: AgreementOf, hits: int) -> None:
     """The second photo loses a label, and the third gains one that was its likeliest before."""
     merged = LOGITS.clone()
     merged[1, 0], merged[2, 0], merged[0, 2] = -0.1, 0.1, -2.0

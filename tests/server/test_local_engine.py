@@ -30,7 +30,19 @@ from server.errors import (
     UnavailableError,
 )
 from server.images.image import Pixels
-from server.ipc.messages import Answered, Choice, Classify, Embed, Explain, Item, Merges, Request, Score, TopK
+from server.ipc.messages import (
+    Answered,
+    Choice,
+    Classify,
+    Embed,
+    Explain,
+    Item,
+    Merges,
+    Request,
+    Score,
+    TopK,
+    Vector,
+)
 from server.types import BatchKey, Configuration
 from tests.server.conftest import (
     NUM_CLASSES,
@@ -294,7 +306,7 @@ async def test_a_queue_is_full_for_all_images_of_a_request_or_for_none() -> None
 
 async def test_one_image_that_fails_fails_its_request_and_the_neighbours_are_answered() -> None:
     class Poisoned(FakeDevice):
-        def answer(self, key: BatchKey, item: Item) -> TopK:
+        def answer(self, key: BatchKey, item: Item) -> TopK | Vector:
             if item.image.data == b"poison":
                 raise ValueError("poisoned")
             return super().answer(key, item)
@@ -430,8 +442,14 @@ async def test_one_batch_classifies_scores_and_embeds() -> None:
         device.gate.clear()
         busy = engine.answer(classify(b"busy"))
         await until(lambda: len(device.batches) == 1)
-        asked = [classify(b"a", top_k=2), embed(b"b"), score(b"c", activation="sigmoid"), embed(b"d"), explain(b"e")]
-        sent = [engine.answer(each) for each in asked]
+        asked: list[Any] = [
+            classify(b"a", top_k=2),
+            embed(b"b"),
+            score(b"c", activation="sigmoid"),
+            embed(b"d"),
+            explain(b"e"),
+        ]
+        sent: list[Any] = [engine.answer(each) for each in asked]
         await until(lambda: engine._batcher.num_waiting == len(asked))
         device.gate.set()
         answers = await asyncio.gather(*sent)

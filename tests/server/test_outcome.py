@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from server.types import Activation
 from tests.server.messages import ACTIVATIONS
 
 NUM_CLASSES, NUM_FEATURES = 7, 4
-ASKED = {"model": "tiny", "images": [Pixels(b"")], "deadline": 1.0}
+ASKED: dict[str, Any] = {"model": "tiny", "images": [Pixels(b"")], "deadline": 1.0}
 TOP_KS = st.integers(1, NUM_CLASSES)
 
 Kind = Classify | Score | Embed | Explain
@@ -121,12 +122,13 @@ def test_only_what_someone_wants_is_fetched() -> None:
     """It is copied from the device: a batch that is only classified brings no features."""
     outputs = outputs_of(0, 2)
     two = Classify(**ASKED, top_k=2)
-    for requests, columns in (
+    batches: list[tuple[list[Kind], int]] = [
         ([two, Classify(**ASKED, top_k=3)], 2 * 3),
         ([two, Embed(**ASKED)], 2 * 2 + NUM_FEATURES),
         ([Embed(**ASKED)] * 2, NUM_FEATURES),
         ([Score(**ASKED), two], 2 * 2 + NUM_CLASSES),
-    ):
+    ]
+    for requests, columns in batches:
         wanted = wanted_by([Item(request, 0) for request in requests])
         assert gathered(outputs, NUM_CLASSES, wanted).shape == (2, columns)
 
