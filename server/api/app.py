@@ -85,7 +85,12 @@ def create_app(
             allow_headers=("authorization", "content-type", "if-match", "x-api-key", "x-r", "x-request-id"),
             expose_headers=_READABLE,
         )
-    app.add_middleware(Front, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
+    app.add_middleware(
+        Front,
+        max_bytes=settings.max_body_bytes,
+        client_timeout_s=settings.client_timeout_s,
+        inflates=lambda path: any(face.inflates(path) for face in faces),
+    )
     return app
 
 

@@ -143,10 +143,11 @@ async def _read_form(request: Request, content_type: str, max_images: int) -> tu
 
 
 def _uploads_of(texts: Sequence[str]) -> list[Upload]:
-    return [Upload(_from_base64(text, index)) for index, text in enumerate(texts)]
+    return [Upload(from_base64(text, index)) for index, text in enumerate(texts)]
 
 
-def _from_base64(text: str, index: int) -> bytes:
+def from_base64(text: str, index: int) -> bytes:
+    """The bytes of an image that came as base64, with or without a data: prefix; raises UndecodableError."""
     encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
     try:
         return base64.b64decode(encoded, validate=True)  # as nearly all comes

@@ -50,7 +50,7 @@ async def read_json(request: Request, max_images: int = 0) -> dict[str, Any]:
 
 def parse_object(body: bytes, max_images: int = 0) -> dict[str, Any]:
     """A JSON object of bytes; errors as of `read_json`."""
-    _check_values(body, MOST_VALUES + 2 * max_images)  # a data: prefix has a comma, too
+    check_values(body, MOST_VALUES + 2 * max_images)  # a data: prefix has a comma, too
     try:
         said = json.loads(
             body, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_no_number
@@ -67,8 +67,11 @@ def parse_object(body: bytes, max_images: int = 0) -> dict[str, Any]:
     return said
 
 
-def _check_values(body: bytes, most: int) -> None:
-    """Counts the commas: between values of lists and objects there is one, and nesting is bounded by the parser."""
+def check_values(body: bytes, most: int) -> None:
+    """Raises TooLargeError where JSON holds more values than these.
+
+    It counts the commas: between values of lists and objects there is one, and nesting is bounded by the parser.
+    """
     commas = 0
     for begin in range(0, len(body), _SLICE):  # other threads run in between
         commas += body.count(b",", begin, begin + _SLICE)

@@ -49,7 +49,8 @@ def _complete(described: dict[str, Any], routes: list[APIRoute], settings: Setti
         for operation in operations.values():
             for status, response in operation["responses"].items():
                 if status >= "400":
-                    response["content"] = _ERROR  # of text too, as the metrics are
+                    if "application/json" not in response.get("content", {}):
+                        response["content"] = _ERROR  # of text, as the metrics are
     wants_key: dict[object, str | None] = {
         for_users: settings.api_key,
         for_admins: settings.api_key or settings.admin_key,

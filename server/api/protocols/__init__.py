@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from server.api.faces import Face
+from server.api.protocols import oip
 from server.settings import Settings
 
-FACES: Mapping[str, Callable[[Settings], Face]] = {}
+FACES: Mapping[str, Callable[[Settings], Face]] = {"oip": lambda settings: oip.FACE}
 """By name, as `--protocol` lists them."""
 
 
