@@ -86,6 +86,14 @@ def model_of(service: Service, name: str, version: str) -> ModelInfo:
     return info
 
 
+def classification_of(parameters: Mapping[str, Any]) -> int:
+    """How many classes an output is to name; 0 where it is to be numbers."""
+    k = parameters.get("classification", 0)
+    if not isinstance(k, int) or isinstance(k, bool) or ("classification" in parameters and k < 1):
+        raise InvalidError(f"classification is {shown(k)}; it must be an integer from 1")
+    return k
+
+
 def outputs_of(info: ModelInfo) -> dict[str, int]:
     """The outputs of a model, the usual one first, and how many numbers each has for an image."""
     scores = {name: len(info.labels) for name in ("probabilities", "logits")} if info.labels else {}

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from server.api.json_body import LONGEST_TEXT, MOST_FIELDS, MOST_VALUES, check_values
-from server.api.protocols.oip_infer import Inference, Inferred, Wanted
+from server.api.protocols.oip_infer import Inference, Inferred, Wanted, classification_of
 from server.api.protocols.oip_tensors import Tensor, num_values, only_file
 from server.errors import InvalidError, UndecodableError, shown
 from server.images.preprocessing import Preprocessing
@@ -106,14 +106,6 @@ def write(asked: Asked, info: ModelInfo, inferred: Inferred) -> tuple[bytes, int
         head["id"] = asked.id
     json = _encode(head | {"parameters": inferred.parameters, "outputs": outputs})
     return b"".join((json, *blocks)), len(json) if blocks else None
-
-
-def classification_of(parameters: dict[str, Any]) -> int:
-    """How many classes an output is to name; 0 where it is to be numbers."""
-    k = parameters.get("classification", 0)
-    if not isinstance(k, int) or isinstance(k, bool) or ("classification" in parameters and k < 1):
-        raise InvalidError(f"classification is {shown(k)}; it must be an integer from 1")
-    return k
 
 
 def _length(header: str, most: int) -> int:
