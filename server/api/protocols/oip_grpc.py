@@ -12,16 +12,16 @@ from typing import Any
 import grpc
 from fastapi import FastAPI
 from google.protobuf import json_format
-from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
 
 from server.api.access import Service, check_user
 from server.api.asking import R_HEADER, Asking
 from server.api.health import check_ready
+from server.api.json_body import MOST_VALUES
 from server.api.middleware import LARGEST_BODIES
 from server.api.patience import at_most
 from server.api.protocols.oip_infer import Inference, Inferred, Wanted, classification_of, infer, model_of
-from server.api.protocols.oip_messages import SERVICE, message_class
+from server.api.protocols.oip_messages import SERVICE, message_class, read_message
 from server.api.protocols.oip_models import config, index, metadata, server_metadata, statistics
 from server.api.protocols.oip_tensors import Tensor
 from server.errors import ClientGoneError, QueueFullError, ServerError, UnavailableError, UndecodableError
@@ -78,6 +78,7 @@ class Call:
 
         Raises:
             UndecodableError: There is none, or it is none of its kind.
+            TooLargeError: It has too many fields.
             QueueFullError: All calls hold too much.
             DeadlineError: It does not come in time.
         """
@@ -87,10 +88,7 @@ class Call:
             raise UndecodableError("the call has no message")
         self.size = len(piece)
         self._limits.hold(self.size)
-        try:
-            return message_class(self._kind).FromString(piece)
-        except DecodeError:
-            raise UndecodableError(f"the message is no {self._kind} of {SERVICE}") from None
+        return read_message(self._kind, piece, MOST_VALUES + self._limits.settings.max_images)
 
     def answer_with(self, headers: Mapping[str, str]) -> None:
         """Sends headers behind the answer."""

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from server.errors import TooLargeError, UndecodableError
 
 SERVICE = "inference.GRPCInferenceService"
 
@@ -73,6 +76,80 @@ _SCALARS = {
     name: getattr(descriptor_pb2.FieldDescriptorProto, f"TYPE_{name.upper()}")
     for name in ("bool", "bytes", "double", "float", "int32", "int64", "string", "uint32", "uint64")
 }
+
+
+_VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
+"""How a field is written; the two others that there were are no longer used."""
+
+
+def read_message(name: str, encoded: bytes, most_fields: int) -> Any:
+    """A message.
+
+    Its fields are counted first: an empty one takes two bytes, and a hundred times that in memory.
+
+    Args:
+        name: Of what kind it is.
+        encoded: As it came.
+        most_fields: How many it may have, with those of messages in it. A packed list of numbers is one.
+
+    Raises:
+        UndecodableError: It is not of that kind.
+        TooLargeError: It has too many fields.
+    """
+    try:
+        _count(memoryview(encoded), name, 0, most_fields)
+        return message_class(name).FromString(encoded)
+    except (DecodeError, IndexError):
+        raise UndecodableError(f"the message is no {name} of {SERVICE}") from None
+
+
+def _count(encoded: memoryview, name: str, count: int, most: int) -> int:
+    """Counts the fields of a message on from `count`; raises IndexError where it is cut off."""
+    inner, place = _inner(name), 0
+    while place < len(encoded):
+        count += 1
+        if count > most:
+            raise TooLargeError(f"the message has more than {most} fields", max_fields=most)
+        tag, place = _varint(encoded, place)
+        how = tag & 7
+        if how == _VARINT:
+            _, place = _varint(encoded, place)
+        elif how == _LENGTH:
+            size, place = _varint(encoded, place)
+            if size > len(encoded) - place:
+                raise IndexError
+            if tag >> 3 in inner:
+                count = _count(encoded[place : place + size], inner[tag >> 3], count, most)
+            place += size
+        elif how in (_EIGHT_BYTES, _FOUR_BYTES):
+            place += 8 if how == _EIGHT_BYTES else 4
+        else:
+            raise IndexError
+    return count
+
+
+def _varint(encoded: memoryview, place: int) -> tuple[int, int]:
+    """A number, seven bits a byte, and the place behind it."""
+    value = shift = 0
+    while True:
+        byte = encoded[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place
+        shift += 7
+        if shift > 63:
+            raise IndexError
+
+
+@functools.cache
+def _inner(name: str) -> dict[int, str]:
+    """The fields of a message that are messages, by their numbers; those of entries of maps are counted as one."""
+    return {
+        number: kind.removeprefix("[]")
+        for _, number, kind, _ in _fields(_TABLE[name])
+        if kind.removeprefix("[]") in _TABLE
+    }
 
 
 @functools.cache
