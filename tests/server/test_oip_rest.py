@@ -1,7 +1,8 @@
-"""The Open Inference Protocol over REST, with a fake device: every endpoint, every form of input, and what is refused."""
+"""The Open Inference Protocol over REST, with a fake device: each endpoint, each form of input, what is refused."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import json
@@ -12,9 +13,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.api.protocols.oip_infer import PARAMETERS
 from server.ipc.messages import Classify, Embed, Score
 from tests.server.conftest import NUM_CLASSES, SIDE, Service, grey_png, model_info, serving
 from tests.server.oip import INFER, C, activated, asking, features_of, logits_of, oip_serving
@@ -373,7 +375,7 @@ async def test_outputs_that_there_are_not_are_refused(outputs: list[dict[str, An
         (b"{}", "3", 400),
         (b"{}", "-1", 400),
         (b"{}", "1e3", 400),
-        (b"{}", "\u0663".encode().decode("latin-1"), 400),
+        (b"{}", "", 400),
         (b"", "0", 400),
     ],
 )
@@ -481,43 +483,44 @@ async def test_the_face_can_be_left_out() -> None:
         assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
 
 
-LEAVES = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9)
-)
+LATIN = st.characters(min_codepoint=32, max_codepoint=255)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(-1e300, 1e300) | st.text(max_size=9)
 ANY: Any = st.recursive(
-    LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
-    max_leaves=8,
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
 )
 PLACES = [
     ("inputs",), ("inputs", 0), ("inputs", 0, "name"), ("inputs", 0, "datatype"), ("inputs", 0, "shape"),
     ("inputs", 0, "shape", 0), ("inputs", 0, "data"), ("inputs", 0, "data", 0), ("inputs", 0, "parameters"), ("id",),
-    ("outputs",), ("outputs", 0), ("outputs", 0, "name"), ("outputs", 0, "parameters"),
-    ("outputs", 0, "parameters", "classification"), ("outputs", 0, "parameters", "binary_data"), ("parameters",),
-    *(("parameters", name) for name in ("r", "max_r", "min_agreement", "inflect", "deadline_ms", "function_to_apply",
-                                        "timeout", "priority", "binary_data_output", "other")),
+    ("outputs",), ("outputs", 0), ("outputs", 0, "name"), ("outputs", 0, "parameters"), ("parameters",),
+    ("outputs", 0, "parameters", "classification"), ("outputs", 0, "parameters", "binary_data"),
+    *(("parameters", name) for name in (*PARAMETERS, "other")),
 ]  # fmt: skip
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(PLACES), ANY)
-async def test_garbage_in_any_field_is_answered_or_refused(place: tuple[Any, ...], garbage: Any) -> None:
-    said: Any = asking(outputs=[{"name": "logits", "parameters": {"classification": 1}}], r=2) | {"id": "a"}
-    inner = said
-    for step in place[:-1]:
-        inner = inner[step]
-    inner[place[-1]] = garbage
+async def test_garbage_is_answered_or_refused() -> None:
     async with oip_serving() as service:
-        response = await service.client.post(INFER, json=said)
-        assert response.status_code < 500, response.text
-        if response.status_code != 200:
-            assert_refused(response, response.status_code)
+        loop = asyncio.get_running_loop()
 
+        def post(**said: Any) -> None:
+            response = asyncio.run_coroutine_threadsafe(service.client.post(INFER, **said), loop).result()
+            assert response.status_code < 500, response.text
+            if response.status_code != 200:
+                assert_refused(response, response.status_code)
 
-@settings(max_examples=100)
-@given(st.binary(max_size=200), st.none() | st.integers(0, 250).map(str) | st.text(st.characters(max_codepoint=255)))
-async def test_garbage_for_a_body_is_refused(content: bytes, length: str | None) -> None:
-    headers = {} if length is None else {b"inference-header-content-length": length.encode("latin-1")}
-    async with oip_serving() as service:
-        response = await service.client.post(INFER, content=content, headers=headers)  # type: ignore[arg-type]
-        assert 400 <= response.status_code < 500
+        @settings(max_examples=400)
+        @given(st.sampled_from(PLACES), ANY)
+        def in_a_field(place: tuple[Any, ...], garbage: Any) -> None:
+            said: Any = asking(outputs=[{"name": "logits", "parameters": {"classification": 1}}], r=2) | {"id": "a"}
+            inner = said
+            for step in place[:-1]:
+                inner = inner[step]
+            inner[place[-1]] = garbage
+            post(json=said)
+
+        @given(st.binary(max_size=200), st.none() | st.integers(0, 250).map(str) | st.text(LATIN))
+        def for_a_body(content: bytes, length: str | None) -> None:
+            headers = {} if length is None else {b"inference-header-content-length": length.encode("latin-1")}
+            post(content=content, headers=headers)
+
+        await asyncio.to_thread(in_a_field)
+        await asyncio.to_thread(for_a_body)
