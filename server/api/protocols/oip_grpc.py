@@ -101,12 +101,16 @@ class GrpcServer:
     Args:
         app: The application, for its `state`.
         address: Where it listens, HOST:PORT.
+
+    Attributes:
+        port: Where it listens, once it has started.
     """
 
     def __init__(self, app: FastAPI, address: str) -> None:
         self._app, self._address = app, address
         self._service: Service = app.state.service
         self.settings = self._service.settings
+        self.port = 0
         self._held = 0
         self._server: Any = None
         self._ending: asyncio.Task[None] | None = None
@@ -124,7 +128,7 @@ class GrpcServer:
             maximum_concurrent_rpcs=settings.max_queue_size + _BESIDE,
         )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._handlers()),))
-        self._server.add_insecure_port(self._address)
+        self.port = self._server.add_insecure_port(self._address)
         await self._server.start()
 
     def begin_to_end(self, within_s: float) -> None:
