@@ -218,14 +218,9 @@ async def test_what_breaks_is_not_told_to_the_client(caplog: pytest.LogCaptureFi
 
 async def test_keys_are_needed_but_for_health() -> None:
     async with serving(api_key="user-key") as client:
-        for rpc, said in (
-            ("ServerLive", {}),
-            ("ServerReady", {}),
-            ("ServerMetadata", {}),
-            ("ModelReady", {"name": "tiny"}),
-        ):
-            await client.call(rpc, said)
         named = {"name": "tiny"}
+        for rpc, said in (("ServerLive", {}), ("ServerReady", {}), ("ServerMetadata", {}), ("ModelReady", named)):
+            await client.call(rpc, said)
         for rpc, said in (
             ("ModelMetadata", named),
             ("ModelConfig", named),
@@ -271,9 +266,8 @@ async def test_the_deadline_of_a_call_is_kept() -> None:
         await until(lambda: client.in_flight == 0)
         error = await client.refused(grpc.StatusCode.DEADLINE_EXCEEDED, "ModelInfer", asking(deadline_ms=20))
         assert "0.02 s" in error.details()
-        error = await client.refused(
-            grpc.StatusCode.DEADLINE_EXCEEDED, "ModelInfer", asking(timeout=20_000), timeout=50
-        )
+        late = asking(timeout=20_000)
+        error = await client.refused(grpc.StatusCode.DEADLINE_EXCEEDED, "ModelInfer", late, timeout=50)
         assert "0.02 s" in error.details()
         client.device.gate.set()
         await client.call("ModelInfer", asking(), timeout=3600)  # longer than the server allows by itself
