@@ -10,7 +10,7 @@ from server.api.faces import Face
 from server.api.protocols import oip
 from server.settings import Settings
 
-FACES: Mapping[str, Callable[[Settings], Face]] = {"oip": lambda settings: oip.FACE}
+FACES: Mapping[str, Callable[[Settings], Face]] = {"oip": oip.face}
 """By name, as `--protocol` lists them."""
 
 

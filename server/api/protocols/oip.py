@@ -20,6 +20,7 @@ from server.api.protocols.oip_infer import infer, model_of
 from server.api.protocols.oip_models import config, index, metadata, server_metadata, statistics
 from server.api.protocols.oip_rest import JSON_LENGTH, read, write
 from server.errors import UnavailableError
+from server.settings import Settings
 from server.types import ModelInfo
 
 
@@ -168,11 +169,17 @@ def _owns(method: str, path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
-FACE = Face(
-    name="oip",
-    description="Open Inference Protocol v2, as Triton and KServe speak it; images in, scores or features out",
-    router=router,
-    owns=_owns,
-    error=_error,
-    inflates=lambda path: path.startswith("/v2/") and path.endswith("/infer"),
-)
+def _inflates(path: str) -> bool:
+    return path.startswith("/v2/") and path.endswith("/infer")
+
+
+def face(settings: Settings) -> Face:
+    """The protocol by REST."""
+    return Face(
+        name="oip",
+        description="Open Inference Protocol v2, as Triton and KServe speak it: scores and features of images",
+        router=router,
+        owns=_owns,
+        error=_error,
+        inflates=_inflates,
+    )
