@@ -120,6 +120,7 @@ async def test_the_server_and_its_models_tell_what_they_are() -> None:
             config = (await client.call("ModelConfig", said)).config
             assert (config.max_batch_size, config.input[0].data_type, list(config.output[2].dims)) == (32, 13, [C])
             assert config.HasField("dynamic_batching")
+            assert config.parameters["std"].string_value == "0.5,0.5,0.5"
         assert (await client.call("ServerMetadata")).name == "tome-server"
         index = await client.call("RepositoryIndex")
         assert [(each.name, each.version, each.state) for each in index.models] == [

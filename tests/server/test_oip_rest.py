@@ -74,6 +74,8 @@ async def test_the_server_and_its_models_tell_what_they_are() -> None:
             assert await get(f"{path}/ready") == {"name": "tiny", "ready": True}
             config = await get(f"{path}/config")
             assert config["max_batch_size"] == 32
+            assert config["parameters"]["mean"] == {"string_value": "0.5,0.5,0.5"}
+            assert config["parameters"]["input_size"] == {"string_value": "8,8"}
             assert config["input"] == [{"name": "image", "data_type": "TYPE_STRING", "dims": [1]}]
             assert config["output"][2] == {"name": "embedding", "data_type": "TYPE_FP32", "dims": [C]}
         assert [each["name"] for each in (await get("/v2/models/other"))["outputs"]] == ["embedding"]
@@ -503,7 +505,7 @@ async def test_garbage_is_answered_or_refused() -> None:
 
         def post(**said: Any) -> None:
             response = asyncio.run_coroutine_threadsafe(service.client.post(INFER, **said), loop).result()
-            assert response.status_code < 500, response.text
+            assert response.status_code < 500 or response.status_code == 504, response.text  # a short deadline
             if response.status_code != 200:
                 assert_refused(response, response.status_code)
 

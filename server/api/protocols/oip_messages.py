@@ -37,10 +37,11 @@ _TABLE = {
     "ModelConfigRequest": "name=1 version=2",
     "ModelConfigResponse": "config=1:ModelConfig",
     "ModelConfig": "name=1 platform=2 max_batch_size=4:int32 input=5:[]ModelInput output=6:[]ModelOutput "
-    "dynamic_batching=11:ModelDynamicBatching backend=17",
+    "dynamic_batching=11:ModelDynamicBatching parameters=14:{}ModelParameter backend=17",
     "ModelInput": "name=1 data_type=2:DataType dims=4:[]int64",
     "ModelOutput": "name=1 data_type=2:DataType dims=3:[]int64",
     "ModelDynamicBatching": "",
+    "ModelParameter": "string_value=1",
     "ModelStatisticsRequest": "name=1 version=2",
     "ModelStatisticsResponse": "model_stats=1:[]ModelStatistics",
     "ModelStatistics": "name=1 version=2 inference_count=4:uint64 execution_count=5:uint64 "

@@ -43,7 +43,11 @@ def metadata(info: ModelInfo) -> dict[str, Any]:
 
 
 def config(info: ModelInfo, max_images: int) -> dict[str, Any]:
-    """A model's configuration, in the words of Triton's ModelConfig; shapes are those of one image."""
+    """A model's configuration, in the words of Triton's ModelConfig; shapes are those of one image.
+
+    Its parameters say what pixels must be like: the input size (height, width), and mean and standard deviation.
+    """
+    seen = info.preprocessing
     return {
         "name": info.name,
         "platform": PLATFORM,
@@ -52,6 +56,10 @@ def config(info: ModelInfo, max_images: int) -> dict[str, Any]:
         "input": [{"name": INPUT, "data_type": "TYPE_STRING", "dims": [1]}],
         "output": [{"name": name, "data_type": "TYPE_FP32", "dims": [size]} for name, size in outputs_of(info).items()],
         "dynamic_batching": {},
+        "parameters": {
+            name: {"string_value": ",".join(map(str, values))}
+            for name, values in (("input_size", seen.input_size), ("mean", seen.mean), ("std", seen.std))
+        },
     }
 
 
