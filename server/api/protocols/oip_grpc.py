@@ -247,7 +247,7 @@ class GrpcServer:
             try:
                 said = await call.read()
                 info = model_of(service, said.model_name, said.model_version)
-                inferred = await infer(service, asking, info, _inference(said, call.left_s))
+                inferred = await infer(service, asking, info, _inference(said, call))
             except asyncio.CancelledError:
                 raise ClientGoneError("the client has left the call") from None
         call.answer_with(inferred.answer.headers)
@@ -264,8 +264,8 @@ def _retry_after(problem: ServerError) -> tuple[tuple[str, str], ...]:
     return (("retry-after", str(max(1, math.ceil(problem.retry_after_s or 0)))),)
 
 
-def _inference(said: Any, left_s: float | None) -> Inference:
-    """What a ModelInferRequest asks."""
+def _inference(said: Any, call: Call) -> Inference:
+    """What the ModelInferRequest of a call asks."""
     raw = said.raw_input_contents
     if raw and len(raw) != len(said.inputs):
         raise UndecodableError(f"raw_input_contents has {len(raw)} entries; there are {len(said.inputs)} inputs")
@@ -276,7 +276,8 @@ def _inference(said: Any, left_s: float | None) -> Inference:
         ],
         [Wanted(each.name, classification_of(_parameters(each))) for each in said.outputs],
         _parameters(said),
-        left_s,
+        call.left_s,
+        call.size,
     )
 
 

@@ -47,12 +47,14 @@ class Inference:
         outputs: None stand for the model's usual one.
         parameters: Of the request.
         left_s: The time that is left of the client's call; None where it has no end.
+        size: Bytes that it came in. What takes long is done in a thread.
     """
 
     inputs: Sequence[Tensor]
     outputs: Sequence[Wanted] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     left_s: float | None = None
+    size: int = 0
 
 
 class Inferred(NamedTuple):
@@ -116,8 +118,10 @@ async def infer(service: Service, asking: Asking, info: ModelInfo, inference: In
     if len(inference.inputs) != 1:
         raise InvalidError(f"the request has {len(inference.inputs)} inputs; it must have one, {INPUT}")
     (tensor,) = inference.inputs
+    is_sliced = tensor.datatype == "BYTES" and not isinstance(tensor.content, list)
     sent = await _done(
-        lambda: images_of(tensor, info.preprocessing, service.settings.max_images), size=len(tensor.content)
+        lambda: images_of(tensor, info.preprocessing, service.settings.max_images),
+        size=0 if is_sliced else inference.size,
     )
     answer = await asking.answer(kind, sent, terms)
     results = answer.answered.results

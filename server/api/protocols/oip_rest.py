@@ -87,7 +87,7 @@ def read(body: bytes, json_length: str | None, preprocessing: Preprocessing, max
         if _flag(of_it, "binary_data", by_default):
             binary.add(output.name)
     is_all = by_default and not said.outputs
-    return Asked(said.id or "", Inference(inputs, wanted, parameters), None if is_all else binary)
+    return Asked(said.id or "", Inference(inputs, wanted, parameters, size=len(body)), None if is_all else binary)
 
 
 def write(asked: Asked, info: ModelInfo, inferred: Inferred) -> tuple[bytes, int | None]:
