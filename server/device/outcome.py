@@ -101,8 +101,8 @@ class Found:
         """The result of one image."""
         request = item.request
         if isinstance(request, Score):
-            scores = self._dense[row]
-            return _vector(torch.cat((scores, self._features[row])) if request.features else scores)
+            dense = self._dense[row]
+            return _vector(torch.cat((dense, self._features[row])) if request.features else dense)
         if isinstance(request, Embed):
             return _vector(self._features[row])
         indices, scores = self._indices[row][: request.top_k], self._scores[row][: request.top_k]

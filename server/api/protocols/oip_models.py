@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from prometheus_client.samples import Sample
 
 from server import __version__
 from server.api.protocols.oip_infer import outputs_of
 from server.api.protocols.oip_tensors import INPUT
-from server.metrics import Sample, samples
+from server.metrics import samples
 from server.types import ModelInfo
 
 EXTENSIONS = (
@@ -74,7 +76,7 @@ def statistics(models: Iterable[ModelInfo]) -> list[dict[str, Any]]:
     It reads the metrics of all processes, which takes milliseconds.
     """
     wanted = {info.name: info for info in models}
-    found: dict[str, Counter[str]] = {name: Counter() for name in wanted}
+    found: dict[str, defaultdict[str, float]] = {name: defaultdict(float) for name in wanted}
     for sample in samples():
         if sample.labels.get("model") in wanted:
             found[sample.labels["model"]][_name(sample)] += sample.value
@@ -86,18 +88,18 @@ def _name(sample: Sample) -> str:
     return sample.name + {None: "", "200": " ok"}.get(sample.labels.get("code"), " failed")
 
 
-def _statistics(info: ModelInfo, sums: Counter[str]) -> dict[str, Any]:
+def _statistics(info: ModelInfo, sums: Mapping[str, float]) -> dict[str, Any]:
     """Of one model, from the sums of its samples. Durations that are not measured by model are zero."""
 
     def duration(count: str, seconds: str = "") -> dict[str, int]:
-        return {"count": round(sums[count]), "ns": round(1e9 * sums[seconds])}
+        return {"count": round(sums.get(count, 0)), "ns": round(1e9 * sums.get(seconds, 0))}
 
     batches, images = "tome_batch_size_count", "tome_batch_size_sum"
     return {
         "name": info.name,
         "version": info.version,
-        "inference_count": round(sums[images]),
-        "execution_count": round(sums[batches]),
+        "inference_count": round(sums.get(images, 0)),
+        "execution_count": round(sums.get(batches, 0)),
         "inference_stats": {
             "success": duration("tome_requests_total ok", "tome_request_duration_seconds_sum"),
             "fail": duration("tome_requests_total failed"),
