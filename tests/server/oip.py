@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -39,8 +40,6 @@ def features_of(pixels: bytes, schedule: Schedule) -> list[float]:
 
 def activated(logits: list[float], activation: str) -> list[float]:
     """Scores of logits, by the book."""
-    import math
-
     if activation == "softmax":
         total = sum(math.exp(logit) for logit in logits)
         return [math.exp(logit) / total for logit in logits]
@@ -81,7 +80,7 @@ async def oip_serving(*, models: Sequence[ModelInfo] = (), **settings: Any) -> A
         await engine.close()
 
 
-def asking(*greys: int, outputs: Sequence[dict[str, Any]] = (), **parameters: Any) -> dict[str, Any]:
+def asking(*greys: int, outputs: Sequence[Any] = (), **parameters: Any) -> dict[str, Any]:
     """A request for uniform images, as JSON."""
     files = [base64.b64encode(grey_png(grey)).decode() for grey in greys or (100,)]
     said: dict[str, Any] = {

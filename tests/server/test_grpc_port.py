@@ -14,6 +14,8 @@ from server.listening import address_of, reserve
 from server.settings import Settings, SettingsError
 from server.supervisor import _with_grpc_port
 
+ASKED = Settings.model_validate({"grpc_port": 0})
+
 
 def listen_shared(port: int) -> socket.socket:
     """Listens as each HTTP process does."""
@@ -56,9 +58,9 @@ def test_an_address_of_ipv6_has_brackets(host: str, address: str) -> None:
 def test_the_port_that_was_taken_is_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with contextlib.ExitStack() as stack:
-        port = _with_grpc_port(Settings(grpc_port=0), stack).grpc_port
+        port = _with_grpc_port(ASKED, stack).grpc_port
         assert port and f"on 127.0.0.1:{port}" in caplog.text
-    assert _with_grpc_port(Settings(), stack).grpc_port is None
+    assert _with_grpc_port(Settings.model_validate({}), stack).grpc_port is None
 
 
 @pytest.mark.parametrize("missing", ["grpc", "google.protobuf"])
@@ -66,7 +68,7 @@ def test_without_its_packages_the_start_says_what_to_install(missing: str, monke
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
     with contextlib.ExitStack() as stack, pytest.raises(SettingsError, match=r"tome-server\[grpc\]"):
-        _with_grpc_port(Settings(grpc_port=0), stack)
+        _with_grpc_port(ASKED, stack)
 
 
 def test_without_any_package_of_google_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,4 +77,4 @@ def test_without_any_package_of_google_too(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(importlib.util, "find_spec", nothing)
     with contextlib.ExitStack() as stack, pytest.raises(SettingsError, match=r"tome-server\[grpc\]"):
-        _with_grpc_port(Settings(grpc_port=0), stack)
+        _with_grpc_port(ASKED, stack)

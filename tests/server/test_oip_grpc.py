@@ -280,7 +280,7 @@ async def test_a_message_that_never_comes_is_not_waited_for() -> None:
         yield b""
 
     async def none() -> AsyncIterator[bytes]:
-        for each in ():
+        for each in list[bytes]():
             yield each
 
     async with serving(deadline_s=0.2) as client:

@@ -16,7 +16,7 @@ K, C = 5, 3
 
 def test_each_image_gets_what_it_wants_of_a_shared_batch() -> None:
     common: dict[str, Any] = {"model": "tiny", "images": [Pixels(b"")], "deadline": time.monotonic() + 1e6}
-    requests = [
+    requests: list[Any] = [
         Score(**common, activation="sigmoid", features=True),
         Score(**common),
         Embed(**common),
