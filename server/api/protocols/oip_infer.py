@@ -26,6 +26,9 @@ OURS = ("r", "max_r", "min_agreement", "inflect", "deadline_ms", "function_to_ap
 PARAMETERS = (*OURS, "timeout", "priority", "binary_data_output")
 """All request parameters: `timeout` is a deadline in microseconds, and `priority` changes nothing."""
 
+_TRITONS = "triton_"
+"""How parameters begin that Triton's clients send by themselves, for what no other server has."""
+
 
 class Wanted(NamedTuple):
     """An output that is asked for.
@@ -142,7 +145,7 @@ async def _done(work: Callable[[], T], size: int) -> T:
 
 def _checked(outputs: Sequence[Wanted], info: ModelInfo) -> list[Wanted]:
     known, names = outputs_of(info), [each.name for each in outputs]
-    for each in outputs[: len(known) + 1]:
+    for each in outputs[: len(known) + 1]:  # among so many one comes twice, or is not known
         if each.name not in known:
             why = "" if info.labels else f", for {info.name} has no classifier"
             raise InvalidError(f"there is no output {shown(each.name)}{why}; there are: {', '.join(known)}")
@@ -160,7 +163,7 @@ def _checked(outputs: Sequence[Wanted], info: ModelInfo) -> list[Wanted]:
 def _parameters(model: str, inference: Inference) -> Parameters:
     """Those parameters of a request that our own endpoints have too."""
     said = inference.parameters
-    if unknown := [name for name in said if name not in PARAMETERS]:
+    if unknown := [name for name in said if name not in PARAMETERS and not name.startswith(_TRITONS)]:
         raise InvalidError(f"there is no parameter {shown(unknown[0])}; there are: {', '.join(PARAMETERS)}")
     ours = {name: said[name] for name in OURS if name in said}
     timeout = said.get("timeout", 0)
