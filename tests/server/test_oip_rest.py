@@ -338,7 +338,8 @@ async def test_parameters_out_of_range_are_refused(parameters: dict[str, Any], p
 
 async def test_parameters_that_change_nothing_and_fields_of_others_are_passed_over() -> None:
     async with oip_serving() as service:
-        said = asking(priority=3, timeout=0, triton_enable_empty_final_response=False) | {"id": "", "model_name": "tiny", "outputs": None}
+        said = asking(priority=3, timeout=0, triton_enable_empty_final_response=False)
+        said |= {"id": "", "model_name": "tiny", "outputs": None}
         assert "id" not in await infer(service, said)
 
 
