@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import uvloop
@@ -38,8 +40,12 @@ from server.ipc.server import EngineServer
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
 from server.metrics import ENGINE_STARTS
 from server.settings import ModelSpec, Settings, SettingsError
+from server.tracing.start import start_tracing
 from server.types import find_model
 from server.unnamed import UnnamedFile
+
+if TYPE_CHECKING:
+    from server.tracing.provider import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -66,23 +72,31 @@ def main(
         ready: Holds something from then on.
         pulse: Beats from then on.
     """
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     end_with_parent()
     set_threads(settings.threads)
     try:
-        engine = build_engine(settings, functools.partial(open_store, otherwise=agreed_file, memory=last_good))
+        tracing = start_tracing(multiprocessing.current_process().name, follows=True)
+        open_config = functools.partial(open_store, otherwise=agreed_file, memory=last_good)
+        engine = build_engine(settings, open_config, tracing)
     except (SettingsError, InvalidError, EngineError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
+    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S))
+    if tracing is not None:
+        tracing.close()
+    sys.exit(status)
 
 
-def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> LocalEngine:
+def build_engine(
+    settings: Settings, open_config: OpenConfig = open_store, tracing: Tracing | None = None
+) -> LocalEngine:
     """Loads and warms every model, and puts queue and device together.
 
     Args:
         settings: What to load, and how it runs.
         open_config: Gives the keeper of the live configuration.
+        tracing: Makes the spans of requests and batches; None for none.
 
     Raises:
         SettingsError: A model cannot be loaded, its backend or decoder cannot be had, or the state file cannot be read.
@@ -137,6 +151,7 @@ def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> Lo
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
         drift_sample=settings.drift_sample,
+        spans=None if tracing is None else tracing.of_engine(infos),
     )
 
 

@@ -125,7 +125,7 @@ def serve(settings: Settings) -> int:
     Raises:
         SettingsError: The address cannot be listened on.
     """
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     with _unreachable_for_the_terminal():
         resource_tracker.ensure_running()  # a process of Python's own, which a closed terminal would end
     with listen(settings.host, settings.port) as listener, contextlib.ExitStack() as stack:
@@ -248,7 +248,7 @@ def _run_http(
     index: int,
     pulse: Pulse,
 ) -> None:
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     try:
         join(sheets, sheet)
         from server.api import process  # imports FastAPI: in the HTTP processes alone

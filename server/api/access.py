@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from pydantic import BaseModel
 
 from server.api.admission import Admission
 from server.api.schemas import ErrorBody
@@ -34,7 +35,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The deadline passed before the answer was there.",
     }.items()
 }
-"""Every status but 200, for the API's description: all errors have one shape."""
+"""Every status but 200, for the API's description: all errors of our own endpoints have one shape."""
+
+
+def errors_as(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The same in the shape of another protocol."""
+    return {status: {**said, "model": body} for status, said in ERRORS.items()}
 
 
 @dataclass(frozen=True)

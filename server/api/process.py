@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from server.api.accept import Acceptor, Places
+from server.api.access_log import AccessLog
 from server.api.app import create_app
 from server.api.connection import Connection
 from server.api.room import Room, allow_many_files, most_connections
@@ -27,6 +28,7 @@ from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the
 from server.listening import address_of
 from server.memory import give_large_blocks_back
 from server.settings import Settings
+from server.tracing.start import start_tracing
 
 if TYPE_CHECKING:
     from server.api.protocols.oip_grpc import GrpcServer
@@ -53,13 +55,17 @@ def main(
         index: The place of this one.
         pulse: Beats while it serves.
     """
-    configure_logging(settings.log_level)
+    log = configure_logging(settings.log_level, settings.log_format)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each odd byte that a client sends
     end_with_parent()
     allow_many_files()
     give_large_blocks_back()
     engines = [RemoteEngine(door, index) for index, door in enumerate(doors)]
     engine = engines[0] if len(engines) == 1 else Devices(engines)
+    tracing = start_tracing(f"http-{index}")
+    access_log = None
+    if settings.access_log and settings.log_level in ("debug", "info"):
+        access_log = AccessLog(log.write, settings.log_format, has_probes=settings.log_level == "debug")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,8 +77,10 @@ def main(
         beating.cancel()
         app.state.service.decoders.close()
         await engine.close()
+        if tracing is not None:
+            tracing.close()  # here: uvicorn ends the process by the signal that ended its loop
 
-    app = create_app(settings, engine, lifespan)
+    app = create_app(settings, engine, lifespan, access_log=access_log, tracing=tracing)
     grpc_server = _grpc_server(app, settings)
     config = uvicorn.Config(
         app,

@@ -124,7 +124,11 @@ class DriftWatch:
         # The newest are kept: it is the traffic of today that may have drifted.
         self._samples: deque[_Sample] = deque(maxlen=KEPT)
         self._rows = {
-            (name, label_of(row.r)): row for name, curve in curves.items() for row in curve.rows if len(set(row.r)) == 1
+            (name, label_of(row.r)): row
+            for name, curve in curves.items()
+            if curve.agreement_of != "neighbours"  # classes are checked, not vectors
+            for row in curve.rows
+            if len(set(row.r)) == 1
         }
         self._live: dict[tuple[str, str], LiveAgreement] = {}
         self._quiet_s = 0.0

@@ -58,6 +58,18 @@ class Device(Protocol):
         ...
 
 
+class Spans(Protocol):
+    """Watches the requests and batches of an engine; its clock is `time.monotonic()`."""
+
+    def asked(self, request: Request[Any], answering: asyncio.Future[Any]) -> None:
+        """A request was taken, which has a `trace`."""
+        ...
+
+    def batch_ran(self, key: BatchKey, items: Sequence[Item], outcomes: Sequence[Any], started: float) -> None:
+        """A batch ran, which was taken at some moment; the outcome of an image may be its ServerError."""
+        ...
+
+
 class LocalEngine:
     """The engine of this process. One thread computes on the device, so that batches never overlap.
 
@@ -73,6 +85,7 @@ class LocalEngine:
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
         drift_sample: Share of the images answered with r > 0 that are checked at r=0 while the device is idle.
+        spans: Is told of requests that have a trace, and of batches; None without tracing.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -90,8 +103,10 @@ class LocalEngine:
         max_queue_size: int = 256,
         batch_timeout_s: float = 0.1,
         drift_sample: float = 0.0,
+        spans: Spans | None = None,
     ) -> None:
         self._models = dict(models)
+        self._spans = spans
         self._device = device
         self._broken = asyncio.Event()
         self._is_warming = True
@@ -109,6 +124,7 @@ class LocalEngine:
             max_queue_size=max_queue_size,
             batch_timeout_s=batch_timeout_s,
             observer=BatchMetrics(),
+            watch=None if spans is None else spans.batch_ran,
             idle=self._idle,
         )
         for name, info in self._models.items():
@@ -166,7 +182,10 @@ class LocalEngine:
 
         asked: Any = request
         items = [Item(asked, index) for index in range(len(request.images))]
-        return self._batcher.submit(key, items, request.deadline, finish)
+        answering = self._batcher.submit(key, items, request.deadline, finish)
+        if self._spans is not None and request.trace is not None:
+            self._spans.asked(request, answering)
+        return answering
 
     def _configuration_now(self) -> Configuration:
         """What holds in this turn of the event loop; to ask takes a system call, and many requests come in one turn."""

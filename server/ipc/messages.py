@@ -29,7 +29,8 @@ class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
         images: At least one.
         r: `r` of each block as asked, or the bounds of `auto`; None takes the deployment's.
         deadline: When the answer is worth nothing, in seconds of `time.monotonic()`, which all processes share.
-        trace: The caller's span as a W3C `traceparent`; None without tracing.
+        trace: The caller's span as a W3C `traceparent`, and after a blank its `tracestate` where it has one; None
+            where it has no span.
     """
 
     model: str
