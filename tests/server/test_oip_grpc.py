@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.api.access_log import AccessLog
 from server.api.protocols.oip_grpc import GrpcServer
 from server.api.protocols.oip_messages import SERVICE, message_class
 from tests.server.conftest import NUM_CLASSES, SIDE, FakeDevice, grey_png, model_info, until
@@ -215,6 +217,19 @@ async def test_what_breaks_is_not_told_to_the_client(caplog: pytest.LogCaptureFi
         error = await client.refused(grpc.StatusCode.INTERNAL, "ModelInfer", asking())
         assert error.details() == "something broke on our side; the log has it"
         assert "a call of ModelInfer failed" in caplog.text
+
+
+async def test_a_call_has_a_line_in_the_log_with_its_r_or_its_error() -> None:
+    lines: list[str] = []
+    async with serving(access_log=AccessLog(lines.append, "json")) as client:
+        await client.call("ModelInfer", asking(r=4), metadata=[("x-request-id", "mine")])
+        await client.refused(grpc.StatusCode.NOT_FOUND, "ModelReady", {"name": "huge"})
+        await client.call("ServerLive")
+        await until(lambda: "".join(lines).count("\n") == 2)
+    answered, refused = (json.loads(line) for line in "".join(lines).splitlines())
+    assert answered["message"] == f"GRPC /{SERVICE}/ModelInfer 200"
+    assert (answered["r"], answered["request_id"], answered["client"]) == ("4", "mine", "127.0.0.1")
+    assert refused["message"] == f"GRPC /{SERVICE}/ModelReady 404"
 
 
 async def test_keys_are_needed_but_for_health() -> None:

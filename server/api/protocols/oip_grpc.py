@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from fastapi import FastAPI
@@ -16,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from server.api.access import Service, check_user
 from server.api.asking import R_HEADER, Asking
+from server.api.calls import Calls
 from server.api.health import check_ready
 from server.api.json_body import MOST_VALUES
 from server.api.middleware import LARGEST_BODIES
@@ -42,6 +44,8 @@ _CODES = {
 }
 """By the statuses of HTTP; what else there is says that the request is wrong."""
 
+_PROBES = ("ServerLive", "ServerReady")
+
 _LONGEST_DETAILS = 2048
 """Characters of an error: it travels in a header, which clients bound."""
 
@@ -57,6 +61,11 @@ class Call:
         pieces: Its messages; there should be one.
         context: Of gRPC.
         limits: Its server, which bounds what all calls hold.
+
+    Attributes:
+        headers: Its metadata.
+        size: Bytes of its message.
+        r: What was used, once it is answered.
     """
 
     def __init__(self, kind: str, pieces: AsyncIterator[bytes], context: Any, limits: GrpcServer) -> None:
@@ -66,6 +75,7 @@ class Call:
             key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
         }
         self.size = 0
+        self.r: str | None = None
 
     @property
     def left_s(self) -> float | None:
@@ -92,6 +102,7 @@ class Call:
 
     def answer_with(self, headers: Mapping[str, str]) -> None:
         """Sends headers behind the answer."""
+        self.r = headers.get(R_HEADER)
         self._context.set_trailing_metadata(tuple(headers.items()))
 
 
@@ -173,25 +184,30 @@ class GrpcServer:
 
         async def answer(pieces: AsyncIterator[bytes], context: Any) -> bytes:
             call = Call(f"{name}Request", pieces, context, self)
-            try:
-                if needs_key:
-                    check_user(self.settings, call.headers)
-                said: bytes = (await method(call)).SerializeToString()
-                return said
-            except ClientGoneError:
-                raise asyncio.CancelledError from None
-            except ServerError as error:
-                problem = error
-            except Exception as error:
-                logger.error("a call of %s failed", name, exc_info=error)
-                problem = ServerError("something broke on our side; the log has it")
-            finally:
-                self._held -= call.size
-            await context.abort(
-                _CODES.get(problem.status, grpc.StatusCode.INVALID_ARGUMENT),
-                problem.message[:_LONGEST_DETAILS],
-                _retry_after(problem),
-            )
+            calls: Calls = self._app.state.calls
+            probe = name in _PROBES
+            with calls.note("grpc", f"/{SERVICE}/{name}", call.headers, _client(context), is_probe=probe) as noted:
+                try:
+                    if needs_key:
+                        check_user(self.settings, call.headers)
+                    said: bytes = (await method(call)).SerializeToString()
+                    noted.r = call.r
+                    return said
+                except ClientGoneError:
+                    raise asyncio.CancelledError from None
+                except ServerError as error:
+                    problem = error
+                except Exception as error:
+                    logger.error("a call of %s failed", name, exc_info=error)
+                    problem = ServerError("something broke on our side; the log has it")
+                finally:
+                    self._held -= call.size
+                noted.error = problem
+                await context.abort(
+                    _CODES.get(problem.status, grpc.StatusCode.INVALID_ARGUMENT),
+                    problem.message[:_LONGEST_DETAILS],
+                    _retry_after(problem),
+                )
             raise AssertionError("abort raises")
 
         return grpc.stream_unary_rpc_method_handler(answer)
@@ -252,6 +268,11 @@ class GrpcServer:
                 raise ClientGoneError("the client has left the call") from None
         call.answer_with(inferred.answer.headers)
         return _answer(said.id, info, inferred)
+
+
+def _client(context: Any) -> str:
+    """The address of who calls: gRPC writes it as ipv4:10.0.0.7:40312."""
+    return unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 def _message(name: str, said: dict[str, Any]) -> Any:
