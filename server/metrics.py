@@ -38,6 +38,9 @@ ENGINE_UP = Gauge(
     ["engine"],
     multiprocess_mode="livemin",
 )
+MODELS_LOADED = Gauge(
+    "tome_models_loaded", "Models that serve; of several engines the fewest", multiprocess_mode="livemin"
+)
 ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
 CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")
 CONFIG_SOURCE_UP = Gauge(

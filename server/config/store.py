@@ -23,6 +23,18 @@ class ConfigStore(Protocol):
         """What holds at this moment."""
         ...
 
+    def setting(self, name: str, start: RSetting) -> RSetting:
+        """The `r` that a model has which is started with this one."""
+        ...
+
+    def add(self, name: str, start: RSetting) -> None:
+        """Keeps the `r` of one more model, which is started with this one."""
+        ...
+
+    def remove(self, name: str) -> RSetting:
+        """Says no more of a model; what was changed is there when it comes back. Gives what it was started with."""
+        ...
+
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
         """Changes some models, all or none; the caller has checked what they can merge.
 
