@@ -31,6 +31,8 @@ from server.keys import KEYS, checked_key, read_key
 from server.versions import find_version, models_in
 
 PREFIX = "TOME_"
+Protocol = Literal["oip", "embeddings", "huggingface", "torchserve", "kserve", "sagemaker", "vertex"]
+DEFAULT_PROTOCOLS: tuple[Protocol, ...] = ("oip", "embeddings", "huggingface", "torchserve", "kserve")
 _OF_KUBERNETES = re.compile(
     r"^(\w+_)?service_(host|port)|^(\w+_)?port(_\d+_(tcp|udp)\w*)?=(tcp|udp)://|_(tcp|udp)_(proto|addr|port)="
 )
@@ -252,6 +254,14 @@ class Settings(BaseModel):
         description="an origin whose pages may ask this server from a browser, like https://app.example.org; give it "
         "again for more; * for all; default: this server's own page alone",
     )
+    protocol: tuple[Protocol, ...] = Field(
+        DEFAULT_PROTOCOLS,
+        description="protocols beside our own API, with blanks or commas between, or none: oip (Open Inference "
+        "Protocol v2), embeddings (OpenAI), huggingface, torchserve, kserve (v1), sagemaker, vertex",
+    )
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="port of the Open Inference Protocol by gRPC; default: no such port"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="before")
@@ -290,6 +300,12 @@ class Settings(BaseModel):
         if not models:
             raise ValueError("it must name at least one model")
         return models
+
+    @field_validator("protocol", mode="before")
+    @classmethod
+    def _several_protocols(cls, value: Any) -> Any:
+        names = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
+        return () if names in ("", [""], ["none"], ("none",)) else names
 
     @field_validator("cors_origin", mode="before")
     @classmethod

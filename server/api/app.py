@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,8 +20,10 @@ from server.api.access import Service
 from server.api.admission import Admission
 from server.api.body import invalid
 from server.api.direct import Direct, Handlers
+from server.api.faces import Problem, shape_of
 from server.api.methods import Head, allowed
 from server.api.middleware import SAFE, Front
+from server.api.protocols import faces_of
 from server.errors import ServerError
 from server.images.decoders import Decoders
 from server.ipc.engine import Engine
@@ -56,10 +59,11 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # what asks for it costs each request 0.01 ms
     )
     app.state.is_draining = False
+    app.state.faces = faces = faces_of(settings)
     decoders = Decoders(settings.max_image_pixels, settings.http_workers)
     app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
     ours = (routes.router, explain.router, models.router, config.router, health.router, openapi.router, page.router)
-    routers = (*instead, *ours)
+    routers = (*instead, *ours, *(face.router for face in faces))
     app.state.routes = [route for router in routers for route in router.routes]
     for router in routers:
         app.include_router(router)
@@ -78,19 +82,19 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origin,
             allow_methods=("GET", "HEAD", "POST", "PATCH"),
-            allow_headers=("authorization", "content-type", "if-match", "x-api-key", "x-request-id"),
+            allow_headers=("authorization", "content-type", "if-match", "x-api-key", "x-r", "x-request-id"),
             expose_headers=_READABLE,
         )
     app.add_middleware(Front, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
     return app
 
 
-def _answer(status: int, code: str, message: str, details: dict[str, object] | None = None) -> JSONResponse:
-    return JSONResponse({"error": {"code": code, "message": message, "details": details or {}}}, status)
+def _answer(request: Request, *problem: Any) -> JSONResponse:
+    return shape_of(request)(Problem(*problem))
 
 
 async def _answer_server_error(request: Request, error: ServerError) -> JSONResponse:
-    response = _answer(error.status, error.code, error.message, error.details)
+    response = _answer(request, error.status, error.code, error.message, error.details)
     if error.status in (429, 503):
         response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s or 0)))
     if error.status == 408:
@@ -101,7 +105,8 @@ async def _answer_server_error(request: Request, error: ServerError) -> JSONResp
 
 
 async def _answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
-    response = _answer(error.status_code, _HTTP_CODES.get(error.status_code, "http_error"), str(error.detail))
+    code = _HTTP_CODES.get(error.status_code, "http_error")
+    response = _answer(request, error.status_code, code, str(error.detail), {})
     response.headers.update(error.headers or {})
     if error.status_code == 405:
         response.headers["allow"] = allowed(request)
@@ -114,6 +119,7 @@ async def _answer_invalid(request: Request, error: RequestValidationError) -> JS
 
 async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
     logger.error("request %s failed", request.state.request_id, exc_info=error)
-    response = _answer(500, "internal", "something broke on our side; the log has it under this request's x-request-id")
+    message = "something broke on our side; the log has it under this request's x-request-id"
+    response = _answer(request, 500, "internal", message, {})
     response.raw_headers += [*SAFE, (b"x-request-id", request.state.request_id.encode())]  # it bypasses `Front`
     return response

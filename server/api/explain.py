@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 from fastapi import APIRouter, Request
 
 from server.api.access import ERRORS, ForUsers
-from server.api.patience import unless_client_leaves
-from server.api.reading import read_and_ask
+from server.api.asking import EXPLAIN, Asking
+from server.api.body import read_request
 from server.api.routes import ASKED, classes
 from server.api.schemas import BlockGroups, Class, Merging, Seen, TimingsMs
-from server.api.terms import read_terms, timings_of
 from server.dial import r_of
-from server.ipc.messages import Explain
 
 router = APIRouter(responses=ERRORS)
 
@@ -21,10 +17,10 @@ router = APIRouter(responses=ERRORS)
 @router.post("/v1/explain", openapi_extra=ASKED)
 async def explain(request: Request, service: ForUsers) -> Merging:
     """Says which patches of one image merge. Asked as /classify is, and computed in float32 whatever that takes."""
-    start = time.monotonic()
-    uploads, terms = await read_terms(request, service, start, max_images=1)
-    with service.admission.permit(1, terms.left_s):
-        decode_s, answered = await unless_client_leaves(request, read_and_ask(Explain, uploads, terms, service))
+    with Asking(service, request) as asking:
+        uploads, parameters = await asking.read(read_request(request, max_images=1))
+        answer = await asking.answer(EXPLAIN, uploads, asking.resolve(parameters))
+    terms, answered = answer.terms, answer.answered
     info, (merges,) = terms.info, answered.results
     seen, counts = info.preprocessing, info.token_counts(answered.schedule)
     return Merging(
@@ -44,5 +40,5 @@ async def explain(request: Request, service: ForUsers) -> Merging:
             BlockGroups(block=block, tokens=tokens, groups=groups)
             for block, (tokens, groups) in enumerate(zip(counts[1:], merges.groups, strict=True), 1)
         ],
-        timings_ms=TimingsMs(**timings_of(answered, decode_s, start)),
+        timings_ms=TimingsMs(**answer.timings_ms),
     )

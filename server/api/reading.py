@@ -12,17 +12,20 @@ from server.api.access import Service
 from server.api.body import Upload
 from server.api.terms import Terms
 from server.errors import TooLargeError, UndecodableError, UnsupportedError
-from server.images.image import Image
+from server.images.image import Image, Pixels
 from server.images.pillow import as_it_came
 from server.ipc.messages import Answered, Request
 from server.types import ModelInfo
 
 T = TypeVar("T")
 
+Sent = Upload | Pixels
+"""An image as it came: a file, or pixels as the model's preprocessing leaves them."""
+
 OF_AN_IMAGE = (UndecodableError, UnsupportedError, TooLargeError)
 
 
-async def read_images(uploads: Sequence[Upload], info: ModelInfo, service: Service) -> tuple[list[Image], float]:
+async def read_images(sent: Sequence[Sent], info: ModelInfo, service: Service) -> tuple[list[Image], float]:
     """The images of a request, decoded side by side, and the seconds that the slowest took.
 
     Raises:
@@ -30,7 +33,9 @@ async def read_images(uploads: Sequence[Upload], info: ModelInfo, service: Servi
     """
     max_pixels = service.settings.max_image_pixels
 
-    async def read_one(index: int, upload: Upload) -> tuple[Image, float]:
+    async def read_one(index: int, upload: Sent) -> tuple[Image, float]:
+        if isinstance(upload, Pixels):
+            return upload, 0.0
         start = time.perf_counter()
         try:
             image: Image | None = None
@@ -45,10 +50,10 @@ async def read_images(uploads: Sequence[Upload], info: ModelInfo, service: Servi
         metrics.DECODE_S.observe(took_s)
         return image, took_s
 
-    if len(uploads) == 1:
-        read_all = [await read_one(0, uploads[0])]
+    if len(sent) == 1:
+        read_all = [await read_one(0, sent[0])]
     else:
-        tasks = [asyncio.ensure_future(read_one(index, upload)) for index, upload in enumerate(uploads)]
+        tasks = [asyncio.ensure_future(read_one(index, upload)) for index, upload in enumerate(sent)]
         try:
             read_all = await asyncio.gather(*tasks)
         finally:
@@ -58,13 +63,13 @@ async def read_images(uploads: Sequence[Upload], info: ModelInfo, service: Servi
 
 
 async def read_and_ask(
-    kind: Callable[..., Request[T]], uploads: Sequence[Upload], terms: Terms, service: Service
+    make: Callable[[Terms, list[Image]], Request[T]], sent: Sequence[Sent], terms: Terms, service: Service
 ) -> tuple[float, Answered[T]]:
     """Seconds of decoding, and what the engine answers by the deadline.
 
     Args:
-        kind: `Classify` or `Explain`.
-        uploads: The images as they came.
+        make: Makes the engine's request.
+        sent: The images as they came.
         terms: What is asked of each.
         service: Where they are decoded and answered.
 
@@ -73,10 +78,10 @@ async def read_and_ask(
     """
     try:
         async with terms.in_time():
-            images, decode_s = await read_images(uploads, terms.info, service)
-            request = kind(model=terms.info.name, images=images, r=terms.r, deadline=terms.deadline, top_k=terms.top_k)
-            return decode_s, await service.engine.answer(request)
+            images, decode_s = await read_images(sent, terms.info, service)
+            return decode_s, await service.engine.answer(make(terms, images))
     except OF_AN_IMAGE as error:
         if "image" in error.details:
-            error.details["filename"] = uploads[error.details["image"]].filename
+            upload = sent[error.details["image"]]
+            error.details["filename"] = upload.filename if isinstance(upload, Upload) else None
         raise

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server import metrics
 from server.api.access import ERRORS, ForUsers
-from server.api.body import Upload
+from server.api.asking import CLASSIFY, Answer, Asking
+from server.api.body import Upload, read_request
 from server.api.direct import DirectRoute
-from server.api.patience import unless_client_leaves
-from server.api.reading import read_and_ask
 from server.api.schemas import Classification, JsonBody, Parameters
-from server.api.terms import Terms, read_terms, timings_of
-from server.dial import label_of, r_of, text_of
-from server.errors import ServerError
-from server.ipc.messages import Answered, Classify, TopK
+from server.dial import r_of
+from server.ipc.messages import TopK
 from server.types import ModelInfo
 
 router = APIRouter(responses=ERRORS, route_class=DirectRoute)
@@ -72,35 +66,15 @@ ASKED = {
 @router.post("/v1/classify", response_model=Classification, include_in_schema=False)
 async def classify(request: Request, service: ForUsers) -> Response:
     """Names what is in each image. Send form parts `image`, a raw image or JSON; parameters in query or body."""
-    start = time.monotonic()
-    model, schedule = "unknown", None
-    try:
-        uploads, terms = await read_terms(request, service, start, service.settings.max_images)
-        model, schedule = terms.info.name, terms.schedule
-        with service.admission.permit(len(uploads), terms.left_s):
-            decode_s, answered = await unless_client_leaves(request, read_and_ask(Classify, uploads, terms, service))
-    except Exception as error:
-        r = "unknown" if schedule is None else label_of(schedule)  # refused before the deployment's was asked for
-        metrics.REQUESTS.labels(model, r, str(error.status if isinstance(error, ServerError) else 500)).inc()
-        raise
-    timings = timings_of(answered, decode_s, start)
-    requests, images, seconds = _counters(model, label_of(answered.schedule))
-    requests.inc()
-    images.inc(len(uploads))
-    seconds.observe(timings["total"] / 1e3)
-    headers = {
-        "x-r": text_of(r_of(answered.schedule)),
-        "x-batch-size": str(answered.batch_size),
-        "x-config-version": str(answered.config_version),
-        "server-timing": ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in timings.items()),
-    }
-    return Response(_encode(shape(terms, uploads, answered, timings)), headers=headers, media_type="application/json")
+    with Asking(service, request) as asking:
+        uploads, parameters = await asking.read(read_request(request, service.settings.max_images))
+        answer = await asking.answer(CLASSIFY, uploads, asking.resolve(parameters))
+    return Response(_encode(shape(answer, uploads)), headers=answer.headers, media_type="application/json")
 
 
-def shape(
-    terms: Terms, uploads: Sequence[Upload], answered: Answered[TopK], timings: dict[str, float]
-) -> dict[str, Any]:
+def shape(answer: Answer[TopK], uploads: Sequence[Upload]) -> dict[str, Any]:
     """The engine's answer as the client sees it: a `Classification`, in a quarter of the time that its classes take."""
+    terms, answered = answer.terms, answer.answered
     auto = answered.auto
     return {
         "model": terms.info.name,
@@ -115,7 +89,7 @@ def shape(
             {"filename": upload.filename, "top_k": classes(terms.info, top_k)}
             for upload, top_k in zip(uploads, answered.results, strict=True)
         ],
-        "timings_ms": timings,
+        "timings_ms": answer.timings_ms,
     }
 
 
@@ -125,12 +99,6 @@ def classes(info: ModelInfo, top_k: TopK) -> list[dict[str, Any]]:
         {"label": info.labels[index], "index": index, "score": score}
         for index, score in zip(top_k.indices, top_k.scores, strict=True)
     ]
-
-
-@functools.lru_cache(1024)
-def _counters(model: str, r: str) -> tuple[Any, Any, Any]:
-    """What counts the answers of a model at one `r`: to look a label up takes as long as to count."""
-    return metrics.REQUESTS.labels(model, r, "200"), metrics.IMAGES.labels(model, r), metrics.REQUEST_S.labels(model, r)
 
 
 _encode = msgspec.json.Encoder().encode

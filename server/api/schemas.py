@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from server.dial import PlainR
 from server.ipc.messages import Reason
+from server.types import Activation
 
 RSource = Literal["request", "deployment"]
 
@@ -38,6 +39,12 @@ class Parameters(BaseModel):
         None, ge=-1, le=1, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r."
     )
     top_k: int | None = Field(None, ge=1, description="Classes to answer with, likeliest first; 5 when absent.")
+    function_to_apply: Activation | None = Field(
+        None, description="What makes scores of logits: softmax, sigmoid or none; the model's own when absent."
+    )
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="With sigmoid, in place of top_k: the least score of a class that is named."
+    )
     deadline_ms: float | None = Field(
         None, ge=LEAST_DEADLINE_MS, description="Time after which the answer is worth nothing."
     )
@@ -90,7 +97,7 @@ class Config(BaseModel):
 class Class(BaseModel):
     label: str
     index: int
-    score: float = Field(description="Probability, 0 to 1.")
+    score: float = Field(description="Probability, 0 to 1; a logit with function_to_apply=none.")
 
 
 class ImageResult(BaseModel):

@@ -6,16 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request
-
-from server.api.access import Service
-from server.api.body import Upload, read_request
 from server.api.patience import at_most
 from server.api.schemas import LEAST_DEADLINE_MS, Parameters, RSource
 from server.dial import AutoR, Schedule, parse_setting
 from server.errors import InvalidError, shown
 from server.ipc.messages import Answered
-from server.types import ModelInfo, find_model
+from server.types import Activation, ModelInfo, find_model
 
 DEFAULT_TOP_K = 5
 
@@ -27,7 +23,9 @@ class Terms:
     Attributes:
         info: The model.
         r: `r` per block, or the bounds of `auto`; None takes the deployment's.
-        top_k: How many classes.
+        top_k: How many classes, at most.
+        activation: What makes scores of logits.
+        threshold: The least score of a class that is named; None for any.
         timeout_s: Time for all of it, from when the request came.
         deadline: When the answer is worth nothing, in seconds of `time.monotonic()`.
     """
@@ -35,6 +33,8 @@ class Terms:
     info: ModelInfo
     r: Schedule | AutoR | None
     top_k: int
+    activation: Activation
+    threshold: float | None
     timeout_s: float
     deadline: float
 
@@ -58,24 +58,6 @@ class Terms:
         return at_most(self.timeout_s, since=self.deadline - self.timeout_s)
 
 
-async def read_terms(request: Request, service: Service, start: float, max_images: int) -> tuple[list[Upload], Terms]:
-    """Reads a whole request.
-
-    Args:
-        request: What a client sent.
-        service: Its settings are the limits.
-        start: When the request came, in seconds of `time.monotonic()`; its time for reading and answering runs since.
-        max_images: Most images.
-
-    Raises:
-        ServerError: What `read_request` and `resolve` raise; DeadlineError, where reading takes all of the time.
-    """
-    longest_s = service.settings.deadline_s
-    async with at_most(longest_s, since=start):
-        uploads, parameters = await read_request(request, max_images)
-    return uploads, resolve(parameters, service.engine.catalog(), start, longest_s)
-
-
 def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float, longest_s: float) -> Terms:
     """Checks parameters against the model.
 
@@ -87,7 +69,7 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
 
     Raises:
         NotFoundError: There is no such model.
-        InvalidError: `r`, `top_k` or the deadline is out of range.
+        InvalidError: `r`, `top_k`, `threshold` or the deadline is out of range, or they do not go together.
     """
     info = find_model(catalog, parameters.model)
     r: Schedule | AutoR | None = None
@@ -98,16 +80,30 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
         r = setting if isinstance(setting, AutoR) else info.schedule(setting, parameters.inflect)
     elif (parameters.inflect, parameters.max_r, parameters.min_agreement) != (None, None, None):
         raise InvalidError("inflect goes with an r, and max_r and min_agreement with r=auto")
-    top_k = parameters.top_k or min(DEFAULT_TOP_K, len(info.labels))
-    if top_k > len(info.labels):
-        raise InvalidError(f"top_k is {shown(top_k)}; it must lie between 1 and {len(info.labels)}")
+    activation = parameters.function_to_apply or info.activation
     timeout_s = longest_s if parameters.deadline_ms is None else parameters.deadline_ms / 1e3
     if timeout_s > longest_s:
         raise InvalidError(
             f"deadline_ms is {shown(parameters.deadline_ms)}; "
             f"it must lie between {LEAST_DEADLINE_MS:g} and {1e3 * longest_s:g}"
         )
-    return Terms(info, r, top_k, timeout_s, start + timeout_s)
+    top_k = _top_k(parameters, info, activation)
+    return Terms(info, r, top_k, activation, parameters.threshold, timeout_s, start + timeout_s)
+
+
+def _top_k(parameters: Parameters, info: ModelInfo, activation: Activation) -> int:
+    """How many classes are named, at most."""
+    num_classes = len(info.labels)
+    if parameters.threshold is not None:
+        if parameters.top_k is not None:
+            raise InvalidError("threshold and top_k are both given; give one of them")
+        if activation != "sigmoid":
+            raise InvalidError(f"threshold goes with function_to_apply=sigmoid, not with {activation}")
+        return num_classes
+    top_k = min(DEFAULT_TOP_K, num_classes) if parameters.top_k is None else parameters.top_k
+    if top_k > num_classes:
+        raise InvalidError(f"top_k is {shown(top_k)}; it must lie between 1 and {num_classes}")
+    return top_k
 
 
 def timings_of(answered: Answered[Any], decode_s: float, start: float) -> dict[str, float]:

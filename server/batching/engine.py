@@ -158,7 +158,7 @@ class LocalEngine:
             r = configuration.models[request.model] if served.r is None else served.r
         key, auto = self._key(served, r, request)
 
-        def finish(batched: Batched[BatchKey, T]) -> Answered[T]:
+        def finish(batched: Batched[BatchKey, Any]) -> Answered[Any]:
             if isinstance(request, Classify):
                 self._drift.offer(batched.key, request.images, batched.results)
             return Answered(

@@ -52,8 +52,7 @@ def gathered(outputs: Tensor, num_classes: int, wanted: Wanted) -> Tensor:
         Float32, (B, columns): the classes' indices, their scores, the scores of all classes, the features; each where
         it is wanted. An index up to 2^24 is itself in float32.
     """
-    outputs = outputs.float()
-    logits, features = outputs[:, :num_classes], outputs[:, num_classes:]
+    logits = outputs[:, :num_classes].float()
     scores = _activated(logits, wanted.activations) if wanted.top_k or wanted.scores else logits
     columns = []
     if wanted.top_k:
@@ -62,8 +61,8 @@ def gathered(outputs: Tensor, num_classes: int, wanted: Wanted) -> Tensor:
     if wanted.scores:
         columns.append(scores)
     if wanted.features:
-        columns.append(features)
-    return torch.cat(columns, dim=1) if columns else outputs[:, :0]  # what merged in a model without classes
+        columns.append(outputs[:, num_classes:].float())
+    return torch.cat(columns, dim=1) if columns else logits[:, :0]  # what merged in a model without classes
 
 
 class Found:

@@ -1,0 +1,178 @@
+"""One request of any protocol, on its way: its body is read in time, admitted, decoded, answered and counted."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+from fastapi import Request
+
+from server import metrics
+from server.api.access import Service
+from server.api.patience import at_most, unless_client_leaves
+from server.api.reading import Sent, read_and_ask
+from server.api.schemas import Parameters
+from server.api.terms import Terms, resolve, timings_of
+from server.dial import Schedule, label_of, r_of, text_of
+from server.errors import InvalidError, ServerError, shown
+from server.images.image import Image
+from server.ipc.messages import Answered, Classify, Embed, Explain, Merges, Score, TopK, Vector
+from server.ipc.messages import Request as EngineRequest
+
+T = TypeVar("T")
+
+R_HEADER = "x-r"
+"""Carries `r` both ways: of a request whose protocol has no place for it, and of every answer."""
+
+
+class Kind(NamedTuple, Generic[T]):
+    """What may be asked of images.
+
+    Attributes:
+        make: The engine's request, of what is asked and the decoded images.
+        needs_classes: Whether the model must have a classifier.
+    """
+
+    make: Callable[[Terms, list[Image]], EngineRequest[T]]
+    needs_classes: bool = True
+
+
+def _common(terms: Terms, images: list[Image]) -> dict[str, Any]:
+    return {"model": terms.info.name, "images": images, "r": terms.r, "deadline": terms.deadline}
+
+
+def _classify(terms: Terms, images: list[Image]) -> Classify:
+    common = _common(terms, images)
+    return Classify(**common, top_k=terms.top_k, activation=terms.activation, threshold=terms.threshold)
+
+
+def _score(terms: Terms, images: list[Image]) -> Score:
+    return Score(**_common(terms, images), activation=terms.activation)
+
+
+def _embed(terms: Terms, images: list[Image]) -> Embed:
+    return Embed(**_common(terms, images))
+
+
+def _explain(terms: Terms, images: list[Image]) -> Explain:
+    if terms.threshold is not None:
+        raise InvalidError("threshold goes with a classification; what merged comes with the top_k likeliest classes")
+    return Explain(**_common(terms, images), top_k=terms.top_k, activation=terms.activation)
+
+
+CLASSIFY: Kind[TopK] = Kind(_classify)
+SCORE: Kind[Vector] = Kind(_score)
+EMBED: Kind[Vector] = Kind(_embed, needs_classes=False)
+EXPLAIN: Kind[Merges] = Kind(_explain, needs_classes=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """An answered request.
+
+    Attributes:
+        terms: What was asked.
+        answered: What the engine says.
+        timings_ms: Where the time went: a `TimingsMs`.
+    """
+
+    terms: Terms
+    answered: Answered[T]
+    timings_ms: dict[str, float]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that say how it was computed."""
+        answered = self.answered
+        return {
+            R_HEADER: text_of(r_of(answered.schedule)),
+            "x-batch-size": str(answered.batch_size),
+            "x-config-version": str(answered.config_version),
+            "server-timing": ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in self.timings_ms.items()),
+        }
+
+
+class Asking:
+    """A request, from when it came until it is answered. As a context it counts the request, whatever becomes of it.
+
+    Args:
+        service: Where it is answered.
+        request: The HTTP request, whose client may leave; None where another server than ours watches the client.
+        r: The `r` that stands outside the body: the header `x-r`, where there is an HTTP request.
+    """
+
+    __slots__ = ("_model", "_r", "_request", "_schedule", "_service", "start")
+
+    def __init__(self, service: Service, request: Request | None = None, r: str | None = None) -> None:
+        self.start = time.monotonic()
+        self._service, self._request = service, request
+        self._r = r if request is None else request.headers.get(R_HEADER)
+        self._model = "unknown"
+        self._schedule: Schedule | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            r = "unknown" if self._schedule is None else label_of(self._schedule)  # the deployment's was not asked for
+            status = error.status if isinstance(error, ServerError) else 500
+            metrics.REQUESTS.labels(self._model, r, str(status)).inc()
+
+    async def read(self, body: Awaitable[T]) -> T:
+        """What reading the body gives, within the longest time that a request may take; raises DeadlineError."""
+        async with at_most(self._service.settings.deadline_s, since=self.start):
+            return await body
+
+    def resolve(self, parameters: Parameters) -> Terms:
+        """What is asked, checked against the model; errors as of `terms.resolve`."""
+        if self._r is not None:
+            if parameters.r is not None:
+                raise InvalidError(
+                    f"r is {shown(parameters.r)} in the request and {shown(self._r)} in the header {R_HEADER}; "
+                    "say it once"
+                )
+            parameters = parameters.model_copy(update={"r": self._r})
+        service = self._service
+        terms = resolve(parameters, service.engine.catalog(), self.start, service.settings.deadline_s)
+        self._model, self._schedule = terms.info.name, terms.schedule
+        return terms
+
+    async def answer(self, kind: Kind[T], sent: Sequence[Sent], terms: Terms) -> Answer[T]:
+        """The engine's answer to what is asked of images.
+
+        Args:
+            kind: What that is.
+            sent: Images as they came; at least one.
+            terms: What `resolve` gave.
+
+        Raises:
+            InvalidError: The model has no classifier.
+            ServerError: What admission, `read_and_ask` and a client that leaves raise.
+        """
+        if kind.needs_classes and not terms.info.labels:
+            raise InvalidError(
+                f"model {terms.info.name} has no classifier: it gives vectors, so ask for those (POST /v1/embeddings)"
+            )
+        service = self._service
+        with service.admission.permit(len(sent), terms.left_s):
+            work = read_and_ask(kind.make, sent, terms, service)
+            decode_s, answered = await (work if self._request is None else unless_client_leaves(self._request, work))
+        timings = timings_of(answered, decode_s, self.start)
+        requests, images, seconds = _counters(terms.info.name, label_of(answered.schedule))
+        requests.inc()
+        images.inc(len(sent))
+        seconds.observe(timings["total"] / 1e3)
+        return Answer(terms, answered, timings)
+
+
+@functools.lru_cache(1024)
+def _counters(model: str, r: str) -> tuple[Any, Any, Any]:
+    """What counts the answers of a model at one `r`: to look a label up takes as long as to count."""
+    return metrics.REQUESTS.labels(model, r, "200"), metrics.IMAGES.labels(model, r), metrics.REQUEST_S.labels(model, r)
