@@ -89,7 +89,7 @@ class Replica:
         self._settings = settings.model_copy(update={"threads": settings.threads or _assigned_cpus()})
         set_threads(self._settings.threads)
         self._config: PushedConfig | None = None
-        self._engine = build_engine(self._settings, self._open_config)
+        self._engine = build_engine(self._settings, self._open_config, changes_models=False)
         self._has_served = False
 
     def _open_config(self, settings: Settings, check: Check) -> ConfigStore:

@@ -63,7 +63,11 @@ class OpenVINOBackend:
         self.merged = self._torch.merged
         self._name, self._num_classes = loaded.info.name, len(loaded.info.labels)
         self._compiler = Compiler(
-            loaded.merged.with_features(), loaded.info.preprocessing.input_size, options.threads, options.cache_dir
+            loaded.merged.with_features(),
+            loaded.info.preprocessing.input_size,
+            options.threads,
+            options.cache_dir,
+            options.beside,
         )
         self._max_batch_size = options.max_batch_size
         self._unmerged = loaded.info.schedule(0)
