@@ -24,6 +24,7 @@ from server.api.schemas import (
     PatchModel,
 )
 from server.dial import AutoR, r_of
+from server.errors import NotFoundError
 from server.ipc.engine import Engine
 from server.types import Configuration, ModelInfo, find_model
 
@@ -40,7 +41,8 @@ async def list_models(service: ForUsers) -> ModelList:
     """The models that are served, the default first."""
     engine = service.engine
     configuration = await engine.configuration()
-    return ModelList(models=[_summary(info, configuration, engine) for info in engine.catalog().values()])
+    served = [info for info in engine.catalog().values() if info.name in configuration.models]  # one may just have come
+    return ModelList(models=[_summary(info, configuration, engine) for info in served])
 
 
 @router.get("/{name}")
@@ -94,12 +96,15 @@ def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
 
 
 def _summary(info: ModelInfo, configuration: Configuration, engine: Engine) -> ModelSummary:
-    r = configuration.models[info.name]
+    r = configuration.models.get(info.name)
+    if r is None:
+        raise NotFoundError(f"model {info.name} was unloaded meanwhile")
     return ModelSummary(
         name=info.name,
         architecture=info.architecture,
         source=info.source,
-        is_default=info.name == next(iter(engine.catalog())),
+        version=info.version,
+        is_default=info.name == next(iter(engine.catalog()), None),
         r="auto" if isinstance(r, AutoR) else r,
         auto=AutoBounds(**asdict(r)) if isinstance(r, AutoR) else None,
         config_version=configuration.version,

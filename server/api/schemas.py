@@ -190,6 +190,7 @@ class ModelSummary(BaseModel):
     name: str
     architecture: str
     source: str
+    version: str = Field(description="Of its numbered folders the one that is served; 1 where there are none.")
     is_default: bool
     r: PlainR | Literal["auto"] = Field(description="The deployment's r, for requests that name none.")
     auto: AutoBounds | None = Field(None, description="With auto, what it must keep to.")
@@ -202,6 +203,15 @@ class Backend(BaseModel):
     name: str
     precision: str
     reason: str = Field(description="Why this one, and this precision.")
+
+
+class ModelEntry(BaseModel):
+    """A model that is loaded, or may be."""
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+    reason: str = Field(description="Why it could not be loaded; else empty.")
 
 
 class ModelDetail(ModelSummary):

@@ -37,6 +37,9 @@ ROUTES = {
     ("GET", "/v1/config"): "users",
     ("PATCH", "/v1/models/{name}"): "admins",
     ("PATCH", "/v1/config"): "admins",
+    ("POST", "/v2/repository/index"): "users",
+    ("POST", "/v2/repository/models/{name}/load"): "admins",
+    ("POST", "/v2/repository/models/{name}/unload"): "admins",
 }
 
 # What nobody, the user, the admin and the scraper get, where the key of the user and that of the admin are set.
