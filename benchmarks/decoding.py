@@ -146,7 +146,7 @@ def agreement(loaded: LoadedModel, runner: Runner, items: Sequence[Item], size: 
         batch = PixelBatch(stacked(pixels, key.input_size, runner.device))
         by_pillow = [Prepared(item, batch, row) for row, item in enumerate(part)]
         by_device = [_ready(each) for each in prepare(key, part)]
-        answers = zip(runner.classify(key, by_pillow), runner.classify(key, by_device), strict=True)
+        answers = zip(runner.forward(key, by_pillow), runner.forward(key, by_device), strict=True)
         agreed += sum(one.indices == other.indices for one, other in answers)
         same += int((rows(by_device) == batch.pixels).flatten(1).all(1).sum())
     return agreed / len(items), same / len(items)

@@ -63,5 +63,5 @@ class Calibration:
         if schedule is None:
             logits: Tensor = merged.model(merged.normalised(pixels))
         else:
-            logits = merged(pixels, schedule)
+            logits = merged(pixels, schedule)[:, : len(info.labels)]  # features follow
         return logits.float().softmax(dim=1).cpu()  # which waits for the device

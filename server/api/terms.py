@@ -94,6 +94,10 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
 def _top_k(parameters: Parameters, info: ModelInfo, activation: Activation) -> int:
     """How many classes are named, at most."""
     num_classes = len(info.labels)
+    if not num_classes:
+        if (parameters.top_k, parameters.threshold) != (None, None):
+            raise InvalidError(f"model {info.name} has no classifier: top_k and threshold do not go with it")
+        return 0
     if parameters.threshold is not None:
         if parameters.top_k is not None:
             raise InvalidError("threshold and top_k are both given; give one of them")

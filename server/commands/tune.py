@@ -18,6 +18,7 @@ from server.settings import ModelSpec, Settings, SettingsError
 if TYPE_CHECKING:
     from server.tuning.judging import Gain
     from server.tuning.learning import Progress
+    from server.types import ModelInfo
     from tome_core.tuned import Tuned
 
 HELP = "tune norms and biases for high r, from photos without labels; r=0 stays as it is"
@@ -62,6 +63,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     device = device_of(settings.device)
     spec = settings.specs()[0].model_copy(update={"tuned": "none"})
     loaded = load_model(spec, settings.state_dir)
+    _check_answers(loaded.info)
     band = bands.default(loaded.info) if args.band is None else bands.parse(args.band, loaded.info)
     taken = photos.read(args.images, args.photos, loaded.info, settings.max_image_pixels)
     with on(device):
@@ -111,6 +113,16 @@ def _check(args: argparse.Namespace) -> None:
         if os.path.isdir(output):
             raise SettingsError(f"-o is {output}, which is a folder; it must be a file")
         spare_others(output, Tuned.load, "holds no tuned numbers")
+
+
+def _check_answers(info: ModelInfo) -> None:
+    """Refuses models whose answer is not one class: what is learned and judged is the class that r=0 names."""
+    if not info.labels:
+        raise SettingsError(f"{info.name} has no classifier; tune learns from the classes that a model names at r=0")
+    if info.activation == "sigmoid":
+        raise SettingsError(
+            f"{info.name} is a multi-label model; tune learns from the one class that a model names at r=0"
+        )
 
 
 def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path | None, output: Path | None) -> Path:

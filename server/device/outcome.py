@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,9 +32,11 @@ class Wanted(NamedTuple):
 def wanted_by(items: Sequence[Item]) -> Wanted:
     """What a batch of images wants, together."""
     requests = [item.request for item in items]
-    activations: tuple[Activation, ...] = tuple(getattr(request, "activation", "none") for request in requests)
+    asked = [None if isinstance(request, Embed) else request.activation for request in requests]
+    named: list[Activation] = [activation for activation in asked if activation] or ["none"]
+    is_mixed = len(set(named)) > 1
     return Wanted(
-        activations=activations[:1] if len(set(activations)) == 1 else activations,
+        activations=tuple(activation or named[0] for activation in asked) if is_mixed else (named[0],),
         top_k=max((request.top_k for request in requests if isinstance(request, Classify | Explain)), default=0),
         scores=any(isinstance(request, Score) for request in requests),
         features=any(isinstance(request, Embed) for request in requests),
@@ -110,17 +113,17 @@ def _activated(logits: Tensor, activations: Sequence[Activation]) -> Tensor:
     """Scores of logits (B, K), by the activation of each image."""
     if len(activations) == 1:
         return _activation(logits, activations[0])
-    scores = torch.empty_like(logits)
-    for activation in set(activations):
-        rows = [row for row, each in enumerate(activations) if each == activation]
-        scores[rows] = _activation(logits[rows], activation)
-    return scores
+    # Row after row: to gather those of one activation would copy their numbers to a GPU, and wait for it.
+    runs = [(activation, len(list(run))) for activation, run in itertools.groupby(activations)]
+    parts = logits.split([rows for _, rows in runs])
+    return torch.cat([_activation(part, activation) for part, (activation, _) in zip(parts, runs, strict=True)])
 
 
 def _activation(logits: Tensor, activation: Activation) -> Tensor:
     if activation == "softmax":
         return logits.softmax(dim=1)
-    return logits.sigmoid() if activation == "sigmoid" else logits
+    # Zero times infinity is no number: a logit that overflowed is told, and not taken for certainty.
+    return logits.sigmoid() + 0 * logits if activation == "sigmoid" else logits
 
 
 def _vector(row: Tensor) -> Vector:

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import signal
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -31,9 +32,9 @@ from server.dial import AutoR, RSetting, Schedule
 from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
 from server.ipc.engine import Engine
-from server.ipc.messages import Classify, Explain, Item, Merges, TopK
+from server.ipc.messages import Classify, Embed, Explain, Item, Merges, Score, TopK, Vector
 from server.settings import Settings
-from server.types import BatchKey, ModelInfo
+from server.types import Activation, BatchKey, ModelInfo
 from tests.server.listening import Listening, Recorder
 
 hypothesis_settings.register_profile("server", deadline=None)
@@ -41,6 +42,7 @@ hypothesis_settings.load_profile("server")
 
 SIDE = 8
 NUM_CLASSES = 101  # a prime: different colours and schedules give different classes
+NUM_FEATURES = 5
 HANGS_AFTER_S = 60
 
 
@@ -100,6 +102,7 @@ def model_info(name: str = "tiny", **changes: Any) -> ModelInfo:
         "num_tokens": 17,
         "num_prefix_tokens": 1,
         "max_r": 8,
+        "num_features": NUM_FEATURES,
     }
     return ModelInfo(**(facts | changes))
 
@@ -151,6 +154,35 @@ def class_of_grey(grey: int, schedule: Sequence[int] = (0, 0, 0)) -> int:
     return class_of(bytes([grey]) * (SIDE * SIDE * 3), schedule)
 
 
+def score_of(rank: int, activation: Activation = "softmax") -> float:
+    """The fake device's score of the class of this rank, 0 for the likeliest."""
+    if activation == "softmax":
+        return float(0.5 ** (rank + 1))
+    return 1 / (rank + 2) if activation == "sigmoid" else float(-rank)
+
+
+def scores_of(pixels: bytes, schedule: Sequence[int], activation: Activation = "none") -> list[float]:
+    """The fake device's scores of all classes, in their order, as float32 has them."""
+    first = class_of(pixels, schedule)
+    scores = [score_of((index - first) % NUM_CLASSES, activation) for index in range(NUM_CLASSES)]
+    return numbers(vector(scores))
+
+
+def features_of(pixels: bytes, schedule: Sequence[int]) -> list[float]:
+    """The fake device's features of an image: not of length 1, and never zero."""
+    return [class_of(pixels, schedule) + 1.5 * (channel + 1) for channel in range(NUM_FEATURES)]
+
+
+def vector(values: Sequence[float]) -> Vector:
+    """Numbers as an engine sends them."""
+    return Vector(struct.pack(f"<{len(values)}f", *values))
+
+
+def numbers(sent: Vector) -> list[float]:
+    """The numbers that an engine sent."""
+    return list(struct.unpack(f"<{len(sent.values) // 4}f", sent.values))
+
+
 def groups_of(schedule: Sequence[int]) -> list[list[int]]:
     """What the fake device says has merged of 16 patches: the first ones, as many as left a token in each block."""
     merged = itertools.accumulate(schedule)
@@ -177,20 +209,33 @@ class FakeDevice:
     def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
         return items
 
-    def compute(self, key: BatchKey, work: Sequence[Any]) -> list[TopK] | list[Merges]:
+    def compute(self, key: BatchKey, work: Sequence[Any]) -> list[TopK | Vector] | list[Merges]:
         self.batches.append((key, list(work)))
         self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        answers = [self.answer(key, item) for item in work]
         if key.operation == "explain":
-            return [Merges(top_k, (4, 4), SIDE // 4, groups_of(key.schedule)) for top_k in answers]
-        return answers
+            groups = groups_of(key.schedule)
+            return [Merges(self.top_k(key, item), (4, 4), SIDE // 4, groups) for item in work]
+        return [self.answer(key, item) for item in work]
 
-    def answer(self, key: BatchKey, item: Item) -> TopK:
-        first, k = class_of(item.image.data, key.schedule), item.request.top_k
+    def answer(self, key: BatchKey, item: Item) -> TopK | Vector:
+        request, pixels = item.request, item.image.data
+        if isinstance(request, Embed):
+            return vector(features_of(pixels, key.schedule))
+        if isinstance(request, Score):
+            return vector(scores_of(pixels, key.schedule, request.activation))
+        return self.top_k(key, item)
+
+    def top_k(self, key: BatchKey, item: Item) -> TopK:
+        request, first = item.request, class_of(item.image.data, key.schedule)
+        assert isinstance(request, Classify | Explain)
+        ranks = range(request.top_k)
+        if isinstance(request, Classify) and request.threshold is not None:
+            ranks = range(sum(score_of(rank, request.activation) >= request.threshold for rank in ranks))
         return TopK(
-            [(first + rank) % self.num_classes for rank in range(k)], [1 / 2 ** (rank + 1) for rank in range(k)]
+            [(first + rank) % self.num_classes for rank in ranks],
+            [score_of(rank, request.activation) for rank in ranks],
         )
 
     def check(self) -> None:
@@ -211,6 +256,17 @@ def classify(
 def explain(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny") -> Explain:
     """The same to explain it."""
     return Explain(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e6, top_k=1)
+
+
+def score(pixels: bytes = b"abc", activation: Activation = "none", *, r: Schedule | AutoR | None = None) -> Score:
+    """The same for the scores of all classes."""
+    asked = {"model": "tiny", "images": [Pixels(pixels)], "r": r, "deadline": time.monotonic() + 1e6}
+    return Score(**asked, activation=activation)
+
+
+def embed(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny") -> Embed:
+    """The same for its features."""
+    return Embed(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e6)
 
 
 def local_engine(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from server.ipc.messages import (
     Classify,
     Configure,
     Deployed,
+    Embed,
     Explain,
     Failure,
     GetConfiguration,
@@ -27,10 +28,12 @@ from server.ipc.messages import (
     Merges,
     Probe,
     Reply,
+    Score,
     TopK,
+    Vector,
     Withdraw,
 )
-from server.types import BackendInfo, Configuration
+from server.types import Activation, BackendInfo, Configuration
 from tests.server.conftest import curve_row, fake_curve, model_info
 
 WORDS = st.text(max_size=20)
@@ -52,9 +55,16 @@ ASKED: dict[str, Any] = {
     "images": IMAGES,
     "r": st.none() | SCHEDULES | BOUNDS,
     "deadline": SECONDS,
-    "top_k": st.integers(1, 1000),
+    "trace": st.none() | WORDS,
 }
-REQUESTS = st.builds(Classify, **ASKED) | st.builds(Explain, **ASKED)
+ACTIVATIONS = st.sampled_from(get_args(Activation))
+TOP = {"top_k": st.integers(1, 1000), "activation": ACTIVATIONS}
+REQUESTS = (
+    st.builds(Classify, **ASKED, **TOP, threshold=st.none() | SHARES)
+    | st.builds(Score, **ASKED, activation=ACTIVATIONS)
+    | st.builds(Embed, **ASKED)
+    | st.builds(Explain, **ASKED, **TOP)
+)
 CHANGES = st.builds(Configure, st.dictionaries(WORDS, SETTINGS, max_size=3), st.none() | st.integers(0, 10**18))
 ASKS = (
     REQUESTS
@@ -68,11 +78,12 @@ CALLS = st.builds(Call, IDS, ASKS)
 
 TOP_KS = st.builds(TopK, st.lists(COUNTS, max_size=5), st.lists(SHARES, max_size=5))
 GROUPS = st.lists(st.lists(st.integers(0, 400), max_size=9), max_size=3)
+VECTORS = st.builds(Vector, st.binary(max_size=100))
 MERGES = st.builds(Merges, TOP_KS, st.tuples(COUNTS, COUNTS), COUNTS, GROUPS)
 CHOICES = st.builds(Choice, SCHEDULES, st.sampled_from(("idle", "load", "bounds", "shared")), st.none() | SHARES)
 ANSWERED = st.builds(
     Answered,
-    results=st.lists(TOP_KS, max_size=3) | st.lists(MERGES, max_size=3),
+    results=st.lists(TOP_KS, max_size=3) | st.lists(VECTORS, max_size=3) | st.lists(MERGES, max_size=3),
     schedule=SCHEDULES,
     config_version=IDS,
     batch_size=COUNTS,
@@ -112,6 +123,9 @@ MODELS = st.builds(
     max_r=COUNTS,
     backend=st.none() | st.builds(BackendInfo, WORDS, WORDS, WORDS),
     decodes_jpeg=st.booleans(),
+    num_features=COUNTS,
+    activation=ACTIVATIONS,
+    version=WORDS,
 )
 CONFIGURATIONS = st.builds(Configuration, IDS, st.dictionaries(WORDS, SETTINGS, max_size=3))
 ANSWERS = (

@@ -87,13 +87,13 @@ def test_a_gpu_is_the_one_of_the_thread_that_computes_on_it(monkeypatch: pytest.
         yield
         entered.pop()
 
-    def logits(self: TorchBackend, pixels: Tensor, schedule: Schedule) -> Tensor:
+    def outputs(self: TorchBackend, pixels: Tensor, schedule: Schedule) -> Tensor:
         calls.append(list(entered))
         return torch.zeros(len(pixels), 7)
 
     calls: list[list[torch.device]] = []
     monkeypatch.setattr(runner, "on", on)
-    monkeypatch.setattr(TorchBackend, "logits", logits)
+    monkeypatch.setattr(TorchBackend, "outputs", outputs)
     monkeypatch.setattr(TorchBackend, "warm_up", lambda self, schedule, is_likely: calls.append(list(entered)))
     small = loaded()
     key = small.info.batch_key((0, 0))
@@ -147,7 +147,7 @@ def test_torch_takes_pixels_and_answers_as_for_their_normalised_images(kernels: 
     backend = TorchBackend(model, CPU, "fp32")
     assert backend.implementation.name == kernels
     for schedule in ((0, 0), (5, 2)):
-        wanted = model.merged(images(3), schedule)
+        wanted = model.merged.with_features()(images(3), schedule)
         torch.testing.assert_close(backend.outputs(pixels(3), schedule), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -161,11 +161,11 @@ def test_pixels_are_normalised_by_mean_and_std() -> None:
 def test_a_backend_is_given_bytes_and_no_image_of_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Tensor] = []
 
-    def logits(self: TorchBackend, pixels: Tensor, schedule: Schedule) -> Tensor:
+    def outputs(self: TorchBackend, pixels: Tensor, schedule: Schedule) -> Tensor:
         given.append(pixels)
         return torch.zeros(len(pixels), 7)
 
-    monkeypatch.setattr(TorchBackend, "logits", logits)
+    monkeypatch.setattr(TorchBackend, "outputs", outputs)
     small = loaded()
     explainer = Explainer({"small": small}, "cpu")
     device = Device(runner.Runner({"small": small}, "cpu", "fp32"), explainer)
@@ -206,7 +206,7 @@ def test_the_model_that_a_runner_hands_out_is_the_one_that_answers() -> None:
     small = loaded("fused", 384)
     one, key = runner.Runner({"small": small}, "cpu", "fp8"), small.info.batch_key((4, 0))
     answers = one.top_k(key, pixels(3), 7)
-    wanted = one.merged("small")(pixels(3), (4, 0)).float().softmax(dim=1)
+    wanted = one.merged("small")(pixels(3), (4, 0))[:, :7].float().softmax(dim=1)
     assert [scores for _, scores in answers] == wanted.sort(dim=1, descending=True).values.tolist()
 
 
@@ -250,7 +250,7 @@ def test_openvino_answers_as_torch_does_whatever_the_size_of_the_batch(openvino:
     for schedule in ((0, 0), (5, 2)):
         backend.warm_up(schedule)
         for batch_size in (1, 3, 5, 6):
-            wanted = model.merged(images(batch_size), schedule)
+            wanted = model.merged.with_features()(images(batch_size), schedule)
             torch.testing.assert_close(backend.outputs(pixels(batch_size), schedule), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -267,7 +267,7 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
         return compile_now(schedule, aside)
 
     monkeypatch.setattr(backend, "_compile", wait_and_compile)
-    wanted = model.merged.from_pixels(MEAN, STD)(pixels(1), (3, 0))
+    wanted = model.merged.with_features().from_pixels(MEAN, STD)(pixels(1), (3, 0))
     for _ in range(openvino.SEEN_OFTEN):
         assert torch.equal(backend.outputs(pixels(1), (3, 0)), wanted)  # torch's own: bit for bit
     assert (3, 0) not in backend._runs
@@ -282,7 +282,7 @@ def test_what_is_not_compiled_is_answered_by_torch_and_then_by_openvino(
 def test_torch_answers_while_a_schedule_is_translated(openvino: Any) -> None:
     model = loaded()
     backend: Any = choose_backend(model, CPU, "fp32", BackendOptions("openvino", 1, max_batch_size=1), Lock())
-    wanted = model.merged(images(1), (4, 0))
+    wanted = model.merged.with_features()(images(1), (4, 0))
     backend.outputs(pixels(1), (4, 0))
     while (4, 0) not in backend._runs:
         torch.testing.assert_close(backend.outputs(pixels(1), (4, 0)), wanted, atol=1e-4, rtol=1e-4)

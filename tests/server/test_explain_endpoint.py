@@ -133,7 +133,7 @@ def test_the_explainer_says_what_visualize_says(loaded: LoadedModel, schedule: S
     key, images = key_and_images(loaded, schedule)
     found = sources(runner.merged("tiny"), images[0].batch.pixels, schedule, (0, 1))
     explained = explainer.explain(key, images)
-    assert [merges.top_k for merges in explained] == runner.classify(key, images)
+    assert [merges.top_k for merges in explained] == runner.forward(key, images)
     for index, merges in enumerate(explained):
         assert (merges.grid, merges.patch) == ((4, 4), 8)
         for groups, source, tokens in zip(merges.groups, found, loaded.info.token_counts(schedule)[1:], strict=True):
@@ -144,9 +144,9 @@ def test_the_explainer_says_what_visualize_says(loaded: LoadedModel, schedule: S
 
 def test_the_explainer_keeps_the_models_own_weights_when_the_runner_rounds_them(loaded: LoadedModel) -> None:
     key, images = key_and_images(loaded, (4, 1))
-    exact = Runner({"tiny": loaded}, "cpu", "fp32").classify(key, images)
+    exact = Runner({"tiny": loaded}, "cpu", "fp32").forward(key, images)
     explainer = Explainer({"tiny": loaded}, "cpu")
-    rounded = Runner({"tiny": loaded}, "cpu", "bf16").classify(key, images)
+    rounded = Runner({"tiny": loaded}, "cpu", "bf16").forward(key, images)
     assert [merges.top_k for merges in explainer.explain(key, images)] == exact != rounded
 
 
@@ -180,7 +180,7 @@ def test_the_device_does_what_the_key_says_for_each_request_as_it_wants_it(loade
     assert other.grid == second.grid and other.groups == second.groups  # type: ignore[union-attr]
     assert other.top_k.indices == second.top_k.indices[:1]  # type: ignore[union-attr]
     classified = device.compute(key, items)
-    wanted = runner.classify(key, images)
+    wanted = runner.forward(key, images)
     assert [classified[0], classified[2]] == wanted
     assert classified[1].indices == wanted[1].indices[:1]  # type: ignore[union-attr]
 

@@ -25,7 +25,7 @@ from server.ipc.messages import (
     reply_of,
     to_bytes,
 )
-from tests.server.conftest import classify, explain, fake_curve
+from tests.server.conftest import classify, embed, explain, fake_curve, score
 from tests.server.messages import CALLS, ERRORS, REPLIES
 
 
@@ -52,7 +52,7 @@ def test_no_kind_of_message_is_left_out_of_these_tests() -> None:
         among = typing.get_args(typing.get_type_hints(message)[field])
         return {(typing.get_origin(kind) or kind).__name__ for kind in among}
 
-    asked = {"Classify", "Explain", "Probe", "GetCurve", "GetConfiguration", "Configure", "Withdraw"}
+    asked = {"Classify", "Score", "Embed", "Explain", "Probe", "GetCurve", "GetConfiguration", "Configure", "Withdraw"}
     answered = {"Answered", "Alive", "Measured", "Deployed", "Failure", "Catalog"}
     assert (kinds(Call, "ask"), kinds(Reply, "answer")) == (asked, answered)
 
@@ -101,7 +101,7 @@ WRONG: list[object] = [
     [1],
     [1, ["nothing"]],
     ["one", ["probe"]],
-    [1, ["classify", "tiny", "no images", None, 5.0, 1]],
+    [1, ["classify", "tiny", "no images", None, 5.0, None, 1, "softmax", None]],
     [1, ["get_curve", 5]],
 ]
 
@@ -142,7 +142,8 @@ def test_an_engine_that_lost_another_says_that_it_is_unavailable_and_nothing_mor
 
 
 def test_a_request_says_what_it_asks_for_and_an_item_is_one_of_its_images() -> None:
-    assert (classify().operation, explain().operation) == ("classify", "explain")
+    kinds = {classify().operation, score().operation, embed().operation}
+    assert (kinds, explain().operation) == ({"forward"}, "explain")
     images: list[Image] = [Pixels(b"one"), JpegFile(b"two", 1, 1)]
     both = Explain(model="tiny", images=images, deadline=1.0, top_k=1)
     assert [Item(both, index).image for index in range(2)] == images

@@ -178,7 +178,6 @@ REFUSED: dict[str, tuple[Callable[[Path], ModelSpec], str]] = {
     "no weights file": (lambda folder: spec(SMALL, weights=str(folder / "nothing")), "no weights file"),
     "a folder for weights": (lambda folder: spec(SMALL, weights=str(folder)), "mine"),
     "unknown name": (lambda folder: spec("vit_of_nobody"), "vit_of_nobody"),
-    "no classifier": (lambda folder: spec("vit_small_patch14_reg4_dinov2", weights="random"), "no classifier"),
     "not a ViT": (lambda folder: spec("resnet18", weights="random"), "(?i)resnet.*VisionTransformer"),
 }
 

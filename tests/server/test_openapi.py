@@ -121,7 +121,8 @@ async def test_the_document_lists_parameters_and_bodies_and_errors() -> None:
     async with serving() as service:
         operation = (await description(service))["paths"]["/classify"]["post"]
         listed = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
-        assert listed.keys() == {"model", "r", "max_r", "min_agreement", "inflect", "top_k", "deadline_ms"}
+        dial, classes = {"r", "max_r", "min_agreement", "inflect"}, {"top_k", "function_to_apply", "threshold"}
+        assert listed.keys() == {"model", "deadline_ms"} | dial | classes
         assert all(each["description"] for each in listed.values())
         assert operation["requestBody"]["content"].keys() == set(CONTENT_TYPES)
         form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from server.api import explain, routes, terms
+from server.api import asking as asking_of
+from server.api import terms
 from server.api.admission import Admission
 from server.api.patience import at_most
 from server.batching.policy import Rung
@@ -443,9 +444,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         clock.permitted.append(timeout_s)
         return permit(self, images, timeout_s)
 
-    for module in (terms, routes, explain):
+    for module in (terms, asking_of):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(terms, "at_most", allow)
+        monkeypatch.setattr(module, "at_most", allow)
     monkeypatch.setattr(Admission, "permit", note)
     return clock
 

@@ -24,7 +24,7 @@ from server.settings import BUNDLED_NAME, ModelSpec
 from server.tuning import learning, photos, session, unfinished
 from server.tuning.judging import Gain, Judge
 from tests.server.conftest import encode
-from tests.server.model_folders import noise_photos, random_vit
+from tests.server.model_folders import edit, noise_photos, random_vit
 from tome_core.tuned import Tuned
 from tome_core.tuning import Recipe, Tuner
 
@@ -382,6 +382,22 @@ def test_a_second_ctrl_c_ends_it_as_ever(folder: Path, images: Path, monkeypatch
 
     monkeypatch.setattr(Tuner, "step", twice)
     assert main(command(folder, images)) == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_classes": 0}, "has no classifier"),
+        ({"problem_type": "multi_label_classification"}, "is a multi-label model"),
+    ],
+)
+def test_a_model_whose_answer_is_not_one_class_is_refused(
+    change: dict[str, Any], named: str, images: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    folder = random_vit(tmp_path / "other", change.get("num_classes", 50))
+    edit(folder, lambda config: config.update(change))
+    assert main(command(folder, images)) == 1
+    assert named in capsys.readouterr().err
 
 
 def test_a_model_that_gives_no_numbers_is_said(
