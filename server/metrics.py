@@ -39,7 +39,7 @@ ENGINE_UP = Gauge(
     multiprocess_mode="livemin",
 )
 MODELS_LOADED = Gauge(
-    "tome_models_loaded", "Models that serve; of several engines the fewest", multiprocess_mode="livemin"
+    "tome_models_loaded", "Models that serve; of several engines the most", multiprocess_mode="livemax"
 )
 ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
 CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")

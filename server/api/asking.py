@@ -42,7 +42,8 @@ class Kind(NamedTuple, Generic[T]):
 
 
 def _common(terms: Terms, images: list[Image]) -> dict[str, Any]:
-    return {"model": terms.info.name, "images": images, "r": terms.r, "deadline": terms.deadline}
+    info = terms.info
+    return {"model": info.name, "images": images, "r": terms.r, "deadline": terms.deadline, "revision": info.revision}
 
 
 def _classify(terms: Terms, images: list[Image]) -> Classify:
