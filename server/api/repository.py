@@ -19,18 +19,29 @@ LOAD_PARAMETERS = ("version",)
 UNLOAD_PARAMETERS = ("unload_dependents",)
 """What may be said of an unload; no model here depends on another one, so it changes nothing."""
 
-_EXAMPLE = {"parameters": {"version": "2"}}
-_BODY = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}, "example": _EXAMPLE}}}}
+
+def _body(properties: dict[str, Any]) -> dict[str, Any]:
+    """What a body may hold, for the API's description."""
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
 
 
-@router.post("/index")
+def _parameters_body(properties: dict[str, Any]) -> dict[str, Any]:
+    return _body({"parameters": {"type": "object", "properties": properties, "additionalProperties": False}})
+
+
+_VERSION = {"anyOf": [{"type": "string"}, {"type": "integer"}], "description": "One of its numbered folders."}
+_BOOLEAN = {"type": "boolean"}
+
+
+@router.post("/index", openapi_extra=_body({"ready": _BOOLEAN, "repository_name": {"type": "string"}}))
 async def index(request: Request, service: ForUsers) -> list[ModelEntry]:
     """The models that are loaded, and those that may be. `{"ready": true}` names those that serve alone."""
     said = await _read(request)
     return [ModelEntry(**asdict(state)) for state in await states(said, service.engine)]
 
 
-@router.post("/models/{name}/load", openapi_extra=_BODY)
+@router.post("/models/{name}/load", openapi_extra=_parameters_body({"version": _VERSION}))
 async def load(name: str, request: Request, service: ForAdmins) -> dict[str, Any]:
     """Loads a model beside the others; it serves when this answers. The parameter `version` names one of several."""
     version = _parameters(await _read(request), LOAD_PARAMETERS).get("version")
@@ -38,7 +49,7 @@ async def load(name: str, request: Request, service: ForAdmins) -> dict[str, Any
     return {}
 
 
-@router.post("/models/{name}/unload")
+@router.post("/models/{name}/unload", openapi_extra=_parameters_body({"unload_dependents": _BOOLEAN}))
 async def unload(name: str, request: Request, service: ForAdmins) -> dict[str, Any]:
     """Takes a model out of service. What has been asked of it is answered; then its memory is freed."""
     _parameters(await _read(request), UNLOAD_PARAMETERS)

@@ -123,7 +123,7 @@ class LocalEngine:
         )
         self._loading: Loading | None = None
         if loader is not None:
-            self._loading = Loading(self._served, loader, self._let_go, self._on_device, kept)
+            self._loading = Loading(self._served, loader, self._let_go, self._by_computing, kept)
 
     def start(self) -> None:
         """Begins to serve, and to follow the configuration; call it inside a running event loop."""
@@ -251,7 +251,7 @@ class LocalEngine:
         await self._batcher.between_batches(functools.partial(self._in_time, self._computing, free))
         self._batcher.speed.forget(lambda key: (key.model, key.revision) == (info.name, info.revision))
 
-    def _on_device(self, work: Callable[[], A]) -> A:
+    def _by_computing(self, work: Callable[[], A]) -> A:
         """What a piece of work gives that the thread that computes does between two batches; for another thread."""
         return self._computing.submit(_plainly, work).result()
 

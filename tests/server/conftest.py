@@ -25,6 +25,7 @@ from PIL import Image
 
 from server.api.app import create_app
 from server.batching.engine import LocalEngine
+from server.batching.loading import Loader
 from server.batching.policy import Rung
 from server.config.local import LocalConfig
 from server.curve import Curve, CurveRow, Facts
@@ -309,6 +310,7 @@ async def serving(
     curve: Curve | None = None,
     batch: int = 32,
     queue: int = 256,
+    loader: Loader | None = None,
     **settings: Any,
 ) -> AsyncIterator[Service]:
     """The service around a fake device or the given engine; keywords are settings, `steps` and `curve` of `tiny`."""
@@ -316,7 +318,8 @@ async def serving(
     ladder = {"tiny": steps} if steps else None
     limits = {"max_batch_size": batch, "max_queue_size": queue}
     curves = {"tiny": curve} if curve else None
-    local = local_engine(device, models, r=r, state_file=state_file, steps=ladder, curves=curves, **limits)
+    more = {"steps": ladder, "curves": curves, "loader": loader}
+    local = local_engine(device, models, r=r, state_file=state_file, **more, **limits)
     app = create_app(Settings.model_validate({"state_dir": None} | settings), engine or local)
     local.start()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
