@@ -9,7 +9,7 @@
 #                     "g++" lets OpenVINO merge by one operator of ours, which bf16 and lone images gain by
 FROM python:3.11-slim AS build
 ARG PIP_OPTIONS=""
-ARG EXTRAS="openvino redis"
+ARG EXTRAS="openvino redis grpc"
 WORKDIR /src
 # The dependencies are a layer of their own, which a change of our code neither builds nor pulls again.
 COPY pyproject.toml constraints.txt ./

@@ -1,15 +1,23 @@
-"""What the documentation shows runs: the Python blocks of a page, one after the other."""
+"""What the documentation shows runs: every command is accepted, and the Python of a page runs block after block."""
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+from server.cli import COMMANDS, main
+from server.keys import KEYS
+from server.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in DOCS.glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", ["library.md"])
@@ -21,3 +29,31 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The arguments of every `tome-server` in the blocks of a page."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.fullmatch(r"(?:docker run .* tome-server +)?tome-server ([a-z].*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match and "──" not in match[1]]  # a drawing's
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
+def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(settings: Settings, args: argparse.Namespace) -> int:
+        ran.append(args.command)
+        return 0
+
+    for command in COMMANDS.values():
+        monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr("server.cli.keep_caches_in", lambda folder: None)
+    monkeypatch.chdir(tmp_path)
+    for name in KEYS:
+        (tmp_path / f"{name.removesuffix('_key')}.key").write_text("secret")  # as the pages call these files
+    commands = commands_of(page)
+    for arguments in commands:
+        assert main(arguments) == 0, arguments
+    assert ran == [arguments[0] for arguments in commands]

@@ -1,0 +1,68 @@
+"""Every operation of the API's description under schemathesis: what it allows, and what it does not, gets no 5xx.
+
+A deadline may be too short for any answer: that one 504 is the client's own wish.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+
+from server.settings import Protocol
+from tests.e2e.service import Service
+
+pytestmark = pytest.mark.slow
+
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+NATIVE = "native"
+EXAMPLES = 15
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A real service on which every face is on."""
+    service = Service("--protocol", ",".join(PROTOCOLS), state_dir=tmp_path_factory.mktemp("state"))
+    service.wait_until_ready()
+    yield service
+    assert service.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def operations(service: Service) -> dict[str, list[Any]]:
+    """The operations of each face."""
+    schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
+    faces: dict[str, list[Any]] = {face: [] for face in (NATIVE, *PROTOCOLS)}
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        faces[(operation.tags or [NATIVE])[0]].append(operation)
+    return faces
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("face", [NATIVE, *PROTOCOLS])
+def test_no_request_gets_a_5xx(face: str, mode: GenerationMode, operations: dict[str, list[Any]]) -> None:
+    assert operations[face], "the face is described"
+    for operation in operations[face]:
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def ask(case: schemathesis.Case) -> None:
+            response = case.call(timeout=60)
+            is_late = response.status_code == 504 and "no answer within" in response.text
+            assert response.status_code < 500 or is_late, f"{case.as_curl_command()}: {response.text}"
+
+        with contextlib.suppress(Unsatisfiable):  # an operation that takes nothing can be asked nothing wrong
+            ask()
