@@ -255,3 +255,22 @@ async def test_openvino_compiles_a_model_beside_one_that_answers(repository: Pat
         assert backend is not None and backend.name == "openvino"
         found, alone = await scores(engine, "cats"), expected(repository / "cats/1")
         assert found.scores == pytest.approx(alone.scores, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode", ["cpu", "device"])
+async def test_a_gpu_takes_a_model_beside_one_that_answers(repository: Path, decode: str) -> None:
+    """Nothing is recorded beside a batch, and what was recorded of either model computes what it should."""
+    told = settings(repository, backend="auto", device="cuda", precision="fp32", decode=decode, max_batch_size=4)
+    async with serving(told) as engine:
+        alone = await scores(engine, "dogs")
+        loading = asyncio.create_task(engine.load("cats", "1"))
+        while not loading.done():
+            assert (await scores(engine, "dogs")).scores == pytest.approx(alone.scores, rel=1e-3)
+        await loading
+        assert (await scores(engine, "cats")).scores == pytest.approx(expected(repository / "cats/1").scores, rel=1e-2)
+        before = torch.cuda.memory_allocated()
+        await engine.unload("cats")
+        await until(lambda: engine._loading is not None and not engine._loading._going)
+        assert torch.cuda.memory_allocated() < before
+        assert (await scores(engine, "dogs")).scores == pytest.approx(alone.scores, rel=1e-3)
