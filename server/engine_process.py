@@ -166,6 +166,7 @@ async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pul
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
     engine.start()
     server = EngineServer(engine, door)
+    engine.tell_of_models(server.show_catalog)
     spare_the_collector()
     take_turns_quickly()
     ENGINE_STARTS.inc()

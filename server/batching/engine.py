@@ -102,6 +102,7 @@ class LocalEngine:
         self._device = device
         self._broken = asyncio.Event()
         self._is_warming = True
+        self._told: Callable[[], object] = lambda: None
         self._store = store
         self._configuration: Configuration | None = None
         self._following: asyncio.Task[None] | None = None
@@ -239,9 +240,14 @@ class LocalEngine:
             raise ConflictError("models neither come nor go while this server runs; deploy it anew with others")
         return self._loading
 
+    def tell_of_models(self, told: Callable[[], object]) -> None:
+        """Has a function called whenever the catalog has changed, on whose wish ever."""
+        self._told = told
+
     def _came_or_went(self) -> None:
         self._forget_configuration()
         self._is_warming = True
+        self._told()
 
     async def _let_go(self, info: ModelInfo, free: Callable[[], None]) -> None:
         """Waits until nothing computes a retired model any more; then the thread that computes has it freed."""

@@ -65,7 +65,7 @@ def open_store(
         SettingsError: What servers share cannot be read, or holds an `r` that a model cannot merge, and nothing good
             was kept of it.
     """
-    start = {spec.name: spec.r or 0 for spec in settings.specs()}
+    start = {spec.name: settings.spec(spec.name).r or 0 for spec in settings.model}
     shared, file = settings.shared_config, settings.state_file() or otherwise
     if shared is None:
         return LocalConfig(start, file, check, memory)

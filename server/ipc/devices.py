@@ -76,13 +76,24 @@ class Devices:
         await asyncio.gather(*(engine.close() for engine in self._engines))
 
     def catalog(self) -> dict[str, ModelInfo]:
-        up_first = sorted(self._engines, key=lambda engine: not engine.is_up)
-        for engine in up_first[:-1]:
-            try:
+        """As of `Engine`: what the first says, and what others have that it has not loaded yet."""
+        up = [engine.catalog() for engine in self._engines if engine.is_up]
+        if up:
+            first, *others = up
+            more = {name: info for other in others for name, info in other.items() if name not in first}
+            return first | more if more else first
+        return self._last_catalog()
+
+    def _last_catalog(self) -> dict[str, ModelInfo]:
+        """What one says that was up once.
+
+        Raises:
+            UnavailableError: None ever was.
+        """
+        for engine in self._engines[:-1]:
+            with contextlib.suppress(UnavailableError):  # it has not been up yet
                 return engine.catalog()
-            except UnavailableError:
-                pass  # it has not been up yet
-        return up_first[-1].catalog()
+        return self._engines[-1].catalog()
 
     async def answer(self, request: Request[T]) -> Answered[T]:
         first = self._least_loaded(request)

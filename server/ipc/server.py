@@ -90,10 +90,13 @@ class EngineServer:
         except TimeoutError:
             logger.warning("%d HTTP processes have not left within %g s", len(self._connections), within_s)
 
+    def show_catalog(self) -> list[asyncio.Future[None]]:
+        """Sends the catalog to all HTTP processes; the futures are done when they have it."""
+        return [connection.show_catalog() for connection in self._connections]
+
     async def _spread(self) -> None:
         """Sends the catalog to all HTTP processes, and returns when they have it."""
-        seeing = [connection.show_catalog() for connection in self._connections]
-        if seeing:
+        if seeing := self.show_catalog():
             await asyncio.wait(seeing, timeout=SEEN_WITHIN_S)
 
     def _forget(self, connection: _Connection) -> None:

@@ -379,9 +379,9 @@ async def test_a_caller_that_gives_up_leaves_no_load() -> None:
 async def test_the_models_are_those_of_the_first_that_has_said_them() -> None:
     fakes, devices = several(2)
     assert devices.catalog()["tiny"].source == "device 0"
-    fakes[0].known = False
+    fakes[0].known = fakes[0].is_up = False
     assert devices.catalog()["tiny"].source == "device 1"
-    fakes[1].known = False
+    fakes[1].known = fakes[1].is_up = False
     with pytest.raises(UnavailableError, match="loading"):
         devices.catalog()
 
@@ -538,3 +538,12 @@ async def test_a_request_for_what_no_engine_lists_any_more_goes_to_one_which_may
         for fake in fakes:
             fake.models = dict(model)
         assert await devices.answer(structs.replace(classify(), revision="2"))
+
+
+async def test_a_model_that_one_engine_has_not_loaded_yet_is_in_the_catalog() -> None:
+    fakes, devices = several(3)
+    fakes[2].models = {"cats": "2", "tiny": "7"}
+    fakes[1].is_up = False
+    fakes[1].models = {"dogs": "1"}
+    assert {name: info.version for name, info in devices.catalog().items()} == {"tiny": "1", "cats": "2"}
+    assert (await devices.answer(classify(model="cats"))).config_version == 2

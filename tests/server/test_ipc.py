@@ -802,3 +802,16 @@ async def test_an_error_of_a_load_arrives_and_changes_nothing(door: Door) -> Non
         with pytest.raises(NotFoundError, match="no model 'cats' to load"):
             await remote.load("cats")
         assert list(remote.catalog()) == ["tiny", "large"]
+
+
+async def test_every_http_process_is_shown_what_the_engine_has_loaded_by_itself(door: Door) -> None:
+    engine = FakeEngine()
+    async with listening(engine, door) as server:
+        remote = RemoteEngine(door)
+        remote.start()
+        await until(lambda: remote.is_up)
+        await engine.load("cats")  # as one does that follows another engine
+        assert "cats" not in remote.catalog()
+        server.show_catalog()
+        await until(lambda: "cats" in remote.catalog())
+        await remote.close()

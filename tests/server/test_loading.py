@@ -320,8 +320,11 @@ async def test_what_came_and_went_is_kept() -> None:
 async def test_an_engine_follows_what_another_one_has_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "FOLLOW_S", 0.001)
     kept, loader = FakeKept(cats="1"), FakeLoader()
+    told: list[list[str]] = []
     async with loading(FakeDevice(), loader, kept=kept) as engine:
+        engine.tell_of_models(lambda: told.append(list(engine.catalog())))
         await until(lambda: list(engine.catalog()) == ["tiny", "cats"])  # kept while this one started
+        assert told == [["tiny", "cats"]]
         kept["tiny"] = "2"
         await until(lambda: engine.catalog()["tiny"].version == "2")
         kept["cats"] = None
