@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from server import __version__
 from server.caches import keep_caches_in
-from server.commands import Command, bench, calibrate, classify, explain, export, models, serve, tune
+from server.commands import Command, bench, calibrate, classify, explain, export, models, run, serve, tune
 from server.errors import ServerError
 from server.settings import Settings, SettingsError, load_settings
 from tome_core import quiet  # noqa: F401  # this process and its children report to nobody
@@ -17,6 +17,7 @@ from tome_core import quiet  # noqa: F401  # this process and its children repor
 COMMANDS: dict[str, Command] = {
     "serve": serve,
     "classify": classify,
+    "run": run,
     "models": models,
     "explain": explain,
     "export": export,

@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from server.commands.output import spare_others, tell
+from server.commands.stopping import Stop
 from server.settings import ModelSpec, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         )
         if session.progress.step:
             tell(f"going on after step {session.progress.step}")
-        with _Stop() as stop:
+        with Stop("stopping after this step; what was learned is judged and kept") as stop:
             session.learn(60 * args.minutes, _line(band), stop)
         tell("")
         tuned, gain = session.result()
@@ -139,29 +139,6 @@ def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path 
     except OSError as error:
         raise SettingsError(f"-o is {output}: {error.strerror}") from None
     return output
-
-
-class _Stop:
-    """Within it, the first Ctrl-C or SIGTERM asks to stop after this step; the next one ends the process as ever."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        return self.is_asked
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.is_asked = True
-        self.__exit__()
-        tell("\nstopping after this step; what was learned is judged and kept")
 
 
 def _line(band: tuple[int, int]) -> Callable[[Progress, float], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from server.device.explainer import Explainer
@@ -27,14 +27,16 @@ class Device:
 
     Args:
         runner: Computes what requests want of a model's outputs.
-        explainer: Says what merged.
+        explainer: Says what merged; None where nobody asks that.
         preparer: Makes pixels of files, as a stage of its own; None where every image comes as pixels.
     """
 
-    def __init__(self, runner: Runner, explainer: Explainer, preparer: Preparer | None = None) -> None:
+    def __init__(self, runner: Runner, explainer: Explainer | None, preparer: Preparer | None = None) -> None:
         self._runner = runner
         self._prepare = Fitting(preparer) if preparer is not None else None
-        operations: Mapping[str, Compute] = {"forward": runner.forward, "explain": explainer.explain}
+        operations: dict[str, Compute] = {"forward": runner.forward}
+        if explainer is not None:
+            operations["explain"] = explainer.explain
         self._operations = {name: Fitting(compute) for name, compute in operations.items()}
 
     @property

@@ -43,13 +43,17 @@ class Decoders:
             UnavailableError: It is to be decoded apart, and no process can be started.
         """
         loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self._threads, self._read, encoded, preprocessing, decodes_jpeg)
+        image = await loop.run_in_executor(self._threads, self.read_here, encoded, preprocessing, decodes_jpeg)
         if isinstance(image, Cost):
-            return Pixels(await self._apart.decode(encoded, preprocessing, image))
+            return await self.read_apart(encoded, preprocessing, image)
         return image
 
-    def _read(self, encoded: bytes, preprocessing: Preprocessing, decodes_jpeg: bool) -> Image | Cost:
-        """The image; or the cost of decoding it, if that is too much for a thread."""
+    async def read_apart(self, encoded: bytes, preprocessing: Preprocessing, cost: Cost) -> Pixels:
+        """The image, decoded in a process of its own; raises what `read` raises."""
+        return Pixels(await self._apart.decode(encoded, preprocessing, cost))
+
+    def read_here(self, encoded: bytes, preprocessing: Preprocessing, decodes_jpeg: bool) -> Image | Cost:
+        """The image, decoded in this thread; or the cost of decoding it, if that is too much for a thread."""
         cost = cost_of(encoded, preprocessing, self._max_pixels)
         if cost.is_plain and cost.memory <= self.budget.of_a_thread:
             return read(encoded, preprocessing, self._max_pixels, decodes_jpeg)

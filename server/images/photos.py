@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from server.images.preprocessing import Preprocessing
 from server.settings import SettingsError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+
+
+def photos_in(folder: Path) -> list[Path]:
+    """Image files of a folder and the folders below it, by their names' suffixes, in the order of their paths."""
+    found = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
+    return sorted(file for file in found if file.suffix.lower() in SUFFIXES)
 
 
 def choose_photos(folder: Path, count: int, seed: int, least: int = 2) -> list[Path]:
@@ -25,7 +32,7 @@ def choose_photos(folder: Path, count: int, seed: int, least: int = 2) -> list[P
     Raises:
         SettingsError: There are fewer.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = photos_in(folder)
     if len(files) < least:
         raise SettingsError(f"{folder} holds {len(files)} images; at least {least} are needed")
     return random.Random(seed).sample(files, min(count, len(files)))

@@ -1,0 +1,156 @@
+"""What `tome-server run` makes of a folder, beside what bounds it: the forward loop alone and decoding alone.
+
+python -m benchmarks.folders --photos FOLDER --model vit_tiny_patch16_224 --weights FILE --r 0,13 --images 1000
+
+A folder of so many links to the photos is computed. `forward` is the loop of full batches whose pixels are there
+(benchmarks.forward_loop); `reading` is all that threads do with the files before the device gets them, which on a CPU
+is decoding; `decoding` is what the device does with JPEG files that are read, where it decodes; `run` is the rate that
+the command itself tells. All four run in each round, in this process, and medians are told.
+
+`bound` is what they allow: on a GPU the least of them, for they use different parts of the machine; on a CPU, where
+they share the cores, the rate of one after the other. The last line is JSON: {"model", "images", "rows": [{"r",
+"forward", "reading", "decoding", "run", "bound", "of_bound", "of_forward"}]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.forward_loop import images_per_s
+from server.cli import main as tome_server
+from server.cpus import available_cpus
+from server.device.backend import BackendOptions
+from server.device.models import load_model
+from server.device.preparing import Preparer
+from server.device.runner import Runner
+from server.device.torch_backend import set_threads
+from server.errors import ServerError
+from server.images.image import Image
+from server.images.nvjpeg import engine_decodes
+from server.images.photos import photos_in
+from server.ipc.messages import Classify, Item
+from server.offline.reading import Reader
+from server.settings import ModelSpec
+from server.types import BatchKey
+
+MAX_PIXELS = 50_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--images", type=int, default=1000, help="files to compute: links to the photos, in turn")
+    parser.add_argument("--model", default="bundled", help="as for tome-server serve")
+    parser.add_argument("--weights", help="safetensors file for a timm name, or random")
+    parser.add_argument("--r", default="0,13")
+    parser.add_argument("--batch", type=int, default=32, help="images in a batch")
+    parser.add_argument("--duration", type=float, default=3, help="seconds of a forward loop")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", help="as for tome-server serve")
+    parser.add_argument("--backend", default="auto", help="as for tome-server serve")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--decode", default="auto", help="as for tome-server serve")
+    parser.add_argument("--suffix", default=".jsonl", help="of the table")
+    parser.add_argument("--embed", action="store_true", help="write vectors")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = linked(photos_in(args.photos), args.images, Path(folder) / "photos")
+        rows = measure(args, files, Path(folder))
+    print(json.dumps({"model": args.model, "images": args.images, "batch": args.batch, "rows": rows}))
+
+
+def linked(photos: Sequence[Path], count: int, folder: Path) -> list[str]:
+    """So many links to the photos."""
+    folder.mkdir()
+    files = [folder / f"{index:07}{photo.suffix}" for index, photo in zip(range(count), itertools.cycle(photos))]
+    for file, photo in zip(files, itertools.cycle(photos), strict=False):
+        file.symlink_to(photo.resolve())
+    return [str(file) for file in files]
+
+
+def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> list[dict[str, float]]:
+    """A row for each `r`, printed as it is there."""
+    set_threads(args.threads)
+    spec = ModelSpec.model_validate({"source": args.model, "weights": args.weights})
+    loaded = load_model(spec)
+    runner = Runner(
+        {spec.name: loaded},
+        args.device,
+        args.precision,
+        BackendOptions(args.backend, args.threads, None, args.batch),
+    )
+    info = replace(loaded.info, decodes_jpeg=engine_decodes(args.decode, runner.device))
+    preparer = Preparer(runner.device, {info.name: info}, MAX_PIXELS) if info.decodes_jpeg else None
+    reader = Reader(info, MAX_PIXELS)
+    is_shared = runner.device.type == "cpu"
+    names = ("forward", "reading", "decoding", "run", "bound", "of bound", "of forward")
+    print(f"{'r':>4} " + " ".join(f"{name:>10}" for name in names))
+    rows = []
+    for r in args.r.split(","):
+        key = info.batch_key(info.schedule(int(r)))
+        rounds: list[tuple[float, ...]] = []
+        for _ in range(args.rounds):
+            reading, images = read(reader, files)
+            decoding = decoded(preparer, key, images, args.batch) if preparer else 0.0
+            rounds.append((images_per_s(runner, key, args), reading, decoding, run(args, r, folder)))
+        forward, reading, decoding, computed = map(statistics.median, zip(*rounds, strict=True))
+        parts = [rate for rate in (forward, reading, decoding) if rate]
+        bound = 1 / sum(1 / rate for rate in parts) if is_shared else min(parts)
+        row = {"forward": forward, "reading": reading, "decoding": decoding, "run": computed, "bound": bound}
+        rows.append({"r": int(r), **row, "of_bound": computed / bound, "of_forward": computed / forward})
+        told = " ".join(f"{value:>10,.1f}" for value in row.values())
+        print(f"{r:>4} {told} {computed / bound:>10.2f} {computed / forward:>10.2f}", flush=True)
+    reader.close()
+    return rows
+
+
+def read(reader: Reader, files: Sequence[str]) -> tuple[float, list[Image | str]]:
+    """Files a second by as many threads as the command has, and the images."""
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        start = time.perf_counter()
+        images = list(pool.map(reader.read, files))
+        return len(files) / (time.perf_counter() - start), images
+
+
+def decoded(preparer: Preparer, key: BatchKey, images: Sequence[Image | str], size: int) -> float:
+    """Images a second that the device decodes, batch by batch."""
+    began = time.perf_counter()
+    for start in range(0, len(images), size):
+        batch = [image for image in images[start : start + size] if not isinstance(image, str)]
+        request = Classify(model=key.model, images=batch, deadline=0.0, top_k=1)
+        for each in preparer(key, [Item(request, index) for index in range(len(batch))]):
+            if isinstance(each, ServerError):
+                raise each
+    return len(images) / (time.perf_counter() - began)
+
+
+def run(args: argparse.Namespace, r: str, folder: Path) -> float:
+    """Images a second, as the command tells them: without loading the model."""
+    command = ["run", str(folder / "photos"), "-o", str(folder / f"table{args.suffix}"), "--overwrite", "--r", r]
+    for flag in ("model", "weights", "device", "precision", "backend", "decode", "threads"):
+        if getattr(args, flag) is not None:
+            command += [f"--{flag}", str(getattr(args, flag))]
+    command += ["--max-batch-size", str(args.batch), "--state-dir", "none", *(["--embed"] if args.embed else [])]
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(io.StringIO()):
+        status = tome_server(command)
+    if status:
+        raise SystemExit(f"tome-server run ended with status {status}")
+    return float(json.loads(told.getvalue().splitlines()[-1])["images_per_s"])
+
+
+if __name__ == "__main__":
+    main()

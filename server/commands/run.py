@@ -1,0 +1,203 @@
+"""`tome-server run`: compute a folder of photos into a table, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.commands.output import spare_others, tell
+from server.commands.stopping import Stop
+from server.commands.top_k import checked_top_k
+from server.dial import r_of, text_of
+from server.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from server.offline.formats import Format
+    from server.offline.model import Answer, Ask, Served
+    from server.offline.progress import Progress
+    from server.offline.rows import Table
+    from server.offline.unfinished import Unfinished
+    from server.types import ModelInfo
+
+HELP = "compute a folder of photos into a table of labels or vectors, without a server"
+SETTINGS: tuple[str, ...] = (
+    "model",
+    "weights",
+    "tuned",
+    "r",
+    "device",
+    "precision",
+    "backend",
+    "decode",
+    "threads",
+    "max_batch_size",
+    "state_dir",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes a row for each file: file, model, r, tuned, the likeliest class or a vector, and the error of a file "
+        "that cannot be read. Ctrl-C keeps what is done, and the same command goes on from there."
+    )
+    parser.add_argument("source", metavar="FOLDER|LIST", help="folder of photos, or text file with a path a line")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="FILE", help="table to write: .parquet, .jsonl or .csv"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the table that is there")
+    parser.add_argument("--top-k", type=int, help="classes to name (default: 1, or with --threshold all)")
+    parser.add_argument(
+        "--function-to-apply",
+        choices=("softmax", "sigmoid", "none"),
+        help="what makes scores of logits (default: the model's own, else softmax)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="SCORE", help="with sigmoid: name only classes of at least this score"
+    )
+    parser.add_argument("--embed", action="store_true", help="write the vector that the classifier reads, not classes")
+    parser.add_argument("--no-normalize", action="store_true", help="with --embed: leave vectors as long as they are")
+
+
+def run(settings: Settings, args: argparse.Namespace) -> int:
+    from server.offline.devices import open_devices
+    from server.offline.files import files_of
+    from server.offline.formats import format_of
+    from server.offline.progress import Progress
+    from server.offline.rows import Table, printable
+    from server.offline.unfinished import Unfinished
+
+    _check(args)
+    form = format_of(args.output)
+    _spare(args.output, args.overwrite, form)
+    files = files_of(args.source)
+    with closing(open_devices(settings)) as devices:
+        served = devices.served
+        ask = _ask(settings, args, served.info)
+        table = Table(served.info, ask, not args.no_normalize)
+        about = _about(settings, args, served, ask)
+        with closing(Unfinished(args.output, form, table.columns, about, args.overwrite)) as unfinished:
+            left = [file for file in files if printable(file) not in unfinished.done]
+            if unfinished.done:
+                tell(f"going on: {len(files) - len(left):,} of {len(files):,} images have a row already")
+            devices.warm_up(ask)
+            progress = Progress(len(files), len(files) - len(left))
+            batches = list(_batches(left, settings.max_batch_size))
+            with Stop("stopping after this batch; what is done is kept") as stop:
+                _compute(devices.answers(ask, batches), batches, table, unfinished, progress, stop)
+            is_whole = progress.images == len(left)
+            if is_whole:
+                unfinished.finish()
+            else:
+                tell(f"stopped; {unfinished.folder} keeps the rows, and the same command goes on from here")
+    print(
+        json.dumps(
+            {
+                "output": str(args.output),
+                "complete": is_whole,
+                "images": progress.images,
+                "errors": progress.errors,
+                "earlier": len(files) - len(left),
+                "seconds": round(progress.seconds, 3),
+                "images_per_s": round(progress.images_per_s, 1),
+            }
+        )
+    )
+    return 0 if is_whole else 128 + (stop.number or 0)
+
+
+def _compute(
+    answers: Generator[list[Answer], None, None],
+    batches: Sequence[Sequence[str]],
+    table: Table,
+    unfinished: Unfinished,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """Adds the rows of all batches, or of those until it is asked to stop; they are kept whatever happens."""
+    try:
+        with closing(answers):
+            for files, answered in zip(batches, answers, strict=False):
+                unfinished.add(list(table.rows(files, answered)))
+                progress.add(len(files), sum(isinstance(answer, str) for answer in answered))
+                if stop.is_asked:
+                    break
+    finally:
+        unfinished.keep()
+
+
+def _spare(output: Path, may_replace: bool, form: Format) -> None:
+    """Refuses an output that has no folder, or would replace what it may not."""
+    # os.path, for the methods of Path raise an error where a name is too long.
+    if not os.path.isdir(output.absolute().parent):
+        raise SettingsError(f"-o is {output}: there is no folder {output.parent}")
+    spare_others(output, form.check, "holds no table of this command")
+    if os.path.exists(output) and not may_replace:
+        raise SettingsError(f"-o is {output}, which is there already; --overwrite replaces it")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses arguments that are wrong for any model."""
+    if args.embed:
+        for flag in ("top_k", "function_to_apply", "threshold"):
+            if getattr(args, flag) is not None:
+                raise SettingsError(f"--{flag.replace('_', '-')} goes without --embed")
+    elif args.no_normalize:
+        raise SettingsError("--no-normalize goes with --embed")
+    if args.threshold is not None and args.top_k is not None:
+        raise SettingsError("--threshold and --top-k are both given; give one of them")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise SettingsError(f"--threshold is {args.threshold:g}; it must lie between 0 and 1")
+
+
+def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
+    """What is asked of every image; raises SettingsError or InvalidError where the model cannot answer that."""
+    from server.ipc.messages import Classify, Embed
+
+    schedule = info.schedule(settings.specs()[0].r or 0)
+    if args.embed:
+        return Embed(model=info.name, images=[], r=schedule, deadline=math.inf)
+    activation = args.function_to_apply or info.activation
+    if args.threshold is not None and activation != "sigmoid":
+        raise SettingsError(f"--threshold goes with --function-to-apply sigmoid; here it is {activation}")
+    top_k = checked_top_k(args.top_k, info, default=1 if args.threshold is None else len(info.labels))
+    return Classify(
+        model=info.name,
+        images=[],
+        r=schedule,
+        deadline=math.inf,
+        top_k=top_k,
+        activation=activation,
+        threshold=args.threshold,
+    )
+
+
+def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: Ask) -> dict[str, Any]:
+    """What decides what stands in the rows, under the names of flags where there are such."""
+    from server.offline.model import schedule_of
+
+    said: dict[str, Any] = {
+        "FOLDER|LIST": args.source,
+        "--model": settings.specs()[0].source,
+        "name": served.info.name,
+        "sha256 of the weights": served.weights,
+        "sha256 of tuned numbers": served.tuned,
+        "--r": text_of(r_of(schedule_of(ask))),
+        "--precision": settings.precision,
+        "--backend": settings.backend,
+        "--embed": args.embed,
+    }
+    if args.embed:
+        return said | {"--no-normalize": args.no_normalize}
+    shown = ("top_k", "activation", "threshold")
+    return said | {name: getattr(ask, name) for name in shown}
+
+
+def _batches(files: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(files), size):
+        yield files[start : start + size]

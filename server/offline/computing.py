@@ -1,0 +1,182 @@
+"""One device with one model: batches of files to answers, each stage in threads of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from msgspec import structs
+
+from server.batching.splitting import run_split
+from server.cpus import available_cpus
+from server.device.backend import BackendOptions
+from server.device.device import Device
+from server.device.models import LoadedModel, load_model
+from server.device.preparing import Preparer
+from server.device.runner import Runner
+from server.device.torch_backend import set_threads
+from server.errors import EngineError, ServerError
+from server.images.image import Image
+from server.images.nvjpeg import engine_decodes
+from server.ipc.messages import Item, TopK, Vector
+from server.lifetime import spare_the_collector, take_turns_quickly
+from server.offline.model import Answer, Ask, Served, schedule_of
+from server.offline.reading import OF_A_FILE, Reader
+from server.settings import Settings
+from server.types import BatchKey
+
+logger = logging.getLogger(__name__)
+
+Stage = Callable[[BatchKey, Sequence[Any]], Sequence[Any]]
+
+MOST_UNDER_WAY = 5
+"""Batches: one that is computed, one launched behind it, and others that are read. They are what memory holds."""
+
+FILES_OF_A_THREAD = 4
+"""Files that a thread reads in one go: a task a file costs as much as reading a small one."""
+
+
+class Computing:
+    """Loads the first model of the settings to their one device, as `tome-server serve` does.
+
+    Raises:
+        SettingsError: The model cannot be loaded, or its backend or decoder cannot be had.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        set_threads(settings.threads)
+        loaded = load_model(settings.specs()[0], settings.state_dir)
+        info, max_pixels = loaded.info, settings.max_image_pixels
+        options = BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size)
+        self._runner = Runner({info.name: loaded}, settings.device, settings.precision, options)
+        self._preparer = None
+        if engine_decodes(settings.decode, self._runner.device):
+            self._preparer = Preparer(self._runner.device, {info.name: info}, max_pixels)
+        self._device = Device(self._runner, None, self._preparer)
+        info = replace(info, backend=self._runner.backend(info.name), decodes_jpeg=self._preparer is not None)
+        self.served = Served(info, _hash(loaded), loaded.tuned)
+        self._reader = Reader(info, max_pixels)
+
+    def warm_up(self, ask: Ask) -> None:
+        """Compiles or records what `ask` needs.
+
+        Raises:
+            EngineError: The model gives no numbers.
+        """
+        key = self.served.info.batch_key(schedule_of(ask))
+        self._runner.warm_up(key)
+        if self._preparer is not None:
+            self._preparer.warm_up(key)
+
+    def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
+        """The answers to each batch of files, in order. It takes some batches more than it has given.
+
+        Raises:
+            EngineError: The device is broken, or no image of a batch can be computed.
+            UnavailableError: Decoder processes cannot be started.
+        """
+        readers = ThreadPoolExecutor(available_cpus(), thread_name_prefix="read")
+        preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        under_way: deque[Future[list[Answer]]] = deque()
+        with _ended(computing, preparing, readers), _undisturbed():
+            for files in batches:
+                parts = [files[start : start + FILES_OF_A_THREAD] for start in range(0, len(files), FILES_OF_A_THREAD)]
+                read = [readers.submit(self._read, part) for part in parts]
+                prepared = preparing.submit(self._prepare, ask, read)
+                under_way.append(computing.submit(self._compute, ask, prepared))
+                if len(under_way) == MOST_UNDER_WAY:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+
+    def close(self) -> None:
+        """Ends the decoder processes."""
+        self._reader.close()
+
+    def _read(self, files: Sequence[str]) -> list[Image | str]:
+        return [self._reader.read(file) for file in files]
+
+    def _prepare(self, ask: Ask, read: Sequence[Future[list[Image | str]]]) -> list[Any]:
+        """Of each file an error's text, or what the device computes: on a GPU pixels that lie there, else an item."""
+        images = [image for part in read for image in part.result()]
+        good = [image for image in images if not isinstance(image, str)]
+        request = structs.replace(ask, images=good)
+        work: Sequence[Any] = [Item(request, index) for index in range(len(good))]
+        if work and self._device.prepares:
+            work = self._run(ask, self._device.prepare, work)
+        made = iter(work)
+        return [image if isinstance(image, str) else next(made) for image in images]
+
+    def _compute(self, ask: Ask, prepared: Future[list[Any]]) -> list[Answer]:
+        outcomes = [each.message if isinstance(each, OF_A_FILE) else each for each in prepared.result()]
+        work = [each for each in outcomes if not isinstance(each, str | ServerError)]
+        made = iter(self._run(ask, self._device.compute, work) if work else ())
+        return [_told(each if isinstance(each, str | ServerError) else next(made)) for each in outcomes]
+
+    def _run(self, ask: Ask, stage: Stage, work: Sequence[Any]) -> Sequence[Any]:
+        """What a stage makes of a batch; where that fails, it is split until what makes it fail is alone."""
+        key = self.served.info.batch_key(schedule_of(ask))
+        try:
+            return stage(key, work)
+        except Exception as error:  # whatever the device raises
+            logger.debug("a batch of %d has failed", len(work), exc_info=error)
+
+        async def run(part: Sequence[Any]) -> Sequence[Any]:
+            return stage(key, part)
+
+        try:
+            self._device.check()
+        except Exception as error:
+            raise EngineError(f"{self._runner.device} does not work any more: {error}") from error
+        outcomes = asyncio.run(run_split(run, work))
+        failed = [each for each in outcomes if isinstance(each, ServerError) and not isinstance(each, OF_A_FILE)]
+        if len(failed) == len(work) > 1:  # it is not the images
+            raise failed[0]
+        return outcomes
+
+
+@contextmanager
+def _ended(*stages: ThreadPoolExecutor) -> Iterator[None]:
+    """Drops at its end what stages have not begun, and waits for the rest."""
+    try:
+        yield
+    finally:
+        for stage in stages:
+            stage.shutdown(wait=False, cancel_futures=True)
+        for stage in stages:
+            stage.shutdown()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within it threads take turns quickly, and the garbage collector leaves all of torch alone."""
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    take_turns_quickly()
+    spare_the_collector()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def _told(outcome: TopK | Vector | ServerError | str) -> Answer:
+    return outcome.message if isinstance(outcome, ServerError) else outcome
+
+
+def _hash(loaded: LoadedModel) -> str | None:
+    if loaded.weights is None:
+        return None
+    with loaded.weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

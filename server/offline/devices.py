@@ -1,0 +1,133 @@
+"""Several devices: a process for each, which get batches in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from server.errors import EngineError, ServerError
+from server.lifetime import end_with_parent
+from server.offline.model import Answer, Ask, Computes
+from server.settings import Settings, SettingsError
+
+_MOST_UNDER_WAY = 6
+"""Batches of a device: one more than `Computing` holds, so that it never waits for the next."""
+
+_spawn = multiprocessing.get_context("spawn")
+
+
+def open_devices(settings: Settings) -> Computes:
+    """Loads the first model of the settings to their device, or to each of them.
+
+    Raises:
+        SettingsError: The model cannot be loaded, or its backend or decoder cannot be had.
+        EngineError: A process ends instead.
+    """
+    if len(settings.devices()) > 1:
+        return Devices(settings)
+    from server.offline.computing import Computing  # which needs torch
+
+    return Computing(settings)
+
+
+class Devices:
+    """Several devices, each with a process that loads the model; `open_devices` says what it raises."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._processes = [_Process(settings, device) for device in settings.devices()]
+        try:
+            self.served = [process.receive() for process in self._processes][0]
+        except BaseException:
+            self.close()
+            raise
+
+    def warm_up(self, ask: Ask) -> None:
+        """Has all devices warm up at the same time."""
+        for process in self._processes:
+            process.send(ask)
+        for process in self._processes:
+            process.receive()
+
+    def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
+        """The answers to each batch. In turn, so that they come in order; the devices should be equally fast."""
+        under_way: deque[_Process] = deque()
+        for files, process in zip(batches, itertools.cycle(self._processes), strict=False):
+            process.send(files)
+            under_way.append(process)
+            if len(under_way) == _MOST_UNDER_WAY * len(self._processes):
+                yield under_way.popleft().receive()
+        for process in self._processes:
+            process.send(None)
+        while under_way:
+            yield under_way.popleft().receive()
+
+    def close(self) -> None:
+        """Ends the processes, whatever they do."""
+        for process in self._processes:
+            process.end()
+
+
+class _Process:
+    """The process of one device. It sends its model; it gets what is asked, and says when it is warm; then batches."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self._device = device
+        self._connection, theirs = _spawn.Pipe()
+        of_one = settings.model_copy(update={"device": device})
+        self._process = _spawn.Process(target=_work, args=(of_one, theirs), name=device, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, message: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `receive` says what has happened
+            self._connection.send(message)
+
+    def receive(self) -> Any:
+        """What it sends; raises the error that it sends."""
+        try:
+            message = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise EngineError(f"the process of {self._device} has ended with status {self._process.exitcode}") from None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def _work(settings: Settings, connection: Connection) -> None:
+    """Computes what comes until None does."""
+    from server.offline.computing import Computing
+
+    end_with_parent()
+    batches: queue.SimpleQueue[Sequence[str] | None] = queue.SimpleQueue()
+
+    def receive() -> None:
+        """Takes batches off the connection as they come: the parent, which sends them, never waits for this process."""
+        while (files := connection.recv()) is not None:
+            batches.put(files)
+        batches.put(None)
+
+    try:
+        computing = Computing(settings)
+        connection.send(computing.served)
+        ask = connection.recv()
+        computing.warm_up(ask)
+        connection.send("warm")
+        threading.Thread(target=receive, name="receive", daemon=True).start()
+        for answers in computing.answers(ask, iter(batches.get, None)):
+            connection.send(answers)
+        computing.close()
+    except (SettingsError, ServerError) as error:
+        connection.send(error)

@@ -1,0 +1,84 @@
+"""Answers to rows of a table: one for each file, whose error stands where an answer would."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.ipc.messages import Embed, TopK, Vector
+from server.offline.model import Answer, Ask, schedule_of
+from server.types import ModelInfo
+
+Row = dict[str, Any]
+
+_COMMON = ("file", "model", "r", "tuned")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the rows of a run have in common.
+
+    Args:
+        info: The model.
+        ask: What is asked of every image.
+        normalize: Whether vectors are brought to length 1.
+    """
+
+    info: ModelInfo
+    ask: Ask
+    normalize: bool = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Their names, in order."""
+        return (*_COMMON, *self._answers, "error")
+
+    @property
+    def _answers(self) -> tuple[str, ...]:
+        if isinstance(self.ask, Embed):
+            return ("vector",)
+        return ("label", "index", "score", *(("top_k",) if self.ask.top_k > 1 else ()))
+
+    def rows(self, files: Sequence[str], answers: Sequence[Answer]) -> Iterator[Row]:
+        """A row for each file."""
+        r = schedule_of(self.ask)
+        same = {"model": self.info.name, "r": list(r), "tuned": self.info.is_tuned(r)}
+        nothing: Row = dict.fromkeys(self._answers)
+        for file, answer in zip(files, answers, strict=True):
+            row: Row = {"file": printable(file), **same, **nothing, "error": None}
+            if isinstance(answer, str):
+                row["error"] = answer
+            elif isinstance(answer, Vector):
+                row["vector"] = self._vector(answer)
+            else:
+                row |= self._classes(answer)
+            yield row
+
+    def _classes(self, answer: TopK) -> Row:
+        found = classes(self.info, answer.indices, answer.scores)
+        said: Row = dict(found[0]) if found else {}
+        if "top_k" in self._answers:
+            said["top_k"] = found
+        return said
+
+    def _vector(self, answer: Vector) -> Any:
+        import numpy as np
+
+        vector = np.frombuffer(answer.values, "<f4")
+        length = float(np.linalg.norm(vector)) if self.normalize else 1.0
+        return vector / np.float32(length) if length else vector
+
+
+def classes(info: ModelInfo, indices: Sequence[int], scores: Sequence[float]) -> list[Row]:
+    """Classes as they are told: label, index and score."""
+    return [
+        {"label": info.labels[index], "index": index, "score": score}
+        for index, score in zip(indices, scores, strict=True)
+    ]
+
+
+def printable(file: str) -> str:
+    """A path as a table can hold it: bytes that are no UTF-8 become escapes."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
