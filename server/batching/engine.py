@@ -154,7 +154,7 @@ class LocalEngine:
     def answer(self, request: Request[T]) -> asyncio.Future[Answered[T]]:
         """As of `Engine`. Here `r` and the version of the configuration are resolved, once for all of the images."""
         served, configuration = self._served.find(request), self._configuration_now()
-        r = request.r
+        r: RSetting | None = request.r
         if r is None:
             r = configuration.models[request.model] if served.r is None else served.r
         key, auto = self._key(served, r, request)
