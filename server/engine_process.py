@@ -13,7 +13,7 @@ from pathlib import Path
 import uvloop
 
 from server.batching.engine import LocalEngine
-from server.batching.loading import Found, Loaded
+from server.batching.loader import Found, Loaded
 from server.config.model_set import ModelSet
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from server.batching.ladder import steps_of
-from server.batching.loading import Found, Loaded, OnDevice
+from server.batching.loader import Found, Loaded, OnDevice
 from server.calibration.facts import facts_of
 from server.calibration.places import find
 from server.calibration.timing import LARGER_BATCH, schedules, timed, timed_steps

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 from server.batching.batcher import Batcher
 from server.batching.drift import DriftWatch
 from server.batching.jobs import Batched, Open
-from server.batching.loading import Kept, Loader, Loading
+from server.batching.loader import Kept, Loader
+from server.batching.loading import Loading
 from server.batching.policy import Rung
 from server.batching.served import Served, ServedModels
 from server.config.store import ConfigStore

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from server.batching.policy import Rung
-from server.curve import Curve
-from server.dial import RSetting
+from server.batching.loader import Found, Kept, Loader, OnDevice
+from server.batching.served import ServedModels
 from server.documents import sentence
 from server.errors import EngineError, InvalidError, ServerError, UnavailableError
 from server.settings import SettingsError
@@ -25,106 +23,6 @@ A = TypeVar("A")
 FOLLOW_S = 1.0
 """How often an engine looks whether another one of the server has loaded or unloaded a model: one look is a read of
 memory."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A model as it lies on the disk.
-
-    Attributes:
-        name, version: Which one.
-        revision: Of its files: while they stay as they are, so does this.
-        r: Its deployment `r` as the settings have it.
-    """
-
-    name: str
-    version: str
-    revision: str
-    r: RSetting
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready to serve.
-
-    Attributes:
-        info: What is served.
-        r: Its deployment `r` as the settings have it.
-        steps: What `auto` chooses from.
-        curve: What was measured of it, where that is known.
-    """
-
-    info: ModelInfo
-    r: RSetting
-    steps: Sequence[Rung]
-    curve: Curve | None = None
-
-
-OnDevice = Callable[[Callable[[], Any]], Any]
-"""Has a piece of work done by the thread that computes, between two batches, and gives its result."""
-
-
-class Loader(Protocol):
-    """Makes models ready. The engine's device has a model from when `load` returns until it was freed."""
-
-    def find(self, name: str, version: str | None) -> Found:
-        """The model as it lies on the disk; called on a thread of its own, as is `load`.
-
-        Raises:
-            NotFoundError: No model of that name may be loaded.
-            SettingsError: It has no such version, or cannot be read.
-        """
-        ...
-
-    def load(self, found: Found, r: RSetting, on_device: OnDevice) -> Loaded:
-        """Loads a model and warms it for its deployment `r`; raises ServerError or SettingsError where it cannot."""
-        ...
-
-    def free(self, info: ModelInfo) -> None:
-        """Frees its memory; called on the thread that computes, when nothing computes it any more."""
-        ...
-
-    def available(self) -> Mapping[str, Sequence[str]]:
-        """The versions of every model that may be loaded."""
-        ...
-
-
-class Kept(Protocol):
-    """Keeps which models were loaded and unloaded over those of the start: for a restart, and for other engines."""
-
-    def entries(self) -> Mapping[str, str | None]:
-        """The version of each model that was loaded, and None for each that was unloaded."""
-        ...
-
-    def keep(self, name: str, version: str | None) -> None:
-        """Notes that a version was loaded, or None that the model was unloaded."""
-        ...
-
-
-class Models(Protocol):
-    """The models that serve: `ServedModels`."""
-
-    models: dict[str, ModelInfo]
-
-    def deployed(self, name: str, start: RSetting) -> RSetting:
-        """The deployment `r` that a model has which is started with this one."""
-        ...
-
-    def adopt(self, loaded: Loaded) -> None:
-        """Has a model serve from now on; one of its name is retired in the same step.
-
-        Raises:
-            InvalidError: It cannot merge as its deployment `r` says; nothing changes.
-        """
-        ...
-
-    def readopt(self, name: str, revision: str) -> bool:
-        """The same with a model that was retired; False where that is being freed, or never was there."""
-        ...
-
-    def retire(self, name: str) -> None:
-        """Takes a model out of the catalog. Only requests that were prepared for it still come to it."""
-        ...
 
 
 LetGo = Callable[[ModelInfo, Callable[[], None]], Coroutine[Any, Any, None]]
@@ -143,7 +41,7 @@ class Loading:
     """
 
     def __init__(
-        self, served: Models, loader: Loader, let_go: LetGo, on_device: OnDevice, kept: Kept | None = None
+        self, served: ServedModels, loader: Loader, let_go: LetGo, on_device: OnDevice, kept: Kept | None = None
     ) -> None:
         self._served, self._loader, self._kept = served, loader, kept
         self._free_later, self._on_device = let_go, on_device

@@ -8,7 +8,7 @@ from typing import Any
 
 from server.batching.auto import AutoDial
 from server.batching.drift import DriftWatch
-from server.batching.loading import Loaded
+from server.batching.loader import Loaded
 from server.batching.policy import Rung
 from server.batching.speed import Speed
 from server.config.store import ConfigStore

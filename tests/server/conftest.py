@@ -25,7 +25,7 @@ from PIL import Image
 
 from server.api.app import create_app
 from server.batching.engine import LocalEngine
-from server.batching.loading import Loader
+from server.batching.loader import Loader
 from server.batching.policy import Rung
 from server.config.local import LocalConfig
 from server.curve import Curve, CurveRow, Facts

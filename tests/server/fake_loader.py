@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from server.batching.engine import LocalEngine
-from server.batching.loading import Found, Loaded, OnDevice
+from server.batching.loader import Found, Loaded, OnDevice
 from server.batching.policy import Rung
 from server.config.local import LocalConfig
 from server.curve import Curve
