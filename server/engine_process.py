@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -27,8 +29,12 @@ from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the
 from server.loader import ModelLoader
 from server.metrics import ENGINE_STARTS
 from server.settings import Settings, SettingsError
+from server.tracing.start import start_tracing
 from server.types import find_model
 from server.unnamed import UnnamedFile
+
+if TYPE_CHECKING:
+    from server.tracing.provider import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +63,26 @@ def main(
         ready: Holds something from then on.
         pulse: Beats from then on.
     """
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     end_with_parent()
     set_threads(settings.threads)
     try:
+        tracing = start_tracing(multiprocessing.current_process().name, follows=True)
         open_config = functools.partial(open_store, otherwise=agreed_file, memory=last_good)
-        engine = build_engine(settings, open_config, ModelSet(settings, models))
+        engine = build_engine(settings, open_config, tracing, ModelSet(settings, models))
     except (SettingsError, ServerError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
+    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S))
+    if tracing is not None:
+        tracing.close()
+    sys.exit(status)
 
 
 def build_engine(
     settings: Settings,
     open_config: OpenConfig = open_store,
+    tracing: Tracing | None = None,
     models: ModelSet | None = None,
     changes_models: bool = True,
 ) -> LocalEngine:
@@ -80,6 +91,7 @@ def build_engine(
     Args:
         settings: What to load, and how it runs.
         open_config: Gives the keeper of the live configuration.
+        tracing: Makes the spans of requests and batches; None for none.
         models: What was loaded and unloaded over the models of the settings.
         changes_models: Models may come and go while it serves.
 
@@ -130,6 +142,7 @@ def build_engine(
         loader=loader if changes_models else None,
         kept=models,
         linger_s=settings.deadline_s,  # later no answer is worth anything
+        spans=None if tracing is None else tracing.of_engine(infos),
     )
 
 

@@ -1,4 +1,4 @@
-"""The settings of the service: one frozen object, read once. The only reader of the environment.
+"""The settings of the service: one frozen object, read once. The only reader of TOME_* variables.
 
 Every field is a flag (`--max-batch-size`), a variable (`TOME_MAX_BATCH_SIZE`) and a key of a YAML file; a flag wins
 over a variable, a variable over the file. What is unknown or out of range stops the start.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -63,12 +63,24 @@ R = Annotated[RSetting, BeforeValidator(_r)]
 AtHome = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path that may begin with `~`, which a shell knows at the beginning of a word only."""
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
+Route = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~:-]+)+$")]
 Key = Annotated[str | None, BeforeValidator(checked_key)]
 
 _SECRET = {*KEYS, "shared_config"}
 """What no message shows: the URL of Redis may hold a password."""
 _NEVER_EMPTY = {*KEYS, *(f"{key}_file" for key in KEYS)}
 """Variables that may not be empty: a secret that has not arrived would open the service without a word."""
+
+
+_OF_PLATFORMS = {
+    "vertex": {
+        "AIP_HTTP_PORT": "port",
+        "AIP_PREDICT_ROUTE": "vertex_predict_route",
+        "AIP_HEALTH_ROUTE": "vertex_health_route",
+    },
+    "sagemaker": {"SAGEMAKER_BIND_TO_PORT": "port"},
+}
+"""Variables by which a platform tells its containers a setting, for each protocol. Whatever else says it wins."""
 
 
 class SettingsError(ValueError):
@@ -262,7 +274,20 @@ class Settings(BaseModel):
     grpc_port: int | None = Field(
         None, ge=0, le=65535, description="port of the Open Inference Protocol by gRPC; default: no such port"
     )
+    vertex_predict_route: Route = Field(
+        "/predict",
+        description="path of Vertex AI's predictions; where its protocol is on, AIP_PREDICT_ROUTE says it too",
+    )
+    vertex_health_route: Route = Field(
+        "/health", description="path of Vertex AI's health; where its protocol is on, AIP_HEALTH_ROUTE says it too"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field(
+        "text", description="lines of the log as text, or as JSON with the ids of request and trace"
+    )
+    access_log: bool = Field(
+        True, description="a line of the log for each request, at the level info; those of probes at debug"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -424,10 +449,19 @@ def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settin
     }
     config_variable = variables.pop("config", None)
     said = {name: value for name, value in flags.items() if value is not None}
+    said = {**_read_yaml(config or config_variable), **variables, **said}
     try:
-        return Settings(**{**_read_yaml(config or config_variable), **variables, **said})
+        settings = Settings(**said)
+        platform = _of_platforms(settings.protocol)
+        return Settings(**{**platform, **said}) if platform.keys() - said.keys() else settings
     except ValidationError as error:
         raise SettingsError("\n".join(_line(problem) for problem in error.errors())) from None
+
+
+def _of_platforms(protocols: Sequence[str]) -> dict[str, str]:
+    """What the platforms of these protocols say, by field name."""
+    names = [pair for protocol in protocols for pair in _OF_PLATFORMS.get(protocol, {}).items()]
+    return {field: os.environ[variable] for variable, field in names if os.environ.get(variable)}
 
 
 def _read_yaml(path: str | None) -> dict[str, Any]:

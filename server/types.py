@@ -18,6 +18,8 @@ Activation = Literal["softmax", "sigmoid", "none"]
 LABEL_THRESHOLD = 0.5
 """The least score of a label that holds, where nobody names another."""
 
+DEFAULT_TOP_K = 5
+
 _token_counts = functools.lru_cache(4096)(token_counts)
 
 
@@ -83,6 +85,36 @@ class ModelInfo:
         """Raises InvalidError when this model cannot merge like that; any bounds of `auto` will do."""
         if not isinstance(r, AutoR):
             self.schedule(r)
+
+    def most_classes(self, activation: Activation, top_k: int | None = None, threshold: float | None = None) -> int:
+        """How many classes are named of an image, at most.
+
+        Args:
+            activation: What makes scores of logits.
+            top_k: As asked; None for `DEFAULT_TOP_K`, or all where there are fewer.
+            threshold: The least score of a class that is named, in the place of `top_k`.
+
+        Raises:
+            InvalidError: It is out of range, or they do not go together.
+        """
+        num_classes = len(self.labels)
+        if not num_classes:
+            if (top_k, threshold) != (None, None):
+                raise InvalidError(f"model {self.name} has no classifier: top_k and threshold do not go with it")
+            return 0
+        if threshold is not None:
+            if top_k is not None:
+                raise InvalidError("threshold and top_k are both given; give one of them")
+            if activation != "sigmoid":
+                raise InvalidError(f"threshold goes with function_to_apply=sigmoid, not with {activation}")
+            if not 0 <= threshold <= 1:
+                raise InvalidError(f"threshold is {shown(threshold)}; it must lie between 0 and 1")
+            return num_classes
+        if top_k is None:
+            return min(DEFAULT_TOP_K, num_classes)
+        if not 1 <= top_k <= num_classes:
+            raise InvalidError(f"top_k is {shown(top_k)}; it must lie between 1 and {num_classes}")
+        return top_k
 
     def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block."""

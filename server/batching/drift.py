@@ -131,7 +131,8 @@ class DriftWatch:
 
     def expect(self, name: str, curve: Curve) -> None:
         """Tells what was measured of a model."""
-        self._rows |= {(name, label_of(row.r)): row for row in curve.rows if len(set(row.r)) == 1}
+        if curve.agreement_of != "neighbours":  # classes are checked, not vectors
+            self._rows |= {(name, label_of(row.r)): row for row in curve.rows if len(set(row.r)) == 1}
 
     def forget(self, name: str) -> None:
         """Forgets a model that serves no more: its curve, what waits for a check, and what was counted."""

@@ -60,6 +60,18 @@ class Device(Protocol):
         ...
 
 
+class Spans(Protocol):
+    """Watches the requests and batches of an engine; its clock is `time.monotonic()`."""
+
+    def asked(self, request: Request[Any], answering: asyncio.Future[Any]) -> None:
+        """A request was taken, which has a `trace`."""
+        ...
+
+    def batch_ran(self, key: BatchKey, items: Sequence[Item], outcomes: Sequence[Any], started: float) -> None:
+        """A batch ran, which was taken at some moment; the outcome of an image may be its ServerError."""
+        ...
+
+
 class LocalEngine:
     """The engine of this process. One thread computes on the device, so that batches never overlap.
 
@@ -78,6 +90,7 @@ class LocalEngine:
         loader: What makes other models ready meanwhile; None where models neither come nor go.
         kept: What keeps over a restart which models have come and gone.
         linger_s: For so long a model that serves no more answers what was prepared for it. Then it is freed.
+        spans: Is told of requests that have a trace, and of batches; None without tracing.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -98,8 +111,10 @@ class LocalEngine:
         loader: Loader | None = None,
         kept: Kept | None = None,
         linger_s: float = 0.0,
+        spans: Spans | None = None,
     ) -> None:
         self._models = models
+        self._spans = spans
         self._device = device
         self._broken = asyncio.Event()
         self._is_warming = True
@@ -117,6 +132,7 @@ class LocalEngine:
             max_queue_size=max_queue_size,
             batch_timeout_s=batch_timeout_s,
             observer=BatchMetrics(),
+            watch=None if spans is None else spans.batch_ran,
             idle=self._idle,
         )
         self._max_batch_size, self._linger_s = max_batch_size, linger_s
@@ -175,7 +191,10 @@ class LocalEngine:
 
         asked: Any = request
         items = [Item(asked, index) for index in range(len(request.images))]
-        return self._batcher.submit(key, items, request.deadline, finish)
+        answering = self._batcher.submit(key, items, request.deadline, finish)
+        if self._spans is not None and request.trace is not None:
+            self._spans.asked(request, answering)
+        return answering
 
     def _configuration_now(self) -> Configuration:
         """What holds in this turn of the event loop; to ask takes a system call, and many requests come in one turn."""

@@ -23,7 +23,7 @@ from server.documents import sentence
 from server.errors import EngineError, ServerError
 from server.ipc.messages import TopK, Vector
 from server.settings import SettingsError
-from server.types import BackendInfo, BatchKey
+from server.types import Activation, BackendInfo, BatchKey
 from tome_core import MergedViT
 
 logger = logging.getLogger(__name__)
@@ -111,18 +111,21 @@ class Runner:
         found = launched.result()
         return [found.of(row, item) for row, item in enumerate(items)]
 
-    def top_k(self, key: BatchKey, pixels: Tensor, k: int) -> list[tuple[list[int], list[float]]]:
-        """The k likeliest classes of each image, and their scores by the model's own activation.
+    def top_k(
+        self, key: BatchKey, pixels: Tensor, k: int, activation: Activation | None = None
+    ) -> list[tuple[list[int], list[float]]]:
+        """The k likeliest classes of each image, and their scores.
 
         Args:
             key: Model and schedule.
             pixels: (B, H, W, 3) in uint8, on the device.
             k: How many.
+            activation: What makes scores of logits; the model's own where nothing is said.
 
         Raises:
             EngineError: The model gives no numbers.
         """
-        wanted = Wanted((self._infos[key.model].activation,), top_k=k)
+        wanted = Wanted((activation or self._infos[key.model].activation,), top_k=k)
         return self.launch(key, pixels, wanted).result().top_k()
 
     def run(self, key: BatchKey, pixels: Tensor) -> None:

@@ -29,7 +29,8 @@ class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
         images: At least one.
         r: `r` of each block as asked, or the bounds of `auto`; None takes the deployment's.
         deadline: When the answer is worth nothing, in seconds of `time.monotonic()`, which all processes share.
-        trace: The caller's span as a W3C `traceparent`; None without tracing.
+        trace: The caller's span as a W3C `traceparent`, and after a blank its `tracestate` where it has one; None
+            where it has no span.
         revision: That of the model that the images were prepared for; empty takes the one that serves now.
     """
 
@@ -94,9 +95,11 @@ class Score(Request[Vector], frozen=True, tag="score"):
 
     Attributes:
         activation: What makes scores of logits; "none" gives the logits.
+        features: Whether the pooled features follow the scores.
     """
 
     activation: Activation = "none"
+    features: bool = False
 
 
 class Embed(Request[Vector], frozen=True, tag="embed"):

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from hypothesis import strategies as st
 
-from server.curve import Curve
+from server.curve import AgreementOf, Curve, Neighbours
 from server.dial import MOST_MAX_R, AutoR
 from server.errors import ServerError
 from server.images.image import JpegFile, Pixels
@@ -68,7 +68,7 @@ ACTIVATIONS = st.sampled_from(get_args(Activation))
 TOP = {"top_k": st.integers(1, 1000), "activation": ACTIVATIONS}
 REQUESTS = (
     st.builds(Classify, **ASKED, **TOP, threshold=st.none() | SHARES)
-    | st.builds(Score, **ASKED, activation=ACTIVATIONS)
+    | st.builds(Score, **ASKED, activation=ACTIVATIONS, features=st.booleans())
     | st.builds(Embed, **ASKED)
     | st.builds(Explain, **ASKED, **TOP)
 )
@@ -115,15 +115,19 @@ ERRORS = st.builds(
     FACTS,
 )
 ROWS = st.builds(
-    lambda agreement, line, gflops, top1: curve_row(4, agreement, line, gflops=gflops, top1=top1),
+    lambda agreement, line, gflops, top1, neighbours: curve_row(
+        4, agreement, line, gflops=gflops, top1=top1, neighbours=neighbours
+    ),
     SHARES,
     st.none() | st.tuples(st.floats(0, 10), st.floats(1e-6, 10)),
     st.none() | st.floats(1e-3, 1e6),
     st.none() | SHARES,
+    st.none() | st.builds(Neighbours, same_index=SHARES, cosine=st.floats(-1, 1)),
 )
 CURVES: st.SearchStrategy[Curve] = st.builds(
-    lambda row, photos: fake_curve(rows=(curve_row(0, 1.0, (0.5, 1.0)), row), photos=photos),
+    lambda row, of, photos: fake_curve(agreement_of=of, rows=(curve_row(0, 1.0, (0.5, 1.0)), row), photos=photos),
     ROWS,
+    st.sampled_from(get_args(AgreementOf)),
     st.integers(1, 10**9),
 )
 MODELS = st.builds(

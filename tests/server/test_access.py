@@ -19,7 +19,7 @@ SETTINGS: list[dict[str, Any]] = [
     for names in itertools.combinations(KEYS, count)
 ]
 
-# Each route, and who may ask it.
+# Each route of our own, and who may ask it. Other protocols have tests of their own.
 ROUTES = {
     ("GET", "/"): "all",
     ("GET", "/static/{path:path}"): "all",
@@ -85,7 +85,7 @@ async def ask(service: Service, method: str, path: str, headers: dict[str, str])
 
 
 async def test_every_route_has_a_row() -> None:
-    async with serving() as service:
+    async with serving(protocol="none") as service:
         assert sorted(routes_of(service)) == sorted(ROUTES)
         known = {path for _, path in ROUTES}
         other = [getattr(route, "path", None) for route in service.app.routes]  # what FastAPI adds by itself
@@ -95,7 +95,7 @@ async def test_every_route_has_a_row() -> None:
 @pytest.mark.parametrize("keys", SETTINGS, ids=[" ".join(keys) or "no key" for keys in SETTINGS])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "x-api-key"])
 async def test_keys_open_what_they_should(keys: dict[str, Any], scheme: str) -> None:
-    async with serving(curve=fake_curve(), loader=FakeLoader([model_info()]), **keys) as service:
+    async with serving(curve=fake_curve(), loader=FakeLoader([model_info()]), protocol="none", **keys) as service:
         for (method, path), kind in ROUTES.items():
             for key, status in zip([None, *KEYS.values()], expected(kind, keys), strict=True):
                 headers: dict[str, str] = {}

@@ -44,7 +44,8 @@ async def test_the_index_says_what_is_there() -> None:
     loader.failure = EngineError("cats gives numbers that are none")
     async with loading(FakeDevice(), loader) as engine, serving(engine=engine) as service:
         failed = await service.client.post("/v2/repository/models/cats/load", content=b"{}")
-        message = assert_is_error(failed, 500, "engine_error")
+        assert failed.status_code == 500
+        message = failed.json()["error"]  # as Triton's client wants it
         index = await service.client.post("/v2/repository/index")
         tiny = {"name": "tiny", "version": "1", "state": "READY", "reason": ""}
         assert (index.status_code, index.json()) == (
@@ -95,11 +96,11 @@ async def test_what_cannot_be_done_is_refused_and_changes_nothing(path: str, bod
     loader = FakeLoader()
     async with loading(FakeDevice(), loader) as engine, serving(engine=engine) as service:
         response = await service.client.post(f"/v2/repository/{path}", json=body)
-        assert response.status_code == status and said in response.json()["error"]["message"]
+        assert response.status_code == status and said in response.json()["error"]
         assert list(engine.catalog().values()) == [TINY] and not loader.loads
 
 
 async def test_without_a_loader_models_stay() -> None:
-    async with serving() as service:
+    async with serving(protocol="none") as service:  # with the native errors where that protocol is off
         response = await service.client.post("/v2/repository/models/tiny/load", content=b"{}")
         assert "deploy it anew" in assert_is_error(response, 409, "conflict")
