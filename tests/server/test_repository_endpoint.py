@@ -69,7 +69,7 @@ async def test_when_the_last_model_is_gone_requests_are_told_so_and_the_server_i
             assert "no model is loaded; POST /v2/repository/models/NAME/load" in assert_is_error(
                 response, 404, "not_found"
             )
-        assert (await service.client.get("/v1/models")).json() == {"models": []}
+        assert (await service.client.get("/v1/models")).json() == {"models": [], "data": [], "object": "list"}
         assert (await service.client.get("/readyz")).json() == {"status": "ready", "models": []}
         await service.client.post("/v2/repository/models/tiny/load")
         assert (await service.classify(grey_png())).json()["model"] == "tiny"
