@@ -39,6 +39,9 @@ ENGINE_UP = Gauge(
     ["engine"],
     multiprocess_mode="livemin",
 )
+MODELS_LOADED = Gauge(
+    "tome_models_loaded", "Models that serve; of several engines the most", multiprocess_mode="livemax"
+)
 ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
 CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")
 CONFIG_SOURCE_UP = Gauge(

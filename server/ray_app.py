@@ -94,7 +94,7 @@ class Replica:
         self._config: PushedConfig | None = None
         self._tracing, following = start_tracing("replica"), start_tracing("replica", follows=True)
         self._all_tracing = [each for each in (self._tracing, following) if each is not None]
-        self._engine = build_engine(self._settings, self._open_config, following)
+        self._engine = build_engine(self._settings, self._open_config, following, changes_models=False)
         self._has_served = False
 
     def _open_config(self, settings: Settings, check: Check) -> ConfigStore:

@@ -167,12 +167,12 @@ def _supervise(settings: Settings, listener: socket.socket, doors: Sequence[Door
     told_to_end = _on_signals(children)
     devices = settings.devices()
     names = [f"engine-{index}" for index in range(len(devices))] if len(devices) > 1 else ["engine"]
-    last_good = UnnamedFile()
+    last_good, models = UnnamedFile(), UnnamedFile()
     sheets = [Sheet() for _ in range(len(devices) + settings.http_workers)]
     engines: dict[Child, UnnamedFile] = {}  # each with what holds something once it has ever been ready
     for index, (name, device, door) in enumerate(zip(names, devices, doors, strict=True)):
         ready, its_settings = UnnamedFile(), settings.model_copy(update={"device": device})
-        child = Child(name, _run_engine, sheets, index, its_settings, door, agreed_file, last_good, ready)
+        child = Child(name, _run_engine, sheets, index, its_settings, door, agreed_file, last_good, models, ready)
         engines[child] = ready
     places = Places(settings.http_workers)
     workers = {

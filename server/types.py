@@ -30,6 +30,7 @@ class BatchKey(NamedTuple):
     schedule: Schedule
     input_size: tuple[int, int]
     operation: str = "forward"
+    revision: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class ModelInfo:
         num_features: Channels of its pooled features.
         activation: What makes scores of its logits where a request does not say.
         version: Which of its versions is served.
+        revision: Which files it was loaded from: two loads of one name differ in it.
     """
 
     name: str
@@ -71,6 +73,7 @@ class ModelInfo:
     num_features: int = 0
     activation: Activation = "softmax"
     version: str = "1"
+    revision: str = ""
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
@@ -126,11 +129,29 @@ class ModelInfo:
 
     def batch_key(self, schedule: Schedule, operation: str = "forward") -> BatchKey:
         """What images for this model under this schedule are batched by."""
-        return BatchKey(self.name, schedule, self.preprocessing.input_size, operation)
+        return BatchKey(self.name, schedule, self.preprocessing.input_size, operation, self.revision)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model that is loaded or may be loaded.
+
+    Attributes:
+        name, version: Which one.
+        state: READY serves; LOADING is made ready; UNLOADING answers what it has; UNAVAILABLE is not in memory.
+        reason: Why it is not available.
+    """
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+    reason: str = ""
 
 
 def find_model(catalog: Mapping[str, ModelInfo], name: str | None) -> ModelInfo:
     """A model by name, or the first one; raises NotFoundError when there is none of that name."""
+    if not catalog:
+        raise NotFoundError("no model is loaded; POST /v2/repository/models/NAME/load loads one", models=[])
     if name is None:
         return next(iter(catalog.values()))
     if name not in catalog:

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from server import __version__
-from server.api import config, explain, health, models, openapi, page, routes
+from server.api import config, explain, health, models, openapi, page, repository, routes
 from server.api.access import Service
 from server.api.access_log import AccessLog
 from server.api.admission import Admission
@@ -83,7 +83,16 @@ def create_app(
     app.state.faces = faces = faces_of(settings)
     decoders = Decoders(settings.max_image_pixels, settings.http_workers)
     app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
-    ours = (routes.router, explain.router, models.router, config.router, health.router, openapi.router, page.router)
+    ours = (
+        routes.router,
+        explain.router,
+        models.router,
+        config.router,
+        repository.router,
+        health.router,
+        openapi.router,
+        page.router,
+    )
     routers = (*instead, *ours, *(face.router for face in faces))
     app.state.routes = [route for router in routers for route in router.routes]
     for router in routers:

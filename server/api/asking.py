@@ -49,6 +49,7 @@ def _common(terms: Terms, images: list[Image]) -> dict[str, Any]:
         "r": terms.r,
         "deadline": terms.deadline,
         "trace": current_trace(),
+        "revision": terms.info.revision,
     }
 
 

@@ -25,6 +25,7 @@ from server.api.schemas import (
     PatchModel,
 )
 from server.dial import AutoR, r_of
+from server.errors import NotFoundError
 from server.ipc.engine import Engine
 from server.types import Configuration, ModelInfo, find_model
 
@@ -41,7 +42,8 @@ async def list_models(service: ForUsers) -> ModelList:
     """The models that are served, the default first."""
     engine = service.engine
     configuration = await engine.configuration()
-    catalog = engine.catalog()
+    # One may just have come.
+    catalog = {name: info for name, info in engine.catalog().items() if name in configuration.models}
     return ModelList(
         models=[_summary(info, configuration, engine) for info in catalog.values()],
         data=[ModelCard(id=name) for name in catalog],
@@ -101,12 +103,15 @@ def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
 
 
 def _summary(info: ModelInfo, configuration: Configuration, engine: Engine) -> ModelSummary:
-    r = configuration.models[info.name]
+    r = configuration.models.get(info.name)
+    if r is None:
+        raise NotFoundError(f"model {info.name} was unloaded meanwhile")
     return ModelSummary(
         name=info.name,
         architecture=info.architecture,
         source=info.source,
-        is_default=info.name == next(iter(engine.catalog())),
+        version=info.version,
+        is_default=info.name == next(iter(engine.catalog()), None),
         r="auto" if isinstance(r, AutoR) else r,
         auto=AutoBounds(**asdict(r)) if isinstance(r, AutoR) else None,
         config_version=configuration.version,
@@ -125,7 +130,6 @@ def _detail(
         classes=list(info.labels),
         function_to_apply=info.activation,
         num_features=info.num_features,
-        version=info.version,
         input_size=info.preprocessing.input_size,
         num_blocks=info.num_blocks,
         num_tokens=info.num_tokens,

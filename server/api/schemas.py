@@ -196,6 +196,7 @@ class ModelSummary(BaseModel):
     name: str
     architecture: str
     source: str
+    version: str = Field(description="Of its numbered folders the one that is served; 1 where there are none.")
     is_default: bool
     r: PlainR | Literal["auto"] = Field(description="The deployment's r, for requests that name none.")
     auto: AutoBounds | None = Field(None, description="With auto, what it must keep to.")
@@ -210,6 +211,15 @@ class Backend(BaseModel):
     reason: str = Field(description="Why this one, and this precision.")
 
 
+class ModelEntry(BaseModel):
+    """A model that is loaded, or may be."""
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+    reason: str = Field(description="Why it could not be loaded; else empty.")
+
+
 class ModelCard(BaseModel):
     """A model as clients of OpenAI's API know it."""
 
@@ -221,7 +231,6 @@ class ModelCard(BaseModel):
 
 class ModelDetail(ModelCard, ModelSummary):
     backend: Backend | None = Field(description="What computes the answers; null before a device holds the model.")
-    version: str = Field(description="Which of its versions is served.")
     num_classes: int = Field(description="0 for a model without a classifier, which gives vectors alone.")
     classes: list[str]
     function_to_apply: Activation = Field(

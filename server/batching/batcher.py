@@ -161,6 +161,12 @@ class Batcher(Generic[K, P, A]):
         self._stirred.set()
         await done
 
+    async def finished(self, of: Callable[[P], bool]) -> None:
+        """Returns when the requests of such payloads that are here now are answered, and none of their batches runs."""
+        if unanswered := self._queues.unanswered(of):
+            await asyncio.wait(unanswered)
+        await self._pipeline.finished(of)
+
     async def close(self) -> None:
         """Takes no more jobs, answers all that wait, and returns when the device is idle."""
         self._closed = True

@@ -89,7 +89,7 @@ class Runner:
         self._device = device_of(device)
         options = backend or BackendOptions()
         options = replace(options, memory_bytes=options.memory_bytes // max(1, len(models)))
-        self.alone = _alone_on(str(self._device))
+        self.alone = alone_on(str(self._device))
         with on(self._device):
             self._infos = {name: loaded.info for name, loaded in models.items()}
             self._backends = {
@@ -162,8 +162,8 @@ class Runner:
         return self._device
 
     def check(self) -> None:
-        """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
-        torch.ones(1, device=self._device).sum().item()
+        """Raises when the device is broken."""
+        check(self._device)
 
     def warm_up(self, key: BatchKey, is_likely: bool = True) -> None:
         """Compiles where that is needed, and computes one black image: no request pays for what is done once.
@@ -198,7 +198,7 @@ class Runner:
 
 
 @functools.cache
-def _alone_on(device: str) -> AbstractContextManager[bool]:
+def alone_on(device: str) -> AbstractContextManager[bool]:
     """A lock for each device, whichever runner works there. A thread that holds it may take it again."""
     return threading.RLock()
 
@@ -206,6 +206,11 @@ def _alone_on(device: str) -> AbstractContextManager[bool]:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the one of this thread: Triton's kernels and CUDA graphs run there, wherever their tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def check(device: torch.device) -> None:
+    """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
+    torch.ones(1, device=device).sum().item()
 
 
 def device_of(device: str) -> torch.device:

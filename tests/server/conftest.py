@@ -26,6 +26,7 @@ from PIL import Image
 from server.api.access_log import AccessLog
 from server.api.app import create_app
 from server.batching.engine import LocalEngine, Spans
+from server.batching.loader import Loader
 from server.batching.policy import Rung
 from server.config.local import LocalConfig
 from server.curve import Curve, CurveRow, Facts
@@ -317,6 +318,7 @@ async def serving(
     curve: Curve | None = None,
     batch: int = 32,
     queue: int = 256,
+    loader: Loader | None = None,
     access_log: AccessLog | None = None,
     tracing: Tracing | None = None,
     spans: Spans | None = None,
@@ -327,7 +329,8 @@ async def serving(
     ladder = {"tiny": steps} if steps else None
     limits = {"max_batch_size": batch, "max_queue_size": queue}
     curves = {"tiny": curve} if curve else None
-    local = local_engine(device, models, r=r, state_file=state_file, steps=ladder, curves=curves, spans=spans, **limits)
+    more = {"steps": ladder, "curves": curves, "loader": loader, "spans": spans}
+    local = local_engine(device, models, r=r, state_file=state_file, **more, **limits)
     made = Settings.model_validate({"state_dir": None} | settings)
     app = create_app(made, engine or local, access_log=access_log, tracing=tracing)
     local.start()

@@ -19,21 +19,27 @@ from server.ipc.messages import (
     Classify,
     Configure,
     Deployed,
+    Done,
     Embed,
     Explain,
     Failure,
     GetConfiguration,
     GetCurve,
+    GetRepository,
+    Load,
     Measured,
     Merges,
     Probe,
     Reply,
+    Repository,
     Score,
+    Seen,
     TopK,
+    Unload,
     Vector,
     Withdraw,
 )
-from server.types import Activation, BackendInfo, Configuration
+from server.types import Activation, BackendInfo, Configuration, ModelState
 from tests.server.conftest import curve_row, fake_curve, model_info
 
 WORDS = st.text(max_size=20)
@@ -56,6 +62,7 @@ ASKED: dict[str, Any] = {
     "r": st.none() | SCHEDULES | BOUNDS,
     "deadline": SECONDS,
     "trace": st.none() | WORDS,
+    "revision": WORDS,
 }
 ACTIVATIONS = st.sampled_from(get_args(Activation))
 TOP = {"top_k": st.integers(1, 1000), "activation": ACTIVATIONS}
@@ -72,6 +79,10 @@ ASKS = (
     | st.builds(Probe)
     | st.builds(GetCurve, WORDS)
     | st.builds(GetConfiguration)
+    | st.builds(Load, WORDS, st.none() | WORDS)
+    | st.builds(Unload, WORDS)
+    | st.builds(GetRepository)
+    | st.builds(Seen)
     | st.builds(Withdraw)
 )
 CALLS = st.builds(Call, IDS, ASKS)
@@ -130,6 +141,10 @@ MODELS = st.builds(
     num_features=COUNTS,
     activation=ACTIVATIONS,
     version=WORDS,
+    revision=WORDS,
+)
+STATES = st.builds(
+    ModelState, WORDS, WORDS, st.sampled_from(("READY", "LOADING", "UNLOADING", "UNAVAILABLE")), reason=WORDS
 )
 CONFIGURATIONS = st.builds(Configuration, IDS, st.dictionaries(WORDS, SETTINGS, max_size=3))
 ANSWERS = (
@@ -137,6 +152,8 @@ ANSWERS = (
     | st.builds(Alive)
     | st.builds(Measured, CURVES)
     | st.builds(Deployed, CONFIGURATIONS)
+    | st.builds(Done)
+    | st.builds(Repository, st.lists(STATES, max_size=3))
     | ERRORS.map(Failure.of)
     | st.builds(Catalog, st.lists(MODELS, max_size=3))
 )

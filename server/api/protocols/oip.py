@@ -17,7 +17,7 @@ from server.api.faces import Face, Problem
 from server.api.health import check_ready
 from server.api.json_body import SMALL
 from server.api.protocols.oip_infer import infer, model_of
-from server.api.protocols.oip_models import config, index, metadata, server_metadata, statistics
+from server.api.protocols.oip_models import config, metadata, server_metadata, statistics
 from server.api.protocols.oip_rest import JSON_LENGTH, read, write
 from server.errors import UnavailableError
 from server.settings import Settings
@@ -130,12 +130,6 @@ async def get_config(name: str, request: Request, service: ForUsers) -> dict[str
 async def get_statistics(name: str, request: Request, service: ForUsers) -> dict[str, Any]:
     """What a model has done since the server started."""
     return {"model_stats": await run_in_threadpool(statistics, [_asked_model(request, service)])}
-
-
-@router.post("/repository/index")
-async def get_index(service: ForUsers) -> list[dict[str, Any]]:
-    """The models that there are."""
-    return index(service.engine.catalog().values())
 
 
 @router.post("/models/{name}/infer", openapi_extra={"requestBody": _BODY})
