@@ -44,15 +44,15 @@ async def index(request: Request, service: ForUsers) -> list[ModelEntry]:
 @router.post("/models/{name}/load", openapi_extra=_parameters_body({"version": _VERSION}))
 async def load(name: str, request: Request, service: ForAdmins) -> dict[str, Any]:
     """Loads a model beside the others; it serves when this answers. The parameter `version` names one of several."""
-    version = _parameters(await _read(request), LOAD_PARAMETERS).get("version")
-    await service.engine.load(name, _version(version))
+    version = parameters_of(await _read(request), LOAD_PARAMETERS).get("version")
+    await service.engine.load(name, version_of(version))
     return {}
 
 
 @router.post("/models/{name}/unload", openapi_extra=_parameters_body({"unload_dependents": _BOOLEAN}))
 async def unload(name: str, request: Request, service: ForAdmins) -> dict[str, Any]:
     """Takes a model out of service. What has been asked of it is answered; then its memory is freed."""
-    _parameters(await _read(request), UNLOAD_PARAMETERS)
+    parameters_of(await _read(request), UNLOAD_PARAMETERS)
     await service.engine.unload(name)
     return {}
 
@@ -73,7 +73,7 @@ async def _read(request: Request) -> dict[str, Any]:
     return parse_object(body) if body.strip() else {}
 
 
-def _parameters(said: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+def parameters_of(said: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
     """The parameters in a body.
 
     Raises:
@@ -89,7 +89,8 @@ def _parameters(said: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
     return parameters
 
 
-def _version(version: object) -> str | None:
+def version_of(version: object) -> str | None:
+    """The version that is named, as text or as a number; None for none. Raises InvalidError for anything else."""
     if version is None or isinstance(version, str):
         return version or None
     if isinstance(version, int) and not isinstance(version, bool):

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from server.dial import Schedule
+from server.ipc.engine import Engine
 from server.ipc.messages import Embed, Item, Score, TopK, Vector
 from server.types import BatchKey, ModelInfo
 from tests.server.conftest import (
@@ -66,18 +67,24 @@ def _vector(values: Sequence[float]) -> Vector:
 
 
 @asynccontextmanager
-async def oip_serving(*, models: Sequence[ModelInfo] = (), **settings: Any) -> AsyncIterator[Service]:
-    """The service around such a device; keywords are settings."""
-    device = ScoringDevice()
-    engine = local_engine(device, models or [model_info(num_features=C)])
-    engine.start()
-    try:
+async def oip_serving(
+    *, models: Sequence[ModelInfo] = (), engine: Engine | None = None, **settings: Any
+) -> AsyncIterator[Service]:
+    """The service around such a device, or an engine that is started already; keywords are settings."""
+    if engine is not None:
         async with serving(engine=engine, **settings) as service:
+            yield service
+        return
+    device = ScoringDevice()
+    local = local_engine(device, models or [model_info(num_features=C)])
+    local.start()
+    try:
+        async with serving(engine=local, **settings) as service:
             service.device = device
             yield service
     finally:
         device.gate.set()
-        await engine.close()
+        await local.close()
 
 
 def asking(*greys: int, outputs: Sequence[Any] = (), **parameters: Any) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from server.api.access_log import AccessLog
 from server.api.protocols.oip_grpc import GrpcServer
 from server.api.protocols.oip_messages import SERVICE, message_class
 from tests.server.conftest import NUM_CLASSES, SIDE, FakeDevice, grey_png, model_info, until
+from tests.server.fake_loader import FakeLoader, loading
 from tests.server.oip import C, activated, features_of, logits_of, oip_serving
 
 PNG = grey_png(100)
 PACKED = struct.pack("<I", len(PNG)) + PNG
+ModelParameter = message_class("ModelRepositoryParameter")
 PIXELS = bytes([100]) * (SIDE * SIDE * 3)
 PLAIN = (0, 0, 0)
 
@@ -230,6 +232,23 @@ async def test_a_call_has_a_line_in_the_log_with_its_r_or_its_error() -> None:
     assert answered["message"] == f"GRPC /{SERVICE}/ModelInfer 200"
     assert (answered["r"], answered["request_id"], answered["client"]) == ("4", "mine", "127.0.0.1")
     assert refused["message"] == f"GRPC /{SERVICE}/ModelReady 404"
+
+
+async def test_models_are_loaded_and_unloaded_as_either_client_asks() -> None:
+    async with loading(FakeDevice(), FakeLoader()) as engine, serving(engine=engine, admin_key="admin-key") as client:
+        admin = [("x-api-key", "admin-key")]
+        triton = {"model_name": "cats", "parameters": {"version": ModelParameter(string_param="1")}}
+        for said in (triton, {"repository_name": "cats"}):  # KServe's client has the name in that field
+            await client.refused(grpc.StatusCode.PERMISSION_DENIED, "RepositoryModelLoad", said)
+            assert (await client.call("RepositoryModelLoad", said, metadata=admin)).is_loaded
+            assert (await client.call("ModelReady", {"name": "cats"})).ready
+            index = await client.call("RepositoryIndex", {"ready": True})
+            assert [each.name for each in index.models] == ["tiny", "cats"]
+            assert (await client.call("RepositoryModelUnload", said, metadata=admin)).is_unloaded
+            await client.refused(grpc.StatusCode.NOT_FOUND, "ModelReady", {"name": "cats"})
+        wrong = {"model_name": "cats", "parameters": {"config": ModelParameter(string_param="{}")}}
+        error = await client.refused(grpc.StatusCode.INVALID_ARGUMENT, "RepositoryModelLoad", wrong, metadata=admin)
+        assert "there is: version" in error.details()
 
 
 async def test_keys_are_needed_but_for_health() -> None:

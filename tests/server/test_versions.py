@@ -84,8 +84,8 @@ def test_a_model_is_served_in_the_version_that_is_named_else_in_the_newest(tmp_p
         assert (spec.source, spec.version, spec.name) == (f"local-dir:{folder}/{version}", version, "cats")
     with pytest.raises(SettingsError, match="model cats: .*/cats has no version '3'; it has: 1, 2, 10"):
         spec_of(f"local-dir:{folder},version=3")
-    said = {"source": f"local-dir:{folder}", "version": 2}  # as YAML has it
-    assert load_settings({"model": [said]}).specs()[0].source == f"local-dir:{folder}/2"
+    written = {"source": f"local-dir:{folder}", "version": 2}  # as YAML has it
+    assert load_settings({"model": [written]}).specs()[0].source == f"local-dir:{folder}/2"
 
 
 def test_a_version_goes_with_a_folder() -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,7 +16,7 @@ from fastapi import FastAPI
 from google.protobuf import json_format
 from starlette.concurrency import run_in_threadpool
 
-from server.api.access import Service, check_user
+from server.api.access import Service, check_admin, check_user
 from server.api.asking import R_HEADER, Asking
 from server.api.calls import Calls
 from server.api.health import check_ready
@@ -24,9 +25,11 @@ from server.api.middleware import LARGEST_BODIES
 from server.api.patience import at_most
 from server.api.protocols.oip_infer import Inference, Inferred, Wanted, classification_of, infer, model_of
 from server.api.protocols.oip_messages import SERVICE, message_class, read_message
-from server.api.protocols.oip_models import config, index, metadata, server_metadata, statistics
+from server.api.protocols.oip_models import config, metadata, server_metadata, statistics
 from server.api.protocols.oip_tensors import Tensor
+from server.api.repository import LOAD_PARAMETERS, UNLOAD_PARAMETERS, parameters_of, states, version_of
 from server.errors import ClientGoneError, QueueFullError, ServerError, UnavailableError, UndecodableError
+from server.settings import Settings
 from server.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,10 @@ _LONGEST_DETAILS = 2048
 
 _BESIDE = 256
 """Calls beside those that wait for images, such as probes."""
+
+
+Check = Callable[[Settings, Mapping[str, str]], None]
+"""Raises where the headers of a call bear no key that it needs."""
 
 
 class Call:
@@ -174,9 +181,13 @@ class GrpcServer:
             "RepositoryIndex": self._repository_index,
             "ModelInfer": self._model_infer,
         }
-        return {name: self._handler(name, method, name in for_users) for name, method in (for_all | for_users).items()}
+        for_admins = {"RepositoryModelLoad": self._load, "RepositoryModelUnload": self._unload}
+        checks = ((for_all, None), (for_users, check_user), (for_admins, check_admin))
+        return {
+            name: self._handler(name, method, check) for methods, check in checks for name, method in methods.items()
+        }
 
-    def _handler(self, name: str, method: Callable[[Call], Awaitable[Any]], needs_key: bool) -> Any:
+    def _handler(self, name: str, method: Callable[[Call], Awaitable[Any]], check: Check | None) -> Any:
         """What answers one kind of call. On the wire a stream of one message is that message.
 
         As a stream the call is ours before its message is there, so that nobody can send it for ever.
@@ -188,8 +199,8 @@ class GrpcServer:
             probe = name in _PROBES
             with calls.note("grpc", f"/{SERVICE}/{name}", call.headers, _client(context), is_probe=probe) as noted:
                 try:
-                    if needs_key:
-                        check_user(self.settings, call.headers)
+                    if check is not None:
+                        check(self.settings, call.headers)
                     said: bytes = (await method(call)).SerializeToString()
                     noted.r = call.r
                     return said
@@ -251,8 +262,19 @@ class GrpcServer:
         return _message("ModelStatisticsResponse", {"model_stats": await run_in_threadpool(statistics, models)})
 
     async def _repository_index(self, call: Call) -> Any:
-        await call.read()
-        return _message("RepositoryIndexResponse", {"models": index(self._models())})
+        said = await call.read()
+        found = await states({"ready": said.ready}, self._service.engine)
+        return _message("RepositoryIndexResponse", {"models": [asdict(each) for each in found]})
+
+    async def _load(self, call: Call) -> Any:
+        name, parameters = await _of_model(call, LOAD_PARAMETERS)
+        await self._service.engine.load(name, version_of(parameters.get("version")))
+        return _message("RepositoryModelLoadResponse", {"model_name": name, "is_loaded": True})
+
+    async def _unload(self, call: Call) -> Any:
+        name, _ = await _of_model(call, UNLOAD_PARAMETERS)
+        await self._service.engine.unload(name)
+        return _message("RepositoryModelUnloadResponse", {"model_name": name, "is_unloaded": True})
 
     def _models(self) -> list[ModelInfo]:
         return list(self._service.engine.catalog().values())
@@ -268,6 +290,12 @@ class GrpcServer:
                 raise ClientGoneError("the client has left the call") from None
         call.answer_with(inferred.answer.headers)
         return _answer(said.id, info, inferred)
+
+
+async def _of_model(call: Call, known: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of a model that is to come or to go."""
+    said = await call.read()
+    return said.model_name or said.repository_name, parameters_of({"parameters": _parameters(said)}, known)
 
 
 def _client(context: Any) -> str:

@@ -56,6 +56,12 @@ _TABLE = {
     "RepositoryIndexRequest": "repository_name=1 ready=2:bool",
     "RepositoryIndexResponse": "models=1:[]ModelIndex",
     "ModelIndex": "name=1 version=2 state=3 reason=4",
+    # KServe's client writes the name into field 1, and reads the answer; Triton's has an empty one.
+    "RepositoryModelLoadRequest": "repository_name=1 model_name=2 parameters=3:{}ModelRepositoryParameter",
+    "RepositoryModelLoadResponse": "model_name=1 is_loaded=2:bool",
+    "RepositoryModelUnloadRequest": "repository_name=1 model_name=2 parameters=3:{}ModelRepositoryParameter",
+    "RepositoryModelUnloadResponse": "model_name=1 is_unloaded=2:bool",
+    "ModelRepositoryParameter": "bool_param=1|bool int64_param=2|int64 string_param=3|string bytes_param=4|bytes",
     "ModelInferRequest": "model_name=1 model_version=2 id=3 parameters=4:{}InferParameter inputs=5:[]InferInputTensor "
     "outputs=6:[]InferRequestedOutputTensor raw_input_contents=7:[]bytes",
     "InferInputTensor": "name=1 datatype=2 shape=3:[]int64 parameters=4:{}InferParameter "

@@ -65,11 +65,6 @@ def config(info: ModelInfo, max_images: int) -> dict[str, Any]:
     }
 
 
-def index(models: Iterable[ModelInfo]) -> list[dict[str, Any]]:
-    """The models of the repository."""
-    return [{"name": info.name, "version": info.version, "state": "READY", "reason": ""} for info in models]
-
-
 def statistics(models: Iterable[ModelInfo]) -> list[dict[str, Any]]:
     """What the models have done since the server started, in all its processes and for every protocol.
 
