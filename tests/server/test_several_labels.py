@@ -119,9 +119,9 @@ async def test_what_does_not_go_together_is_refused(query: dict[str, Any], said:
 
 async def test_what_merged_has_no_threshold() -> None:
     async with serving() as service:
-        query = {"threshold": 0.5, "function_to_apply": "sigmoid"}
+        query = "threshold=0.5&function_to_apply=sigmoid"
         headers = {"content-type": "image/png"}
-        response = await service.client.post("/v1/explain", content=grey_png(), headers=headers, params=query)
+        response = await service.client.post(f"/v1/explain?{query}", content=grey_png(), headers=headers)
         assert "threshold" in assert_is_error(response, 422, "invalid_parameter")
 
 
@@ -203,7 +203,7 @@ def test_a_curve_holds_for_what_the_model_answers(
     activation: Activation, of: str, said: str | None, tmp_path: Path
 ) -> None:
     (tmp_path / "curve.json").write_text(fake_curve(agreement_of=of).to_json())
-    spec = ModelSpec(source=f"local-dir:{tmp_path}")
+    spec = ModelSpec(source=f"local-dir:{tmp_path}", name="tiny")
     curve, refusals = find(spec, model_info(activation=activation), facts(), None)
     assert (curve is None) == bool(said) and (said is None or said in refusals[0])
 
