@@ -58,6 +58,8 @@ def build(args: dict[str, Any]) -> Application:
     settings = load_settings(args)
     if len(settings.devices()) > 1:
         raise SettingsError(f"device is {settings.device!r}; a replica has one, and num_replicas makes more of them")
+    if settings.grpc_port is not None:
+        raise SettingsError("grpc_port goes with 'tome-server serve'; a replica of Ray Serve has no port of its own")
     from ray import serve  # heavy, and of no use to settings that are wrong
 
     deployment = serve.deployment(

@@ -119,6 +119,7 @@ def create_app(
         Front,
         max_bytes=settings.max_body_bytes,
         client_timeout_s=settings.client_timeout_s,
+        inflates=lambda path: any(face.inflates(path) for face in faces),
         access_log=access_log,
         tracing=tracing,
     )

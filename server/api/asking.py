@@ -61,6 +61,10 @@ def _score(terms: Terms, images: list[Image]) -> Score:
     return Score(**_common(terms, images), activation=terms.activation)
 
 
+def _score_and_embed(terms: Terms, images: list[Image]) -> Score:
+    return Score(**_common(terms, images), activation=terms.activation, features=True)
+
+
 def _embed(terms: Terms, images: list[Image]) -> Embed:
     return Embed(**_common(terms, images))
 
@@ -73,6 +77,7 @@ def _explain(terms: Terms, images: list[Image]) -> Explain:
 
 CLASSIFY: Kind[TopK] = Kind(_classify)
 SCORE: Kind[Vector] = Kind(_score)
+SCORE_AND_EMBED: Kind[Vector] = Kind(_score_and_embed)
 EMBED: Kind[Vector] = Kind(_embed, needs_classes=False)
 EXPLAIN: Kind[Merges] = Kind(_explain, needs_classes=False)
 

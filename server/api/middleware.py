@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access_log import PROBES, AccessLog
+from server.api.compression import Inflater, inflater_of
 from server.api.patience import Sender, client_of
 from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError, UnsupportedError, shown
 from server.tracing.context import CURRENT, RequestContext, caller_of
@@ -46,13 +48,15 @@ class Front:
 
     It gives the request an id, the client's own where it sent a plain one, and returns it as `x-request-id`, among the
     headers that all answers have. And it guards the bodies while they arrive: how long each is, how fast it comes, how
-    much all hold, and that none is compressed: its length would say nothing of what it comes to. It names the request
-    to all that is done for it, and has it in the log and among the spans once it is answered.
+    much all hold, and that none is compressed but where clients of a protocol do that. There it is inflated here, so
+    that the limits hold for what it comes to. It names the request to all that is done for it, and has it in the log
+    and among the spans once it is answered.
 
     Args:
         app: What is guarded.
         max_bytes: Largest body. A longer one is refused, at once where it says so beforehand.
         client_timeout_s: Longest time without a byte. Drops of a few bytes do not extend it.
+        inflates: Whether bodies for a path may be compressed.
         access_log: Gets a line a request; None for no lines.
         tracing: Makes spans; None for none.
     """
@@ -62,10 +66,11 @@ class Front:
         app: ASGIApp,
         max_bytes: int,
         client_timeout_s: float,
+        inflates: Callable[[str], bool] = lambda path: False,
         access_log: AccessLog | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        self._app, self._access_log, self._tracing = app, access_log, tracing
+        self._app, self._inflates, self._access_log, self._tracing = app, inflates, access_log, tracing
         self.max_bytes, self.client_timeout_s = max_bytes, client_timeout_s
         self.held = 0
 
@@ -104,7 +109,10 @@ class Front:
                 message["headers"] = [*headers, *SAFE, (b"x-request-id", request_id)]
             await send(message)
 
-        body = _Body(receive, self, announced, encoding, client_of(scope))
+        inflater = None
+        if encoding is not None and self._inflates(_path(scope)):
+            inflater = inflater_of(encoding.decode("latin-1"))
+        body = _Body(receive, self, announced, encoding, inflater, client_of(scope))
         token = CURRENT.set(context)
         try:
             await self._app(scope, body.receive, named)
@@ -187,10 +195,21 @@ class _Body:
         limits: Limits, and how much all bodies hold.
         announced: Its length, as its client says.
         encoding: Its Content-Encoding, where it has one.
+        inflater: What inflates it; with an encoding and without an inflater it is refused.
         client: Who sends it, where that is known.
     """
 
-    __slots__ = ("_began_at", "_client", "_encoding", "_is_complete", "_is_too_long", "_limits", "_receive", "received")
+    __slots__ = (
+        "_began_at",
+        "_client",
+        "_encoding",
+        "_inflater",
+        "_is_complete",
+        "_is_too_long",
+        "_limits",
+        "_receive",
+        "received",
+    )
 
     def __init__(
         self,
@@ -198,9 +217,11 @@ class _Body:
         limits: Front,
         announced: bytes | None,
         encoding: bytes | None,
+        inflater: Inflater | None,
         client: Sender | None,
     ) -> None:
         self._receive, self._limits, self._encoding, self._client = receive, limits, encoding, client
+        self._inflater = inflater
         self._began_at = asyncio.get_running_loop().time()
         self._is_too_long = announced is not None and announced.isdigit() and int(announced[:20]) > limits.max_bytes
         self._is_complete = False
@@ -217,7 +238,7 @@ class _Body:
             return await self._receive()  # waits for as long as that takes
         if self._is_too_long:
             raise self._too_large()  # before the server asks for it with 100 Continue
-        if self._encoding is not None:
+        if self._encoding is not None and self._inflater is None:
             raise UnsupportedError(
                 f"Content-Encoding is {shown(self._encoding.decode('latin-1'))}; send the body as it is, without one"
             )
@@ -228,6 +249,8 @@ class _Body:
         if message["type"] == "http.disconnect":
             raise ClientGoneError("the client hung up before its body was complete")
         self._is_complete = not message.get("more_body", False)
+        if self._inflater is not None:
+            message = await self._inflated(message, self._inflater)
         size, limits = len(message.get("body", b"")), self._limits
         self.received += size
         limits.held += size
@@ -239,6 +262,12 @@ class _Body:
                 retry_after_s=1,
             )
         return message
+
+    async def _inflated(self, message: Message, inflater: Inflater) -> Message:
+        """A piece of a compressed body as it was before. In a thread: a small piece may come to much."""
+        most = self._limits.max_bytes - self.received + 1
+        body = await asyncio.to_thread(inflater.feed, message.get("body", b""), most, self._is_complete)
+        return {**message, "body": body}
 
     def _too_large(self) -> TooLargeError:
         most = self._limits.max_bytes

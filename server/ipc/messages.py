@@ -93,9 +93,11 @@ class Score(Request[Vector], frozen=True, tag="score"):
 
     Attributes:
         activation: What makes scores of logits; "none" gives the logits.
+        features: Whether the pooled features follow the scores.
     """
 
     activation: Activation = "none"
+    features: bool = False
 
 
 class Embed(Request[Vector], frozen=True, tag="embed"):

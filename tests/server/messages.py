@@ -61,7 +61,7 @@ ACTIVATIONS = st.sampled_from(get_args(Activation))
 TOP = {"top_k": st.integers(1, 1000), "activation": ACTIVATIONS}
 REQUESTS = (
     st.builds(Classify, **ASKED, **TOP, threshold=st.none() | SHARES)
-    | st.builds(Score, **ASKED, activation=ACTIVATIONS)
+    | st.builds(Score, **ASKED, activation=ACTIVATIONS, features=st.booleans())
     | st.builds(Embed, **ASKED)
     | st.builds(Explain, **ASKED, **TOP)
 )

@@ -131,7 +131,7 @@ def test_the_commands_say_what_they_can_make_of_it(
 ) -> None:
     model, photo = ["--model", f"local-dir:{headless}"], str(photos / "0.png")
     assert main(["classify", *model, "--device", "cpu", photo]) == 1
-    assert "model headless has no classifier" in capsys.readouterr().err
+    assert "headless has no classifier" in capsys.readouterr().err
     assert main(["models", *model]) == 0
     assert "no classes but 24 features, 32 x 32 px" in capsys.readouterr().out
     assert main(["models", "--json", *model]) == 0

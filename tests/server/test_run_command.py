@@ -274,7 +274,7 @@ def test_a_table_is_replaced_only_when_asked_and_another_file_never(run: Command
         (["photos", "-o", "out.csv", "--r", "9"], "between 0 and 8"),
         (["photos", "-o", "out.csv", "--r", "auto"], "'auto'"),
         (["photos", "-o", "out.csv", "--threshold", "0.5"], "function_to_apply=sigmoid, not with softmax"),
-        (["photos", "-o", "out.csv", "--threshold", "2"], "between 0 and 1"),
+        (["photos", "-o", "out.csv", "--function-to-apply", "sigmoid", "--threshold", "2"], "between 0 and 1"),
         (["photos", "-o", "out.csv", "--threshold", "0.5", "--top-k", "2"], "give one of them"),
         (["photos", "-o", "out.csv", "--embed", "--top-k", "2"], "--top-k goes without --embed"),
         (["photos", "-o", "out.csv", "--no-normalize"], "goes with --embed"),

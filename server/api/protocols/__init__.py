@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from server.api.faces import Face
-from server.api.protocols import embeddings, huggingface, kserve, sagemaker, torchserve, vertex
+from server.api.protocols import embeddings, huggingface, kserve, oip, sagemaker, torchserve, vertex
 from server.settings import Settings
 
 FACES: Mapping[str, Callable[[Settings], Face]] = {
+    "oip": oip.face,
     "embeddings": embeddings.face,
     "huggingface": huggingface.face,
     "torchserve": torchserve.face,
