@@ -119,9 +119,9 @@ async def test_what_does_not_go_together_is_refused(query: dict[str, Any], said:
 
 async def test_what_merged_has_no_threshold() -> None:
     async with serving() as service:
-        query: dict[str, str | float] = {"threshold": 0.5, "function_to_apply": "sigmoid"}
+        query = "threshold=0.5&function_to_apply=sigmoid"
         headers = {"content-type": "image/png"}
-        response = await service.client.post("/v1/explain", content=grey_png(), headers=headers, params=query)
+        response = await service.client.post(f"/v1/explain?{query}", content=grey_png(), headers=headers)
         assert "threshold" in assert_is_error(response, 422, "invalid_parameter")
 
 
