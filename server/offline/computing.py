@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from server.device.torch_backend import set_threads
 from server.errors import EngineError, ServerError
 from server.images.image import Image
 from server.images.nvjpeg import engine_decodes
-from server.ipc.messages import Item, TopK, Vector
+from server.ipc.messages import Item
 from server.lifetime import spare_the_collector, take_turns_quickly
 from server.offline.model import Answer, Ask, Served, schedule_of
 from server.offline.reader_processes import ReaderProcesses
@@ -36,6 +36,8 @@ from server.settings import Settings
 from server.types import BatchKey, ModelInfo
 
 logger = logging.getLogger(__name__)
+
+_ERROR = (str, ServerError)
 
 Stage = Callable[[BatchKey, Sequence[Any]], Sequence[Any]]
 
@@ -70,10 +72,11 @@ class Computing:
         self._device = Device(self._runner, None, self._preparer)
         info = replace(info, backend=self._runner.backend(info.name), decodes_jpeg=self._preparer is not None)
         self.served = Served(info, _hash(loaded), loaded.tuned)
+        self._warm = ExitStack()
         self._reading = open_readers(info, max_pixels, devices)
 
     def warm_up(self, ask: Ask) -> None:
-        """Compiles or records what `ask` needs.
+        """Compiles or records what `ask` needs, and takes the garbage collector off what is there.
 
         Raises:
             EngineError: The model gives no numbers.
@@ -82,6 +85,7 @@ class Computing:
         self._runner.warm_up(key)
         if self._preparer is not None:
             self._preparer.warm_up(key)
+        self._warm.enter_context(_undisturbed())
 
     def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
         """The answers to each batch of files, in order. It takes some batches more than it has given.
@@ -93,7 +97,7 @@ class Computing:
         preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
         under_way: deque[Future[list[Answer]]] = deque()
-        with _ended(computing, preparing), _undisturbed():
+        with _ended(computing, preparing):
             for files in batches:
                 prepared = preparing.submit(self._prepare, ask, self._reading.read(files))
                 under_way.append(computing.submit(self._compute, ask, prepared))
@@ -105,23 +109,21 @@ class Computing:
     def close(self) -> None:
         """Ends the threads and processes that read and decode."""
         self._reading.close()
+        self._warm.close()
 
-    def _prepare(self, ask: Ask, read: Sequence[Future[list[Image | str]]]) -> list[Any]:
-        """Of each file an error's text, or what the device computes: on a GPU pixels that lie there, else an item."""
-        images = [image for part in read for image in part.result()]
-        good = [image for image in images if not isinstance(image, str)]
-        request = structs.replace(ask, images=good)
-        work: Sequence[Any] = [Item(request, index) for index in range(len(good))]
-        if work and self._device.prepares:
-            work = self._run(ask, self._device.prepare, work)
-        made = iter(work)
-        return [image if isinstance(image, str) else next(made) for image in images]
+    def _prepare(self, ask: Ask, read: Sequence[Future[list[Image | str]]]) -> Sequence[Any]:
+        """Of each file an error, or what the device computes: on a GPU pixels that lie there, else an item."""
 
-    def _compute(self, ask: Ask, prepared: Future[list[Any]]) -> list[Answer]:
-        outcomes = [each.message if isinstance(each, OF_A_FILE) else each for each in prepared.result()]
-        work = [each for each in outcomes if not isinstance(each, str | ServerError)]
-        made = iter(self._run(ask, self._device.compute, work) if work else ())
-        return [_told(each if isinstance(each, str | ServerError) else next(made)) for each in outcomes]
+        def prepare(images: Sequence[Any]) -> Sequence[Any]:
+            request = structs.replace(ask, images=images)
+            items = [Item(request, index) for index in range(len(images))]
+            return self._run(ask, self._device.prepare, items) if self._device.prepares else items
+
+        return _of_the_good([image for part in read for image in part.result()], prepare)
+
+    def _compute(self, ask: Ask, prepared: Future[Sequence[Any]]) -> list[Answer]:
+        answers = _of_the_good(prepared.result(), lambda work: self._run(ask, self._device.compute, work))
+        return [answer.message if isinstance(answer, ServerError) else answer for answer in answers]
 
     def _run(self, ask: Ask, stage: Stage, work: Sequence[Any]) -> Sequence[Any]:
         """What a stage makes of a batch; where that fails, it is split until what makes it fail is alone."""
@@ -183,8 +185,14 @@ def _undisturbed() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _told(outcome: TopK | Vector | ServerError | str) -> Answer:
-    return outcome.message if isinstance(outcome, ServerError) else outcome
+def _of_the_good(outcomes: Sequence[Any], stage: Callable[[Sequence[Any]], Sequence[Any]]) -> Sequence[Any]:
+    """What a stage makes of the outcomes of the one before, with the errors among them in their places."""
+    good = [each for each in outcomes if not isinstance(each, _ERROR)]
+    made = stage(good) if good else ()
+    if len(good) == len(outcomes):
+        return made
+    rest = iter(made)
+    return [each if isinstance(each, _ERROR) else next(rest) for each in outcomes]
 
 
 def _hash(loaded: LoadedModel) -> str | None:

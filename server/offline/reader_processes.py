@@ -84,7 +84,8 @@ class _Process:
 
     def __init__(self, setup: Setup) -> None:
         self.connection, theirs = socket.socketpair()
-        with theirs:
+        with contextlib.ExitStack() as unless_started, theirs:
+            unless_started.callback(self.connection.close)
             # In a group of its own, so that Ctrl-C does not reach it while it loads.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM],
@@ -93,6 +94,7 @@ class _Process:
                 env=environment(),
                 process_group=0,
             )
+            unless_started.pop_all()
         self._send(msgspec.msgpack.encode(setup))
 
     def ask(self, files: Sequence[str]) -> None:
