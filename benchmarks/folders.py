@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
 def read(info: ModelInfo, files: Sequence[str], size: int) -> tuple[float, list[Image | str]]:
     """Files a second by the threads or processes that the command has, and the images."""
     with contextlib.closing(open_readers(info, MAX_PIXELS)) as readers:
-        for part in readers.read(files[:1] * FILES_OF_A_PROCESS * available_cpus()):  # until all have started
+        for part in readers.read([files[0]] * FILES_OF_A_PROCESS * available_cpus()):  # until all have started
             part.result()
         images: list[Image | str] = []
         under_way: deque[list[Future[list[Image | str]]]] = deque()

@@ -25,7 +25,7 @@ FILES_OF_A_PROCESS = 16
 """Files that a process reads in one go. Several read a batch together, and still messages are few."""
 
 _PROGRAM = "from server.offline.reader import main; main()"
-_answers = msgspec.msgpack.Decoder(Read | Refused)
+_answers: msgspec.msgpack.Decoder[Read | Refused] = msgspec.msgpack.Decoder(Read | Refused)
 
 
 class ReaderProcesses:
@@ -89,7 +89,7 @@ class _Process:
             # In a group of its own, so that Ctrl-C does not reach it while it loads.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=environment(),
                 process_group=0,
