@@ -11,13 +11,14 @@ import os
 import signal
 import socket
 import sys
+from typing import TypeGuard
 
 import msgspec
 from msgspec import Struct
 
 from server.errors import ServerError
 from server.images.decoder import Refused
-from server.images.image import JpegFile, Pixels
+from server.images.image import Image, JpegFile, Pixels
 from server.images.preprocessing import Preprocessing
 from server.memory import give_large_blocks_back
 from server.offline.reading import Reader
@@ -26,6 +27,8 @@ SEPARATOR = "\0"
 """Stands between paths, and in none of them."""
 
 _LENGTH = 8
+_LARGE = 1 << 18
+"""Bytes of a file from which on it follows its message: msgspec would copy it while it holds Python's lock."""
 
 
 class Setup(Struct, frozen=True, array_like=True):
@@ -41,10 +44,18 @@ class Setup(Struct, frozen=True, array_like=True):
     processes: int
 
 
+class Following(Struct, frozen=True, array_like=True, gc=False, tag="following"):
+    """A `JpegFile` whose bytes, so many, follow the message."""
+
+    size: int
+    width: int
+    height: int
+
+
 class Read(Struct, frozen=True, array_like=True, gc=False, tag="read"):
     """The image of each file, or what is wrong with it."""
 
-    images: list[Pixels | JpegFile | str]
+    images: list[Pixels | JpegFile | Following | str]
 
 
 def send(connection: socket.socket, message: bytes) -> None:
@@ -68,6 +79,20 @@ class Inbox:
             self._memory = memoryview(bytearray(size))
         message = self._memory[:size]
         return message if _fill(message, connection) else None
+
+
+def receive_file(connection: socket.socket, size: int) -> bytes | None:
+    """So many bytes; None when the other side is gone."""
+    content = b""
+    while len(content) < size:
+        try:
+            more = connection.recv(size - len(content), socket.MSG_WAITALL)
+        except ConnectionResetError:
+            return None
+        if not more:
+            return None
+        content = content + more if content else more  # all of it at once, but for a signal
+    return content
 
 
 def _fill(memory: memoryview, connection: socket.socket) -> bool:
@@ -97,11 +122,23 @@ def main() -> None:
         setup = msgspec.msgpack.decode(packed, type=Setup)
         reader = Reader(setup.preprocessing, True, setup.max_pixels, setup.processes)
         while (paths := inbox.receive(connection)) is not None:
-            send(connection, _answer(reader, os.fsdecode(bytes(paths)).split(SEPARATOR)))
+            _answer(connection, reader, os.fsdecode(bytes(paths)).split(SEPARATOR))
 
 
-def _answer(reader: Reader, files: list[str]) -> bytes:
+def _answer(connection: socket.socket, reader: Reader, files: list[str]) -> None:
     try:
-        return msgspec.msgpack.encode(Read([reader.read(file) for file in files]))
+        images = [reader.read(file) for file in files]
     except ServerError as error:
-        return msgspec.msgpack.encode(Refused(error.code, error.message, error.details))
+        send(connection, msgspec.msgpack.encode(Refused(error.code, error.message, error.details)))
+        return
+    told: list[Pixels | JpegFile | Following | str] = [
+        Following(len(image.data), image.width, image.height) if _is_large(image) else image for image in images
+    ]
+    send(connection, msgspec.msgpack.encode(Read(told)))
+    for image in images:
+        if _is_large(image):
+            connection.sendall(image.data)
+
+
+def _is_large(image: Image | str) -> TypeGuard[JpegFile]:
+    return isinstance(image, JpegFile) and len(image.data) >= _LARGE

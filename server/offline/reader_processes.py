@@ -16,9 +16,9 @@ import msgspec
 from server.errors import EngineError, ServerError
 from server.images.decoder import Refused
 from server.images.decoder_process import environment
-from server.images.image import Image
+from server.images.image import Image, JpegFile
 from server.images.preprocessing import Preprocessing
-from server.offline.reader import SEPARATOR, Inbox, Read, Setup, send
+from server.offline.reader import SEPARATOR, Following, Inbox, Read, Setup, receive_file, send
 from server.offline.reading import parts
 
 FILES_OF_A_PROCESS = 16
@@ -63,11 +63,11 @@ class ReaderProcesses:
     def _receive(self, process: _Process) -> list[Image | str]:
         message = self._inbox.receive(process.connection)
         if message is None:
-            raise EngineError(f"a process that reads files has ended with status {process.wait()}")
+            raise process.death()
         answer = _answers.decode(message)
         if isinstance(answer, Refused):
             raise ServerError.of(answer.code, answer.message, None, answer.details)
-        return answer.images
+        return [process.follow(image) if isinstance(image, Following) else image for image in answer.images]
 
     def close(self) -> None:
         """Ends the processes, whatever they do."""
@@ -103,6 +103,17 @@ class _Process:
     def _send(self, message: bytes) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` says what has happened
             send(self.connection, message)
+
+    def follow(self, image: Following) -> JpegFile:
+        """The file that follows a message."""
+        content = receive_file(self.connection, image.size)
+        if content is None:
+            raise self.death()
+        return JpegFile(content, image.width, image.height)
+
+    def death(self) -> EngineError:
+        """What is told of a process that has ended by itself."""
+        return EngineError(f"a process that reads files has ended with status {self.wait()}")
 
     def kill(self) -> None:
         self._process.kill()

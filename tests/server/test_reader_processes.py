@@ -28,13 +28,16 @@ MAX_PIXELS = 1_000_000
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    """Two messages and a half: JPEG files, one of which fills a message alone, and what else a folder may hold."""
+    """Two messages and a half: JPEG files, small and large, and what else a folder may hold."""
     count = 5 * FILES_OF_A_PROCESS // 2
     files = [tmp_path / f"{index}.jpg" for index in range(count)]
     for index, file in enumerate(files):
         file.write_bytes(encode(PillowImage.new("RGB", (40 + index, 30), (index, 0, 0)), "JPEG"))
     noise = PillowImage.frombytes("RGB", (400, 400), os.urandom(3 * 400 * 400))
     files[3].write_bytes(encode(noise, "JPEG"))
+    for index in (4, 6, 20):
+        noise = PillowImage.frombytes("RGB", (900, 900 + index), os.urandom(3 * 900 * (900 + index)))
+        files[index].write_bytes(encode(noise, "JPEG"))
     files[5].write_bytes(encode(noise, "PNG"))
     files[7].write_bytes(files[8].read_bytes()[:200])
     files[9].write_bytes(encode(PillowImage.new("L", (1001, 1000)), "PNG"))
@@ -65,7 +68,9 @@ def read(processes: ReaderProcesses, files: list[str]) -> list[Image | str]:
 def test_they_give_what_a_reader_gives_in_the_order_of_the_files(processes: ReaderProcesses, files: list[str]) -> None:
     with closing(Reader(PREPROCESSING, True, MAX_PIXELS)) as reader:
         wanted = [reader.read(file) for file in files]
-    assert isinstance(wanted[3], JpegFile) and len(wanted[3].data) > 1 << 16 and isinstance(wanted[5], Pixels)
+    assert isinstance(wanted[5], Pixels)
+    lengths = [len(image.data) for image in wanted if isinstance(image, JpegFile)]
+    assert sum(length > 1 << 18 for length in lengths) == 3 and sum(length > 1 << 16 for length in lengths) == 4
     assert [index for index, image in enumerate(wanted) if isinstance(image, str)] == [
         *(7, 9, 11, 13),
         *(len(files) - 2, len(files) - 1),
@@ -112,6 +117,28 @@ def test_one_that_does_not_start_is_an_error_in_a_sentence(files: list[str], mon
     with closing(ReaderProcesses(PREPROCESSING, MAX_PIXELS, 1)) as processes:
         with pytest.raises(EngineError, match="status 3"):
             read(processes, files)
+
+
+def test_one_that_ends_within_a_file_is_an_error_in_a_sentence(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = """
+import sys
+from msgspec import msgpack
+from server.offline import reader
+
+def answer(connection, *asked):
+    reader.send(connection, msgpack.encode(reader.Read([reader.Following(9, 1, 1)])))
+    connection.sendall(b"half")
+    sys.exit(5)
+
+reader._answer = answer
+reader.main()
+"""
+    monkeypatch.setattr(reader_processes, "_PROGRAM", program)
+    with closing(ReaderProcesses(PREPROCESSING, MAX_PIXELS, 1)) as processes:
+        with pytest.raises(EngineError, match="status 5"):
+            read(processes, files[:1])
 
 
 def test_no_program_to_start_is_an_error_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
