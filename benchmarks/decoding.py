@@ -33,8 +33,9 @@ from server.images.image import JpegFile
 from server.images.nvjpeg import engine_decodes
 from server.images.photos import choose_photos
 from server.images.pillow import decode, read
-from server.ipc.messages import Classify, Item
+from server.ipc.messages import Classify, Item, TopK
 from server.settings import ModelSpec, SettingsError
+from server.types import BatchKey
 
 MAX_PIXELS = 89_000_000
 ROUNDS = 5
@@ -146,10 +147,15 @@ def agreement(loaded: LoadedModel, runner: Runner, items: Sequence[Item], size: 
         batch = PixelBatch(stacked(pixels, key.input_size, runner.device))
         by_pillow = [Prepared(item, batch, row) for row, item in enumerate(part)]
         by_device = [_ready(each) for each in prepare(key, part)]
-        answers = zip(runner.forward(key, by_pillow), runner.forward(key, by_device), strict=True)
-        agreed += sum(one.indices == other.indices for one, other in answers)
+        answers = zip(_likeliest(runner, key, by_pillow), _likeliest(runner, key, by_device), strict=True)
+        agreed += sum(one == other for one, other in answers)
         same += int((rows(by_device) == batch.pixels).flatten(1).all(1).sum())
     return agreed / len(items), same / len(items)
+
+
+def _likeliest(runner: Runner, key: BatchKey, prepared: Sequence[Prepared]) -> list[list[int]]:
+    """The classes of each image."""
+    return [answer.indices for answer in runner.forward(key, prepared) if isinstance(answer, TopK)]
 
 
 def _ready(outcome: Prepared | ServerError) -> Prepared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -11,6 +11,8 @@ from server.dial import Schedule
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+AgreementOf = Literal["top1", "labels", "neighbours"]
+"""What is the same at r=0: the likeliest class; all labels, of a model with several; or the photos that lie nearest."""
 
 
 class CurveError(ValueError):
@@ -43,6 +45,18 @@ class Facts(_Frozen):
     tuned: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
 
+class Neighbours(_Frozen):
+    """What is left of a search by vectors, beside the agreement: its queries have this `r`, and its index r=0.
+
+    Attributes:
+        same_index: Share of the ten nearest at r=0 that are found where the index has this `r`, too.
+        cosine: Between a photo's vectors at this `r` and at r=0, on average.
+    """
+
+    same_index: Share
+    cosine: Annotated[float, Field(ge=-1, le=1)]
+
+
 class CurveRow(_Frozen):
     """One schedule.
 
@@ -53,9 +67,10 @@ class CurveRow(_Frozen):
         images_per_s: In full batches; None, as the two below, where speed was not measured.
         overhead_s: Seconds of a batch, whatever its size.
         image_s: Seconds for each image of it.
-        agreement: Share of photos that keep the answer of r=0.
+        agreement: Share of photos that keep the answer of r=0, or of their nearest neighbours that are those of r=0.
         agreement_interval: Its 95 % interval.
         top1: Share of the labelled photos that are answered rightly; None without labels.
+        neighbours: More of a search by vectors; None where agreement is of classes.
     """
 
     r: Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -67,6 +82,7 @@ class CurveRow(_Frozen):
     agreement: Share
     agreement_interval: tuple[Share, Share]
     top1: Share | None = None
+    neighbours: Neighbours | None = None
 
     @property
     def line(self) -> tuple[float, float] | None:
@@ -91,6 +107,7 @@ class Curve(_Frozen):
         measured: The date, YYYY-MM-DD.
         photos: How many the agreement was measured on.
         max_batch_size: Images of a full batch.
+        agreement_of: What agreement is of.
     """
 
     model: str
@@ -98,6 +115,7 @@ class Curve(_Frozen):
     measured: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
     photos: Annotated[int, Field(ge=1)]
     max_batch_size: Annotated[int, Field(ge=1)]
+    agreement_of: AgreementOf = "top1"
     rows: Annotated[tuple[CurveRow, ...], Field(min_length=1)]
 
     @model_validator(mode="after")

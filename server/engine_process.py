@@ -5,41 +5,36 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import uvloop
 
 from server.batching.engine import LocalEngine
-from server.batching.ladder import steps_of
-from server.batching.policy import Rung
-from server.calibration.facts import facts_of
-from server.calibration.places import find
-from server.calibration.timing import LARGER_BATCH, schedules, timed, timed_steps
+from server.batching.loader import Found, Loaded
+from server.config.model_set import ModelSet
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
-from server.curve import Curve, speed_staleness
-from server.device.backend import BackendOptions
-from server.device.device import Device
-from server.device.explainer import Explainer
-from server.device.models import LoadedModel, load_model
-from server.device.preparing import Preparer
-from server.device.runner import Runner
+from server.device.models import LoadedModel
 from server.device.torch_backend import set_threads
-from server.dial import AutoR, RSetting, Schedule
-from server.errors import EngineError, InvalidError
-from server.images.nvjpeg import engine_decodes
+from server.dial import RSetting
+from server.errors import ServerError
 from server.ipc.door import Door
 from server.ipc.server import EngineServer
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
+from server.loader import ModelLoader
 from server.metrics import ENGINE_STARTS
-from server.settings import ModelSpec, Settings, SettingsError
+from server.settings import Settings, SettingsError
+from server.tracing.start import start_tracing
 from server.types import find_model
 from server.unnamed import UnnamedFile
+
+if TYPE_CHECKING:
+    from server.tracing.provider import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +48,7 @@ def main(
     door: Door,
     agreed_file: Path | None,
     last_good: UnnamedFile,
+    models: UnnamedFile,
     ready: UnnamedFile,
     pulse: Pulse,
 ) -> None:
@@ -63,114 +59,113 @@ def main(
         door: Where its clients come from.
         agreed_file: By which the engines of a server that keeps no state agree on the live configuration.
         last_good: Keeps the last good configuration over a restart of the engine.
+        models: Keeps which models were loaded and unloaded, and tells the engines of a server of it.
         ready: Holds something from then on.
         pulse: Beats from then on.
     """
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     end_with_parent()
     set_threads(settings.threads)
     try:
-        engine = build_engine(settings, functools.partial(open_store, otherwise=agreed_file, memory=last_good))
-    except (SettingsError, InvalidError, EngineError) as error:
+        tracing = start_tracing(multiprocessing.current_process().name, follows=True)
+        open_config = functools.partial(open_store, otherwise=agreed_file, memory=last_good)
+        engine = build_engine(settings, open_config, tracing, ModelSet(settings, models))
+    except (SettingsError, ServerError) as error:
         logger.error("%s", error)
         sys.exit(1)
-    sys.exit(uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S)))
+    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S))
+    if tracing is not None:
+        tracing.close()
+    sys.exit(status)
 
 
-def build_engine(settings: Settings, open_config: OpenConfig = open_store) -> LocalEngine:
+def build_engine(
+    settings: Settings,
+    open_config: OpenConfig = open_store,
+    tracing: Tracing | None = None,
+    models: ModelSet | None = None,
+    changes_models: bool = True,
+) -> LocalEngine:
     """Loads and warms every model, and puts queue and device together.
 
     Args:
         settings: What to load, and how it runs.
         open_config: Gives the keeper of the live configuration.
+        tracing: Makes the spans of requests and batches; None for none.
+        models: What was loaded and unloaded over the models of the settings.
+        changes_models: Models may come and go while it serves.
 
     Raises:
         SettingsError: A model cannot be loaded, its backend or decoder cannot be had, or the state file cannot be read.
         InvalidError: A deployment `r` is out of its model's range.
         EngineError: A model gives no numbers in this precision.
     """
-    loaded = {spec.name: load_model(spec, settings.state_dir) for spec in settings.specs()}
-    infos = {name: model.info for name, model in loaded.items()}
+    loader = ModelLoader(settings)
+    changed = models.entries() if models is not None else {}
+    read = _read(settings, loader, changed)
+    infos = {found.name: loaded.info for found, loaded in read}
 
-    def check(models: Mapping[str, RSetting]) -> None:
-        for name, r in models.items():
-            find_model(infos, name).check(r)
+    def check(said: Mapping[str, RSetting]) -> None:
+        known = settings.known_models()
+        for name, r in said.items():
+            if name in infos or name not in known:  # else it is checked when it is loaded
+                find_model(infos, name).check(r)
 
     store = open_config(settings, check)
-    explainer = Explainer(loaded, settings.device)
-    runner = Runner(
-        loaded,
-        settings.device,
-        settings.precision,
-        BackendOptions(settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size),
-    )
-    preparer = None
-    if engine_decodes(settings.decode, runner.device):
-        preparer = Preparer(runner.device, infos, settings.max_image_pixels)
-    curves: dict[str, Curve] = {}
-    steps: dict[str, list[Rung]] = {}
-    for spec in settings.specs():
-        name, model = spec.name, loaded[spec.name]
-        r = store.configuration.models[name]
-        model.info.check(r)
-        runner.warm_up(model.info.batch_key(model.info.schedule(0)))
-        if preparer is not None:
-            preparer.warm_up(model.info.batch_key(model.info.schedule(0)))
-        if curve := _curve(spec, model, runner, settings):
-            curves[name], steps[name] = curve, steps_of(curve)
-        else:
-            steps[name] = timed_steps(model, schedules(model), _run(runner, model), settings.max_batch_size)
-        chosen = [step.schedule for step in steps[name]] if isinstance(r, AutoR) else [model.info.schedule(r)]
-        for schedule in chosen:
-            if max(schedule) > 0:
-                runner.warm_up(model.info.batch_key(schedule), is_likely=not isinstance(r, AutoR))
+    for spec in settings.model:
+        if spec.name not in infos:
+            store.remove(spec.name)
+    ready: dict[str, Loaded] = {}
+    for found, loaded in read:
+        name = found.name
+        if name not in store.configuration.models:
+            store.add(name, found.r)
+        try:
+            ready[name] = loader.make_ready(found, loaded, store.configuration.models[name])
+            infos[name] = ready[name].info
+        except (SettingsError, ServerError) as error:
+            if name not in changed:
+                raise
+            logger.error("%s; it is not loaded, though it was before the restart", error)
+            store.remove(name)
+            del infos[name]
     return LocalEngine(
-        {
-            name: replace(model.info, backend=runner.backend(name), decodes_jpeg=preparer is not None)
-            for name, model in loaded.items()
-        },
-        Device(runner, explainer, preparer),
+        infos,
+        loader.device,
         store,
-        steps=steps,
-        curves=curves,
+        steps={name: each.steps for name, each in ready.items()},
+        curves={name: each.curve for name, each in ready.items() if each.curve is not None},
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
         batch_timeout_s=settings.batch_timeout_s,
         drift_sample=settings.drift_sample,
+        loader=loader if changes_models else None,
+        kept=models,
+        linger_s=settings.deadline_s,  # later no answer is worth anything
+        spans=None if tracing is None else tracing.of_engine(infos),
     )
 
 
-def _curve(spec: ModelSpec, loaded: LoadedModel, runner: Runner, settings: Settings) -> Curve | None:
-    """The curve that `auto` goes by, with this device's speeds; None where none holds, and then the log says why."""
-    facts = facts_of(loaded, runner)
-    if facts is None:
-        return None
-    curve, refusals = find(spec, loaded.info, facts, settings.state_dir)
-    for refusal in refusals:
-        logger.log(logging.INFO if curve else logging.WARNING, "%s", refusal)  # another one holds
-    if curve is None:
-        if refusals:
-            logger.warning(
-                "%s: r=auto takes evenly spaced r, and nobody knows how far their answers agree with r=0; "
-                "tome-server calibrate measures it",
-                spec.name,
-            )
-        return None
-    if stale := speed_staleness(curve, facts):
-        logger.info("%s: the curve of %s was %s: speeds are timed now", spec.name, curve.measured, stale)
-        curve = timed(curve, loaded, _run(runner, loaded), settings.max_batch_size)
-    return curve.model_copy(update={"facts": facts})
+def _read(
+    settings: Settings, loader: ModelLoader, changed: Mapping[str, str | None]
+) -> list[tuple[Found, LoadedModel]]:
+    """The models of the settings but those that were unloaded live, and those that were loaded live.
 
-
-def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]:
-    """Computes a batch of so many black images."""
-    info = loaded.info
-    largest = torch.zeros(LARGER_BATCH, *info.preprocessing.input_size, 3, dtype=torch.uint8, device=runner.device)
-
-    def run(schedule: Schedule, images: int) -> None:
-        runner.run(info.batch_key(schedule), largest[:images])
-
-    return run
+    One of the latter that is no longer to be had is left out.
+    """
+    read = []
+    for name in dict.fromkeys([*(spec.name for spec in settings.model), *changed]):
+        if name in changed and changed[name] is None:
+            logger.info("%s, unloaded live earlier, stays unloaded", name)
+            continue
+        try:
+            found = loader.find(name, changed.get(name))
+            read.append((found, loader.read(found)))
+        except (SettingsError, ServerError) as error:
+            if name not in changed:
+                raise
+            logger.error("%s; it is not loaded, though it was before the restart", error)
+    return read
 
 
 async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float) -> int:
@@ -184,6 +179,7 @@ async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pul
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
     engine.start()
     server = EngineServer(engine, door)
+    engine.tell_of_models(server.show_catalog)
     spare_the_collector()
     take_turns_quickly()
     ENGINE_STARTS.inc()

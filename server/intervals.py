@@ -8,7 +8,7 @@ from collections.abc import Sequence
 Z = 1.959964
 
 
-def wilson(hits: int, count: int, z: float = Z) -> tuple[float, float]:
+def wilson(hits: float, count: float, z: float = Z) -> tuple[float, float]:
     """The interval of a share, hits out of count, `z` standard deviations to each side.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
@@ -17,6 +17,20 @@ def wilson(hits: int, count: int, z: float = Z) -> tuple[float, float]:
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
     return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def of_mean(shares: Sequence[float]) -> tuple[float, float]:
+    """The interval of the mean of numbers from 0 to 1.
+
+    It is that of a share of so many yes and no that its mean would vary as much as theirs: never fewer than there are
+    numbers, and no more where all are 0 or all are 1.
+    """
+    count: float = len(shares)
+    mean = sum(shares) / count
+    variance = sum((share - mean) ** 2 for share in shares) / count
+    if variance > 0:
+        count = count * mean * (1 - mean) / variance
+    return wilson(mean * count, count)
 
 
 def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:

@@ -12,7 +12,10 @@ import os
 import signal
 import sys
 import threading
+from typing import TextIO
 
+from server.log_format import Format, arrange
+from server.log_stream import log_stream
 from server.repeats import CountingHandler
 from server.unnamed import SharedNumbers
 
@@ -42,10 +45,17 @@ class Pulse:
             await asyncio.sleep(_BEAT_S)
 
 
-def configure_logging(level: str) -> None:
-    """One line an event, on standard error, with the process it comes from; what repeats is counted."""
-    form = "%(asctime)s %(levelname)s %(processName)s: %(message)s"
-    logging.basicConfig(level=level.upper(), format=form, handlers=[CountingHandler()], force=True)
+def configure_logging(level: str, form: Format = "text") -> TextIO:
+    """One line an event, on standard error, with the process it comes from; what repeats is counted.
+
+    Returns:
+        Where the lines go. To write there never blocks.
+    """
+    stream = log_stream()
+    handler = CountingHandler(stream)
+    arrange(handler, form)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    return stream
 
 
 def take_turns_quickly() -> None:

@@ -35,6 +35,33 @@ def listen(host: str, port: int) -> socket.socket:
         raise SettingsError(f"cannot listen on {host} port {port}: {reason}") from None
 
 
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket that keeps a port for processes which each listen on it with SO_REUSEPORT, and gets no clients itself.
+
+    Args:
+        host: As of `listen`.
+        port: 0 takes a free one.
+
+    Raises:
+        SettingsError: The address cannot be listened on, or somebody does.
+    """
+    with listen(host, port) as alone:  # without the option: with it, another server would get its share of the clients
+        family, address = alone.family, alone.getsockname()
+    reserved = socket.socket(family, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        reserved.bind(address)
+    except OSError as error:
+        reserved.close()
+        raise SettingsError(f"cannot listen on {host} port {address[1]}: {error.strerror}") from None
+    return reserved
+
+
+def address_of(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around an address of IPv6."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
 def url_of(listener: socket.socket) -> str:
     """The address of a listening socket as a client on this machine can use it."""
     address, port = listener.getsockname()[:2]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter as Counts
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from prometheus_client import REGISTRY as OWN_REGISTRY
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.samples import Sample
 
 from server.dial import label_of
 from server.shared_values import Collector, joined
@@ -37,6 +38,9 @@ ENGINE_UP = Gauge(
     "Whether an engine runs and every HTTP process reaches it; by its place in --device, from 0",
     ["engine"],
     multiprocess_mode="livemin",
+)
+MODELS_LOADED = Gauge(
+    "tome_models_loaded", "Models that serve; of several engines the most", multiprocess_mode="livemax"
 )
 ENGINE_STARTS = Counter("tome_engine_starts", "Times an engine process was ready to serve")
 CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration", multiprocess_mode="livemax")
@@ -92,8 +96,18 @@ def _observe_all(histogram: Histogram, values: Sequence[float]) -> None:
 
 def exposition() -> bytes:
     """All metrics of all processes, in Prometheus' text format."""
+    return generate_latest(_registry())
+
+
+def samples() -> Iterator[Sample]:
+    """All values of all processes, each with its name and labels."""
+    for metric in _registry().collect():
+        yield from metric.samples
+
+
+def _registry() -> CollectorRegistry:
     if not joined():
-        return generate_latest(OWN_REGISTRY)
+        return OWN_REGISTRY
     registry = CollectorRegistry()
     registry.register(Collector(joined()))
-    return generate_latest(registry)
+    return registry

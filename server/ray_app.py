@@ -29,6 +29,7 @@ from server.dial import RSetting
 from server.errors import InvalidError, shown
 from server.metrics import ENGINE_STARTS, ENGINE_UP
 from server.settings import Settings, SettingsError, load_settings
+from server.tracing.start import start_tracing
 from server.types import ModelInfo, find_model
 from tome_core import quiet  # noqa: F401  # the replica reports to nobody
 
@@ -57,6 +58,8 @@ def build(args: dict[str, Any]) -> Application:
     settings = load_settings(args)
     if len(settings.devices()) > 1:
         raise SettingsError(f"device is {settings.device!r}; a replica has one, and num_replicas makes more of them")
+    if settings.grpc_port is not None:
+        raise SettingsError("grpc_port goes with 'tome-server serve'; a replica of Ray Serve has no port of its own")
     from ray import serve  # heavy, and of no use to settings that are wrong
 
     deployment = serve.deployment(
@@ -89,7 +92,9 @@ class Replica:
         self._settings = settings.model_copy(update={"threads": settings.threads or _assigned_cpus()})
         set_threads(self._settings.threads)
         self._config: PushedConfig | None = None
-        self._engine = build_engine(self._settings, self._open_config)
+        self._tracing, following = start_tracing("replica"), start_tracing("replica", follows=True)
+        self._all_tracing = [each for each in (self._tracing, following) if each is not None]
+        self._engine = build_engine(self._settings, self._open_config, following, changes_models=False)
         self._has_served = False
 
     def _open_config(self, settings: Settings, check: Check) -> ConfigStore:
@@ -101,7 +106,8 @@ class Replica:
         return self._config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = create_app(self._settings, self._engine, self._lifespan, instead=[_instead])
+        # Without an access log: Ray has one of its own.
+        app = create_app(self._settings, self._engine, self._lifespan, instead=[_instead], tracing=self._tracing)
         app.add_middleware(_NamedByRay)
         return app
 
@@ -117,6 +123,8 @@ class Replica:
         exporting.cancel()
         app.state.service.decoders.close()
         await self._engine.close()
+        for tracing in self._all_tracing:
+            tracing.close()
 
     async def check_health(self) -> None:
         """Raises where the batch loop does not answer; after some failures Ray replaces the replica."""

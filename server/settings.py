@@ -1,4 +1,4 @@
-"""The settings of the service: one frozen object, read once. The only reader of the environment.
+"""The settings of the service: one frozen object, read once. The only reader of TOME_* variables.
 
 Every field is a flag (`--max-batch-size`), a variable (`TOME_MAX_BATCH_SIZE`) and a key of a YAML file; a flag wins
 over a variable, a variable over the file. What is unknown or out of range stops the start.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,8 +26,9 @@ from pydantic import (
 
 from server.dial import MOST_MAX_R, AutoR, RSetting, parse_setting
 from server.documents import read_yaml
-from server.errors import InvalidError, shown
+from server.errors import InvalidError, NotFoundError, shown
 from server.keys import KEYS, checked_key, read_key
+from server.versions import find_version, models_in
 
 PREFIX = "TOME_"
 Protocol = Literal["oip", "embeddings", "huggingface", "torchserve", "kserve", "sagemaker", "vertex"]
@@ -45,6 +46,14 @@ def _r(value: object) -> RSetting:
         raise ValueError(error.message) from None
 
 
+def _path_at_home(value: object) -> object:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _version(value: object) -> object:
+    return str(value) if type(value) is int else value  # as YAML has it
+
+
 def _source_at_home(source: str) -> str:
     kind, colon, folder = source.partition(":")
     return f"{kind}:{os.path.expanduser(folder)}" if kind == "local-dir" and colon else source
@@ -54,6 +63,7 @@ R = Annotated[RSetting, BeforeValidator(_r)]
 AtHome = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path that may begin with `~`, which a shell knows at the beginning of a word only."""
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
+Route = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~:-]+)+$")]
 Key = Annotated[str | None, BeforeValidator(checked_key)]
 
 _SECRET = {*KEYS, "shared_config"}
@@ -62,16 +72,27 @@ _NEVER_EMPTY = {*KEYS, *(f"{key}_file" for key in KEYS)}
 """Variables that may not be empty: a secret that has not arrived would open the service without a word."""
 
 
+_OF_PLATFORMS = {
+    "vertex": {
+        "AIP_HTTP_PORT": "port",
+        "AIP_PREDICT_ROUTE": "vertex_predict_route",
+        "AIP_HEALTH_ROUTE": "vertex_health_route",
+    },
+    "sagemaker": {"SAGEMAKER_BIND_TO_PORT": "port"},
+}
+"""Variables by which a platform tells its containers a setting, for each protocol. Whatever else says it wins."""
+
+
 class SettingsError(ValueError):
     """A setting is unknown or wrong; the message names it, and the service does not start."""
 
 
 class ModelSpec(BaseModel):
-    """One model to serve: `SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R]`, or as a YAML mapping.
+    """One model to serve: `SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R][,version=N]`, or as a YAML mapping.
 
     SOURCE is `bundled`, a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER` (the Hugging Face layout). FOLDER and
     FILE may begin with `~`, and may hold blanks and commas: only a comma before `word=` ends them. `tuned` may also be
-    `auto` or `none`.
+    `auto` or `none`. `version` names one of the numbered folders in FOLDER; without it the newest is served.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +102,7 @@ class ModelSpec(BaseModel):
     tuned: AtHome | None = Field(default=None, min_length=1)
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     r: R | None = None
+    version: Annotated[str | None, BeforeValidator(_version)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -88,11 +110,34 @@ class ModelSpec(BaseModel):
         if isinstance(value, str):
             source, *pairs = re.split(r",(?=[a-z_]+=)", value)
             if "," in source and not source.startswith("local-dir:"):
-                raise ValueError(f"{value!r} must read SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R]")
+                raise ValueError(
+                    f"{value!r} must read SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R][,version=N]"
+                )
             value = {"source": source, **dict(pair.split("=", 1) for pair in pairs)}
         if isinstance(value, dict) and isinstance(value.get("source"), str) and not value.get("name"):
             value = {**value, "name": _default_name(value["source"])}
         return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.version is not None and not self.source.startswith("local-dir:"):
+            raise ValueError(f"version goes with local-dir:FOLDER, not with {self.source}")
+        return self
+
+    def in_its_version(self) -> ModelSpec:
+        """The same model by the folder of its version: the one that is named, else the newest.
+
+        Raises:
+            SettingsError: There is no such version.
+        """
+        kind, _, folder = self.source.partition(":")
+        if kind != "local-dir" or not folder:
+            return self
+        try:
+            found, version = find_version(Path(folder), self.version)
+        except InvalidError as error:
+            raise SettingsError(f"model {self.name}: {error}") from None
+        return self.model_copy(update={"source": f"{kind}:{found}", "version": version})
 
 
 def _default_name(source: str) -> str:
@@ -116,8 +161,14 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model: tuple[ModelSpec, ...] = Field(
         (ModelSpec(source="bundled", name=BUNDLED_NAME),),
-        description="a model to serve, SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R] with SOURCE one of "
-        "bundled, a timm name, hf-hub:ORG/NAME, local-dir:FOLDER; give it again for more, the first is the default",
+        description="a model to serve, SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R][,version=N] with SOURCE "
+        "one of bundled, a timm name, hf-hub:ORG/NAME, local-dir:FOLDER; give it again for more, the first is the "
+        "default",
+    )
+    model_repository: Annotated[Path | None, BeforeValidator(_path_at_home)] = Field(
+        None,
+        description="folder of model folders, which POST /v2/repository/models/NAME/load may load while the server "
+        "runs; default: none but those of --model",
     )
     weights: AtHome | None = Field(
         None, description="safetensors file for the one --model; 'random' for untrained weights"
@@ -223,7 +274,20 @@ class Settings(BaseModel):
     grpc_port: int | None = Field(
         None, ge=0, le=65535, description="port of the Open Inference Protocol by gRPC; default: no such port"
     )
+    vertex_predict_route: Route = Field(
+        "/predict",
+        description="path of Vertex AI's predictions; where its protocol is on, AIP_PREDICT_ROUTE says it too",
+    )
+    vertex_health_route: Route = Field(
+        "/health", description="path of Vertex AI's health; where its protocol is on, AIP_HEALTH_ROUTE says it too"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field(
+        "text", description="lines of the log as text, or as JSON with the ids of request and trace"
+    )
+    access_log: bool = Field(
+        True, description="a line of the log for each request, at the level info; those of probes at debug"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -310,6 +374,10 @@ class Settings(BaseModel):
         """
         return self._state_folder(self.state_dir) / f"config-{self.port}.json" if self.state_dir else None
 
+    def models_file(self) -> Path | None:
+        """Where it is kept which models were loaded and unloaded; one file a port, as `state_file`."""
+        return self._state_folder(self.state_dir) / f"models-{self.port}.json" if self.state_dir else None
+
     def cache_dir(self) -> Path | None:
         """Where compiled models are kept over a restart."""
         return self._state_folder(self.state_dir) / "openvino" if self.state_dir else None
@@ -325,17 +393,36 @@ class Settings(BaseModel):
             ) from None
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """The models to load, each with its own weights, tuned numbers and `r`."""
-        return tuple(
-            spec.model_copy(
-                update={
-                    "weights": spec.weights or self.weights,
-                    "tuned": spec.tuned or self.tuned,
-                    "r": self._bounded(spec.r),
-                }
-            )
-            for spec in self.model
+        """The models to load, each in its version, with its own weights, tuned numbers and `r`.
+
+        Raises:
+            SettingsError: There is no version that one names.
+        """
+        return tuple(self.spec(spec.name).in_its_version() for spec in self.model)
+
+    def spec(self, name: str) -> ModelSpec:
+        """A model of `--model`, or of the repository, with what the settings say of all.
+
+        Raises:
+            NotFoundError: Neither names it.
+        """
+        for spec in self.model:
+            if spec.name == name:
+                told = {"weights": spec.weights or self.weights, "tuned": spec.tuned or self.tuned}
+                return spec.model_copy(update=told | {"r": self._bounded(spec.r)})
+        if self.model_repository is not None and name in models_in(self.model_repository):
+            tuned = self.tuned if self.tuned in ("auto", "none") else "auto"  # a file goes with one --model
+            source = f"local-dir:{self.model_repository / name}"
+            return ModelSpec(source=source, name=name, tuned=tuned, r=self._bounded(None))
+        known = ", ".join(self.known_models())
+        raise NotFoundError(
+            f"there is no model {shown(name)} to load; there are: {known}. --model and --model-repository name them"
         )
+
+    def known_models(self) -> list[str]:
+        """The models that may be loaded by name: of `--model`, then those of the repository."""
+        repository = [] if self.model_repository is None else models_in(self.model_repository)
+        return list(dict.fromkeys([*(spec.name for spec in self.model), *repository]))
 
     def _bounded(self, r: RSetting | None) -> RSetting:
         """A model's `r`, else that of all; `auto` with the bounds of all."""
@@ -362,10 +449,19 @@ def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settin
     }
     config_variable = variables.pop("config", None)
     said = {name: value for name, value in flags.items() if value is not None}
+    said = {**_read_yaml(config or config_variable), **variables, **said}
     try:
-        return Settings(**{**_read_yaml(config or config_variable), **variables, **said})
+        settings = Settings(**said)
+        platform = _of_platforms(settings.protocol)
+        return Settings(**{**platform, **said}) if platform.keys() - said.keys() else settings
     except ValidationError as error:
         raise SettingsError("\n".join(_line(problem) for problem in error.errors())) from None
+
+
+def _of_platforms(protocols: Sequence[str]) -> dict[str, str]:
+    """What the platforms of these protocols say, by field name."""
+    names = [pair for protocol in protocols for pair in _OF_PLATFORMS.get(protocol, {}).items()]
+    return {field: os.environ[variable] for variable, field in names if os.environ.get(variable)}
 
 
 def _read_yaml(path: str | None) -> dict[str, Any]:

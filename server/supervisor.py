@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -22,7 +23,7 @@ from typing import Any
 from server.api.accept import Places
 from server.ipc.door import Door
 from server.lifetime import Pulse, configure_logging
-from server.listening import listen, url_of
+from server.listening import address_of, listen, reserve, url_of
 from server.settings import Settings, SettingsError
 from server.shared_values import Sheet, join
 from server.unnamed import UnnamedFile
@@ -124,12 +125,28 @@ def serve(settings: Settings) -> int:
     Raises:
         SettingsError: The address cannot be listened on.
     """
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     with _unreachable_for_the_terminal():
         resource_tracker.ensure_running()  # a process of Python's own, which a closed terminal would end
     with listen(settings.host, settings.port) as listener, contextlib.ExitStack() as stack:
+        settings = _with_grpc_port(settings, stack)
         doors = [stack.enter_context(contextlib.closing(Door())) for _ in settings.devices()]
         return _supervise(settings, listener, doors, _agreed_file(settings, stack))
+
+
+def _with_grpc_port(settings: Settings, stack: contextlib.ExitStack) -> Settings:
+    """Settings with the port that gRPC takes, which is kept for all HTTP processes; raises SettingsError."""
+    if settings.grpc_port is None:
+        return settings
+    try:
+        found = all(map(importlib.util.find_spec, ("grpc", "google.protobuf")))
+    except ModuleNotFoundError:  # there is no package google at all
+        found = False
+    if not found:
+        raise SettingsError("grpc_port needs the packages grpcio and protobuf: pip install 'tome-server[grpc]'")
+    port = stack.enter_context(reserve(settings.host, settings.grpc_port)).getsockname()[1]
+    logger.info("gRPC (Open Inference Protocol v2) on %s", address_of(settings.host, port))
+    return settings.model_copy(update={"grpc_port": port})
 
 
 def _agreed_file(settings: Settings, stack: contextlib.ExitStack) -> Path | None:
@@ -150,12 +167,12 @@ def _supervise(settings: Settings, listener: socket.socket, doors: Sequence[Door
     told_to_end = _on_signals(children)
     devices = settings.devices()
     names = [f"engine-{index}" for index in range(len(devices))] if len(devices) > 1 else ["engine"]
-    last_good = UnnamedFile()
+    last_good, models = UnnamedFile(), UnnamedFile()
     sheets = [Sheet() for _ in range(len(devices) + settings.http_workers)]
     engines: dict[Child, UnnamedFile] = {}  # each with what holds something once it has ever been ready
     for index, (name, device, door) in enumerate(zip(names, devices, doors, strict=True)):
         ready, its_settings = UnnamedFile(), settings.model_copy(update={"device": device})
-        child = Child(name, _run_engine, sheets, index, its_settings, door, agreed_file, last_good, ready)
+        child = Child(name, _run_engine, sheets, index, its_settings, door, agreed_file, last_good, models, ready)
         engines[child] = ready
     places = Places(settings.http_workers)
     workers = {
@@ -231,7 +248,7 @@ def _run_http(
     index: int,
     pulse: Pulse,
 ) -> None:
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     try:
         join(sheets, sheet)
         from server.api import process  # imports FastAPI: in the HTTP processes alone

@@ -18,6 +18,8 @@ Activation = Literal["softmax", "sigmoid", "none"]
 LABEL_THRESHOLD = 0.5
 """The least score of a label that holds, where nobody names another."""
 
+DEFAULT_TOP_K = 5
+
 _token_counts = functools.lru_cache(4096)(token_counts)
 
 
@@ -28,6 +30,7 @@ class BatchKey(NamedTuple):
     schedule: Schedule
     input_size: tuple[int, int]
     operation: str = "forward"
+    revision: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class ModelInfo:
         num_features: Channels of its pooled features.
         activation: What makes scores of its logits where a request does not say.
         version: Which of its versions is served.
+        revision: Which files it was loaded from: two loads of one name differ in it.
     """
 
     name: str
@@ -69,6 +73,7 @@ class ModelInfo:
     num_features: int = 0
     activation: Activation = "softmax"
     version: str = "1"
+    revision: str = ""
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
         """The `r` of each block; raises InvalidError when this model cannot merge like that."""
@@ -80,6 +85,36 @@ class ModelInfo:
         """Raises InvalidError when this model cannot merge like that; any bounds of `auto` will do."""
         if not isinstance(r, AutoR):
             self.schedule(r)
+
+    def most_classes(self, activation: Activation, top_k: int | None = None, threshold: float | None = None) -> int:
+        """How many classes are named of an image, at most.
+
+        Args:
+            activation: What makes scores of logits.
+            top_k: As asked; None for `DEFAULT_TOP_K`, or all where there are fewer.
+            threshold: The least score of a class that is named, in the place of `top_k`.
+
+        Raises:
+            InvalidError: It is out of range, or they do not go together.
+        """
+        num_classes = len(self.labels)
+        if not num_classes:
+            if (top_k, threshold) != (None, None):
+                raise InvalidError(f"model {self.name} has no classifier: top_k and threshold do not go with it")
+            return 0
+        if threshold is not None:
+            if top_k is not None:
+                raise InvalidError("threshold and top_k are both given; give one of them")
+            if activation != "sigmoid":
+                raise InvalidError(f"threshold goes with function_to_apply=sigmoid, not with {activation}")
+            if not 0 <= threshold <= 1:
+                raise InvalidError(f"threshold is {shown(threshold)}; it must lie between 0 and 1")
+            return num_classes
+        if top_k is None:
+            return min(DEFAULT_TOP_K, num_classes)
+        if not 1 <= top_k <= num_classes:
+            raise InvalidError(f"top_k is {shown(top_k)}; it must lie between 1 and {num_classes}")
+        return top_k
 
     def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
         """Tokens entering the first block, then leaving each block."""
@@ -94,11 +129,29 @@ class ModelInfo:
 
     def batch_key(self, schedule: Schedule, operation: str = "forward") -> BatchKey:
         """What images for this model under this schedule are batched by."""
-        return BatchKey(self.name, schedule, self.preprocessing.input_size, operation)
+        return BatchKey(self.name, schedule, self.preprocessing.input_size, operation, self.revision)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model that is loaded or may be loaded.
+
+    Attributes:
+        name, version: Which one.
+        state: READY serves; LOADING is made ready; UNLOADING answers what it has; UNAVAILABLE is not in memory.
+        reason: Why it is not available.
+    """
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+    reason: str = ""
 
 
 def find_model(catalog: Mapping[str, ModelInfo], name: str | None) -> ModelInfo:
     """A model by name, or the first one; raises NotFoundError when there is none of that name."""
+    if not catalog:
+        raise NotFoundError("no model is loaded; POST /v2/repository/models/NAME/load loads one", models=[])
     if name is None:
         return next(iter(catalog.values()))
     if name not in catalog:

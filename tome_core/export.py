@@ -89,8 +89,9 @@ def export_onnx(
 ) -> OnnxFile:
     """Writes the model at one `r` as an ONNX file, and checks it.
 
-    Its input is `images` (batch, 3, H, W), float32, normalised as the model wants them; its output `logits` (batch, K).
-    The file appears only when `onnx` finds it valid and onnxruntime, where installed, gives torch's logits.
+    Its input is `images` (batch, 3, H, W), float32, normalised as the model wants them; its output `logits` (batch, K),
+    or `features` (batch, C) of a model without a classifier. The file appears only when `onnx` finds it valid and
+    onnxruntime, where installed, gives torch's numbers.
 
     Args:
         merged: The merging model, in eval mode and float32.
@@ -124,7 +125,8 @@ def export_onnx(
         raise ExportError(f"the model is {dtype}; an ONNX file is written in float32: call float() first")
 
     fixed = FixedR(merged, r)
-    written = to_onnx(export_program(merged, r, input_size, batch_size=batch_size), opset, ["images"], ["logits"])
+    output = "logits" if getattr(merged.model, "num_classes", 1) else "features"
+    written = to_onnx(export_program(merged, r, input_size, batch_size=batch_size), opset, ["images"], [output])
     facts = {"schedule": fixed.schedule, **(metadata or {})}
     written.model.metadata_props.update({name: json.dumps(fact) for name, fact in facts.items()})
     with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
@@ -195,7 +197,7 @@ def _difference(file: Path, fixed: FixedR, input_size: tuple[int, int], batch_si
         images = torch.randn(batch_size, 3, *input_size, generator=generator)
         with torch.inference_mode():
             expected.append(fixed(images.to(device)).cpu())
-        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        (logits,) = session.run(None, {"images": images.numpy()})
         differences.append((torch.from_numpy(logits) - expected[-1]).abs().amax(dim=1))
     *others, largest = torch.cat(differences).sort().values.tolist()
     # Two pairs of tokens that are alike but for rounding may merge in either order, which is right and moves the

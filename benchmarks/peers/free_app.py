@@ -18,7 +18,7 @@ import uvloop
 from server.api.accept import Places
 from server.images.preprocessing import Preprocessing
 from server.ipc.door import Door
-from server.ipc.messages import Item, TopK
+from server.ipc.messages import Classify, Item, TopK
 from server.shared_values import Sheet, join
 from server.types import BatchKey, ModelInfo
 
@@ -99,7 +99,9 @@ class _Free:
         return items
 
     def compute(self, key: BatchKey, work: Sequence[Item]) -> list[TopK]:
-        return [TopK(list(range(k)), [1 / k] * k) for k in (item.request.top_k for item in work)]
+        requests = [item.request for item in work]
+        ks = [request.top_k for request in requests if isinstance(request, Classify)]
+        return [TopK(list(range(k)), [1 / k] * k) for k in ks]
 
     def check(self) -> None:
         pass

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from pydantic import BaseModel
 
 from server.api.admission import Admission
 from server.api.schemas import ErrorBody
@@ -33,7 +35,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The deadline passed before the answer was there.",
     }.items()
 }
-"""Every status but 200, for the API's description: all errors have one shape."""
+"""Every status but 200, for the API's description: all errors of our own endpoints have one shape."""
+
+
+def errors_as(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The same in the shape of another protocol."""
+    return {status: {**said, "model": body} for status, said in ERRORS.items()}
 
 
 @dataclass(frozen=True)
@@ -64,17 +71,14 @@ async def for_all(request: Request) -> Service:
 async def for_users(request: Request) -> Service:
     """For who bears the user key or the admin key, or anyone when no user key is set."""
     service: Service = request.app.state.service
-    settings = service.settings
-    if settings.api_key and not _bears(request, settings.api_key, settings.admin_key):
-        raise UnauthorizedError("send the API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+    check_user(service.settings, request.headers)
     return service
 
 
 async def for_admins(request: Request) -> Service:
     """For who bears the admin key, or for users when none is set."""
-    service = await for_users(request)
-    if service.settings.admin_key and not _bears(request, service.settings.admin_key):
-        raise ForbiddenError("changes need the admin key")
+    service: Service = request.app.state.service
+    check_admin(service.settings, request.headers)
     return service
 
 
@@ -82,7 +86,7 @@ async def for_scrapers(request: Request) -> Service:
     """For requests with any of the keys; for all requests when no metrics key is set."""
     service: Service = request.app.state.service
     settings = service.settings
-    if settings.metrics_key and not _bears(request, settings.metrics_key, settings.api_key, settings.admin_key):
+    if settings.metrics_key and not _bears(request.headers, settings.metrics_key, settings.api_key, settings.admin_key):
         raise UnauthorizedError("send the metrics key, or another, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
     return service
 
@@ -92,7 +96,20 @@ ForUsers = Annotated[Service, Depends(for_users)]
 ForAdmins = Annotated[Service, Depends(for_admins)]
 
 
-def _bears(request: Request, *keys: str | None) -> bool:
-    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    borne = request.headers.get("x-api-key") or (credentials.strip() if scheme.lower() == "bearer" else "")
+def check_user(settings: Settings, headers: Mapping[str, str]) -> None:
+    """Raises UnauthorizedError where a user key is set, and the headers bear neither it nor the admin key."""
+    if settings.api_key and not _bears(headers, settings.api_key, settings.admin_key):
+        raise UnauthorizedError("send the API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+
+
+def check_admin(settings: Settings, headers: Mapping[str, str]) -> None:
+    """Raises as `check_user`, and ForbiddenError where an admin key is set and the headers do not bear it."""
+    check_user(settings, headers)
+    if settings.admin_key and not _bears(headers, settings.admin_key):
+        raise ForbiddenError("changes need the admin key")
+
+
+def _bears(headers: Mapping[str, str], *keys: str | None) -> bool:
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    borne = headers.get("x-api-key") or (credentials.strip() if scheme.lower() == "bearer" else "")
     return any(key is not None and hmac.compare_digest(borne.encode(), key.encode()) for key in keys)

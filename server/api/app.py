@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,10 +15,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from server import __version__
-from server.api import config, explain, health, models, openapi, page, routes
+from server.api import config, explain, health, models, openapi, page, repository, routes
 from server.api.access import Service
+from server.api.access_log import AccessLog
 from server.api.admission import Admission
 from server.api.body import invalid
+from server.api.calls import Calls
 from server.api.direct import Direct, Handlers
 from server.api.faces import Problem, shape_of
 from server.api.methods import Head, allowed
@@ -29,10 +31,24 @@ from server.images.decoders import Decoders
 from server.ipc.engine import Engine
 from server.settings import Settings
 
+if TYPE_CHECKING:
+    from server.tracing.provider import Tracing
+
 logger = logging.getLogger(__name__)
 
 _READABLE = ("etag", "retry-after", "server-timing", "x-batch-size", "x-config-version", "x-r", "x-request-id")
 """The headers of an answer that a page of another origin may read."""
+_FROM_PAGES = (
+    "authorization",
+    "content-type",
+    "if-match",
+    "traceparent",
+    "tracestate",
+    "x-api-key",
+    "x-r",
+    "x-request-id",
+)
+"""Those of a request that such a page may set."""
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -41,6 +57,8 @@ def create_app(
     engine: Engine,
     lifespan: Lifespan[FastAPI] | None = None,
     instead: Sequence[APIRouter] = (),
+    access_log: AccessLog | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Builds the application around an engine, real or fake.
 
@@ -49,6 +67,8 @@ def create_app(
         engine: Where images are classified.
         lifespan: Starts and stops the engine with the application.
         instead: Endpoints that answer in place of ours of the same method and path.
+        access_log: Gets a line a request; None for no lines.
+        tracing: Makes the spans of requests; None for none.
     """
     app = FastAPI(
         title="ToMe Server",
@@ -59,10 +79,20 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # what asks for it costs each request 0.01 ms
     )
     app.state.is_draining = False
+    app.state.calls = Calls(access_log, tracing)
     app.state.faces = faces = faces_of(settings)
     decoders = Decoders(settings.max_image_pixels, settings.http_workers)
     app.state.service = Service(settings, engine, Admission(settings.max_queue_size), decoders)
-    ours = (routes.router, explain.router, models.router, config.router, health.router, openapi.router, page.router)
+    ours = (
+        routes.router,
+        explain.router,
+        models.router,
+        config.router,
+        repository.router,
+        health.router,
+        openapi.router,
+        page.router,
+    )
     routers = (*instead, *ours, *(face.router for face in faces))
     app.state.routes = [route for router in routers for route in router.routes]
     for router in routers:
@@ -82,10 +112,26 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origin,
             allow_methods=("GET", "HEAD", "POST", "PATCH"),
-            allow_headers=("authorization", "content-type", "if-match", "x-api-key", "x-r", "x-request-id"),
+            allow_headers=(
+                "authorization",
+                "content-type",
+                "if-match",
+                "traceparent",
+                "tracestate",
+                "x-api-key",
+                "x-r",
+                "x-request-id",
+            ),
             expose_headers=_READABLE,
         )
-    app.add_middleware(Front, max_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s)
+    app.add_middleware(
+        Front,
+        max_bytes=settings.max_body_bytes,
+        client_timeout_s=settings.client_timeout_s,
+        inflates=lambda path: any(face.inflates(path) for face in faces),
+        access_log=access_log,
+        tracing=tracing,
+    )
     return app
 
 

@@ -22,6 +22,7 @@ from server.errors import InvalidError, ServerError, shown
 from server.images.image import Image
 from server.ipc.messages import Answered, Classify, Embed, Explain, Merges, Score, TopK, Vector
 from server.ipc.messages import Request as EngineRequest
+from server.tracing.context import current_span, current_trace
 
 T = TypeVar("T")
 
@@ -42,7 +43,14 @@ class Kind(NamedTuple, Generic[T]):
 
 
 def _common(terms: Terms, images: list[Image]) -> dict[str, Any]:
-    return {"model": terms.info.name, "images": images, "r": terms.r, "deadline": terms.deadline}
+    return {
+        "model": terms.info.name,
+        "images": images,
+        "r": terms.r,
+        "deadline": terms.deadline,
+        "trace": current_trace(),
+        "revision": terms.info.revision,
+    }
 
 
 def _classify(terms: Terms, images: list[Image]) -> Classify:
@@ -52,6 +60,10 @@ def _classify(terms: Terms, images: list[Image]) -> Classify:
 
 def _score(terms: Terms, images: list[Image]) -> Score:
     return Score(**_common(terms, images), activation=terms.activation)
+
+
+def _score_and_embed(terms: Terms, images: list[Image]) -> Score:
+    return Score(**_common(terms, images), activation=terms.activation, features=True)
 
 
 def _embed(terms: Terms, images: list[Image]) -> Embed:
@@ -66,6 +78,7 @@ def _explain(terms: Terms, images: list[Image]) -> Explain:
 
 CLASSIFY: Kind[TopK] = Kind(_classify)
 SCORE: Kind[Vector] = Kind(_score)
+SCORE_AND_EMBED: Kind[Vector] = Kind(_score_and_embed)
 EMBED: Kind[Vector] = Kind(_embed, needs_classes=False)
 EXPLAIN: Kind[Merges] = Kind(_explain, needs_classes=False)
 
@@ -105,11 +118,12 @@ class Asking:
         r: The `r` that stands outside the body: the header `x-r`, where there is an HTTP request.
     """
 
-    __slots__ = ("_model", "_r", "_request", "_schedule", "_service", "start")
+    __slots__ = ("_model", "_r", "_request", "_schedule", "_service", "_span", "start")
 
     def __init__(self, service: Service, request: Request | None = None, r: str | None = None) -> None:
         self.start = time.monotonic()
         self._service, self._request = service, request
+        self._span = current_span()
         self._r = r if request is None else request.headers.get(R_HEADER)
         self._model = "unknown"
         self._schedule: Schedule | None = None
@@ -124,6 +138,8 @@ class Asking:
             r = "unknown" if self._schedule is None else label_of(self._schedule)  # the deployment's was not asked for
             status = error.status if isinstance(error, ServerError) else 500
             metrics.REQUESTS.labels(self._model, r, str(status)).inc()
+            if self._span is not None:
+                self._span.fail(error)
 
     async def read(self, body: Awaitable[T]) -> T:
         """What reading the body gives, within the longest time that a request may take; raises DeadlineError."""
@@ -132,6 +148,8 @@ class Asking:
 
     def resolve(self, parameters: Parameters) -> Terms:
         """What is asked, checked against the model; errors as of `terms.resolve`."""
+        if self._span is not None:
+            self._span.stage("reading", self.start)
         if self._r is not None:
             if parameters.r is not None:
                 raise InvalidError(
@@ -169,7 +187,20 @@ class Asking:
         requests.inc()
         images.inc(len(sent))
         seconds.observe(timings["total"] / 1e3)
+        if self._span is not None:
+            self._span.tell(_facts(terms, answered, len(sent)))
         return Answer(terms, answered, timings)
+
+
+def _facts(terms: Terms, answered: Answered[Any], num_images: int) -> dict[str, str | int]:
+    """What a span tells of an answered request."""
+    return {
+        "tome.model": terms.info.name,
+        "tome.r": text_of(r_of(answered.schedule)),
+        "tome.tokens": terms.info.token_counts(answered.schedule)[-1],
+        "tome.batch_size": answered.batch_size,
+        "tome.images": num_images,
+    }
 
 
 @functools.lru_cache(1024)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -17,6 +17,7 @@ from server.api.schemas import JsonBody, Parameters
 from server.errors import InvalidError, TooLargeError, UndecodableError, UnsupportedError, shown
 
 M = TypeVar("M", bound=BaseModel)
+P = TypeVar("P", bound=BaseModel)
 
 _PROBLEMS_TOLD = 3
 _MOST_FIELDS = 100
@@ -41,7 +42,25 @@ class Upload:
     filename: str | None = None
 
 
-async def read_request(request: Request, max_images: int) -> tuple[list[Upload], Parameters]:
+@dataclass(frozen=True)
+class Layout(Generic[P]):
+    """Where an endpoint finds images and parameters.
+
+    Attributes:
+        parameters: Of the query and of forms.
+        body: Of JSON: the parameters, and the images as base64.
+        images: The field of `body` that holds these: a text, or a list of them.
+    """
+
+    parameters: type[P]
+    body: type[P]
+    images: str
+
+
+OURS = Layout(Parameters, JsonBody, "images")
+
+
+async def read_request(request: Request, max_images: int, layout: Layout[P]) -> tuple[list[Upload], P]:
     """Reads images and parameters from a multipart form, a JSON body or a raw image.
 
     Raises:
@@ -50,30 +69,31 @@ async def read_request(request: Request, max_images: int) -> tuple[list[Upload],
         TooLargeError: Too many images.
         InvalidError: A parameter is unknown, wrong, or given twice.
     """
-    header = request.headers.get("content-type", "")
-    content_type = header.partition(";")[0].strip().lower()
-    query = _read_query(request)
+    content_type, query = content_type_of(request), read_query(request)
+    how = f"the form part 'image', as JSON '{layout.images}' or raw"
     if content_type == "multipart/form-data":
-        uploads, said = await _read_form(request, header, max_images)
-        parameters = parse(Parameters, _joined(query, said))
+        uploads, said = await read_form(request, max_images)
+        parameters = parse(layout.parameters, joined(query, said))
     elif content_type == "application/json":
-        said = _joined(query, await read_json(request, max_images))
-        if isinstance(said.get("images"), list):  # before each of them is looked at
-            _check_count(len(said["images"]), max_images)
-        parameters = body = parse(JsonBody, said)
-        if sum(map(len, body.images)) <= SMALL:
-            uploads = _uploads_of(body.images)
-        else:
-            uploads = await asyncio.to_thread(_uploads_of, body.images)
+        said = joined(query, await read_json(request, max_images, (layout.images,)))
+        if isinstance(said.get(layout.images), list):  # before each of them is looked at
+            check_count(len(said[layout.images]), max_images, how)
+        parameters = parse(layout.body, said)
+        uploads = await uploads_of(getattr(parameters, layout.images))
     elif content_type.startswith("image/") or content_type == "application/octet-stream":
-        uploads, parameters = [Upload(await _read_whole(request))], parse(Parameters, query)
+        uploads, parameters = [Upload(await read_whole(request))], parse(layout.parameters, query)
     else:
         raise UnsupportedError(
             f"content type {shown(content_type or 'missing')} is not one of {', '.join(CONTENT_TYPES)}",
             allowed=CONTENT_TYPES,
         )
-    _check_count(len(uploads), max_images)
+    check_count(len(uploads), max_images, how)
     return uploads, parameters
+
+
+def content_type_of(request: Request) -> str:
+    """The content type without its parameters; nothing where there is none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def parse(model: type[M], said: dict[str, Any]) -> M:
@@ -99,14 +119,15 @@ def invalid(problems: Sequence[Any], model: type[BaseModel] | None = None) -> In
     return InvalidError("; ".join(lines))
 
 
-def _read_query(request: Request) -> dict[str, Any]:
+def read_query(request: Request) -> dict[str, Any]:
+    """The parameters of the query; raises InvalidError where one comes twice, or too many do."""
     num_pairs = request.scope["query_string"].count(b"&") + 1
     if num_pairs > _MOST_FIELDS:
         raise InvalidError(f"the query has {num_pairs} parameters; at most {_MOST_FIELDS} are allowed")
     return without_repeats(request.query_params.multi_items())
 
 
-async def _read_whole(request: Request) -> bytes:
+async def read_whole(request: Request) -> bytes:
     """The body, as `request.body()` gives it, without the generator that makes each request dearer."""
     pieces = []
     while True:
@@ -116,8 +137,21 @@ async def _read_whole(request: Request) -> bytes:
             return b"".join(pieces)
 
 
-async def _read_form(request: Request, content_type: str, max_images: int) -> tuple[list[Upload], dict[str, Any]]:
-    form = FormReader(boundary_of(content_type), most=max_images + _MOST_FIELDS + 1)
+async def read_form(
+    request: Request, max_images: int, parts: Sequence[str] = ("image",)
+) -> tuple[list[Upload], dict[str, Any]]:
+    """The images of a form, with or without file names, and its other fields.
+
+    Args:
+        request: Its body is read.
+        max_images: Images that it may hold.
+        parts: Names of the parts that are images.
+
+    Raises:
+        UndecodableError: The body is no form, or has too many parts.
+        InvalidError: A file stands in another part, a field comes twice, is too long, or there are too many.
+    """
+    form = FormReader(boundary_of(request.headers.get("content-type", "")), most=max_images + _MOST_FIELDS + 1)
     is_over = False
     while not is_over:
         message = await request.receive()
@@ -127,10 +161,10 @@ async def _read_form(request: Request, content_type: str, max_images: int) -> tu
     uploads: list[Upload] = []
     said: list[tuple[str, str]] = []
     for part in form.parts:
-        if part.name == "image":
+        if part.name in parts:
             uploads.append(Upload(part.content, part.filename))
         elif part.filename is not None:
-            raise InvalidError(f"the form has a file in {shown(part.name)}; send images as 'image'")
+            raise InvalidError(f"the form has a file in {shown(part.name)}; send images as '{parts[0]}'")
         elif len(said) == _MOST_FIELDS:
             raise InvalidError(f"the form has more than {_MOST_FIELDS} fields")
         elif len(part.content) > _LONGEST_FIELD:
@@ -142,11 +176,20 @@ async def _read_form(request: Request, content_type: str, max_images: int) -> tu
     return uploads, without_repeats(said)
 
 
-def _uploads_of(texts: Sequence[str]) -> list[Upload]:
-    return [Upload(_from_base64(text, index)) for index, text in enumerate(texts)]
+async def uploads_of(images: str | Sequence[str]) -> list[Upload]:
+    """Images of base64, with or without a data: prefix; raises UndecodableError where one is none."""
+    texts = [images] if isinstance(images, str) else images
+    if sum(map(len, texts)) <= SMALL:
+        return _decoded(texts)
+    return await asyncio.to_thread(_decoded, texts)
 
 
-def _from_base64(text: str, index: int) -> bytes:
+def _decoded(texts: Sequence[str]) -> list[Upload]:
+    return [Upload(from_base64(text, index)) for index, text in enumerate(texts)]
+
+
+def from_base64(text: str, index: int) -> bytes:
+    """The bytes of an image that came as base64, with or without a data: prefix; raises UndecodableError."""
     encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
     try:
         return base64.b64decode(encoded, validate=True)  # as nearly all comes
@@ -162,7 +205,8 @@ def _from_base64(text: str, index: int) -> bytes:
         raise UndecodableError(f"image {index} is not base64: {error}", image=index) from None
 
 
-def _joined(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+def joined(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    """What the query and the body say; raises InvalidError where both say one thing."""
     twice = sorted(query.keys() & body.keys())
     if twice:
         raise InvalidError(f"{_listed(twice)}: given in the query and in the body; say it once")
@@ -173,9 +217,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown(name) for name in names[:_PROBLEMS_TOLD])
 
 
-def _check_count(count: int, max_images: int) -> None:
+def check_count(count: int, max_images: int, how: str) -> None:
+    """Raises UndecodableError, which says how to send one, where there is no image; TooLargeError for too many."""
     if count == 0:
-        raise UndecodableError("the request holds no image; send it as the form part 'image', as JSON 'images' or raw")
+        raise UndecodableError(f"the request holds no image; send it as {how}")
     if count > max_images:
         raise TooLargeError(
             f"the request holds {count} images; at most {max_images} are allowed", max_images=max_images

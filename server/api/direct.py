@@ -52,13 +52,15 @@ class Direct:
         for router in routers:
             for route in router.routes:
                 first.setdefault(getattr(route, "path", ""), route)
-        self._routes = {path: route.direct() for path, route in first.items() if isinstance(route, DirectRoute)}
+        self._routes = {
+            path: (route, *route.direct()) for path, route in first.items() if isinstance(route, DirectRoute)
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if route is None:
+        found = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if found is None:
             return await self._app(scope, receive, send)
-        endpoint, access = route
+        scope["route"], endpoint, access = found  # as FastAPI's routing does
         request = Request(scope, receive)
         try:
             response = await endpoint(request, await access(request))

@@ -6,19 +6,20 @@ from fastapi import APIRouter, Request
 
 from server.api.access import ERRORS, ForUsers
 from server.api.asking import EXPLAIN, Asking
-from server.api.body import read_request
-from server.api.routes import ASKED, classes
+from server.api.body import OURS, read_request
+from server.api.described import asked
+from server.api.routes import classes
 from server.api.schemas import BlockGroups, Class, Merging, Seen, TimingsMs
 from server.dial import r_of
 
 router = APIRouter(responses=ERRORS)
 
 
-@router.post("/v1/explain", openapi_extra=ASKED)
+@router.post("/v1/explain", openapi_extra=asked(OURS))
 async def explain(request: Request, service: ForUsers) -> Merging:
     """Says which patches of one image merge. Asked as /classify is, and computed in float32 whatever that takes."""
     with Asking(service, request) as asking:
-        uploads, parameters = await asking.read(read_request(request, max_images=1))
+        uploads, parameters = await asking.read(read_request(request, 1, OURS))
         answer = await asking.answer(EXPLAIN, uploads, asking.resolve(parameters))
     terms, answered = answer.terms, answer.answered
     info, (merges,) = terms.info, answered.results

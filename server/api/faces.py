@@ -42,6 +42,7 @@ class Face:
         router: Its endpoints.
         owns: Whether a method and a path are its own, and so its errors have its shape; unknown paths of its may be.
         error: Gives an error its shape. The status and the headers that all errors have stay as they are.
+        inflates: Whether the bodies for a path may be compressed.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Face:
     router: APIRouter
     owns: Callable[[str, str], bool]
     error: Callable[[Problem], JSONResponse] = field(default=native)
+    inflates: Callable[[str], bool] = field(default=lambda path: False)
 
 
 def shape_of(request: Request) -> Callable[[Problem], JSONResponse]:

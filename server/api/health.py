@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from server import metrics
-from server.api.access import ERRORS, ForAll, for_scrapers
+from server.api.access import ERRORS, ForAll, Service, for_scrapers
 from server.errors import UnavailableError
 
 router = APIRouter(responses={503: ERRORS[503]})
+
+
+async def check_ready(app: FastAPI) -> None:
+    """Raises UnavailableError where no images should be sent here now."""
+    if app.state.is_draining:
+        raise UnavailableError("this server is about to end", retry_after_s=1)
+    service: Service = app.state.service
+    await service.engine.check()
 
 
 @router.get("/livez")
@@ -24,9 +32,7 @@ async def livez() -> dict[str, str]:
 @router.get("/healthz", include_in_schema=False)
 async def readyz(request: Request, service: ForAll) -> dict[str, Any]:
     """Whether images should be sent here now: asks the engine through the real batch loop."""
-    if request.app.state.is_draining:
-        raise UnavailableError("this server is about to end", retry_after_s=1)
-    await service.engine.check()
+    await check_ready(request.app)
     return {"status": "ready", "models": list(service.engine.catalog())}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 from fastapi import Request
@@ -30,12 +31,13 @@ SMALL = 64 << 10
 _SLICE = 1 << 20
 
 
-async def read_json(request: Request, max_images: int = 0) -> dict[str, Any]:
+async def read_json(request: Request, max_images: int = 0, images: Container[str] = ()) -> dict[str, Any]:
     """A JSON object.
 
     Args:
         request: Its body is read.
-        max_images: Images that it may hold, as texts of any length in the list `images`.
+        max_images: Images that it may hold, as texts of any length in a list.
+        images: Fields, at any depth, that may hold an image as one text of any length.
 
     Raises:
         UndecodableError: The body is no JSON, or no object, or a number in it is too long.
@@ -44,31 +46,33 @@ async def read_json(request: Request, max_images: int = 0) -> dict[str, Any]:
     """
     body = await request.body()
     if len(body) <= SMALL:
-        return parse_object(body, max_images)
-    return await asyncio.to_thread(parse_object, body, max_images)
+        return parse_object(body, max_images, images)
+    return await asyncio.to_thread(parse_object, body, max_images, images)
 
 
-def parse_object(body: bytes, max_images: int = 0) -> dict[str, Any]:
+def parse_object(body: bytes, max_images: int = 0, images: Container[str] = ()) -> dict[str, Any]:
     """A JSON object of bytes; errors as of `read_json`."""
-    _check_values(body, MOST_VALUES + 2 * max_images)  # a data: prefix has a comma, too
+    check_values(body, MOST_VALUES + 2 * max_images)  # a data: prefix has a comma, too
+
+    def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return _object(pairs, images)
+
     try:
         said = json.loads(
-            body, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_no_number
+            body, object_pairs_hook=read_object, parse_int=_integer, parse_float=_number, parse_constant=_no_number
         )
     except (ValueError, RecursionError) as error:
         raise UndecodableError(f"the body is not JSON: {error}") from None
     if not isinstance(said, dict):
         raise UndecodableError('the body must be a JSON object like {"images": ["..."]}')
-    for name, value in said.items():
-        if isinstance(value, str) and len(value) > LONGEST_TEXT:
-            raise InvalidError(
-                f"{shown(name)} is a text of {len(value)} characters; at most {LONGEST_TEXT} are allowed"
-            )
     return said
 
 
-def _check_values(body: bytes, most: int) -> None:
-    """Counts the commas: between values of lists and objects there is one, and nesting is bounded by the parser."""
+def check_values(body: bytes, most: int) -> None:
+    """Raises TooLargeError where JSON holds more values than these.
+
+    It counts the commas: between values of lists and objects there is one, and nesting is bounded by the parser.
+    """
     commas = 0
     for begin in range(0, len(body), _SLICE):  # other threads run in between
         commas += body.count(b",", begin, begin + _SLICE)
@@ -76,9 +80,14 @@ def _check_values(body: bytes, most: int) -> None:
             raise TooLargeError(f"the body holds more than {most} values", max_values=most)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]], images: Container[str]) -> dict[str, Any]:
     if len(pairs) > MOST_FIELDS:
         raise InvalidError(f"an object of the body has {len(pairs)} fields; at most {MOST_FIELDS} are allowed")
+    for name, value in pairs:
+        if isinstance(value, str) and len(value) > LONGEST_TEXT and name not in images:
+            raise InvalidError(
+                f"{shown(name)} is a text of {len(value)} characters; at most {LONGEST_TEXT} are allowed"
+            )
     return without_repeats(pairs)
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access_log import PROBES, AccessLog
+from server.api.compression import Inflater, inflater_of
 from server.api.patience import Sender, client_of
 from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError, UnsupportedError, shown
+from server.tracing.context import CURRENT, RequestContext, caller_of
+
+if TYPE_CHECKING:
+    from server.tracing.provider import Tracing
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -40,23 +48,36 @@ class Front:
 
     It gives the request an id, the client's own where it sent a plain one, and returns it as `x-request-id`, among the
     headers that all answers have. And it guards the bodies while they arrive: how long each is, how fast it comes, how
-    much all hold, and that none is compressed: its length would say nothing of what it comes to.
+    much all hold, and that none is compressed but where clients of a protocol do that. There it is inflated here, so
+    that the limits hold for what it comes to. It names the request to all that is done for it, and has it in the log
+    and among the spans once it is answered.
 
     Args:
         app: What is guarded.
         max_bytes: Largest body. A longer one is refused, at once where it says so beforehand.
         client_timeout_s: Longest time without a byte. Drops of a few bytes do not extend it.
+        inflates: Whether bodies for a path may be compressed.
+        access_log: Gets a line a request; None for no lines.
+        tracing: Makes spans; None for none.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, client_timeout_s: float) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        client_timeout_s: float,
+        inflates: Callable[[str], bool] = lambda path: False,
+        access_log: AccessLog | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._app, self._inflates, self._access_log, self._tracing = app, inflates, access_log, tracing
         self.max_bytes, self.client_timeout_s = max_bytes, client_timeout_s
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        borne = announced = encoding = None
+        borne = announced = encoding = traceparent = tracestate = None
         for name, value in scope["headers"]:
             if name == b"content-length" and announced is None:
                 announced = value
@@ -64,23 +85,106 @@ class Front:
                 borne = value
             elif name == b"content-encoding" and value.lower() != b"identity":
                 encoding = value
+            elif name == b"traceparent" and traceparent is None:
+                traceparent = value
+            elif name == b"tracestate":
+                tracestate = value if tracestate is None else tracestate + b"," + value
         request_id = borne if borne and _REQUEST_ID.fullmatch(borne) else b"%032x" % random.getrandbits(128)
         scope["asgi"] = _ASGI
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        context = RequestContext(request_id.decode())
+        scope.setdefault("state", {})["request_id"] = context.request_id
+        if traceparent is not None:
+            context.caller = caller_of(traceparent.decode("latin-1"), tracestate and tracestate.decode("latin-1"))
+        if self._tracing is not None and _path(scope) not in PROBES:
+            context.span = self._tracing.serve(scope["method"], context.caller, _asked(scope, context))
+        start: Message | None = None
 
         async def named(message: Message) -> None:
+            nonlocal start
             if message["type"] == "http.response.start":
+                start = message
                 headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
                 if scope["method"] != "POST" and all(name != b"cache-control" for name, _ in headers):
                     headers.append(_NOT_KEPT)
                 message["headers"] = [*headers, *SAFE, (b"x-request-id", request_id)]
             await send(message)
 
-        body = _Body(receive, self, announced, encoding, client_of(scope))
+        inflater = None
+        if encoding is not None and self._inflates(_path(scope)):
+            inflater = inflater_of(encoding.decode("latin-1"))
+        body = _Body(receive, self, announced, encoding, inflater, client_of(scope))
+        token = CURRENT.set(context)
         try:
             await self._app(scope, body.receive, named)
+        except Exception as error:
+            if context.span is not None:
+                context.span.fail(error)
+            raise
         finally:
             self.held -= body.received
+            CURRENT.reset(token)
+            if self._access_log is not None:
+                _note(self._access_log, scope, start, body.age_s, context)
+            if context.span is not None:
+                status = 500 if start is None else start["status"]
+                context.span.end(*_answered(scope, status), is_our_fault=status >= 500)
+
+
+def _path(scope: Scope) -> str:
+    """What is asked for, wherever the application is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _asked(scope: Scope, context: RequestContext) -> dict[str, str]:
+    """What a span tells of a request when it comes."""
+    asked = {
+        "http.request.method": scope["method"],
+        "url.path": scope["path"],
+        "url.scheme": scope["scheme"],
+        "tome.request_id": context.request_id,
+    }
+    client = scope.get("client")
+    return {**asked, "client.address": client[0]} if client else asked
+
+
+def _answered(scope: Scope, status: int) -> tuple[str, dict[str, str | int]]:
+    """The name of a request's span, and what it tells when the request is answered."""
+    route = getattr(scope.get("route"), "path", None)
+    answered: dict[str, str | int] = {"http.response.status_code": status}
+    if route is None:
+        return scope["method"], answered  # what has no route may be anything, and names are few
+    return f"{scope['method']} {route}", {**answered, "http.route": route}
+
+
+def _note(access_log: AccessLog, scope: Scope, start: Message | None, took_s: float, context: RequestContext) -> None:
+    """Has a request in the log.
+
+    Args:
+        access_log: The log.
+        scope: The request.
+        start: How its answer began; None where it broke before.
+        took_s: Seconds from its head to the end of its answer.
+        context: Its ids.
+    """
+    size = r = None
+    if start is not None:
+        for name, value in start["headers"]:
+            if name == b"content-length":
+                size = int(value)
+            elif name == b"x-r":
+                r = value.decode("latin-1")
+    client, raw_path = scope.get("client"), scope.get("raw_path")
+    access_log.note(
+        scope["method"],
+        scope["path"] if raw_path is None else raw_path.decode("latin-1"),
+        500 if start is None else start["status"],
+        took_s,
+        context,
+        size=size,
+        r=r,
+        client=client[0] if client else None,
+    )
 
 
 class _Body:
@@ -91,10 +195,21 @@ class _Body:
         limits: Limits, and how much all bodies hold.
         announced: Its length, as its client says.
         encoding: Its Content-Encoding, where it has one.
+        inflater: What inflates it; with an encoding and without an inflater it is refused.
         client: Who sends it, where that is known.
     """
 
-    __slots__ = ("_began_at", "_client", "_encoding", "_is_complete", "_is_too_long", "_limits", "_receive", "received")
+    __slots__ = (
+        "_began_at",
+        "_client",
+        "_encoding",
+        "_inflater",
+        "_is_complete",
+        "_is_too_long",
+        "_limits",
+        "_receive",
+        "received",
+    )
 
     def __init__(
         self,
@@ -102,13 +217,20 @@ class _Body:
         limits: Front,
         announced: bytes | None,
         encoding: bytes | None,
+        inflater: Inflater | None,
         client: Sender | None,
     ) -> None:
         self._receive, self._limits, self._encoding, self._client = receive, limits, encoding, client
+        self._inflater = inflater
         self._began_at = asyncio.get_running_loop().time()
         self._is_too_long = announced is not None and announced.isdigit() and int(announced[:20]) > limits.max_bytes
         self._is_complete = False
         self.received = 0
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its request came."""
+        return asyncio.get_running_loop().time() - self._began_at
 
     async def receive(self) -> Message:
         """The next piece, as ASGI has it; after the last, that the client has left."""
@@ -116,7 +238,7 @@ class _Body:
             return await self._receive()  # waits for as long as that takes
         if self._is_too_long:
             raise self._too_large()  # before the server asks for it with 100 Continue
-        if self._encoding is not None:
+        if self._encoding is not None and self._inflater is None:
             raise UnsupportedError(
                 f"Content-Encoding is {shown(self._encoding.decode('latin-1'))}; send the body as it is, without one"
             )
@@ -127,6 +249,8 @@ class _Body:
         if message["type"] == "http.disconnect":
             raise ClientGoneError("the client hung up before its body was complete")
         self._is_complete = not message.get("more_body", False)
+        if self._inflater is not None:
+            message = await self._inflated(message, self._inflater)
         size, limits = len(message.get("body", b"")), self._limits
         self.received += size
         limits.held += size
@@ -138,6 +262,12 @@ class _Body:
                 retry_after_s=1,
             )
         return message
+
+    async def _inflated(self, message: Message, inflater: Inflater) -> Message:
+        """A piece of a compressed body as it was before. In a thread: a small piece may come to much."""
+        most = self._limits.max_bytes - self.received + 1
+        body = await asyncio.to_thread(inflater.feed, message.get("body", b""), most, self._is_complete)
+        return {**message, "body": body}
 
     def _too_large(self) -> TooLargeError:
         most = self._limits.max_bytes

@@ -16,6 +16,7 @@ from server.api.schemas import (
     AutoBounds,
     Backend,
     BatchSeconds,
+    ModelCard,
     ModelCurve,
     ModelCurveRow,
     ModelDetail,
@@ -24,6 +25,7 @@ from server.api.schemas import (
     PatchModel,
 )
 from server.dial import AutoR, r_of
+from server.errors import NotFoundError
 from server.ipc.engine import Engine
 from server.types import Configuration, ModelInfo, find_model
 
@@ -40,15 +42,20 @@ async def list_models(service: ForUsers) -> ModelList:
     """The models that are served, the default first."""
     engine = service.engine
     configuration = await engine.configuration()
-    return ModelList(models=[_summary(info, configuration, engine) for info in engine.catalog().values()])
+    # One may just have come.
+    catalog = {name: info for name, info in engine.catalog().items() if name in configuration.models}
+    return ModelList(
+        models=[_summary(info, configuration, engine) for info in catalog.values()],
+        data=[ModelCard(id=name) for name in catalog],
+    )
 
 
 @router.get("/{name}")
-async def get_model(name: str, response: Response, service: ForUsers) -> ModelDetail:
+async def get_model(name: str, request: Request, response: Response, service: ForUsers) -> ModelDetail:
     """One model: classes, input size, blocks, range of r, and token counts for each r."""
     engine = service.engine
     info = find_model(engine.catalog(), name)
-    return _detail(info, await engine.configuration(), engine, response)
+    return _detail(info, await engine.configuration(), engine, request, response)
 
 
 @router.get("/{name}/curve")
@@ -63,6 +70,7 @@ async def get_curve(name: str, service: ForUsers) -> ModelCurve:
         backend=facts.backend,
         measured=curve.measured,
         photos=curve.photos,
+        agreement_of=curve.agreement_of,
         rows=[_curve_row(row) for row in curve.rows],
     )
 
@@ -79,7 +87,8 @@ async def patch_model(
     engine = service.engine
     info = find_model(engine.catalog(), name)
     r = setting_of(info, parse(PatchModel, await read_json(request)))
-    return _detail(info, await engine.configure({name: r}, expected_version(if_match)), engine, response)
+    configuration = await engine.configure({name: r}, expected_version(if_match))
+    return _detail(info, configuration, engine, request, response)
 
 
 def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
@@ -89,30 +98,38 @@ def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
         schedule=list(row.r),
         batch_s=BatchSeconds(a=row.line[0], b=row.line[1]),
         images_per_s=row.images_per_s,
-        **row.model_dump(include={"tokens", "gflops", "agreement", "agreement_interval", "top1"}),
+        **row.model_dump(include={"tokens", "gflops", "agreement", "agreement_interval", "top1", "neighbours"}),
     )
 
 
 def _summary(info: ModelInfo, configuration: Configuration, engine: Engine) -> ModelSummary:
-    r = configuration.models[info.name]
+    r = configuration.models.get(info.name)
+    if r is None:
+        raise NotFoundError(f"model {info.name} was unloaded meanwhile")
     return ModelSummary(
         name=info.name,
         architecture=info.architecture,
         source=info.source,
-        is_default=info.name == next(iter(engine.catalog())),
+        version=info.version,
+        is_default=info.name == next(iter(engine.catalog()), None),
         r="auto" if isinstance(r, AutoR) else r,
         auto=AutoBounds(**asdict(r)) if isinstance(r, AutoR) else None,
         config_version=configuration.version,
     )
 
 
-def _detail(info: ModelInfo, configuration: Configuration, engine: Engine, response: Response) -> ModelDetail:
+def _detail(
+    info: ModelInfo, configuration: Configuration, engine: Engine, request: Request, response: Response
+) -> ModelDetail:
     tag(response, configuration)
     return ModelDetail(
+        id=info.name,
         **_summary(info, configuration, engine).model_dump(),
         backend=Backend(**asdict(info.backend)) if info.backend else None,
         num_classes=len(info.labels),
         classes=list(info.labels),
+        function_to_apply=info.activation,
+        num_features=info.num_features,
         input_size=info.preprocessing.input_size,
         num_blocks=info.num_blocks,
         num_tokens=info.num_tokens,
@@ -121,6 +138,7 @@ def _detail(info: ModelInfo, configuration: Configuration, engine: Engine, respo
         max_r=info.max_r,
         token_counts=_token_counts(info),
         tuned=list(info.tuned),
+        ready=not request.app.state.is_draining,
     )
 
 

@@ -37,6 +37,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The description of an application. It is made once, at the first request."""
     if not hasattr(app.state, "described"):
         app.state.described = _complete(app.openapi(), app.state.routes, app.state.service.settings)
+        app.state.described["tags"] = [{"name": face.name, "description": face.description} for face in app.state.faces]
     described: dict[str, Any] = app.state.described
     return described
 
@@ -48,8 +49,8 @@ def _complete(described: dict[str, Any], routes: list[APIRoute], settings: Setti
     for operations in described["paths"].values():
         for operation in operations.values():
             for status, response in operation["responses"].items():
-                if status >= "400":
-                    response["content"] = _ERROR  # of text too, as the metrics are
+                if status >= "400" and "application/json" not in response.get("content", {}):
+                    response["content"] = _ERROR  # of text, as the metrics are
     wants_key: dict[object, str | None] = {
         for_users: settings.api_key,
         for_admins: settings.api_key or settings.admin_key,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.staticfiles import StaticFiles
+
+from server.api.access import ForAll
 
 router = APIRouter(include_in_schema=False)
 
@@ -18,8 +21,14 @@ _HEADERS = {
 
 
 @router.get("/")
-async def page(request: Request) -> Response:
-    return await _file("index.html", request)
+async def page(request: Request, service: ForAll) -> Response:
+    """The page for browsers. Other clients of KServe v1 ask here whether the server lives."""
+    if "kserve" in service.settings.protocol and "text/html" not in request.headers.get("accept", ""):
+        response: Response = JSONResponse({"status": "alive"})
+    else:
+        response = await _file("index.html", request)
+    response.headers["vary"] = "accept"
+    return response
 
 
 @router.get("/docs")

@@ -10,12 +10,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Message
 
 from server.api.accept import Acceptor, Places
+from server.api.access_log import AccessLog
 from server.api.app import create_app
 from server.api.connection import Connection
 from server.api.room import Room, allow_many_files, most_connections
@@ -23,8 +25,13 @@ from server.ipc.client import RemoteEngine
 from server.ipc.devices import Devices
 from server.ipc.door import Door
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector
+from server.listening import address_of
 from server.memory import give_large_blocks_back
 from server.settings import Settings
+from server.tracing.start import start_tracing
+
+if TYPE_CHECKING:
+    from server.api.protocols.oip_grpc import GrpcServer
 
 _DRAIN_S = 25
 _CLOSE = (b"connection", b"close")
@@ -48,24 +55,33 @@ def main(
         index: The place of this one.
         pulse: Beats while it serves.
     """
-    configure_logging(settings.log_level)
+    log = configure_logging(settings.log_level, settings.log_format)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each odd byte that a client sends
     end_with_parent()
     allow_many_files()
     give_large_blocks_back()
     engines = [RemoteEngine(door, index) for index, door in enumerate(doors)]
     engine = engines[0] if len(engines) == 1 else Devices(engines)
+    tracing = start_tracing(f"http-{index}")
+    access_log = None
+    if settings.access_log and settings.log_level in ("debug", "info"):
+        access_log = AccessLog(log.write, settings.log_format, has_probes=settings.log_level == "debug")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         beating = asyncio.create_task(pulse.beat())
         yield
+        if grpc_server is not None:
+            await grpc_server.ended()
         beating.cancel()
         app.state.service.decoders.close()
         await engine.close()
+        if tracing is not None:
+            tracing.close()  # here: uvicorn ends the process by the signal that ended its loop
 
-    app = create_app(settings, engine, lifespan)
+    app = create_app(settings, engine, lifespan, access_log=access_log, tracing=tracing)
+    grpc_server = _grpc_server(app, settings)
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -76,7 +92,15 @@ def main(
         timeout_keep_alive=settings.client_timeout_s,
         timeout_graceful_shutdown=_DRAIN_S,
     )
-    _Server(config, app, settings.drain_delay_s, places, index).run(sockets=[listener])
+    _Server(config, app, settings.drain_delay_s, places, index, grpc_server).run(sockets=[listener])
+
+
+def _grpc_server(app: FastAPI, settings: Settings) -> GrpcServer | None:
+    if settings.grpc_port is None:
+        return None
+    from server.api.protocols.oip_grpc import GrpcServer  # its package is an extra
+
+    return GrpcServer(app, address_of(settings.host, settings.grpc_port))
 
 
 class _Server(uvicorn.Server):
@@ -88,10 +112,20 @@ class _Server(uvicorn.Server):
         drain_delay_s: Time between the two, in which a load balancer turns to other servers.
         places: What the HTTP processes know of each other.
         index: The place of this one.
+        grpc_server: Serves beside it, and ends with it; None for none.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_delay_s: float, places: Places, index: int) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        drain_delay_s: float,
+        places: Places,
+        index: int,
+        grpc_server: GrpcServer | None = None,
+    ) -> None:
         super().__init__(config)
+        self._grpc_server = grpc_server
         self._app, self._drain_delay_s = app, drain_delay_s
         self._places, self._index = places, index
         self._closes_at = float("inf")
@@ -102,6 +136,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=[])  # none for uvicorn: it would take all that waits as soon as it wakes
         assert sockets is not None
         await _warm_up(self._app)
+        if self._grpc_server is not None:
+            await self._grpc_server.start()
         spare_the_collector()
         self._room.most = most_connections()
         self._acceptor = Acceptor(sockets[0], self._places, self._index, self._connection, self._room)
@@ -114,6 +150,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._acceptor is not None:
             await self._acceptor.close()  # before uvicorn tells the connections: none must come after that
+        if self._grpc_server is not None:
+            self._grpc_server.begin_to_end(_DRAIN_S)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from server.errors import TooLargeError, UndecodableError, UnsupportedError
 from server.images.image import Image, Pixels
 from server.images.pillow import as_it_came
 from server.ipc.messages import Answered, Request
+from server.tracing.context import current_span
 from server.types import ModelInfo
 
 T = TypeVar("T")
@@ -31,12 +32,12 @@ async def read_images(sent: Sequence[Sent], info: ModelInfo, service: Service) -
     Raises:
         UndecodableError, UnsupportedError, TooLargeError: One of them cannot be decoded; the details say which.
     """
-    max_pixels = service.settings.max_image_pixels
+    max_pixels, span = service.settings.max_image_pixels, current_span()
 
     async def read_one(index: int, upload: Sent) -> tuple[Image, float]:
         if isinstance(upload, Pixels):
             return upload, 0.0
-        start = time.perf_counter()
+        start = time.monotonic()
         try:
             image: Image | None = None
             if info.decodes_jpeg:
@@ -45,9 +46,13 @@ async def read_images(sent: Sequence[Sent], info: ModelInfo, service: Service) -
                 image = await service.decoders.read(upload.encoded, info.preprocessing, info.decodes_jpeg)
         except OF_AN_IMAGE as error:
             error.details["image"] = index
+            if span is not None:
+                span.stage("decoding", start, error, {"tome.image": index})
             raise
-        took_s = time.perf_counter() - start
+        took_s = time.monotonic() - start
         metrics.DECODE_S.observe(took_s)
+        if span is not None:
+            span.stage("decoding", start, attributes={"tome.image": index})
         return image, took_s
 
     if len(sent) == 1:

@@ -10,64 +10,23 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.access import ERRORS, ForUsers
 from server.api.asking import CLASSIFY, Answer, Asking
-from server.api.body import Upload, read_request
+from server.api.body import OURS, Upload, read_request
+from server.api.described import ANSWERED, asked
 from server.api.direct import DirectRoute
-from server.api.schemas import Classification, JsonBody, Parameters
+from server.api.schemas import Classification
 from server.dial import r_of
 from server.ipc.messages import TopK
 from server.types import ModelInfo
 
 router = APIRouter(responses=ERRORS, route_class=DirectRoute)
 
-PARAMETERS: dict[str, dict[str, Any]] = Parameters.model_json_schema()["properties"]
-_FILE = {"type": "string", "format": "binary"}
-BODY = {
-    "required": True,
-    "description": "Images. The parameters may stand here instead of in the query: as fields of the form, or beside "
-    "`images` in JSON.",
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"image": {"type": "array", "items": _FILE, "minItems": 1}, **PARAMETERS},
-                "required": ["image"],
-                "additionalProperties": False,
-            }
-        },
-        "image/*": {"schema": _FILE},
-        "application/octet-stream": {"schema": _FILE},
-        "application/json": {"schema": JsonBody.model_json_schema()},
-    },
-}
-ANSWERED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "headers": {
-            name: {"description": description, "schema": {"type": "string"}}
-            for name, description in {
-                "x-r": "The r that was used, as the query takes it.",
-                "x-batch-size": "Images in the batch.",
-                "x-config-version": "Version of the live configuration.",
-                "server-timing": "Where the time went, in milliseconds.",
-            }.items()
-        }
-    }
-}
-ASKED = {
-    "requestBody": BODY,
-    "parameters": [
-        {"name": name, "in": "query", "schema": schema, "description": schema["description"]}
-        for name, schema in PARAMETERS.items()
-    ],
-}
-"""What `read_request` reads, for the API's description."""
 
-
-@router.post("/classify", response_model=Classification, responses=ANSWERED, openapi_extra=ASKED)
+@router.post("/classify", response_model=Classification, responses=ANSWERED, openapi_extra=asked(OURS))
 @router.post("/v1/classify", response_model=Classification, include_in_schema=False)
 async def classify(request: Request, service: ForUsers) -> Response:
     """Names what is in each image. Send form parts `image`, a raw image or JSON; parameters in query or body."""
     with Asking(service, request) as asking:
-        uploads, parameters = await asking.read(read_request(request, service.settings.max_images))
+        uploads, parameters = await asking.read(read_request(request, service.settings.max_images, OURS))
         answer = await asking.answer(CLASSIFY, uploads, asking.resolve(parameters))
     return Response(_encode(shape(answer, uploads)), headers=answer.headers, media_type="application/json")
 

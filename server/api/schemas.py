@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from server.curve import AgreementOf
 from server.dial import PlainR
 from server.ipc.messages import Reason
 from server.types import Activation
@@ -20,8 +21,8 @@ _KINDS_OF_R: list[JsonValue] = [_NUMBER, {"type": "array", "items": _NUMBER, "mi
 """What `r` may be, for the API's description. `parse_setting` checks it."""
 
 
-class Parameters(BaseModel):
-    """The parameters of a classification, from the query, the form or the JSON body."""
+class Dial(BaseModel):
+    """What any request may say: the model, its `r`, and how long the answer is waited for."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,15 +39,20 @@ class Parameters(BaseModel):
     inflect: float | None = Field(
         None, ge=-1, le=1, description="With a single r: a ramp, -1 from 2r down to 0, 1 from 0 up to 2r."
     )
+    deadline_ms: float | None = Field(
+        None, ge=LEAST_DEADLINE_MS, description="Time after which the answer is worth nothing."
+    )
+
+
+class Parameters(Dial):
+    """The parameters of a classification, from the query, the form or the JSON body."""
+
     top_k: int | None = Field(None, ge=1, description="Classes to answer with, likeliest first; 5 when absent.")
     function_to_apply: Activation | None = Field(
         None, description="What makes scores of logits: softmax, sigmoid or none; the model's own when absent."
     )
     threshold: float | None = Field(
         None, ge=0, le=1, description="With sigmoid, in place of top_k: the least score of a class that is named."
-    )
-    deadline_ms: float | None = Field(
-        None, ge=LEAST_DEADLINE_MS, description="Time after which the answer is worth nothing."
     )
 
 
@@ -190,6 +196,7 @@ class ModelSummary(BaseModel):
     name: str
     architecture: str
     source: str
+    version: str = Field(description="Of its numbered folders the one that is served; 1 where there are none.")
     is_default: bool
     r: PlainR | Literal["auto"] = Field(description="The deployment's r, for requests that name none.")
     auto: AutoBounds | None = Field(None, description="With auto, what it must keep to.")
@@ -204,10 +211,32 @@ class Backend(BaseModel):
     reason: str = Field(description="Why this one, and this precision.")
 
 
-class ModelDetail(ModelSummary):
+class ModelEntry(BaseModel):
+    """A model that is loaded, or may be."""
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+    reason: str = Field(description="Why it could not be loaded; else empty.")
+
+
+class ModelCard(BaseModel):
+    """A model as clients of OpenAI's API know it."""
+
+    id: str = Field(description="Its name.")
+    object: Literal["model"] = "model"
+    created: int = Field(default=0, description="Not known: always 0.")
+    owned_by: str = "tome-server"
+
+
+class ModelDetail(ModelCard, ModelSummary):
     backend: Backend | None = Field(description="What computes the answers; null before a device holds the model.")
-    num_classes: int
+    num_classes: int = Field(description="0 for a model without a classifier, which gives vectors alone.")
     classes: list[str]
+    function_to_apply: Activation = Field(
+        description="What makes scores of its logits where a request does not say; sigmoid with several labels."
+    )
+    num_features: int = Field(description="Numbers of an image's vector.")
     input_size: tuple[int, int]
     num_blocks: int
     num_tokens: int
@@ -220,6 +249,7 @@ class ModelDetail(ModelSummary):
     tuned: list[tuple[int, int]] = Field(
         description="Bands of r that are computed with tuned numbers, lowest and highest; empty without such numbers."
     )
+    ready: bool = Field(description="Whether images should be sent here now; false once the server is about to end.")
 
 
 class BatchSeconds(BaseModel):
@@ -227,6 +257,13 @@ class BatchSeconds(BaseModel):
 
     a: float
     b: float
+
+
+class CurveNeighbours(BaseModel):
+    """What is left of a search by vectors at one r."""
+
+    same_index: float = Field(description="Share of the ten nearest of r=0 that are found in an index at this r.")
+    cosine: float = Field(description="Between a photo's vectors at this r and at r=0, on average.")
 
 
 class ModelCurveRow(BaseModel):
@@ -238,9 +275,13 @@ class ModelCurveRow(BaseModel):
     gflops: float | None = Field(description="Of one image; null where they cannot be counted.")
     images_per_s: float = Field(description="In full batches, as the engine knows it now.")
     batch_s: BatchSeconds
-    agreement: float = Field(description="Share of photos that keep the answer of r=0.")
+    agreement: float = Field(
+        description="Share of photos that keep the answer of r=0; with agreement_of neighbours, share of the ten "
+        "nearest of r=0 that are found by a query at this r in an index at r=0."
+    )
     agreement_interval: tuple[float, float] = Field(description="Its 95 % interval.")
     top1: float | None = Field(description="Share of labelled photos that are answered rightly; null without labels.")
+    neighbours: CurveNeighbours | None = Field(description="With agreement_of neighbours, more of the search.")
 
 
 class ModelCurve(BaseModel):
@@ -252,11 +293,16 @@ class ModelCurve(BaseModel):
     backend: str
     measured: str = Field(description="The date of agreement and top-1.")
     photos: int = Field(description="How many they were measured on.")
+    agreement_of: AgreementOf = Field(
+        description="top1: the likeliest class; labels: all labels of 0.5 or more; neighbours: the ten nearest photos."
+    )
     rows: list[ModelCurveRow]
 
 
 class ModelList(BaseModel):
     models: list[ModelSummary]
+    object: Literal["list"] = "list"
+    data: list[ModelCard] = Field(description="The same models, as clients of OpenAI's API know them.")
 
 
 class ErrorDetail(BaseModel):

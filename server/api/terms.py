@@ -13,8 +13,6 @@ from server.errors import InvalidError, shown
 from server.ipc.messages import Answered
 from server.types import Activation, ModelInfo, find_model
 
-DEFAULT_TOP_K = 5
-
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -87,27 +85,8 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
             f"deadline_ms is {shown(parameters.deadline_ms)}; "
             f"it must lie between {LEAST_DEADLINE_MS:g} and {1e3 * longest_s:g}"
         )
-    top_k = _top_k(parameters, info, activation)
+    top_k = info.most_classes(activation, parameters.top_k, parameters.threshold)
     return Terms(info, r, top_k, activation, parameters.threshold, timeout_s, start + timeout_s)
-
-
-def _top_k(parameters: Parameters, info: ModelInfo, activation: Activation) -> int:
-    """How many classes are named, at most."""
-    num_classes = len(info.labels)
-    if not num_classes:
-        if (parameters.top_k, parameters.threshold) != (None, None):
-            raise InvalidError(f"model {info.name} has no classifier: top_k and threshold do not go with it")
-        return 0
-    if parameters.threshold is not None:
-        if parameters.top_k is not None:
-            raise InvalidError("threshold and top_k are both given; give one of them")
-        if activation != "sigmoid":
-            raise InvalidError(f"threshold goes with function_to_apply=sigmoid, not with {activation}")
-        return num_classes
-    top_k = min(DEFAULT_TOP_K, num_classes) if parameters.top_k is None else parameters.top_k
-    if top_k > num_classes:
-        raise InvalidError(f"top_k is {shown(top_k)}; it must lie between 1 and {num_classes}")
-    return top_k
 
 
 def timings_of(answered: Answered[Any], decode_s: float, start: float) -> dict[str, float]:

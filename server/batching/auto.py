@@ -32,7 +32,7 @@ class AutoDial:
     ) -> None:
         assert max(steps[0].schedule) == 0, "the ladder begins at r=0"
         self._keys = {step.schedule: key_of(step.schedule) for step in steps}
-        self._model, self._operation = self._keys[steps[0].schedule].model, self._keys[steps[0].schedule].operation
+        self._unmerged = self._keys[steps[0].schedule]
         self._agreements = {step.schedule: step.agreement for step in steps}
         self._speed, self._clock, self._stance = speed, clock, Stance()
         for step in steps:
@@ -43,8 +43,10 @@ class AutoDial:
     def open(self, bounds: AutoR) -> Open[BatchKey]:
         """What a job of these bounds is queued by. Its note is the `Choice`."""
 
+        ours = self._unmerged
+
         def fits(key: BatchKey) -> bool:
-            if key.model != self._model or key.operation != self._operation:
+            if key.model != ours.model or key.revision != ours.revision or key.operation != ours.operation:
                 return False
             return allows(bounds, key.schedule, self.expected_agreement(key.schedule))
 

@@ -52,6 +52,8 @@ class Batcher(Generic[K, P, A]):
         prepare: A `Stage` before that, which makes of each payload what `run_batch` gets instead. Batches may grow
             until it is free for them.
         observer: Is told of batches and drops.
+        watch: Is told of every batch that ran what it was: its key, its payloads, the outcome of each, which may be a
+            ServerError, and seconds of the clock when it was taken.
         idle: Spends the time while nothing waits, until its event is set; what it does then delays the next batch.
         clock: Monotonic seconds.
 
@@ -68,11 +70,12 @@ class Batcher(Generic[K, P, A]):
         batch_timeout_s: float,
         prepare: Stage[K] | None = None,
         observer: Observer[K] | None = None,
+        watch: Callable[[K, Sequence[P], Sequence[Any], float], None] | None = None,
         idle: Callable[[asyncio.Event], Awaitable[object]] = asyncio.Event.wait,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_queue_size = max_queue_size
-        self._observer, self._idle, self._clock = observer, idle, clock
+        self._observer, self._watch, self._idle, self._clock = observer, watch, idle, clock
         self.speed = Speed[K](clock)
         self._queues = Queues[K, P, A](
             self.speed,
@@ -157,6 +160,12 @@ class Batcher(Generic[K, P, A]):
         self._between.append((work, done))
         self._stirred.set()
         await done
+
+    async def finished(self, of: Callable[[P], bool]) -> None:
+        """Returns when the requests of such payloads that are here now are answered, and none of their batches runs."""
+        if unanswered := self._queues.unanswered(of):
+            await asyncio.wait(unanswered)
+        await self._pipeline.finished(of)
 
     async def close(self) -> None:
         """Takes no more jobs, answers all that wait, and returns when the device is idle."""
@@ -248,6 +257,11 @@ class Batcher(Generic[K, P, A]):
             self._queues.stage_s = self._stage_s.value
         if waits_s:
             self._tell(lambda observer: observer.batch_ran(key, waits_s, pace_s))
+        if self._watch is not None:
+            try:
+                self._watch(key, [job.payload for job in jobs], outcomes, started)
+            except Exception:  # not the jobs' failure
+                logger.exception("what watches the batches failed")
 
     def _dropped(self, reason: str) -> None:
         self._tell(lambda observer: observer.job_dropped(reason))

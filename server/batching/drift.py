@@ -123,11 +123,25 @@ class DriftWatch:
         self._models = models or {}
         # The newest are kept: it is the traffic of today that may have drifted.
         self._samples: deque[_Sample] = deque(maxlen=KEPT)
-        self._rows = {
-            (name, label_of(row.r)): row for name, curve in curves.items() for row in curve.rows if len(set(row.r)) == 1
-        }
+        self._rows: dict[tuple[str, str], CurveRow] = {}
+        for name, curve in curves.items():
+            self.expect(name, curve)
         self._live: dict[tuple[str, str], LiveAgreement] = {}
         self._quiet_s = 0.0
+
+    def expect(self, name: str, curve: Curve) -> None:
+        """Tells what was measured of a model."""
+        if curve.agreement_of != "neighbours":  # classes are checked, not vectors
+            self._rows |= {(name, label_of(row.r)): row for row in curve.rows if len(set(row.r)) == 1}
+
+    def forget(self, name: str) -> None:
+        """Forgets a model that serves no more: its curve, what waits for a check, and what was counted."""
+        kept = [sample for sample in self._samples if sample.key.model != name]
+        self._samples.clear()
+        self._samples.extend(kept)
+        for of_r in (self._rows, self._live):
+            for labels in [labels for labels in of_r if labels[0] == name]:
+                del of_r[labels]
 
     @property
     def num_waiting(self) -> int:

@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from server.batching.auto import AutoDial
 from server.batching.batcher import Batcher
 from server.batching.drift import DriftWatch
 from server.batching.jobs import Batched, Open
+from server.batching.loader import Kept, Loader
+from server.batching.loading import Loading
 from server.batching.policy import Rung
+from server.batching.served import Served, ServedModels
 from server.config.store import ConfigStore
 from server.curve import Curve
-from server.dial import AutoR, PlainR, RSetting, Schedule
-from server.errors import NotFoundError, ServerError, UnavailableError
+from server.dial import AutoR, RSetting, Schedule
+from server.errors import ConflictError, NotFoundError, ServerError, UnavailableError
 from server.ipc.messages import Answered, Choice, Classify, Item, Request
 from server.metrics import BatchMetrics
-from server.types import BatchKey, Configuration, ModelInfo, find_model
+from server.types import BatchKey, Configuration, ModelInfo, ModelState, find_model
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +60,25 @@ class Device(Protocol):
         ...
 
 
+class Spans(Protocol):
+    """Watches the requests and batches of an engine; its clock is `time.monotonic()`."""
+
+    def asked(self, request: Request[Any], answering: asyncio.Future[Any]) -> None:
+        """A request was taken, which has a `trace`."""
+        ...
+
+    def batch_ran(self, key: BatchKey, items: Sequence[Item], outcomes: Sequence[Any], started: float) -> None:
+        """A batch ran, which was taken at some moment; the outcome of an image may be its ServerError."""
+        ...
+
+
 class LocalEngine:
     """The engine of this process. One thread computes on the device, so that batches never overlap.
 
     Where batches are prepared, another thread does that, for the next batch while one computes.
 
     Args:
-        models: The loaded models, the default first.
+        models: The loaded models, the default first. It is kept up to date while models come and go.
         device: What computes.
         store: The deployment `r` of each model.
         steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
@@ -73,6 +87,10 @@ class LocalEngine:
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
         drift_sample: Share of the images answered with r > 0 that are checked at r=0 while the device is idle.
+        loader: What makes other models ready meanwhile; None where models neither come nor go.
+        kept: What keeps over a restart which models have come and gone.
+        linger_s: For so long a model that serves no more answers what was prepared for it. Then it is freed.
+        spans: Is told of requests that have a trace, and of batches; None without tracing.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -80,7 +98,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        models: Mapping[str, ModelInfo],
+        models: dict[str, ModelInfo],
         device: Device,
         store: ConfigStore,
         *,
@@ -90,18 +108,23 @@ class LocalEngine:
         max_queue_size: int = 256,
         batch_timeout_s: float = 0.1,
         drift_sample: float = 0.0,
+        loader: Loader | None = None,
+        kept: Kept | None = None,
+        linger_s: float = 0.0,
+        spans: Spans | None = None,
     ) -> None:
-        self._models = dict(models)
+        self._models = models
+        self._spans = spans
         self._device = device
         self._broken = asyncio.Event()
         self._is_warming = True
+        self._told: Callable[[], object] = lambda: None
         self._store = store
         self._configuration: Configuration | None = None
-        self._batch_key = functools.lru_cache(1024)(self._made_key)
         self._following: asyncio.Task[None] | None = None
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # has a thread once it is asked for one
-        self._drift = DriftWatch(self._prepare_and_compute, curves or {}, drift_sample, models=self._models)
+        self._drift = DriftWatch(self._prepare_and_compute, {}, drift_sample, models=self._models)
         self._batcher = Batcher[BatchKey, Item, Any](
             self._compute,
             prepare=self._prepare if device.prepares else None,
@@ -109,24 +132,22 @@ class LocalEngine:
             max_queue_size=max_queue_size,
             batch_timeout_s=batch_timeout_s,
             observer=BatchMetrics(),
+            watch=None if spans is None else spans.batch_ran,
             idle=self._idle,
         )
-        for name, info in self._models.items():
-            info.check(store.configuration.models[name])
-        self._curves, self._max_batch_size = dict(curves or {}), max_batch_size
-        for name, curve in self._curves.items():  # all rows, also those that `auto` has no use for
-            for row in curve.rows:
-                assert row.line is not None, "the speeds of a curve that is served are known"
-                self._batcher.speed.expect(self._models[name].batch_key(row.r), *row.line)
-        only = {name: [Rung(info.schedule(0))] for name, info in self._models.items()}
-        self._auto = {
-            name: AutoDial(self._models[name].batch_key, ladder, self._batcher.speed)
-            for name, ladder in (only | dict(steps or {})).items()
-        }
+        self._max_batch_size, self._linger_s = max_batch_size, linger_s
+        self._served = ServedModels(
+            models, store, self._batcher.speed, self._drift, self._came_or_went, steps or {}, curves or {}
+        )
+        self._loading: Loading | None = None
+        if loader is not None:
+            self._loading = Loading(self._served, loader, self._let_go, self._by_computing, kept)
 
     def start(self) -> None:
         """Begins to serve, and to follow the configuration; call it inside a running event loop."""
         self._following = asyncio.create_task(self._follow(), name="configuration")
+        if self._loading is not None:
+            self._loading.start()
         self._batcher.start().add_done_callback(lambda _: self._broken.set())
 
     async def broken(self) -> None:
@@ -135,6 +156,8 @@ class LocalEngine:
 
     async def close(self) -> None:
         """Answers what waits, then stops."""
+        if self._loading is not None:
+            await self._loading.close()
         if self._following is not None:
             self._following.cancel()
             await asyncio.wait([self._following])
@@ -147,9 +170,11 @@ class LocalEngine:
 
     def answer(self, request: Request[T]) -> asyncio.Future[Answered[T]]:
         """As of `Engine`. Here `r` and the version of the configuration are resolved, once for all of the images."""
-        info, configuration = find_model(self._models, request.model), self._configuration_now()
-        r = configuration.models[info.name] if request.r is None else request.r
-        key, auto = self._key(info, r, request)
+        served, configuration = self._served.find(request), self._configuration_now()
+        r: RSetting | None = request.r
+        if r is None:
+            r = configuration.models[request.model] if served.r is None else served.r
+        key, auto = self._key(served, r, request)
 
         def finish(batched: Batched[BatchKey, Any]) -> Answered[Any]:
             if isinstance(request, Classify):
@@ -166,7 +191,10 @@ class LocalEngine:
 
         asked: Any = request
         items = [Item(asked, index) for index in range(len(request.images))]
-        return self._batcher.submit(key, items, request.deadline, finish)
+        answering = self._batcher.submit(key, items, request.deadline, finish)
+        if self._spans is not None and request.trace is not None:
+            self._spans.asked(request, answering)
+        return answering
 
     def _configuration_now(self) -> Configuration:
         """What holds in this turn of the event loop; to ask takes a system call, and many requests come in one turn."""
@@ -179,24 +207,20 @@ class LocalEngine:
         self._configuration = None
 
     def _key(
-        self, info: ModelInfo, r: RSetting, request: Request[Any]
+        self, served: Served, r: RSetting, request: Request[Any]
     ) -> tuple[BatchKey | Open[BatchKey], Choice | None]:
         """What a request is queued by. One image under `auto` is left open; several share a choice made now."""
         if not isinstance(r, AutoR):
-            return self._batch_key(info.name, r, request.operation), None
-        auto = self._auto[info.name]
+            return served.key(r, request.operation), None
         if len(request.images) == 1 and request.operation == "forward":
-            return auto.open(r), None
-        choice = auto.choose(self._batcher.load(), r)
-        return self._batch_key(info.name, choice.schedule, request.operation), choice
-
-    def _made_key(self, model: str, r: PlainR, operation: str) -> BatchKey:
-        info = self._models[model]
-        return info.batch_key(info.schedule(r), operation)
+            return served.dial.open(r), None
+        choice = served.dial.choose(self._batcher.load(), r)
+        return served.key(choice.schedule, request.operation), choice
 
     async def curve(self, model: str) -> Curve:
         info = find_model(self._models, model)
-        if info.name not in self._curves:
+        curve = self._served.curve(info.name)
+        if curve is None:
             raise NotFoundError(
                 f"{info.name} has no curve that holds for its weights; "
                 f"measure it: tome-server calibrate --model {info.source} --images FOLDER"
@@ -207,7 +231,7 @@ class LocalEngine:
             assert known is not None, "all rows are expected from the start"
             return known
 
-        return self._curves[info.name].at(line, self._max_batch_size)
+        return curve.at(line, self._max_batch_size)
 
     async def configuration(self) -> Configuration:
         return self._store.configuration
@@ -219,6 +243,43 @@ class LocalEngine:
             return await self._store.change(changes, expected_version)
         finally:
             self._forget_configuration()
+
+    async def load(self, name: str, version: str | None = None) -> None:
+        await self._able_to_load().load(name, version)
+
+    async def unload(self, name: str) -> None:
+        await self._able_to_load().unload(name)
+
+    async def repository(self) -> list[ModelState]:
+        if self._loading is not None:
+            return await self._loading.states()
+        return [ModelState(info.name, info.version, "READY") for info in self._models.values()]
+
+    def _able_to_load(self) -> Loading:
+        if self._loading is None:
+            raise ConflictError("models neither come nor go while this server runs; deploy it anew with others")
+        return self._loading
+
+    def tell_of_models(self, told: Callable[[], object]) -> None:
+        """Has a function called whenever the catalog has changed, on whose wish ever."""
+        self._told = told
+
+    def _came_or_went(self) -> None:
+        self._forget_configuration()
+        self._is_warming = True
+        self._told()
+
+    async def _let_go(self, info: ModelInfo, free: Callable[[], None]) -> None:
+        """Waits until nothing computes a retired model any more; then the thread that computes has it freed."""
+        await asyncio.sleep(self._linger_s)
+        self._served.forget(info)
+        await self._batcher.finished(lambda item: item.request.model == info.name)
+        await self._batcher.between_batches(functools.partial(self._in_time, self._computing, free))
+        self._batcher.speed.forget(lambda key: (key.model, key.revision) == (info.name, info.revision))
+
+    def _by_computing(self, work: Callable[[], A]) -> A:
+        """What a piece of work gives that the thread that computes does between two batches; for another thread."""
+        return self._computing.submit(_plainly, work).result()
 
     async def _follow(self) -> None:
         try:

@@ -47,7 +47,7 @@ class Pipeline(Generic[K, P, A]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._prepare, self._compute, self._ran, self._stirred, self._clock = prepare, compute, ran, stirred, clock
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], list[Job[K, P, A]]] = {}
         self._num_preparing = 0
         self._left_preparing = self._left_computing = clock()
 
@@ -70,8 +70,14 @@ class Pipeline(Generic[K, P, A]):
         """Has a batch on its way."""
         self._num_preparing += 1
         task = asyncio.create_task(self._carry(key, jobs), name="batch")
-        self._tasks.add(task)
+        self._tasks[task] = jobs
         task.add_done_callback(self._left)
+
+    async def finished(self, of: Callable[[P], bool]) -> None:
+        """Returns when the batches that are under way now with such payloads have left."""
+        tasks = [task for task, jobs in self._tasks.items() if any(of(job.payload) for job in jobs)]
+        if tasks:
+            await asyncio.wait(tasks)
 
     def stop(self) -> None:
         """Ends all that is under way; the jobs are answered with an error."""
@@ -79,7 +85,7 @@ class Pipeline(Generic[K, P, A]):
             task.cancel()
 
     def _left(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         self._stirred.set()
 
     async def _carry(self, key: K, jobs: list[Job[K, P, A]]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 from server.batching.jobs import A, Asked, Job, K, Open, P
 from server.batching.policy import Load
@@ -143,6 +144,10 @@ class Queues(Generic[K, P, A]):
             else:
                 nearest = min(nearest, asked.deadline)
         return nearest
+
+    def unanswered(self, of: Callable[[P], bool]) -> list[asyncio.Future[Any]]:
+        """What the callers of requests of such payloads wait for."""
+        return [asked.future for asked in self._unanswered if any(of(job.payload) for job in asked.jobs)]
 
     def fail_all(self, error: ServerError) -> None:
         """Gives up all that waits, with an error."""

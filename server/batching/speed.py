@@ -145,6 +145,12 @@ class Speed(Generic[K]):
         self._factors.pop(key, None)
         self._learned.pop(key, None)
 
+    def forget(self, is_gone: Callable[[K], bool]) -> None:
+        """Forgets keys that come no more."""
+        for of_key in (self._known, self._factors, self._learned):
+            for key in [key for key in of_key if is_gone(key)]:
+                del of_key[key]
+
     def observe(self, key: K, n: int, seconds: float) -> None:
         """Learns that a batch of n took so long."""
         if key in self._known:

@@ -11,12 +11,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from server.curve import CurveRow
+import torch
+from torch import Tensor
+
+from server.calibration.agreement import WANTED, answers, judge
+from server.curve import AgreementOf, CurveRow
 from server.device.models import LoadedModel
 from server.device.prepared import stacked
 from server.device.runner import Runner
 from server.dial import Schedule
-from server.intervals import wilson
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
 from tome_core.families.family import UnsupportedModelError
@@ -32,6 +35,7 @@ def measure(
     photos: Sequence[bytes],
     labels: Sequence[int | None],
     max_batch_size: int,
+    of: AgreementOf = "top1",
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[CurveRow]:
     """Measures schedules.
@@ -43,6 +47,7 @@ def measure(
         photos: Pixels of each photo.
         labels: The class of each photo, where it is known.
         max_batch_size: Images of a full batch.
+        of: What agreement is of.
         progress: Is told the share that is done.
     """
     assert max(schedules[0]) == 0, "agreement is with r=0"
@@ -53,29 +58,30 @@ def measure(
     work = (1 + RUNS) * sum(map(len, sized)) + len(photos)
     done = 0
 
-    def take_turns(batch: Sequence[bytes]) -> dict[Schedule, tuple[list[int], float]]:
-        """The likeliest class of each image under each schedule, and the seconds it took."""
+    def take_turns(batch: Sequence[bytes]) -> dict[Schedule, tuple[Tensor, float]]:
+        """The answers to the images under each schedule, and the seconds it took."""
         nonlocal done
-        seen = {schedule: _classes(loaded, runner, schedule, batch) for schedule in schedules}
+        seen = {schedule: _answers(loaded, runner, of, schedule, batch) for schedule in schedules}
         done += len(batch)
         progress(done / work)
         return seen
 
-    guesses: dict[Schedule, list[int]] = {schedule: [] for schedule in schedules}
+    parts: dict[Schedule, list[Tensor]] = {schedule: [] for schedule in schedules}
     seconds: dict[Schedule, dict[int, list[float]]] = {s: {len(batch): [] for batch in sized} for s in schedules}
     for batch in sized:
         take_turns(batch)  # warm-up
     for part in whole:
-        for schedule, (classes, took_s) in take_turns(part).items():
-            guesses[schedule] += classes
+        for schedule, (answers_of_part, took_s) in take_turns(part).items():
+            parts[schedule].append(answers_of_part)
             if len(part) == max_batch_size:
                 seconds[schedule][max_batch_size].append(took_s)
     for batch in sized * RUNS:
         for schedule, (_, took_s) in take_turns(batch).items():
             seconds[schedule][len(batch)].append(took_s)
     medians = {s: {n: statistics.median(times) for n, times in sizes.items()} for s, sizes in seconds.items()}
+    answered = {schedule: torch.cat(parts[schedule]) for schedule in schedules}
     return [
-        _row(loaded, schedule, medians[schedule], guesses[schedule], guesses[schedules[0]], labels)
+        _row(loaded, of, schedule, medians[schedule], answered[schedule], answered[schedules[0]], labels)
         for schedule in schedules
     ]
 
@@ -107,27 +113,29 @@ def _dot(x: Sequence[float], y: Sequence[float]) -> float:
     return sum(a * b for a, b in zip(x, y, strict=True))
 
 
-def _classes(
-    loaded: LoadedModel, runner: Runner, schedule: Schedule, photos: Sequence[bytes]
-) -> tuple[list[int], float]:
-    """The likeliest class of each photo, and the seconds that took."""
+def _answers(
+    loaded: LoadedModel, runner: Runner, of: AgreementOf, schedule: Schedule, photos: Sequence[bytes]
+) -> tuple[Tensor, float]:
+    """What is compared of each photo, and the seconds that took."""
     key = loaded.info.batch_key(schedule)
     start = time.perf_counter()
-    answers = runner.top_k(key, stacked(photos, key.input_size, runner.device), 1)
-    return [indices[0] for indices, _ in answers], time.perf_counter() - start
+    found = runner.launch(key, stacked(photos, key.input_size, runner.device), WANTED[of]).result()
+    return answers(of, found), time.perf_counter() - start
 
 
 def _row(
     loaded: LoadedModel,
+    of: AgreementOf,
     schedule: Schedule,
     seconds: Mapping[int, float],
-    guesses: Sequence[int],
-    unmerged: Sequence[int],
+    answered: Tensor,
+    unmerged: Tensor,
     labels: Sequence[int | None],
 ) -> CurveRow:
     overhead_s, image_s = fit(seconds)
-    agreed = sum(guess == answer for guess, answer in zip(guesses, unmerged, strict=True))
-    right = [guess == label for guess, label in zip(guesses, labels, strict=True) if label is not None]
+    judged = judge(of, answered, unmerged)
+    guesses = answered[:, 0].tolist() if of == "top1" else []
+    right = [guess == label for guess, label in zip(guesses, labels, strict=False) if label is not None]
     largest = max(seconds)
     return CurveRow(
         r=schedule,
@@ -136,10 +144,11 @@ def _row(
         images_per_s=largest / seconds[largest],
         overhead_s=overhead_s,
         image_s=image_s,
-        agreement=agreed / len(guesses),
+        agreement=judged.agreement,
         # r=0 agrees with itself: no sample says so.
-        agreement_interval=wilson(agreed, len(guesses)) if max(schedule) else (1.0, 1.0),
+        agreement_interval=judged.interval if max(schedule) else (1.0, 1.0),
         top1=sum(right) / len(right) if right else None,
+        neighbours=judged.neighbours,
     )
 
 

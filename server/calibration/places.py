@@ -76,7 +76,10 @@ def find(spec: ModelSpec, info: ModelInfo, facts: Facts, state_dir: Path | None)
 
 
 def _misfit(curve: Curve, info: ModelInfo) -> str | None:
-    """Why a curve cannot be of this model, whose weights it names: another image size, say."""
+    """Why a curve cannot be of this model, whose weights it names: another image size, say, or other answers."""
+    now = "labels" if info.activation == "sigmoid" else "top1"
+    if curve.agreement_of not in ("neighbours", now):
+        return f"made with agreement of {curve.agreement_of}, not of {now}"
     for row in curve.rows:
         fits = len(row.r) == info.num_blocks and max(row.r) <= info.max_r
         if not fits or info.token_counts(row.r)[-1] != row.tokens:

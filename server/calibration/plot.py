@@ -9,10 +9,15 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from server.curve import Curve
+from server.curve import AgreementOf, Curve
 from server.dial import r_of, text_of
 
 STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "tome"}
+NAMES: dict[AgreementOf, str] = {
+    "top1": "same answer as at r=0",
+    "labels": "same labels as at r=0",
+    "neighbours": "nearest neighbours of r=0 that are found",
+}
 
 
 def draw(curve: Curve, file: Path) -> None:
@@ -26,9 +31,8 @@ def draw(curve: Curve, file: Path) -> None:
             ax.vlines(speed, 100 * low, 100 * high, color="#0b6e99", linewidth=1)
             label = f"r={text_of(r_of(row.r))}" if len(set(row.r)) == 1 else "list"
             ax.annotate(label, (speed, 100 * row.agreement), (4, 5), textcoords="offset points", fontsize=8)
-        ax.plot(
-            speeds, [100 * row.agreement for row in curve.rows], "o", color="#0b6e99", label="same answer as at r=0"
-        )
+        shares = [100 * row.agreement for row in curve.rows]
+        ax.plot(speeds, shares, "o", color="#0b6e99", label=NAMES[curve.agreement_of])
         labelled = [
             (speed, 100 * row.top1) for speed, row in zip(speeds, curve.rows, strict=True) if row.top1 is not None
         ]

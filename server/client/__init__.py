@@ -19,8 +19,8 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("server.client needs httpx: pip install 'tome-server[client]'", name="httpx") from None
 
-from server.client.answers import Answer, Class, Model, ModelCurve, ModelCurveRow, ModelSummary, TimingsMs
-from server.client.calls import Asked
+from server.client.answers import Answer, Class, Embedding, Model, ModelCurve, ModelCurveRow, ModelSummary, TimingsMs
+from server.client.calls import Asked, EmbedAsked
 from server.client.clients import AsyncClient, Client
 from server.client.errors import CutOffError, ForeignError, LateError, NoAnswerError, UnreachableError
 from server.client.images import ImageLike
@@ -35,6 +35,8 @@ __all__ = [
     "ModelCurve",
     "ModelCurveRow",
     "CutOffError",
+    "EmbedAsked",
+    "Embedding",
     "ForeignError",
     "ImageLike",
     "LateError",

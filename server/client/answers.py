@@ -6,6 +6,9 @@ may have more of them.
 
 from __future__ import annotations
 
+import base64
+import sys
+from array import array
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,6 +123,7 @@ class Model(ModelSummary):
         input_size: Height and width in pixels.
         token_counts: For each r: tokens entering the first block, then leaving each block.
         tuned: Bands of r that are computed with tuned numbers, (lowest, highest).
+        ready: Whether images should be sent there now.
     """
 
     backend: Backend | None
@@ -133,6 +137,7 @@ class Model(ModelSummary):
     max_r: int
     token_counts: dict[int, tuple[int, ...]]
     tuned: tuple[tuple[int, int], ...] = ()
+    ready: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +176,39 @@ class ModelCurve:
     rows: tuple[ModelCurveRow, ...]
 
 
-_ANSWER, _MODEL, _CURVE = TypeAdapter(Answer), TypeAdapter(Model), TypeAdapter(ModelCurve)
-_SUMMARIES = TypeAdapter(list[ModelSummary])
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The vector of one image, and how it was computed.
+
+    Attributes:
+        vector: Its numbers, of length 1 unless it was asked for as it is.
+        r: Tokens merged in each block; a tuple where the blocks differ. Vectors of one r belong into one index.
+        r_source: "request" or "deployment": who said so, or said auto.
+        tokens: Tokens left after the last block.
+    """
+
+    vector: tuple[float, ...]
+    model: str
+    r: PlainR
+    r_source: str
+    tokens: int
+
+
+_ANSWER, _EMBEDDING = TypeAdapter(Answer), TypeAdapter(Embedding)
+_MODEL, _SUMMARIES, _CURVE = TypeAdapter(Model), TypeAdapter(list[ModelSummary]), TypeAdapter(ModelCurve)
+
+
+def read_embeddings(body: Any) -> list[Embedding]:
+    """The vector of each image of one request."""
+    return [_EMBEDDING.validate_python({**body, "vector": _vector(each["embedding"])}) for each in body["data"]]
+
+
+def _vector(encoded: str) -> tuple[float, ...]:
+    """The numbers of base64 of little-endian float32."""
+    numbers = array("f", base64.b64decode(encoded, validate=True))
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return tuple(numbers)
 
 
 def read_answers(body: Any, filenames: list[str | None]) -> list[Answer]:

@@ -12,16 +12,18 @@ import httpx
 
 from server.client.answers import (
     Answer,
+    Embedding,
     Model,
     ModelCurve,
     ModelSummary,
     read_answers,
     read_curve,
+    read_embeddings,
     read_model,
     read_models,
 )
 from server.client.errors import CutOffError, ForeignError, UnreachableError, error_of
-from server.client.images import ImageLike, encode
+from server.client.images import Encoded, ImageLike, encode
 from server.client.retries import Retries
 from server.errors import QueueFullError, UnavailableError, shown
 
@@ -31,8 +33,8 @@ R = int | Sequence[int] | str
 """`8`, a list of one per block, "auto", or any text that the server reads as one of these."""
 
 
-class Asked(TypedDict, total=False):
-    """How a classification is asked for; the server checks it, and None is not said.
+class Dial(TypedDict, total=False):
+    """What every request may say; the server checks it, and None is not said.
 
     Attributes:
         r: Tokens merged in each block; the deployment's when absent.
@@ -40,7 +42,6 @@ class Asked(TypedDict, total=False):
         max_r: With r="auto", the most tokens that it may merge in a block.
         min_agreement: With r="auto", the least expected share of answers that are those of r=0.
         inflect: With a single r, a ramp: -1 from 2r down to 0, 1 from 0 up to 2r.
-        top_k: How many classes to name; 5 when absent.
         deadline_ms: Time after which the answer is worth nothing, retries included; 1 at least.
     """
 
@@ -49,8 +50,33 @@ class Asked(TypedDict, total=False):
     max_r: int | None
     min_agreement: float | None
     inflect: float | None
-    top_k: int | None
     deadline_ms: float | None
+
+
+class Asked(Dial, total=False):
+    """How a classification is asked for.
+
+    Attributes:
+        top_k: How many classes to name; 5 when absent.
+        function_to_apply: What makes scores of logits: "softmax", "sigmoid" or "none"; the model's own when absent.
+        threshold: With sigmoid, in place of top_k: the least score of a class that is named.
+    """
+
+    top_k: int | None
+    function_to_apply: str | None
+    threshold: float | None
+
+
+class EmbedAsked(Dial, total=False):
+    """How vectors are asked for.
+
+    Attributes:
+        normalize: Whether they have length 1; they do when absent.
+        dimensions: How many of their first numbers; all when absent.
+    """
+
+    normalize: bool | None
+    dimensions: int | None
 
 
 @dataclass(frozen=True)
@@ -106,6 +132,20 @@ class Call(Generic[T]):
 
 def classify(images: Sequence[ImageLike], asked: Asked) -> Call[list[Answer]]:
     """Asks for the classes of images, in one request: one answer each."""
+    files, extra = _sent(images)
+    read = partial(read_answers, filenames=[file.filename for file in files])
+    return Call("POST", "classify", read, _said(asked), extra, asked.get("deadline_ms"))
+
+
+def embed(images: Sequence[ImageLike], asked: EmbedAsked) -> Call[list[Embedding]]:
+    """Asks for the vectors of images, in one request: one each."""
+    _, extra = _sent(images)
+    said = {**_said(asked), "encoding_format": "base64"}
+    return Call("POST", "v1/embeddings", read_embeddings, said, extra, asked.get("deadline_ms"))
+
+
+def _sent(images: Sequence[ImageLike]) -> tuple[list[Encoded], dict[str, Any]]:
+    """The files, and the body that holds them."""
     if isinstance(images, str | bytes | bytearray | memoryview) or not isinstance(images, Sequence):
         raise TypeError(f"images is a {type(images).__qualname__}; it must be a list or a tuple of images")
     if not images:
@@ -118,10 +158,12 @@ def classify(images: Sequence[ImageLike], asked: Asked) -> Call[list[Answer]]:
         extra: dict[str, Any] = {"content": files[0].content, "headers": {"content-type": kind}}
     else:
         extra = {"files": [("image", (file.filename or "image", file.content, kind)) for file in files]}
-    said = {name: _text(value) for name, value in asked.items() if value is not None}
-    said.pop("deadline_ms", None)
-    read = partial(read_answers, filenames=[file.filename for file in files])
-    return Call("POST", "classify", read, said, extra, asked.get("deadline_ms"))
+    return files, extra
+
+
+def _said(asked: Dial) -> dict[str, str]:
+    """The query, but for the deadline, which comes nearer with each try."""
+    return {name: _text(value) for name, value in asked.items() if value is not None and name != "deadline_ms"}
 
 
 def models() -> Call[list[ModelSummary]]:

@@ -12,8 +12,8 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from server.client import calls
-from server.client.answers import Answer, Model, ModelCurve, ModelSummary
-from server.client.calls import Asked, Call, R
+from server.client.answers import Answer, Embedding, Model, ModelCurve, ModelSummary
+from server.client.calls import Asked, Call, EmbedAsked, R
 from server.client.errors import NoAnswerError, no_answer
 from server.client.images import ImageLike
 from server.client.retries import Retries
@@ -73,6 +73,14 @@ class Client:
     def classify_all(self, images: Sequence[ImageLike], **asked: Unpack[Asked]) -> list[Answer]:
         """Names what is in each image, in one request: all at one `r`, and all or none."""
         return self._ask(calls.classify(images, asked))
+
+    def embed(self, image: ImageLike, **asked: Unpack[EmbedAsked]) -> Embedding:
+        """The vector of an image, for search; `EmbedAsked` lists the parameters."""
+        return self._ask(calls.embed([image], asked))[0]
+
+    def embed_all(self, images: Sequence[ImageLike], **asked: Unpack[EmbedAsked]) -> list[Embedding]:
+        """The vector of each image, in one request: all at one `r`, and all or none."""
+        return self._ask(calls.embed(images, asked))
 
     def models(self) -> list[ModelSummary]:
         """The models that are served, the default first."""
@@ -154,6 +162,14 @@ class AsyncClient:
     async def classify_all(self, images: Sequence[ImageLike], **asked: Unpack[Asked]) -> list[Answer]:
         """Names what is in each image, in one request: all at one `r`, and all or none."""
         return await self._ask(await asyncio.to_thread(calls.classify, images, asked))
+
+    async def embed(self, image: ImageLike, **asked: Unpack[EmbedAsked]) -> Embedding:
+        """The vector of an image, for search; `EmbedAsked` lists the parameters."""
+        return (await self.embed_all([image], **asked))[0]
+
+    async def embed_all(self, images: Sequence[ImageLike], **asked: Unpack[EmbedAsked]) -> list[Embedding]:
+        """The vector of each image, in one request: all at one `r`, and all or none."""
+        return await self._ask(await asyncio.to_thread(calls.embed, images, asked))
 
     async def models(self) -> list[ModelSummary]:
         """The models that are served, the default first."""

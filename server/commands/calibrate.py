@@ -16,7 +16,7 @@ from server.errors import InvalidError
 from server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from server.curve import Curve
+    from server.curve import AgreementOf, Curve, CurveRow
     from server.device.models import LoadedModel
 
 HELP = "measure what each r costs and keeps on this machine, for r=auto and for you"
@@ -32,16 +32,29 @@ SETTINGS: tuple[str, ...] = (
     "state_dir",
 )
 WIDTH = 40
+COLUMNS: dict[AgreementOf, tuple[str, ...]] = {
+    "top1": ("agree", "top-1 %"),
+    "labels": ("labels agree", ""),
+    "neighbours": ("neighbours", "same r %", "cosine"),
+}
+"""What the table says of agreement."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Measures images/s, the seconds of a batch as a + b n, and how many photos keep the answer of r=0, which needs "
-        "no labels. A server finds the result beside the model, or in the state folder, and r=auto goes by it."
+        "no labels. The answer is the likeliest class; of a model with several labels it is all labels with a score of "
+        "0.5 or more. Of a model without classes it measures how many of a photo's ten nearest neighbours stay. A "
+        "server finds the result beside the model, or in the state folder, and r=auto goes by it."
     )
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos like those to be served")
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="CSV table with columns file and label (a class index), for top-1"
+    )
+    parser.add_argument(
+        "--neighbours",
+        action="store_true",
+        help="measure neighbours for a model with classes too: for one that serves vectors, to search by",
     )
     # Not the setting r, which is one r.
     parser.add_argument(
@@ -58,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
-    from server.calibration import places
+    from server.calibration import agreement, places
     from server.calibration.facts import facts_of
     from server.calibration.labels import read_labels
     from server.calibration.measure import measure
@@ -81,7 +94,17 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     loaded = load_model(spec, settings.state_dir)
     info, batch = loaded.info, settings.max_batch_size
     schedules = _ladder(loaded, args)
+    of: AgreementOf = "neighbours" if args.neighbours else agreement.default_for(info)
+    if args.labels and of != "top1":
+        raise SettingsError(
+            f"--labels measures top-1, of one right class for each photo; the agreement here is of {of}"
+        )
     files = choose_photos(args.images, args.photos, seed=0)
+    if of == "neighbours" and len(files) < agreement.FEWEST_PHOTOS:
+        raise SettingsError(
+            f"{len(files)} photos are too few to measure a photo's {agreement.NEAREST} nearest neighbours; "
+            f"it takes {agreement.FEWEST_PHOTOS} or more"
+        )
     labels = read_labels(args.labels, files, args.images, len(info.labels)) if args.labels else [None] * len(files)
     photos = read_photos(files, info, settings.max_image_pixels)
     options = BackendOptions(settings.backend, settings.threads, settings.cache_dir(), batch)
@@ -89,10 +112,16 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     facts = facts_of(loaded, runner)
     if facts is None:
         raise SettingsError(f"{info.name} has random weights; a curve is of weights that stay")
-    rows = measure(loaded, runner, schedules, photos, labels, batch, _bar())
+    rows = measure(loaded, runner, schedules, photos, labels, batch, of, _bar())
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     curve = Curve(
-        model=info.name, facts=facts, measured=today, photos=len(photos), max_batch_size=batch, rows=tuple(rows)
+        model=info.name,
+        facts=facts,
+        measured=today,
+        photos=len(photos),
+        max_batch_size=batch,
+        agreement_of=of,
+        rows=tuple(rows),
     )
     _print_table(curve)
     if args.output:
@@ -148,9 +177,15 @@ def _print_table(curve: Curve) -> None:
         f"{curve.model} on {facts.device}, {facts.backend} in {facts.precision}, {curve.photos} photos, "
         f"batches of up to {curve.max_batch_size}"
     )
+    if curve.agreement_of == "neighbours":
+        print(
+            "neighbours: of a photo's ten nearest at r=0, the share found by its vector at r in an index at r=0; "
+            "same r: in one at r, too"
+        )
+    agree, *more = COLUMNS[curve.agreement_of]
     print(
         f"{'tokens':>6} {'GFLOPs':>8} {'images/s':>9} {'speed-up':>8} {'batch of n, ms':>17} "
-        f"{'agree % (95 %)':>21} {'top-1 %':>8}  r"
+        f"{f'{agree} % (95 %)':>25} {' '.join(f'{name:>8}' for name in more)}  r"
     )
     slowest = curve.rows[0].images_per_s or 0.0
     for row in curve.rows:
@@ -159,11 +194,17 @@ def _print_table(curve: Curve) -> None:
         agree = f"{100 * row.agreement:.1f} ({low:.1f} to {high:.1f})"
         batch_ms = "{:.1f} + {:.2f} n".format(*(1e3 * term for term in row.line))
         gflops = "" if row.gflops is None else f"{row.gflops:.3f}"
-        top1 = "" if row.top1 is None else f"{100 * row.top1:.1f}"
         print(
             f"{row.tokens:>6} {gflops:>8} {row.images_per_s:>9.1f} {row.images_per_s / slowest:>7.2f}x {batch_ms:>17} "
-            f"{agree:>21} {top1:>8}  {text_of(r_of(row.r))}"
+            f"{agree:>25} {' '.join(f'{text:>8}' for text in _more(row))}  {text_of(r_of(row.r))}"
         )
+
+
+def _more(row: CurveRow) -> list[str]:
+    """What `COLUMNS` names beside the agreement."""
+    if row.neighbours is not None:
+        return [f"{100 * row.neighbours.same_index:.1f}", f"{row.neighbours.cosine:.4f}"]
+    return ["" if row.top1 is None else f"{100 * row.top1:.1f}"]
 
 
 def _draw(curve: Curve, file: Path) -> None:

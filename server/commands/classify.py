@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import get_args
 
-from server.commands.top_k import checked_top_k
+from server.commands.top_k import named_classes
 from server.settings import Settings
+from server.types import Activation
 
 HELP = "classify photos here and now, without a server"
 SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir")
@@ -15,6 +17,14 @@ SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precis
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image file")
     parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all where there are fewer)")
+    parser.add_argument(
+        "--function-to-apply",
+        choices=get_args(Activation),
+        help="what makes scores of logits (default: the model's own, softmax or, with several labels, sigmoid)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="with sigmoid, in place of --top-k: the least score of a class to name"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, one line a photo")
 
 
@@ -31,18 +41,22 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     loaded = load_model(spec, settings.state_dir)
     info = loaded.info
     schedule = info.schedule(spec.r or 0)
-    top_k = checked_top_k(args.top_k, info, default=5)
+    top_k, activation = named_classes(args, info)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     key = info.batch_key(schedule)
     for photo in args.photos:
         pixels = read_photo(photo, info.preprocessing, settings.max_image_pixels)
-        ((likeliest, scores),) = runner.top_k(key, stacked([pixels], key.input_size, runner.device), top_k)
-        found = classes(info, likeliest, scores)
+        batch = stacked([pixels], key.input_size, runner.device)
+        ((likeliest, scores),) = runner.top_k(key, batch, top_k, activation)
+        found = [
+            each for each in classes(info, likeliest, scores) if each["score"] >= (args.threshold or float("-inf"))
+        ]
         if args.json:
             said = {"file": photo, "model": info.name, "r": list(schedule), "tuned": info.is_tuned(schedule)}
-            print(json.dumps({**said, "top_k": found}))
+            print(json.dumps({**said, "function_to_apply": activation, "top_k": found}))
         else:
             print(photo)
+            form = "6.2f" if activation == "none" else "6.1%"
             for each in found:
-                print(f"  {each['score']:6.1%}  {each['label']}")
+                print(f"  {each['score']:{form}}  {each['label']}")
     return 0

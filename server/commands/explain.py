@@ -60,7 +60,10 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     key = info.batch_key(schedule)
     pixels = read_photo(args.photo, info.preprocessing, settings.max_image_pixels)
     batch = stacked([pixels], key.input_size, runner.device)
-    (((likeliest,), (score,)),) = runner.top_k(key, batch, 1)
+    answer = ""
+    if info.labels:
+        (((likeliest,), (score,)),) = runner.top_k(key, batch, 1)
+        answer = f"{score:.1%} {info.labels[likeliest]}; "
     found = sources(runner.merged(info.name), batch, schedule, [block - 1 for block in blocks])
 
     height, width = info.preprocessing.input_size
@@ -74,8 +77,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         _side_by_side([photo, *map(_picture, painted)], captions).save(output, "PNG", optimize=True)
     except OSError as error:
         raise SettingsError(f"-o is {args.output}: {error.strerror}") from None
-    label = info.labels[likeliest]
-    print(f"{args.photo}: {score:.1%} {label}; tokens {counts[0]}, after each block {' '.join(map(str, counts[1:]))}")
+    print(f"{args.photo}: {answer}tokens {counts[0]}, after each block {' '.join(map(str, counts[1:]))}")
     return 0
 
 

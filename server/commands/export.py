@@ -49,8 +49,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     except OSError as error:
         raise SettingsError(f"{args.output}: {error.strerror}") from error
     height, width = input_size
+    outputs = f"logits (batch, {len(info.labels)})" if info.labels else f"features (batch, {info.num_features})"
     print(f"{written.path}: {info.architecture}, {written.num_bytes / 1e6:.1f} MB, opset {args.opset}")
-    print(f"  images (batch, 3, {height}, {width}) to logits (batch, {len(info.labels)})")
+    print(f"  images (batch, 3, {height}, {width}) to {outputs}")
     print(f"  tokens: {tokens[0]} come in, {tokens[-1]} are left")
     if written.difference is None:
         print("  not compared with torch: onnxruntime is not installed")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from server.settings import Settings, load_settings
+from server.types import ModelInfo
 
 HELP = "load the models that serve would and describe them, or check a model folder"
 SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "state_dir")
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         metavar="FOLDER",
-        help="load this model folder instead, classify a black image, and say in one line what it is or what is wrong",
+        help="load this model folder instead, compute a black image, and say in one line what it is or what is wrong",
     )
 
 
@@ -43,9 +44,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
             continue
         height, width = info.preprocessing.input_size
         print(f"{info.name}: {info.architecture} from {info.source}")
-        print(
-            f"  {len(info.labels)} classes, {height} x {width} px, {info.num_blocks} blocks, r from 0 to {info.max_r}"
-        )
+        print(f"  {_gives(info)}, {height} x {width} px, {info.num_blocks} blocks, r from 0 to {info.max_r}")
         print("  tokens left: " + ", ".join(f"{count} at r={r}" for r, count in ladder.items()))
         if info.tuned:
             print(f"  tuned for {_bands(info.tuned)}: {loaded.tuned_file}")
@@ -72,9 +71,17 @@ def _checked(folder: str, settings: Settings) -> str:
     height, width = info.preprocessing.input_size
     parameters = sum(parameter.numel() for parameter in loaded.merged.parameters())
     return (
-        f"{folder} is all right: {info.architecture}, {len(info.labels)} classes, {height} x {width} px, "
+        f"{folder} is all right: {info.architecture}, {_gives(info)}, {height} x {width} px, "
         f"{parameters:,} parameters" + (f", tuned for {_bands(info.tuned)}" if info.tuned else "")
     )
+
+
+def _gives(info: ModelInfo) -> str:
+    """What the model makes of an image."""
+    if not info.labels:
+        return f"no classes but {info.num_features} features"
+    activation = "" if info.activation == "softmax" else f" by {info.activation}"
+    return f"{len(info.labels)} classes{activation}, {info.num_features} features"
 
 
 def _bands(bands: Sequence[tuple[int, int]]) -> str:

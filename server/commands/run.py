@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.commands.output import spare_others, tell
 from server.commands.stopping import Stop
-from server.commands.top_k import checked_top_k
+from server.commands.top_k import named_classes
 from server.dial import r_of, text_of
 from server.settings import Settings, SettingsError
 
@@ -149,10 +149,6 @@ def _check(args: argparse.Namespace) -> None:
                 raise SettingsError(f"--{flag.replace('_', '-')} goes without --embed")
     elif args.no_normalize:
         raise SettingsError("--no-normalize goes with --embed")
-    if args.threshold is not None and args.top_k is not None:
-        raise SettingsError("--threshold and --top-k are both given; give one of them")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise SettingsError(f"--threshold is {args.threshold:g}; it must lie between 0 and 1")
 
 
 def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
@@ -162,10 +158,7 @@ def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
     schedule = info.schedule(settings.specs()[0].r or 0)
     if args.embed:
         return Embed(model=info.name, images=[], r=schedule, deadline=math.inf)
-    activation = args.function_to_apply or info.activation
-    if args.threshold is not None and activation != "sigmoid":
-        raise SettingsError(f"--threshold goes with --function-to-apply sigmoid; here it is {activation}")
-    top_k = checked_top_k(args.top_k, info, default=1 if args.threshold is None else len(info.labels))
+    top_k, activation = named_classes(args, info, default=1)
     return Classify(
         model=info.name,
         images=[],

@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.lifetime import configure_logging
     from server.supervisor import serve
+    from server.tracing.start import traces_endpoint
 
-    configure_logging(settings.log_level)
+    traces_endpoint()  # what is wrong with it stops the start here, in one sentence
+    configure_logging(settings.log_level, settings.log_format)
     for key in KEYS:
         if getattr(args, key, None):
             flag = f"--{key.replace('_', '-')}"

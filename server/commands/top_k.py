@@ -1,23 +1,29 @@
-"""How many classes a command names."""
+"""How many classes a command names, and by which scores."""
 
 from __future__ import annotations
 
+import argparse
+
 from server.settings import SettingsError
-from server.types import ModelInfo
+from server.types import Activation, ModelInfo
 
 
-def checked_top_k(top_k: int | None, info: ModelInfo, default: int) -> int:
-    """What `--top-k` says, else the default or all classes where there are fewer.
+def named_classes(args: argparse.Namespace, info: ModelInfo, default: int | None = None) -> tuple[int, Activation]:
+    """What `--top-k`, `--threshold` and `--function-to-apply` say: how many classes at most, and what makes scores.
+
+    Args:
+        args: Of the command line.
+        info: The model.
+        default: How many where neither flag says so; None for as many as a server names.
 
     Raises:
-        SettingsError: It is out of range, or the model has no classes.
+        SettingsError: The model has no classes.
+        InvalidError: A flag is out of range, or they do not go together.
     """
     if not info.labels:
         raise SettingsError(
             f"{info.name} has no classifier, so it names no classes; 'tome-server run --embed' has vectors"
         )
-    if top_k is None:
-        return min(default, len(info.labels))
-    if not 1 <= top_k <= len(info.labels):
-        raise SettingsError(f"--top-k is {top_k}; it must lie between 1 and {len(info.labels)}")
-    return top_k
+    top_k = default if args.top_k is None and args.threshold is None else args.top_k
+    activation: Activation = args.function_to_apply or info.activation
+    return info.most_classes(activation, top_k, args.threshold), activation

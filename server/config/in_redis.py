@@ -64,7 +64,7 @@ class RedisConfig(SharedConfig):
         where = self._redis.connection_pool.connection_kwargs  # the URL may hold a password
         source = f"Redis at {where.get('host', 'localhost')}:{where.get('port', 6379)}"
         super().__init__(
-            start, source, cache, lambda models: check({n: r for n, r in models.items() if n in start}), memory
+            start, source, cache, lambda models: check({n: r for n, r in models.items() if n in self._start}), memory
         )
         with redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S) as client:
             try:

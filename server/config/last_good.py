@@ -22,10 +22,13 @@ class LastGood:
     Args:
         memory: Outlives the engine process, whatever becomes of disks; None where the engine is not supervised.
         file: Outlives the server; None where it keeps no state.
+        what: What the log calls the document.
     """
 
-    def __init__(self, memory: UnnamedFile | None = None, file: Path | None = None) -> None:
-        self._memory, self._file = memory, file
+    def __init__(
+        self, memory: UnnamedFile | None = None, file: Path | None = None, what: str = "the configuration"
+    ) -> None:
+        self._memory, self._file, self._what = memory, file, what
         self._problem: str | None = None
 
     def keep(self, line: str) -> None:
@@ -38,7 +41,7 @@ class LastGood:
             replace_file(self._file, line)
             self._problem = None
         except OSError as error:
-            problem = f"the configuration cannot be kept in {self._file} for the next start: {error.strerror}"
+            problem = f"{self._what} cannot be kept in {self._file} for the next start: {error.strerror}"
             if problem != self._problem:
                 logger.warning("%s", problem)
             self._problem = problem
@@ -56,12 +59,12 @@ class LastGood:
             try:
                 return read(line)
             except ServerError as error:
-                logger.warning("the configuration that was in force before the restart is not used: %s", error)
+                logger.warning("%s before the restart is not used: %s", self._what, error)
         if self._file is not None:
             try:
                 return read(read_file(self._file)[1])
             except (FileNotFoundError, NotADirectoryError):
                 pass  # nothing was kept yet
             except (OSError, ServerError) as error:
-                logger.warning("the configuration that %s keeps is not used: %s", self._file, error)
+                logger.warning("%s, as %s keeps it, is not used: %s", self._what, self._file, error)
         return None

@@ -84,6 +84,21 @@ class LocalConfig:
             self._catch_up(self._path)
         return self._configuration
 
+    def setting(self, name: str, start: RSetting) -> RSetting:
+        if self._path is not None:
+            self._catch_up(self._path)
+        r, replaced = self._changes.get(name, (start, start))
+        return r if replaced == start else start
+
+    def add(self, name: str, start: RSetting) -> None:
+        self._start[name] = start
+        self._take_over(self._configuration.version, self._changes)
+
+    def remove(self, name: str) -> RSetting:
+        start = self._start.pop(name)
+        self._take_over(self._configuration.version, self._changes)
+        return start
+
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
         """On disk before in memory."""
         if self._path is None:

@@ -55,6 +55,16 @@ class SharedConfig:
         models = {name: self._shared.models.get(name, r) for name, r in self._start.items()}
         return Configuration(self._shared.version, models)
 
+    def setting(self, name: str, start: RSetting) -> RSetting:
+        """As of `ConfigStore`, and so are the next ones."""
+        return self._shared.models.get(name, start)
+
+    def add(self, name: str, start: RSetting) -> None:
+        self._start[name] = start
+
+    def remove(self, name: str) -> RSetting:
+        return self._start.pop(name)
+
     def _adopt(self, shared: Configuration) -> None:
         """Takes over another one.
 

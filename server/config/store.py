@@ -23,6 +23,18 @@ class ConfigStore(Protocol):
         """What holds at this moment."""
         ...
 
+    def setting(self, name: str, start: RSetting) -> RSetting:
+        """The `r` that a model has which is started with this one."""
+        ...
+
+    def add(self, name: str, start: RSetting) -> None:
+        """Keeps the `r` of one more model, which is started with this one."""
+        ...
+
+    def remove(self, name: str) -> RSetting:
+        """Says no more of a model; what was changed is there when it comes back. Gives what it was started with."""
+        ...
+
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
         """Changes some models, all or none; the caller has checked what they can merge.
 
@@ -53,7 +65,7 @@ def open_store(
         SettingsError: What servers share cannot be read, or holds an `r` that a model cannot merge, and nothing good
             was kept of it.
     """
-    start = {spec.name: spec.r or 0 for spec in settings.specs()}
+    start = {spec.name: settings.spec(spec.name).r or 0 for spec in settings.model}
     shared, file = settings.shared_config, settings.state_file() or otherwise
     if shared is None:
         return LocalConfig(start, file, check, memory)

@@ -51,6 +51,7 @@ class BackendOptions:
         threads: CPU threads; 0 takes what the container may use.
         cache_dir: Where compiled models are kept; None keeps none.
         max_batch_size: Most images in a batch.
+        beside: Other models compute while this one is made ready.
         memory_bytes: What graphs may take that are compiled while the server runs; a quarter of the memory that the
             container may use. Its models share it.
     """
@@ -59,4 +60,5 @@ class BackendOptions:
     threads: int = 0
     cache_dir: Path | None = None
     max_batch_size: int = 32
+    beside: bool = False
     memory_bytes: int = field(default_factory=lambda: available_bytes() // 4)

@@ -23,6 +23,7 @@ from server.errors import shown
 from server.images.preprocessing import Preprocessing
 from server.settings import ModelSpec, SettingsError
 from server.types import ModelInfo
+from server.versions import UNVERSIONED
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ def _load(spec: ModelSpec, state_dir: Path | None) -> LoadedModel:
         tuned=tuple((band.low, band.high) for band in found.tuned.bands) if found else (),
         num_features=merged.num_features,
         activation=described.activation,
+        version=spec.version or UNVERSIONED,
     )
     return LoadedModel(merged, info, file, found and found.sha256, found and found.file)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 
 import torch
 from torch import Tensor
@@ -63,7 +64,11 @@ class OpenVINOBackend:
         self.merged = self._torch.merged
         self._name, self._num_classes = loaded.info.name, len(loaded.info.labels)
         self._compiler = Compiler(
-            loaded.merged.with_features(), loaded.info.preprocessing.input_size, options.threads, options.cache_dir
+            loaded.merged.with_features(),
+            loaded.info.preprocessing.input_size,
+            options.threads,
+            options.cache_dir,
+            options.beside,
         )
         self._max_batch_size = options.max_batch_size
         self._unmerged = loaded.info.schedule(0)
@@ -76,7 +81,12 @@ class OpenVINOBackend:
         self._uses = Uses[Schedule]()
         schedule_bytes = (1 + len(FEWER_BATCH_SIZES)) * self._compiler.graph_bytes
         self.most_schedules = max(0, min(MOST_SCHEDULES, options.memory_bytes // schedule_bytes - 1))
-        self._later = Later(self._compile_aside, self._called, "openvino")
+        # By weak references: as a circle a model that is unloaded would keep its memory until the collector comes, and
+        # that is kept off what was there at the start.
+        ours = weakref.proxy(self)
+        self._later = Later[Schedule, AnyBatch](
+            lambda schedule: ours._compile(schedule, aside=True), lambda schedule: ours._called(schedule), "openvino"
+        )
         self.warm_up(self._unmerged)  # a model that OpenVINO gets wrong is refused here
         logger.info(
             "%s: OpenVINO keeps up to %d schedules that requests name, in %d MB of memory; torch answers others",
@@ -125,9 +135,6 @@ class OpenVINOBackend:
 
     def _unwarmed(self) -> list[Schedule]:
         return [each for each in self._runs if each not in self._warmed]
-
-    def _compile_aside(self, schedule: Schedule) -> AnyBatch:
-        return self._compile(schedule, aside=True)
 
     def _compile(self, schedule: Schedule, aside: bool) -> AnyBatch:
         start, precision = time.perf_counter(), self.info.precision

@@ -52,6 +52,7 @@ class Compiler:
         threads: CPU threads; 0 takes what the container may use.
         cache_dir: Where translated and compiled graphs are kept for the next start, so many of them; None keeps them
             for this process.
+        beside: Others compute in this process: all that is translated is translated in another one.
 
     Attributes:
         input_size: As given.
@@ -64,8 +65,10 @@ class Compiler:
         input_size: tuple[int, int],
         threads: int = 0,
         cache_dir: Path | None = None,
+        beside: bool = False,
     ) -> None:
         self.input_size = input_size
+        self._beside = beside
         self.threads = threads or available_cpus()
         self._merged = merged
         if cache_dir is None:
@@ -140,7 +143,7 @@ class Compiler:
             except RuntimeError as error:  # another server has removed it by now, or a crash has spoilt it
                 logger.info("r=%s is translated again: %s", text_of(r_of(schedule)), error)
         self._files.remove(schedule)
-        self._translate(schedule, aside)
+        self._translate(schedule, aside or self._beside)
         self._files.make_room()
         return self._read(schedule, batch_size, precision, config)
 

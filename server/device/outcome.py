@@ -38,7 +38,9 @@ def wanted_by(items: Sequence[Item]) -> Wanted:
         activations=tuple(_activation_of(item, named[0]) for item in items) if is_mixed else (named[0],),
         top_k=max((request.top_k for request in requests if isinstance(request, Classify | Explain)), default=0),
         scores=any(isinstance(request, Score) for request in requests),
-        features=any(isinstance(request, Embed) for request in requests),
+        features=any(
+            isinstance(request, Embed) or (isinstance(request, Score) and request.features) for request in requests
+        ),
     )
 
 
@@ -102,7 +104,8 @@ class Found:
         """The result of one image."""
         request = item.request
         if isinstance(request, Score):
-            return _vector(self._dense[row])
+            dense = self._dense[row]
+            return _vector(torch.cat((dense, self._features[row])) if request.features else dense)
         if isinstance(request, Embed):
             return _vector(self._features[row])
         indices, scores = self._indices[row][: request.top_k], self._scores[row][: request.top_k]

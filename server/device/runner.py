@@ -23,7 +23,7 @@ from server.documents import sentence
 from server.errors import EngineError, ServerError
 from server.ipc.messages import TopK, Vector
 from server.settings import SettingsError
-from server.types import BackendInfo, BatchKey
+from server.types import Activation, BackendInfo, BatchKey
 from tome_core import MergedViT
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Runner:
         self._device = device_of(device)
         options = backend or BackendOptions()
         options = replace(options, memory_bytes=options.memory_bytes // max(1, len(models)))
-        self.alone = _alone_on(str(self._device))
+        self.alone = alone_on(str(self._device))
         with on(self._device):
             self._infos = {name: loaded.info for name, loaded in models.items()}
             self._backends = {
@@ -111,18 +111,21 @@ class Runner:
         found = launched.result()
         return [found.of(row, item) for row, item in enumerate(items)]
 
-    def top_k(self, key: BatchKey, pixels: Tensor, k: int) -> list[tuple[list[int], list[float]]]:
-        """The k likeliest classes of each image, and their scores by the model's own activation.
+    def top_k(
+        self, key: BatchKey, pixels: Tensor, k: int, activation: Activation | None = None
+    ) -> list[tuple[list[int], list[float]]]:
+        """The k likeliest classes of each image, and their scores.
 
         Args:
             key: Model and schedule.
             pixels: (B, H, W, 3) in uint8, on the device.
             k: How many.
+            activation: What makes scores of logits; the model's own where nothing is said.
 
         Raises:
             EngineError: The model gives no numbers.
         """
-        wanted = Wanted((self._infos[key.model].activation,), top_k=k)
+        wanted = Wanted((activation or self._infos[key.model].activation,), top_k=k)
         return self.launch(key, pixels, wanted).result().top_k()
 
     def run(self, key: BatchKey, pixels: Tensor) -> None:
@@ -159,8 +162,8 @@ class Runner:
         return self._device
 
     def check(self) -> None:
-        """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
-        torch.ones(1, device=self._device).sum().item()
+        """Raises when the device is broken."""
+        check(self._device)
 
     def warm_up(self, key: BatchKey, is_likely: bool = True) -> None:
         """Compiles where that is needed, and computes one black image: no request pays for what is done once.
@@ -195,7 +198,7 @@ class Runner:
 
 
 @functools.cache
-def _alone_on(device: str) -> AbstractContextManager[bool]:
+def alone_on(device: str) -> AbstractContextManager[bool]:
     """A lock for each device, whichever runner works there. A thread that holds it may take it again."""
     return threading.RLock()
 
@@ -203,6 +206,11 @@ def _alone_on(device: str) -> AbstractContextManager[bool]:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the one of this thread: Triton's kernels and CUDA graphs run there, wherever their tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def check(device: torch.device) -> None:
+    """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
+    torch.ones(1, device=device).sum().item()
 
 
 def device_of(device: str) -> torch.device:

@@ -25,15 +25,20 @@ from server.ipc.messages import (
     Failure,
     GetConfiguration,
     GetCurve,
+    GetRepository,
+    Load,
     Measured,
     Probe,
     Reply,
+    Repository,
     Request,
+    Seen,
+    Unload,
     Withdraw,
     reply_of,
 )
 from server.metrics import ENGINE_UP
-from server.types import Configuration, ModelInfo
+from server.types import Configuration, ModelInfo, ModelState
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ T = TypeVar("T")
 
 RECONNECT_S = 0.05
 CALL_TIMEOUT_S = 12.0  # longer than the engine takes to say that a check failed
+LOAD_TIMEOUT_S = 3600.0
+"""A large model from a slow disk, compiled for the first time, takes minutes."""
 GRACE_S = 1.0
 """The engine keeps the deadline; so much later is for an engine that no longer does."""
 
@@ -66,7 +73,7 @@ class RemoteEngine:
 
     def __init__(self, door: Door, index: int = 0) -> None:
         self._door, self._up = door, ENGINE_UP.labels(str(index))
-        self._catalog: dict[str, ModelInfo] = {}
+        self._catalog: dict[str, ModelInfo] | None = None
         self._connected: Frames[Reply] | None = None
         self._frames: Frames[Reply] | None = None
         """The connection, once the engine has greeted."""
@@ -97,7 +104,7 @@ class RemoteEngine:
         return len(self._calls)
 
     def catalog(self) -> dict[str, ModelInfo]:
-        if not self._catalog:
+        if self._catalog is None:
             raise UnavailableError("the models are still loading", retry_after_s=1)
         return self._catalog
 
@@ -116,6 +123,16 @@ class RemoteEngine:
     async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
         deployed: Deployed = await self._call(Configure(changes, expected_version))
         return deployed.configuration
+
+    async def load(self, name: str, version: str | None = None) -> None:
+        await self._call(Load(name, version), time.monotonic() + LOAD_TIMEOUT_S)
+
+    async def unload(self, name: str) -> None:
+        await self._call(Unload(name), time.monotonic() + LOAD_TIMEOUT_S)  # a load may be before it
+
+    async def repository(self) -> list[ModelState]:
+        repository: Repository = await self._call(GetRepository())
+        return repository.models
 
     async def check(self) -> None:
         try:
@@ -177,7 +194,9 @@ class RemoteEngine:
     def _receive(self, reply: Reply) -> None:
         answer = reply.answer
         if isinstance(answer, Catalog):
+            assert self._connected is not None, "it has come over a connection"
             self._catalog = {info.name: info for info in answer.models}
+            self._connected.send(Call(reply.id, Seen()))
             self._frames = self._connected
             self._up.set(1)
             return

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from server.curve import Curve
 from server.dial import RSetting
-from server.errors import DeadlineError, EngineError, UnavailableError
+from server.errors import DeadlineError, EngineError, NotFoundError, ServerError, UnavailableError
 from server.images.image import JpegFile
 from server.ipc.client import LostEngineError
 from server.ipc.engine import Engine
 from server.ipc.messages import Answered, Request
-from server.types import Configuration, ModelInfo
+from server.types import Configuration, ModelInfo, ModelState
 
 T = TypeVar("T")
 
@@ -51,7 +52,9 @@ class Devices:
     processes would end them all, and is refused. One that hangs answers nothing, has soon the most to do, and gets no
     more. One that fails would always have the least to do, so what it has failed at, or been too late for, counts for a
     second more.
-    All have the same models and the same configuration, so any is asked for those. A JPEG goes to one that decodes.
+    All have the same configuration and, but for the seconds in which they load, the same models, so any is asked for
+    those. A request goes to one that has its model in the revision that its images were prepared for; a JPEG to one
+    that decodes.
 
     Args:
         engines: In the order of the devices.
@@ -73,13 +76,24 @@ class Devices:
         await asyncio.gather(*(engine.close() for engine in self._engines))
 
     def catalog(self) -> dict[str, ModelInfo]:
-        up_first = sorted(self._engines, key=lambda engine: not engine.is_up)
-        for engine in up_first[:-1]:
-            try:
+        """As of `Engine`: what the first says, and what others have that it has not loaded yet."""
+        up = [engine.catalog() for engine in self._engines if engine.is_up]
+        if up:
+            first, *others = up
+            more = {name: info for other in others for name, info in other.items() if name not in first}
+            return first | more if more else first
+        return self._last_catalog()
+
+    def _last_catalog(self) -> dict[str, ModelInfo]:
+        """What one says that was up once.
+
+        Raises:
+            UnavailableError: None ever was.
+        """
+        for engine in self._engines[:-1]:
+            with contextlib.suppress(UnavailableError):  # it has not been up yet
                 return engine.catalog()
-            except UnavailableError:
-                pass  # it has not been up yet
-        return up_first[-1].catalog()
+        return self._engines[-1].catalog()
 
     async def answer(self, request: Request[T]) -> Answered[T]:
         first = self._least_loaded(request)
@@ -113,6 +127,39 @@ class Devices:
     async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
         return await self._least_loaded().configure(changes, expected_version)
 
+    async def load(self, name: str, version: str | None = None) -> None:
+        """Loads it on all engines side by side; where one refuses it, the others go back to what they had.
+
+        One that is down or starts takes over later what the others have.
+        """
+        before = self.catalog().get(name)
+        loaded, error = await self._on_all(lambda engine: engine.load(name, version))
+        if error is None:
+            return
+        for engine in loaded:
+            with contextlib.suppress(ServerError):  # it goes on with what it has
+                await (engine.unload(name) if before is None else engine.load(name, before.version))
+        raise error
+
+    async def unload(self, name: str) -> None:
+        unloaded, error = await self._on_all(lambda engine: engine.unload(name))
+        if error is not None and not (unloaded and isinstance(error, NotFoundError)):  # one did not have it
+            raise error
+
+    async def _on_all(self, work: Callable[[Device], Awaitable[None]]) -> tuple[list[Device], Exception | None]:
+        """Has all engines do something; gives those that did it, and what one of the others says against it."""
+        engines = self._up()
+        outcomes = await asyncio.gather(*(work(engine) for engine in engines), return_exceptions=True)
+        done = [engine for engine, outcome in zip(engines, outcomes, strict=True) if outcome is None]
+        errors = [each for each in outcomes if isinstance(each, Exception)]
+        refused = [each for each in errors if not isinstance(each, LostEngineError)]
+        if refused:
+            return done, refused[0]
+        return done, None if done else errors[0]
+
+    async def repository(self) -> list[ModelState]:
+        return await self._least_loaded().repository()
+
     async def check(self) -> None:
         """Asks all at once: one that answers is enough, and one that hangs delays nobody."""
         asked = {asyncio.create_task(engine.check()) for engine in self._up()}
@@ -137,8 +184,8 @@ class Devices:
 
     def _least_loaded(self, request: Request[Any] | None = None, besides: Device | None = None) -> Device:
         up = [engine for engine in self._up() if engine is not besides]
-        if request is not None and any(isinstance(image, JpegFile) for image in request.images):
-            up = [engine for engine in up if engine.catalog()[request.model].decodes_jpeg]
+        if request is not None:
+            up = _fit_for(request, up)
         if not up:
             raise UnavailableError("the engine that decodes went down", retry_after_s=1)
         engine = min(up, key=self._load)  # of equals the first
@@ -152,3 +199,14 @@ class Devices:
         while failed and failed[0] < since:
             failed.popleft()
         return engine.num_calls + len(failed)
+
+
+def _fit_for(request: Request[Any], engines: list[Device]) -> list[Device]:
+    """Of the engines that are up, those that can answer a request."""
+    infos = {engine: engine.catalog().get(request.model) for engine in engines}
+    fit = [engine for engine, info in infos.items() if info is not None and info.revision == request.revision]
+    # Else one that is about to free it: any, until its catalog has come, and then none that is listed here.
+    fit = fit or [engine for engine, info in infos.items() if info is not None] or engines
+    if any(isinstance(image, JpegFile) for image in request.images):
+        fit = [engine for engine in fit if (info := infos[engine]) is not None and info.decodes_jpeg]
+    return fit

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 from server.curve import Curve
 from server.dial import RSetting
 from server.ipc.messages import Answered, Request
-from server.types import Configuration, ModelInfo
+from server.types import Configuration, ModelInfo, ModelState
 
 T = TypeVar("T")
 
@@ -41,6 +41,34 @@ class Engine(Protocol):
             ConflictError: The version is no longer the expected one.
             UnavailableError: The configuration is shared, and whoever keeps it does not answer.
         """
+        ...
+
+    async def load(self, name: str, version: str | None = None) -> None:
+        """Loads a model beside the others; it serves once this returns. One of that name is replaced in one step.
+
+        Args:
+            name: A model that was named at the start, or one of the repository.
+            version: One of its versions; None takes the newest.
+
+        Raises:
+            NotFoundError: There is no such model to load.
+            InvalidError: There is no such version, or it cannot be loaded.
+            EngineError: It is loaded, but computes nothing here.
+            ConflictError: This engine loads no models while it runs.
+        """
+        ...
+
+    async def unload(self, name: str) -> None:
+        """Takes a model out of service; what has been asked of it is answered. Then its memory is freed.
+
+        Raises:
+            NotFoundError: There is no such model.
+            ConflictError: This engine unloads no models while it runs.
+        """
+        ...
+
+    async def repository(self) -> list[ModelState]:
+        """The models that are loaded, and those that may be."""
         ...
 
     async def check(self) -> None:

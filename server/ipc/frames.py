@@ -28,7 +28,10 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
         decode: Bytes to a message; what it makes shares no memory with them.
         received: Gets every message that has come.
         lost: Called once, when the connection is gone, or given up for what came over it.
-        greeting: A message that is sent before all others.
+        greeting: Gives a message that is sent before all others.
+
+    Attributes:
+        is_open: Messages arrive at the other end.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
         decode: Callable[[memoryview], Received],
         received: Callable[[Received], None],
         lost: Callable[[], None],
-        greeting: Reply | None = None,
+        greeting: Callable[[], Reply] | None = None,
     ) -> None:
         self._decode, self._received, self._lost, self._greeting = decode, received, lost, greeting
         self._transport: asyncio.Transport | None = None
@@ -60,6 +63,10 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
         _LENGTH.pack_into(self._unsent, start, len(self._unsent) - start - _LENGTH.size)
 
     @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._is_gone
+
+    @property
     def num_unsent(self) -> int:
         """Bytes that the other end has not taken yet."""
         assert self._transport is not None
@@ -74,7 +81,7 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         if self._greeting is not None:
-            self.send(self._greeting)
+            self.send(self._greeting())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_gone = True

@@ -16,7 +16,7 @@ from server.curve import Curve
 from server.dial import AutoR, RSetting, Schedule
 from server.errors import ServerError
 from server.images.image import Image
-from server.types import Activation, Configuration, ModelInfo
+from server.types import Activation, Configuration, ModelInfo, ModelState
 
 T = TypeVar("T")
 
@@ -29,7 +29,9 @@ class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
         images: At least one.
         r: `r` of each block as asked, or the bounds of `auto`; None takes the deployment's.
         deadline: When the answer is worth nothing, in seconds of `time.monotonic()`, which all processes share.
-        trace: The caller's span as a W3C `traceparent`; None without tracing.
+        trace: The caller's span as a W3C `traceparent`, and after a blank its `tracestate` where it has one; None
+            where it has no span.
+        revision: That of the model that the images were prepared for; empty takes the one that serves now.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
     r: Schedule | AutoR | None = None
     deadline: float
     trace: str | None = None
+    revision: str = ""
 
     @property
     def operation(self) -> str:
@@ -92,9 +95,11 @@ class Score(Request[Vector], frozen=True, tag="score"):
 
     Attributes:
         activation: What makes scores of logits; "none" gives the logits.
+        features: Whether the pooled features follow the scores.
     """
 
     activation: Activation = "none"
+    features: bool = False
 
 
 class Embed(Request[Vector], frozen=True, tag="embed"):
@@ -189,6 +194,27 @@ class Configure(Struct, frozen=True, array_like=True, tag="configure"):
     expected_version: int | None
 
 
+class Load(Struct, frozen=True, array_like=True, tag="load"):
+    """Loads a model beside the others, in the newest version or the one that is named."""
+
+    model: str
+    version: str | None
+
+
+class Unload(Struct, frozen=True, array_like=True, tag="unload"):
+    """Takes a model out of service."""
+
+    model: str
+
+
+class GetRepository(Struct, frozen=True, array_like=True, tag="get_repository"):
+    """Asks which models are loaded, and which may be."""
+
+
+class Seen(Struct, frozen=True, array_like=True, tag="seen"):
+    """Says that the last catalog has come, and that all requests from now on go by it. It has no answer."""
+
+
 class Withdraw(Struct, frozen=True, array_like=True, tag="withdraw"):
     """Gives up the call of the same id."""
 
@@ -227,8 +253,18 @@ class Deployed(Struct, frozen=True, array_like=True, tag="deployed"):
     configuration: Configuration
 
 
+class Done(Struct, frozen=True, array_like=True, tag="done"):
+    """A model is loaded, or unloaded."""
+
+
+class Repository(Struct, frozen=True, array_like=True, tag="repository"):
+    """The models that are loaded or may be."""
+
+    models: list[ModelState]
+
+
 class Catalog(Struct, frozen=True, array_like=True, tag="catalog"):
-    """The loaded models, the default first; the engine sends it before all else."""
+    """The loaded models, the default first; the engine sends it before all else, and again whenever it changes."""
 
     models: list[ModelInfo]
 
@@ -237,14 +273,28 @@ class Call(Struct, frozen=True, array_like=True):
     """What an HTTP process asks, under an id of its own."""
 
     id: int
-    ask: Classify | Score | Embed | Explain | Probe | GetCurve | GetConfiguration | Configure | Withdraw
+    ask: (
+        Classify
+        | Score
+        | Embed
+        | Explain
+        | Probe
+        | GetCurve
+        | GetConfiguration
+        | Configure
+        | Load
+        | Unload
+        | GetRepository
+        | Seen
+        | Withdraw
+    )
 
 
 class Reply(Struct, frozen=True, array_like=True):
     """What the engine says to the call of that id. The catalog answers no call."""
 
     id: int
-    answer: Answered[TopK | Vector | Merges] | Alive | Measured | Deployed | Failure | Catalog
+    answer: Answered[TopK | Vector | Merges] | Alive | Measured | Deployed | Done | Repository | Failure | Catalog
 
 
 def to_bytes(message: Call | Reply, into: bytearray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from server.errors import EngineError, ServerError
@@ -17,13 +18,19 @@ from server.ipc.messages import (
     Catalog,
     Configure,
     Deployed,
+    Done,
     Failure,
     GetConfiguration,
     GetCurve,
+    GetRepository,
+    Load,
     Measured,
     Probe,
     Reply,
+    Repository,
     Request,
+    Seen,
+    Unload,
     Withdraw,
     call_of,
 )
@@ -31,8 +38,15 @@ from server.ipc.messages import (
 logger = logging.getLogger(__name__)
 
 
+SEEN_WITHIN_S = 2.0
+"""An HTTP process that has not seen a new catalog within this time is stopped, or about to end."""
+
+
 class EngineServer:
     """Answers calls, in whatever order they are done. What a process has asked is withdrawn when it is gone.
+
+    A call that loads or unloads a model is answered once every HTTP process has the new catalog: whoever got the answer
+    may ask any of them for the model.
 
     Args:
         engine: Who answers.
@@ -63,7 +77,7 @@ class EngineServer:
         opening.add_done_callback(self._opening.discard)
 
     def _connect(self) -> Frames[Call]:
-        connection = _Connection(self._engine, self._forget)
+        connection = _Connection(self._engine, self._forget, self._spread)
         self._connections.add(connection)
         self._is_alone.clear()
         return connection.frames
@@ -76,6 +90,15 @@ class EngineServer:
         except TimeoutError:
             logger.warning("%d HTTP processes have not left within %g s", len(self._connections), within_s)
 
+    def show_catalog(self) -> list[asyncio.Future[None]]:
+        """Sends the catalog to all HTTP processes; the futures are done when they have it."""
+        return [connection.show_catalog() for connection in self._connections]
+
+    async def _spread(self) -> None:
+        """Sends the catalog to all HTTP processes, and returns when they have it."""
+        if seeing := self.show_catalog():
+            await asyncio.wait(seeing, timeout=SEEN_WITHIN_S)
+
     def _forget(self, connection: _Connection) -> None:
         self._connections.discard(connection)
         if not self._connections:
@@ -85,17 +108,37 @@ class EngineServer:
 class _Connection:
     """The engine's end of the connection of one HTTP process, and its calls in flight."""
 
-    def __init__(self, engine: Engine, lost: Any) -> None:
-        self._engine, self._lost = engine, lost
+    def __init__(self, engine: Engine, lost: Any, spread: Callable[[], Awaitable[None]]) -> None:
+        self._engine, self._lost, self._spread = engine, lost, spread
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        catalog = Reply(0, Catalog(list(engine.catalog().values())))
-        self.frames = Frames(call_of, self._receive, self._withdraw_all, greeting=catalog)
+        self._unseen: dict[int, asyncio.Future[None]] = {}
+        self._num_shown = 0
+        self.frames = Frames(call_of, self._receive, self._withdraw_all, greeting=self._catalog)
+
+    def _catalog(self) -> Reply:
+        return Reply(self._num_shown, Catalog(list(self._engine.catalog().values())))
+
+    def show_catalog(self) -> asyncio.Future[None]:
+        """Sends the catalog; the future is done when it has been seen, or nobody is there to see it."""
+        self._num_shown += 1
+        self._unseen[self._num_shown] = seen = asyncio.get_running_loop().create_future()
+        if self.frames.is_open:
+            self.frames.send(self._catalog())
+        else:  # it is greeted with this catalog, or is gone
+            self._has_seen(self._num_shown)
+        return seen
+
+    def _has_seen(self, number: int) -> None:
+        if (seen := self._unseen.pop(number, None)) is not None:  # not the greeting
+            seen.set_result(None)
 
     def _receive(self, call: Call) -> None:
         if isinstance(call.ask, Withdraw):
             if call.id in self._calls:
                 self._calls[call.id].cancel()
             return
+        if isinstance(call.ask, Seen):
+            return self._has_seen(call.id)
         try:
             answering = asyncio.ensure_future(self._answer(call.ask))
         except Exception as error:  # the engine refuses it at once, or breaks
@@ -110,7 +153,9 @@ class _Connection:
             return self._engine.answer(ask)
         return self._tell(ask)
 
-    async def _tell(self, ask: Probe | GetCurve | GetConfiguration | Configure) -> Alive | Measured | Deployed:
+    async def _tell(
+        self, ask: Probe | GetCurve | GetConfiguration | Configure | Load | Unload | GetRepository
+    ) -> Alive | Measured | Deployed | Done | Repository:
         engine = self._engine
         match ask:
             case Probe():
@@ -122,6 +167,16 @@ class _Connection:
                 return Deployed(await engine.configuration())
             case Configure():
                 return Deployed(await engine.configure(ask.changes, ask.expected_version))
+            case Load():
+                await engine.load(ask.model, ask.version)
+                await self._spread()
+                return Done()
+            case Unload():
+                await engine.unload(ask.model)
+                await self._spread()
+                return Done()
+            case GetRepository():
+                return Repository(await engine.repository())
 
     def _reply(self, call_id: int, answering: asyncio.Future[Any]) -> None:
         del self._calls[call_id]
@@ -146,4 +201,6 @@ class _Connection:
         logger.info("an HTTP process left; %d of its calls are withdrawn", len(self._calls))
         for answering in list(self._calls.values()):
             answering.cancel()
+        for number in list(self._unseen):
+            self._has_seen(number)
         self._lost(self)

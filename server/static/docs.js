@@ -61,11 +61,14 @@ function curl(path, method, operation) {
   if (method !== "get" && method !== "post") words.push(`-X ${method.toUpperCase()}`);
   if (operation.security) words.push("-H 'Authorization: Bearer KEY'");
   const content = operation.requestBody?.content ?? {};
-  if (content["multipart/form-data"]) {
-    words.push("-F image=@photo.jpg");
-  } else if (content["application/json"]) {
+  const form = content["multipart/form-data"], json = content["application/json"];
+  if (form) {
+    words.push(`-F ${Object.keys(form.schema.properties)[0]}=@photo.jpg`);
+  } else if (content["application/octet-stream"]) {
+    words.push("-H 'content-type: image/jpeg' --data-binary @photo.jpg");
+  } else if (json) {
     words.push("-H 'content-type: application/json'");
-    words.push(`-d '${JSON.stringify(content["application/json"].example ?? {})}'`);
+    words.push(`-d '${JSON.stringify(json.example ?? json.schema.example ?? {})}'`);
   }
   return [...words, `'${HERE}${path.replaceAll("{", "").replaceAll("}", "")}${query}'`].join(" ");
 }
@@ -121,10 +124,16 @@ function show(api) {
   const schemes = Object.values(api.components?.securitySchemes ?? {});
   at("keys").hidden = !schemes.length;
   at("keys").textContent = `Send the key in one of these headers: ${schemes.map((each) => each.description).join(" or ")}`;
-  for (const [path, operations] of Object.entries(api.paths)) {
-    for (const method of METHODS.filter((each) => operations[each])) {
-      at("api").append(endpoint(path, method, operations[method]));
+  const known = Object.entries(api.paths).flatMap(([path, operations]) =>
+    METHODS.filter((method) => operations[method]).map((method) => [path, method, operations[method]]),
+  );
+  for (const { name, description } of [{}, ...(api.tags ?? [])]) {  // our own endpoints have no tag
+    const members = known.filter(([, , operation]) => operation.tags?.[0] === name);
+    if (name && members.length) {
+      at("contents").append(make("li", { class: "fine" }, name));
+      at("api").append(make("h2", { id: idOf("protocol", name) }, name), make("p", { class: "fine" }, description));
     }
+    for (const member of members) at("api").append(endpoint(...member));
   }
   for (const [name, schema] of Object.entries(api.components?.schemas ?? {})) {
     const about = schema.description ? [make("p", { class: "fine" }, schema.description)] : [];

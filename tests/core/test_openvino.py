@@ -89,6 +89,26 @@ def test_so_it_does_for_other_kinds_of_models(
     torch.testing.assert_close(torch.from_numpy(run(images(2).numpy())[0]), merged(images(2), 3), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"num_classes": 0}),
+        ("deit_tiny_distilled_patch16_224", {}),
+    ],
+)
+@torch.inference_mode()
+def test_features_come_beside_the_logits(
+    name: str, changes: dict[str, Any], operator: Path | None, tmp_path: Path
+) -> None:
+    both = tiny(name, **changes).with_features()
+    run = compiled(both, (5, 2, 3), tmp_path / "model.xml", 2, operator)
+    outputs = torch.from_numpy(run(images(2).numpy())[0])
+    assert outputs.shape == (2, changes.get("num_classes", 7) + 48)
+    torch.testing.assert_close(outputs, both(images(2), (5, 2, 3)), atol=1e-4, rtol=1e-4)
+
+
 @torch.inference_mode()
 def test_equal_tokens_merge_as_in_torch(operator: Path | None, tmp_path: Path) -> None:
     merged = tiny(class_token=False, global_pool="avg", pos_embed="none", num_classes=5)

@@ -32,9 +32,9 @@ def run_engine(folder: Path, sheets: Sequence[Sheet], sheet: int, *args: Any) ->
     from server import engine_process as process  # which has metrics
     from server.device.torch_backend import TorchBackend
 
-    compute = TorchBackend.logits
+    compute = TorchBackend.outputs
 
-    def logits(self: Any, pixels: Tensor, schedule: Schedule) -> Tensor:
+    def outputs(self: Any, pixels: Tensor, schedule: Schedule) -> Tensor:
         with (folder / "batches").open("a") as file:
             file.write(f"{len(pixels)} {os.getpid()}\n")
         while (folder / "hold").exists():
@@ -48,7 +48,7 @@ def run_engine(folder: Path, sheets: Sequence[Sheet], sheet: int, *args: Any) ->
             raise ValueError("a white image")
         return compute(self, pixels, schedule)
 
-    TorchBackend.logits = logits  # type: ignore[method-assign]
+    TorchBackend.outputs = outputs  # type: ignore[method-assign]
     process.main(*args)
 
 

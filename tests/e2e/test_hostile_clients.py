@@ -49,4 +49,4 @@ def test_clients_that_leave_while_a_file_is_sent_leave_nothing_in_the_log(shared
             client.recv(10)
             client.close()
     assert httpx.get(f"{shared_service.url}/livez").status_code == 200
-    assert shared_service.log[said:] == []
+    assert [line for line in shared_service.log[said:] if " GET /" not in line] == []  # beside their own lines

@@ -133,6 +133,7 @@ async def test_a_shared_configuration_holds_instead_of_user_config(own_logger: N
         ({"port": 9000, "http_workers": 2}, "Ray Serve decides about http_workers, port"),
         ({"drain_delay_s": 5}, "Ray Serve decides about drain_delay_s"),
         ({"device": "cuda:0,cuda:1"}, "a replica has one"),
+        ({"grpc_port": 8001}, "a replica of Ray Serve has no port of its own"),
         ({"batch": 8}, "there is no setting 'batch'"),
     ],
 )

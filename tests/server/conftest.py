@@ -23,8 +23,10 @@ from fastapi import FastAPI
 from hypothesis import settings as hypothesis_settings
 from PIL import Image
 
+from server.api.access_log import AccessLog
 from server.api.app import create_app
-from server.batching.engine import LocalEngine
+from server.batching.engine import LocalEngine, Spans
+from server.batching.loader import Loader
 from server.batching.policy import Rung
 from server.config.local import LocalConfig
 from server.curve import Curve, CurveRow, Facts
@@ -34,6 +36,7 @@ from server.images.preprocessing import Preprocessing
 from server.ipc.engine import Engine
 from server.ipc.messages import Classify, Embed, Explain, Item, Merges, Score, TopK, Vector
 from server.settings import Settings
+from server.tracing.provider import Tracing
 from server.types import Activation, BatchKey, ModelInfo
 from tests.server.listening import Listening, Recorder
 
@@ -258,10 +261,16 @@ def explain(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model:
     return Explain(model=model, images=[Pixels(pixels)], r=r, deadline=time.monotonic() + 1e6, top_k=1)
 
 
-def score(pixels: bytes = b"abc", activation: Activation = "none", *, r: Schedule | AutoR | None = None) -> Score:
+def score(
+    pixels: bytes = b"abc",
+    r: Schedule | AutoR | None = None,
+    *,
+    model: str = "tiny",
+    activation: Activation = "none",
+) -> Score:
     """The same for the scores of all classes."""
-    asked = {"model": "tiny", "images": [Pixels(pixels)], "r": r, "deadline": time.monotonic() + 1e6}
-    return Score(**asked, activation=activation)
+    deadline = time.monotonic() + 1e6
+    return Score(model=model, images=[Pixels(pixels)], r=r, deadline=deadline, activation=activation)
 
 
 def embed(pixels: bytes = b"abc", r: Schedule | AutoR | None = None, *, model: str = "tiny") -> Embed:
@@ -309,6 +318,10 @@ async def serving(
     curve: Curve | None = None,
     batch: int = 32,
     queue: int = 256,
+    loader: Loader | None = None,
+    access_log: AccessLog | None = None,
+    tracing: Tracing | None = None,
+    spans: Spans | None = None,
     **settings: Any,
 ) -> AsyncIterator[Service]:
     """The service around a fake device or the given engine; keywords are settings, `steps` and `curve` of `tiny`."""
@@ -316,8 +329,10 @@ async def serving(
     ladder = {"tiny": steps} if steps else None
     limits = {"max_batch_size": batch, "max_queue_size": queue}
     curves = {"tiny": curve} if curve else None
-    local = local_engine(device, models, r=r, state_file=state_file, steps=ladder, curves=curves, **limits)
-    app = create_app(Settings.model_validate({"state_dir": None} | settings), engine or local)
+    more = {"steps": ladder, "curves": curves, "loader": loader, "spans": spans}
+    local = local_engine(device, models, r=r, state_file=state_file, **more, **limits)
+    made = Settings.model_validate({"state_dir": None} | settings)
+    app = create_app(made, engine or local, access_log=access_log, tracing=tracing)
     local.start()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     try:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from hypothesis import strategies as st
 
-from server.curve import Curve
+from server.curve import AgreementOf, Curve, Neighbours
 from server.dial import MOST_MAX_R, AutoR
 from server.errors import ServerError
 from server.images.image import JpegFile, Pixels
@@ -19,21 +19,27 @@ from server.ipc.messages import (
     Classify,
     Configure,
     Deployed,
+    Done,
     Embed,
     Explain,
     Failure,
     GetConfiguration,
     GetCurve,
+    GetRepository,
+    Load,
     Measured,
     Merges,
     Probe,
     Reply,
+    Repository,
     Score,
+    Seen,
     TopK,
+    Unload,
     Vector,
     Withdraw,
 )
-from server.types import Activation, BackendInfo, Configuration
+from server.types import Activation, BackendInfo, Configuration, ModelState
 from tests.server.conftest import curve_row, fake_curve, model_info
 
 WORDS = st.text(max_size=20)
@@ -56,12 +62,13 @@ ASKED: dict[str, Any] = {
     "r": st.none() | SCHEDULES | BOUNDS,
     "deadline": SECONDS,
     "trace": st.none() | WORDS,
+    "revision": WORDS,
 }
 ACTIVATIONS = st.sampled_from(get_args(Activation))
 TOP = {"top_k": st.integers(1, 1000), "activation": ACTIVATIONS}
 REQUESTS = (
     st.builds(Classify, **ASKED, **TOP, threshold=st.none() | SHARES)
-    | st.builds(Score, **ASKED, activation=ACTIVATIONS)
+    | st.builds(Score, **ASKED, activation=ACTIVATIONS, features=st.booleans())
     | st.builds(Embed, **ASKED)
     | st.builds(Explain, **ASKED, **TOP)
 )
@@ -72,6 +79,10 @@ ASKS = (
     | st.builds(Probe)
     | st.builds(GetCurve, WORDS)
     | st.builds(GetConfiguration)
+    | st.builds(Load, WORDS, st.none() | WORDS)
+    | st.builds(Unload, WORDS)
+    | st.builds(GetRepository)
+    | st.builds(Seen)
     | st.builds(Withdraw)
 )
 CALLS = st.builds(Call, IDS, ASKS)
@@ -104,15 +115,19 @@ ERRORS = st.builds(
     FACTS,
 )
 ROWS = st.builds(
-    lambda agreement, line, gflops, top1: curve_row(4, agreement, line, gflops=gflops, top1=top1),
+    lambda agreement, line, gflops, top1, neighbours: curve_row(
+        4, agreement, line, gflops=gflops, top1=top1, neighbours=neighbours
+    ),
     SHARES,
     st.none() | st.tuples(st.floats(0, 10), st.floats(1e-6, 10)),
     st.none() | st.floats(1e-3, 1e6),
     st.none() | SHARES,
+    st.none() | st.builds(Neighbours, same_index=SHARES, cosine=st.floats(-1, 1)),
 )
 CURVES: st.SearchStrategy[Curve] = st.builds(
-    lambda row, photos: fake_curve(rows=(curve_row(0, 1.0, (0.5, 1.0)), row), photos=photos),
+    lambda row, of, photos: fake_curve(agreement_of=of, rows=(curve_row(0, 1.0, (0.5, 1.0)), row), photos=photos),
     ROWS,
+    st.sampled_from(get_args(AgreementOf)),
     st.integers(1, 10**9),
 )
 MODELS = st.builds(
@@ -126,6 +141,10 @@ MODELS = st.builds(
     num_features=COUNTS,
     activation=ACTIVATIONS,
     version=WORDS,
+    revision=WORDS,
+)
+STATES = st.builds(
+    ModelState, WORDS, WORDS, st.sampled_from(("READY", "LOADING", "UNLOADING", "UNAVAILABLE")), reason=WORDS
 )
 CONFIGURATIONS = st.builds(Configuration, IDS, st.dictionaries(WORDS, SETTINGS, max_size=3))
 ANSWERS = (
@@ -133,6 +152,8 @@ ANSWERS = (
     | st.builds(Alive)
     | st.builds(Measured, CURVES)
     | st.builds(Deployed, CONFIGURATIONS)
+    | st.builds(Done)
+    | st.builds(Repository, st.lists(STATES, max_size=3))
     | ERRORS.map(Failure.of)
     | st.builds(Catalog, st.lists(MODELS, max_size=3))
 )

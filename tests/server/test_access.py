@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import Service, assert_is_error, fake_curve, grey_png, serving
+from tests.server.conftest import Service, assert_is_error, fake_curve, grey_png, model_info, serving
+from tests.server.fake_loader import FakeLoader
 
 KEYS: dict[str, Any] = {"api_key": "user-key", "admin_key": "admin-key", "metrics_key": "metrics-key"}
 SETTINGS: list[dict[str, Any]] = [
@@ -18,7 +19,7 @@ SETTINGS: list[dict[str, Any]] = [
     for names in itertools.combinations(KEYS, count)
 ]
 
-# Each route, and who may ask it.
+# Each route of our own, and who may ask it. Other protocols have tests of their own.
 ROUTES = {
     ("GET", "/"): "all",
     ("GET", "/static/{path:path}"): "all",
@@ -37,6 +38,9 @@ ROUTES = {
     ("GET", "/v1/config"): "users",
     ("PATCH", "/v1/models/{name}"): "admins",
     ("PATCH", "/v1/config"): "admins",
+    ("POST", "/v2/repository/index"): "users",
+    ("POST", "/v2/repository/models/{name}/load"): "admins",
+    ("POST", "/v2/repository/models/{name}/unload"): "admins",
 }
 
 # What nobody, the user, the admin and the scraper get, where the key of the user and that of the admin are set.
@@ -69,7 +73,11 @@ async def ask(service: Service, method: str, path: str, headers: dict[str, str])
     """A good request to a route."""
     url = path.replace("{name}", "tiny").replace("{path:path}", "app.css")
     said: dict[str, Any] = {}
-    if method == "POST":
+    if path.endswith("/unload"):
+        await service.app.state.service.engine.load("tiny")
+    elif path.startswith("/v2/repository"):
+        pass
+    elif method == "POST":
         said = {"files": [("image", ("a.png", grey_png()))]}
     elif method == "PATCH":
         said = {"json": {"r": 1} if "{name}" in path else {"models": {"tiny": {"r": 1}}}}
@@ -77,7 +85,7 @@ async def ask(service: Service, method: str, path: str, headers: dict[str, str])
 
 
 async def test_every_route_has_a_row() -> None:
-    async with serving() as service:
+    async with serving(protocol="none") as service:
         assert sorted(routes_of(service)) == sorted(ROUTES)
         known = {path for _, path in ROUTES}
         other = [getattr(route, "path", None) for route in service.app.routes]  # what FastAPI adds by itself
@@ -87,7 +95,7 @@ async def test_every_route_has_a_row() -> None:
 @pytest.mark.parametrize("keys", SETTINGS, ids=[" ".join(keys) or "no key" for keys in SETTINGS])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "x-api-key"])
 async def test_keys_open_what_they_should(keys: dict[str, Any], scheme: str) -> None:
-    async with serving(curve=fake_curve(), **keys) as service:
+    async with serving(curve=fake_curve(), loader=FakeLoader([model_info()]), protocol="none", **keys) as service:
         for (method, path), kind in ROUTES.items():
             for key, status in zip([None, *KEYS.values()], expected(kind, keys), strict=True):
                 headers: dict[str, str] = {}

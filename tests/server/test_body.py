@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.api.body import _from_base64
+from server.api.body import from_base64
 from server.errors import UndecodableError
 from tests.server.conftest import Service, assert_is_error, class_of_grey, encode, grey_png, model_info, serving
 
@@ -92,7 +92,7 @@ def test_base64_of_every_kind_is_the_same_image(
     for at, white_space in sorted(breaks, reverse=True):
         if "%" not in text[max(0, at - 2) : at]:  # not within an escape
             text = text[:at] + white_space + text[at:]
-    assert _from_base64(prefix + text, 0) == encoded
+    assert from_base64(prefix + text, 0) == encoded
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_base64_of_every_kind_is_the_same_image(
 )
 def test_what_is_no_base64_is_refused_by_its_place(text: str) -> None:
     with pytest.raises(UndecodableError, match="image 3 is not base64"):
-        _from_base64(text, 3)
+        from_base64(text, 3)
 
 
 PARAMETERS: dict[str, Any] = {"model": "large", "r": "4,2", "top_k": "3", "deadline_ms": "20000"}

@@ -124,7 +124,7 @@ async def test_the_ladder_of_auto_is_made_of_its_rows(folder: Path, photos: Path
     for row, speed, agreement in zip(content["rows"], (1.0, 0.5), (1.0, 0.875), strict=True):
         row.update(overhead_s=0.0, image_s=speed, agreement=agreement, agreement_interval=[agreement, agreement])
     (folder / "curve.json").write_text(json.dumps(content))
-    auto = engine(folder)._auto["tiny-vit"]
+    auto = engine(folder)._served._served["tiny-vit"].dial
     assert [auto.expected_agreement(schedule) for schedule in ((0, 0), (8, 2), (4, 4))] == [1.0, 0.875, None]
 
 
@@ -145,7 +145,7 @@ async def test_a_curve_that_does_not_hold_is_said_and_not_used(
     with caplog.at_level(logging.WARNING):
         started = engine(folder)
     assert said in caplog.text and "r=auto takes evenly spaced r" in caplog.text
-    assert started._auto["tiny-vit"].expected_agreement((4, 4)) is None
+    assert started._served._served["tiny-vit"].dial.expected_agreement((4, 4)) is None
     with pytest.raises(NotFoundError, match=f"tome-server calibrate --model local-dir:{folder}"):
         await started.curve("tiny-vit")
 

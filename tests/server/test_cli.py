@@ -105,7 +105,7 @@ def test_models_describes_a_model(tiny_folder: Path, capsys: pytest.CaptureFixtu
     assert main(["models", "--model", f"local-dir:{tiny_folder}"]) == 0
     shown = capsys.readouterr().out
     assert "tiny-vit: vit_tiny_patch16_224" in shown
-    assert "3 classes, 32 x 32 px, 2 blocks, r from 0 to 8" in shown
+    assert "3 classes, 24 features, 32 x 32 px, 2 blocks, r from 0 to 8" in shown
     assert "17 at r=0, 9 at r=4, 5 at r=8" in shown
 
 

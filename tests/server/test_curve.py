@@ -15,7 +15,7 @@ from server.batching.ladder import steps_of
 from server.calibration import places
 from server.calibration.measure import batch_sizes, fit
 from server.calibration.places import find, save
-from server.curve import Curve, CurveError, speed_staleness, staleness
+from server.curve import Curve, CurveError, Neighbours, speed_staleness, staleness
 from server.device.models import BUNDLED, load_model
 from server.settings import ModelSpec, SettingsError
 from tests.server.conftest import assert_is_error, curve_row, facts, fake_curve, grey_png, model_info, serving
@@ -79,6 +79,28 @@ def test_a_curve_of_before_there_were_tuned_numbers_is_read() -> None:
     content = json.loads(fake_curve().to_json())
     del content["facts"]["tuned"]
     assert Curve.from_json(json.dumps(content)) == fake_curve()
+
+
+def test_a_curve_of_before_there_were_neighbours_is_of_the_likeliest_class() -> None:
+    content = json.loads(fake_curve().to_json())
+    del content["agreement_of"]
+    assert "neighbours" not in content["rows"][0]
+    assert Curve.from_json(json.dumps(content)) == fake_curve()
+
+
+def test_neighbours_are_kept() -> None:
+    near = curve_row(4, 0.9, (0.5, 1.0), neighbours=Neighbours(same_index=0.8, cosine=0.97))
+    curve = fake_curve(agreement_of="neighbours", rows=(curve_row(0, 1.0, (0.5, 1.0)), near))
+    assert Curve.from_json(curve.to_json()) == curve
+
+
+async def test_the_api_tells_what_agreement_is_of() -> None:
+    near = curve_row(4, 0.9, (0.25, 0.5), neighbours=Neighbours(same_index=0.8, cosine=0.97))
+    curve = fake_curve(agreement_of="neighbours", rows=(curve_row(0, 1.0, (0.5, 1.0)), near))
+    async with serving(curve=curve) as service:
+        told = (await service.client.get("/v1/models/tiny/curve")).json()
+    assert told["agreement_of"] == "neighbours"
+    assert [row["neighbours"] for row in told["rows"]] == [None, {"same_index": 0.8, "cosine": 0.97}]
 
 
 @pytest.mark.parametrize("other", ["fp32", "bf16", "fp16"])
@@ -237,7 +259,7 @@ async def test_the_endpoint_tells_the_curve() -> None:
         body = (await service.client.get("/v1/models/tiny/curve")).json()
         head = {name: value for name, value in body.items() if name != "rows"}
         about = {"model": "tiny", "device": "abacus", "precision": "fp32", "backend": "torch"}
-        assert head == about | {"measured": "2026-11-22", "photos": 100}
+        assert head == about | {"measured": "2026-11-22", "photos": 100, "agreement_of": "top1"}
         assert body["rows"][1] == {
             "r": 4,
             "schedule": [4, 4, 4],
@@ -248,6 +270,7 @@ async def test_the_endpoint_tells_the_curve() -> None:
             "agreement": 0.96,
             "agreement_interval": [0.96, 0.96],
             "top1": 0.75,
+            "neighbours": None,
         }
         assert [row["r"] for row in body["rows"]] == [0, 4, 8]
 

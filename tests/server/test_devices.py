@@ -11,15 +11,24 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from server.curve import Curve
 from server.dial import RSetting
-from server.errors import DeadlineError, EngineError, QueueFullError, ServerError, UnavailableError
+from server.errors import (
+    DeadlineError,
+    EngineError,
+    InvalidError,
+    NotFoundError,
+    QueueFullError,
+    ServerError,
+    UnavailableError,
+)
 from server.images.image import JpegFile, Pixels
 from server.ipc.client import LostEngineError
 from server.ipc.devices import Devices
 from server.ipc.messages import Answered, Classify, Merges, Request, TopK
-from server.types import Configuration, ModelInfo
+from server.types import Configuration, ModelInfo, ModelState
 from tests.server.conftest import (
     assert_is_error,
     class_of,
@@ -49,6 +58,7 @@ class FakeDevice:
         self.num_calls = 0
         self.num_asked = 0
         self.is_connected = False
+        self.models = {"tiny": "1"}
 
     def start(self) -> None:
         self.is_connected = True
@@ -59,7 +69,11 @@ class FakeDevice:
     def catalog(self) -> dict[str, ModelInfo]:
         if not self.known:
             raise UnavailableError("the models are still loading", retry_after_s=1)
-        return {"tiny": model_info(source=f"device {self.number}", decodes_jpeg=self.decodes)}
+        source = f"device {self.number}"
+        return {
+            name: model_info(name, source=source, decodes_jpeg=self.decodes, version=version, revision=version)
+            for name, version in self.models.items()
+        }
 
     async def _call(self) -> None:
         assert self.is_up, "an engine that is down was asked"
@@ -96,6 +110,18 @@ class FakeDevice:
     async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
         await self._call()
         return Configuration(self.number, changes)
+
+    async def load(self, name: str, version: str | None = None) -> None:
+        await self._call()
+        self.models[name] = version or "2"
+
+    async def unload(self, name: str) -> None:
+        await self._call()
+        if self.models.pop(name, None) is None:
+            raise NotFoundError(f"there is no model {name}")
+
+    async def repository(self) -> list[ModelState]:
+        return [ModelState(name, version, "READY") for name, version in self.models.items()]
 
     async def check(self) -> None:
         await self._call()
@@ -353,9 +379,9 @@ async def test_a_caller_that_gives_up_leaves_no_load() -> None:
 async def test_the_models_are_those_of_the_first_that_has_said_them() -> None:
     fakes, devices = several(2)
     assert devices.catalog()["tiny"].source == "device 0"
-    fakes[0].known = False
+    fakes[0].known = fakes[0].is_up = False
     assert devices.catalog()["tiny"].source == "device 1"
-    fakes[1].known = False
+    fakes[1].known = fakes[1].is_up = False
     with pytest.raises(UnavailableError, match="loading"):
         devices.catalog()
 
@@ -461,3 +487,63 @@ async def test_clients_of_several_are_told_of_two_deaths_and_do_not_notice_one()
             await until(lambda: not any(fake.num_calls and not fake.is_up for fake in fakes))
         assert_is_error(await call, 500, "engine_error")
         assert service.app.state.service.admission.in_flight == 0
+
+
+async def test_a_model_is_loaded_and_unloaded_on_every_engine() -> None:
+    fakes, devices = several(3)
+    await devices.load("cats", "5")
+    assert [fake.models for fake in fakes] == [{"tiny": "1", "cats": "5"}] * 3
+    await devices.unload("cats")
+    assert [fake.models for fake in fakes] == [{"tiny": "1"}] * 3
+    with pytest.raises(NotFoundError):
+        await devices.unload("cats")
+
+
+@pytest.mark.parametrize(("name", "before"), [("cats", {"tiny": "1"}), ("tiny", {"tiny": "1"})])
+async def test_where_one_engine_refuses_a_model_the_others_go_back_to_what_they_had(
+    name: str, before: dict[str, str]
+) -> None:
+    fakes, devices = several(3)
+    fakes[1].failure = InvalidError("model: it does not fit into memory")
+    with pytest.raises(InvalidError, match="does not fit"):
+        await devices.load(name, "7")
+    assert [fake.models for fake in fakes] == [before] * 3
+
+
+async def test_an_engine_that_goes_down_with_a_load_keeps_the_others_from_nothing() -> None:
+    fakes, devices = several(2)
+    fakes[0].gate.clear()
+    loading = asyncio.create_task(devices.load("cats"))
+    await until(lambda: fakes[1].models == {"tiny": "1", "cats": "2"})
+    fakes[0].die()
+    await loading
+    assert fakes[1].models == {"tiny": "1", "cats": "2"}
+    fakes[1].failure = LostEngineError("the engine went down")
+    with pytest.raises(LostEngineError):
+        await devices.load("dogs")
+
+
+@pytest.mark.parametrize("revision", ["1", "2"])
+async def test_a_request_goes_to_an_engine_whose_model_its_images_were_prepared_for(revision: str) -> None:
+    fakes, devices = several(3)
+    fakes[int(revision)].models = {"tiny": revision}
+    fakes[0].models = fakes[3 - int(revision)].models = {"tiny": "another"}
+    prepared = structs.replace(classify(), revision=revision)
+    assert [(await devices.answer(prepared)).config_version for _ in range(4)] == [int(revision)] * 4
+
+
+async def test_a_request_for_what_no_engine_lists_any_more_goes_to_one_which_may_still_have_it() -> None:
+    fakes, devices = several(2)
+    for model in ({"tiny": "3"}, {}):
+        for fake in fakes:
+            fake.models = dict(model)
+        assert await devices.answer(structs.replace(classify(), revision="2"))
+
+
+async def test_a_model_that_one_engine_has_not_loaded_yet_is_in_the_catalog() -> None:
+    fakes, devices = several(3)
+    fakes[2].models = {"cats": "2", "tiny": "7"}
+    fakes[1].is_up = False
+    fakes[1].models = {"dogs": "1"}
+    assert {name: info.version for name, info in devices.catalog().items()} == {"tiny": "1", "cats": "2"}
+    assert (await devices.answer(classify(model="cats"))).config_version == 2

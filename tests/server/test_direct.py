@@ -82,7 +82,7 @@ async def test_an_error_that_nobody_foresaw_is_one_of_ours_on_both_ways(monkeypa
 async def test_the_hot_endpoints_go_the_short_way_and_are_described() -> None:
     async with serving() as service:
         await service.client.get("/livez")
-        assert direct_of(service)._routes.keys() == {"/classify", "/v1/classify"}
+        assert direct_of(service)._routes.keys() == {"/classify", "/v1/classify", "/v1/embeddings"}
         described = (await service.client.get("/openapi.json")).json()["paths"]["/classify"]["post"]
         assert described["requestBody"]["content"].keys() == set(CONTENT_TYPES)
         assert {"401", "429", "504"} <= described["responses"].keys()

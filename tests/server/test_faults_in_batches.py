@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from server.batching.auto import AutoDial
 from server.batching.engine import LocalEngine
 from server.errors import DeadlineError, EngineError, ServerError, UnavailableError
 from server.ipc.messages import Answered, Classify, Explain
@@ -35,13 +36,18 @@ KINDS: list[Callable[[], BaseException]] = [
 IN_THREADS = [*KINDS, lambda: SystemExit(3), lambda: asyncio.CancelledError(), lambda: GeneratorExit()]
 """What a library may raise in a thread of its own, beside an Exception."""
 
+
+def _dials(engine: LocalEngine) -> list[AutoDial]:
+    return [served.dial for served in engine._served._served.values()]
+
+
 STAGES: dict[str, Callable[[LocalEngine, FakeDevice], list[tuple[Any, str]]]] = {
     "prepare": lambda engine, device: [(device, "prepare")],
     "compute": lambda engine, device: [(device, "compute")],
     "warm": lambda engine, device: [(device, "warm_further")],
-    "choose": lambda engine, device: [(auto, "choose") for auto in engine._auto.values()],
-    "allow": lambda engine, device: [(auto, "expected_agreement") for auto in engine._auto.values()],
-    "note": lambda engine, device: [(auto, "_choice") for auto in engine._auto.values()],
+    "choose": lambda engine, device: [(auto, "choose") for auto in _dials(engine)],
+    "allow": lambda engine, device: [(auto, "expected_agreement") for auto in _dials(engine)],
+    "note": lambda engine, device: [(auto, "_choice") for auto in _dials(engine)],
     "form": lambda engine, device: [(engine._batcher._queues, "_dues")],
     "estimate": lambda engine, device: [(engine._batcher._queues, "_may_try"), (engine._batcher.speed, "line")],
     "learn": lambda engine, device: [(engine._batcher.speed, "observe")],

@@ -50,7 +50,9 @@ class End:
         self.received: list[Any] = []
         self.lost = 0
         self.wire = Wire()
-        self.frames: Frames[Any] = Frames(decode, self.received.append, self._lose, greeting)
+        self.frames: Frames[Any] = Frames(
+            decode, self.received.append, self._lose, (lambda: greeting) if greeting is not None else None
+        )
         self.frames.connection_made(self.wire)
 
     def _lose(self) -> None:

@@ -32,7 +32,7 @@ def assert_kept_by_no_cache(response: httpx.Response, *, but_asked_again: bool) 
 
 @pytest.mark.parametrize("keys", [{}, {"api_key": "secret"}], ids=["open", "keys"])
 async def test_every_route_says_how_it_may_be_used(keys: dict[str, Any]) -> None:
-    async with serving(curve=fake_curve(), **keys) as service:
+    async with serving(curve=fake_curve(), protocol="none", **keys) as service:
         for method, path in ROUTES:
             response = await ask(service, method, path, {})
             assert_safe(response)

@@ -25,7 +25,7 @@ from server.ipc.devices import Devices
 from server.ipc.door import Door
 from server.ipc.messages import Answered, Choice, Classify, Explain, Merges, Request, TopK
 from server.ipc.server import EngineServer
-from server.types import Configuration, ModelInfo
+from server.types import Configuration, ModelInfo, ModelState
 from tests.server.conftest import (
     FakeDevice,
     assert_is_error,
@@ -61,10 +61,11 @@ class FakeEngine:
         self.withdrawn: set[bytes] = set()
         self.random = random.Random(0)
         self.now = Configuration(7, {"tiny": 3})
+        self.models = {"tiny": model_info(), "large": model_info("large", labels=("é", "\u2603"), max_r=4)}
         self.auto: Choice | None = None
 
     def catalog(self) -> dict[str, ModelInfo]:
-        return {"tiny": model_info(), "large": model_info("large", labels=("é", "\u2603"), max_r=4)}
+        return self.models
 
     def answer(self, request: Request[Any]) -> asyncio.Future[Answered[Any]]:
         self.asked.append(request)
@@ -104,6 +105,18 @@ class FakeEngine:
     async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
         self.now = Configuration(0 if expected_version is None else expected_version + 1, dict(changes))
         return self.now
+
+    async def load(self, name: str, version: str | None = None) -> None:
+        await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        self.models = self.models | {name: model_info(name, version=version or "1")}
+
+    async def unload(self, name: str) -> None:
+        self.models = {other: info for other, info in self.models.items() if other != name}
+
+    async def repository(self) -> list[ModelState]:
+        return [ModelState(name, info.version, "READY") for name, info in self.models.items()]
 
     async def check(self) -> None:
         if self.failure is not None:
@@ -743,3 +756,62 @@ async def test_clients_do_not_notice_that_one_of_two_engines_went_down(path: str
         pool.engines[1 - victim].gate.set()
         assert (await call).status_code == 200
         assert times_asked(pool.engines, pixels) == 2
+
+
+async def test_who_has_loaded_a_model_finds_it_in_every_http_process_and_who_has_unloaded_it_in_none(
+    door: Door,
+) -> None:
+    engine = FakeEngine()
+    async with listening(engine, door):
+        remotes = [RemoteEngine(door) for _ in range(4)]
+        for remote in remotes:
+            remote.start()
+        await until(lambda: all(remote.is_up for remote in remotes))
+        for caller in remotes:
+            await caller.load("cats", "2")
+            assert [remote.catalog()["cats"].version for remote in remotes] == ["2"] * 4
+            assert await remotes[-1].repository() == await engine.repository()
+            await caller.unload("cats")
+            assert not [remote for remote in remotes if "cats" in remote.catalog()]
+        for remote in remotes:
+            await remote.close()
+
+
+async def test_a_catalog_without_models_is_one_and_no_sign_of_an_engine_that_starts(door: Door) -> None:
+    async with connected(FakeEngine(), door) as remote:
+        await remote.unload("tiny")
+        await remote.unload("large")
+        assert remote.is_up and remote.catalog() == {}
+
+
+async def test_a_load_is_answered_though_an_http_process_does_not_read(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.ipc.server.SEEN_WITHIN_S", 0.01)
+    async with connected(FakeEngine(), door) as remote:
+        deaf = door.knock()
+        with closing(deaf):
+            await remote.load("cats")
+            assert "cats" in remote.catalog()
+
+
+async def test_an_error_of_a_load_arrives_and_changes_nothing(door: Door) -> None:
+    engine = FakeEngine()
+    engine.failure = NotFoundError("there is no model 'cats' to load")
+    async with connected(engine, door) as remote:
+        with pytest.raises(NotFoundError, match="no model 'cats' to load"):
+            await remote.load("cats")
+        assert list(remote.catalog()) == ["tiny", "large"]
+
+
+async def test_every_http_process_is_shown_what_the_engine_has_loaded_by_itself(door: Door) -> None:
+    engine = FakeEngine()
+    async with listening(engine, door) as server:
+        remote = RemoteEngine(door)
+        remote.start()
+        await until(lambda: remote.is_up)
+        await engine.load("cats")  # as one does that follows another engine
+        assert "cats" not in remote.catalog()
+        server.show_catalog()
+        await until(lambda: "cats" in remote.catalog())
+        await remote.close()

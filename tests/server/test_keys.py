@@ -180,7 +180,7 @@ def test_a_key_on_the_command_line_is_warned_of_and_not_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, file: Path
 ) -> None:
     monkeypatch.setattr("server.supervisor.serve", lambda settings: 0)
-    monkeypatch.setattr("server.lifetime.configure_logging", lambda level: None)
+    monkeypatch.setattr("server.lifetime.configure_logging", lambda *args: None)
     file.write_text(HUSH)
     with caplog.at_level(logging.WARNING):
         assert main(["serve", "--admin-key-file", str(file)]) == 0

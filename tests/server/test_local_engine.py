@@ -30,16 +30,34 @@ from server.errors import (
     UnavailableError,
 )
 from server.images.image import Pixels
-from server.ipc.messages import Answered, Choice, Classify, Explain, Item, Merges, Request, TopK
+from server.ipc.messages import (
+    Answered,
+    Choice,
+    Classify,
+    Embed,
+    Explain,
+    Item,
+    Merges,
+    Request,
+    Score,
+    TopK,
+    Vector,
+)
 from server.types import BatchKey, Configuration
 from tests.server.conftest import (
+    NUM_CLASSES,
     FakeDevice,
     class_of,
     classify,
+    embed,
     explain,
+    features_of,
     groups_of,
     local_engine,
     model_info,
+    numbers,
+    score,
+    scores_of,
     until,
 )
 
@@ -288,7 +306,7 @@ async def test_a_queue_is_full_for_all_images_of_a_request_or_for_none() -> None
 
 async def test_one_image_that_fails_fails_its_request_and_the_neighbours_are_answered() -> None:
     class Poisoned(FakeDevice):
-        def answer(self, key: BatchKey, item: Item) -> TopK:
+        def answer(self, key: BatchKey, item: Item) -> TopK | Vector:
             if item.image.data == b"poison":
                 raise ValueError("poisoned")
             return super().answer(key, item)
@@ -417,13 +435,44 @@ async def test_auto_fills_up_no_batch_of_another_operation_or_model(other: Class
         assert answers[-2].batch_size == 1 and isinstance(answers[-1].results[0], Merges)
 
 
+async def test_one_batch_classifies_scores_and_embeds() -> None:
+    """They share a forward pass: a request of another kind waits for no batch of its own."""
+    device = FakeDevice()
+    async with started(device) as engine:
+        device.gate.clear()
+        busy = engine.answer(classify(b"busy"))
+        await until(lambda: len(device.batches) == 1)
+        asked: list[Any] = [
+            classify(b"a", top_k=2),
+            embed(b"b"),
+            score(b"c", activation="sigmoid"),
+            embed(b"d"),
+            explain(b"e"),
+        ]
+        sent: list[Any] = [engine.answer(each) for each in asked]
+        await until(lambda: engine._batcher.num_waiting == len(asked))
+        device.gate.set()
+        answers = await asyncio.gather(*sent)
+        await busy
+        together, alone = device.batches[1:]
+        assert [type(item.request) for item in together[1]] == [Classify, Embed, Score, Embed]
+        assert [answer.batch_size for answer in answers] == [4, 4, 4, 4, 1] and len(alone[1]) == 1
+        first = class_of(b"a", (0, 0, 0))
+        assert answers[0].results == [TopK([first, (first + 1) % NUM_CLASSES], [0.5, 0.25])]
+        assert numbers(answers[1].results[0]) == features_of(b"b", (0, 0, 0))
+        assert numbers(answers[2].results[0]) == scores_of(b"c", (0, 0, 0), "sigmoid")
+        assert numbers(answers[3].results[0]) == features_of(b"d", (0, 0, 0))
+
+
+Kind = Classify | Score | Embed | Explain
+
 SPOILED = b"spoiled"
 FIXED, LIST, AUTO, BOUNDED, DEPLOYED = (4, 4, 4), (3, 1, 2), AutoR(), AutoR(max_r=5, min_agreement=0.95), None
 R = st.sampled_from([FIXED, LIST, AUTO, BOUNDED, DEPLOYED])
 IMAGES = st.lists(st.binary(min_size=1, max_size=3), min_size=1, max_size=5)
 REQUESTS = st.builds(
     lambda kind, model, images, r: several(kind(r=r, model=model), *images),
-    st.sampled_from([classify, explain]),
+    st.sampled_from([classify, score, embed, explain]),
     st.sampled_from(["tiny", "other"]),
     IMAGES,
     R,
@@ -447,13 +496,15 @@ class Spoiling(FakeDevice):
 @given(asked=ASKED, batch=st.integers(1, 6), prepares=st.booleans(), is_auto=st.booleans())
 @example(asked=[classify(r=AUTO), explain(r=AUTO), "probe", classify(r=FIXED)], batch=4, prepares=False, is_auto=True)
 async def test_all_that_waits_side_by_side_is_answered_and_the_loop_lives(
-    asked: list[Classify | Explain | str], batch: int, prepares: bool, is_auto: bool
+    asked: list[Kind | str], batch: int, prepares: bool, is_auto: bool
 ) -> None:
     await serve_side_by_side(asked, batch, prepares, is_auto)
 
 
-EACH_OPERATION: list[Classify | Explain | str] = ["probe"]
-EACH_OPERATION += [kind(r=r) for kind in (classify, explain) for r in (FIXED, LIST, AUTO, BOUNDED, DEPLOYED)]
+EACH_OPERATION: list[Kind | str] = ["probe"]
+EACH_OPERATION += [
+    kind(r=r) for kind in (classify, score, embed, explain) for r in (FIXED, LIST, AUTO, BOUNDED, DEPLOYED)
+]
 EACH_OPERATION += [replace(each, images=[Pixels(b"a"), Pixels(b"b")]) for each in (classify(r=AUTO), explain(r=AUTO))]
 
 
@@ -464,9 +515,7 @@ async def test_every_pair_of_operations_waits_side_by_side(prepares: bool, is_au
         await serve_side_by_side(pair, 4, prepares, is_auto)
 
 
-async def serve_side_by_side(
-    asked: Sequence[Classify | Explain | str], batch: int, prepares: bool, is_auto: bool
-) -> None:
+async def serve_side_by_side(asked: Sequence[Kind | str], batch: int, prepares: bool, is_auto: bool) -> None:
     """Holds the device until all of these wait, and checks what each is answered."""
     device = Spoiling(prepares=prepares)
     models, steps = [model_info(), model_info("other")], {"tiny": STEPS}
@@ -498,10 +547,16 @@ async def serve_side_by_side(
         ]
 
 
-def check_answer(request: Classify | Explain, answered: Answered[Any], deployed: Schedule | AutoR) -> None:
+def check_answer(request: Kind, answered: Answered[Any], deployed: Schedule | AutoR) -> None:
     """Each image has the answer of one schedule, which the request allows, and which it is told of."""
     r = request.r or deployed
     for image, result in zip(request.images, answered.results, strict=True):
+        if isinstance(request, Embed):
+            assert numbers(result) == features_of(image.data, answered.schedule)
+            continue
+        if isinstance(request, Score):
+            assert numbers(result) == scores_of(image.data, answered.schedule, request.activation)
+            continue
         top_k = result.top_k if isinstance(request, Explain) else result
         assert top_k.indices == [class_of(image.data, answered.schedule)]
         if isinstance(request, Explain):

@@ -36,7 +36,7 @@ async def test_a_method_that_a_path_does_not_know_is_answered_with_all_that_it_k
     methods: dict[str, set[str]] = {}
     for known, path in ROUTES:
         methods.setdefault(path, set()).update({known, "HEAD"} if known == "GET" else {known})
-    async with serving() as service:
+    async with serving(protocol="none") as service:
         for path, all_known in itertools.chain(methods.items(), [("/v1/models/none", {"GET", "HEAD", "PATCH"})]):
             if method not in all_known:
                 response = await service.client.request(method, url_of(path))

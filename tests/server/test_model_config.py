@@ -101,7 +101,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("model_args", [1], "model_args"),
     ("num_classes", 5, "3 classes; the model has 5"),
     ("num_classes", -1, "num_classes"),
-    ("num_classes", 0, "no classifier"),
+    ("num_classes", 0, r"they have 'head\.\w+', 'head\.\w+', which it has not"),
     ("num_classes", "many", "num_classes"),
     ("architecture", "vit_of_nobody", "timm has no architecture 'vit_of_nobody'"),
     ("architecture", "hf-hub:someone/mine", "timm has no architecture"),
@@ -222,7 +222,9 @@ def test_whatever_a_field_holds_the_start_ends_or_every_image_has_an_answer(
 def test_check_says_in_one_line_what_a_folder_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--check", str(folder)]) == 0
     shown = capsys.readouterr()
-    assert shown.out == (f"{folder} is all right: vit_tiny_patch16_224, 3 classes, 32 x 32 px, 19,635 parameters\n")
+    assert shown.out == (
+        f"{folder} is all right: vit_tiny_patch16_224, 3 classes, 24 features, 32 x 32 px, 19,635 parameters\n"
+    )
     assert shown.err == ""
 
 
@@ -240,6 +242,6 @@ def test_check_computes_an_image(
     def fail(*arguments: object) -> None:
         raise RuntimeError("these shapes\ndo not multiply")
 
-    monkeypatch.setattr("server.device.torch_backend.TorchBackend.logits", fail)
+    monkeypatch.setattr("server.device.torch_backend.TorchBackend.outputs", fail)
     assert main(["models", "--check", str(folder)]) == 1
-    assert "cannot classify a black image: these shapes do not multiply" in capsys.readouterr().err
+    assert "cannot compute a black image: these shapes do not multiply" in capsys.readouterr().err

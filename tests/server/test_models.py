@@ -21,7 +21,7 @@ from server.device.runner import Runner
 from server.errors import EngineError
 from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
-from server.ipc.messages import Classify, Item
+from server.ipc.messages import Classify, Item, TopK
 from server.settings import ModelSpec, SettingsError
 from server.types import BatchKey
 
@@ -210,7 +210,7 @@ def test_the_runner_answers_as_the_model_does_whatever_else_is_in_the_batch(tiny
             with torch.no_grad():
                 logits = loaded.merged((((image / 255) - mean) / std).permute(2, 0, 1)[None], r=schedule)
             wanted = logits.softmax(1)[0].topk(request.top_k)
-            assert answer.indices == wanted.indices.tolist()
+            assert isinstance(answer, TopK) and answer.indices == wanted.indices.tolist()
             assert answer.scores == pytest.approx(wanted.values.tolist(), abs=1e-5)
 
 

@@ -11,7 +11,8 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from server.api.body import CONTENT_TYPES
-from tests.server.conftest import Service, fake_curve, grey_png, serving
+from tests.server.conftest import Service, fake_curve, grey_png, model_info, serving
+from tests.server.fake_loader import FakeLoader
 from tests.server.test_access import KEYS, ROUTES, ask
 
 METHODS = {"get", "post", "patch", "put", "delete", "head", "options"}
@@ -65,14 +66,14 @@ async def test_every_reference_leads_somewhere() -> None:
 
 
 async def test_every_route_is_described_but_the_pages_and_second_names() -> None:
-    async with serving() as service:
+    async with serving(protocol="none") as service:
         described = {(method, path) for method, path, _ in operations(await description(service))}
         without = {"/", "/docs", "/openapi.json", "/healthz", "/v1/classify", "/static/{path:path}"}
         assert described == {(method, path) for method, path in ROUTES if path not in without}
 
 
 async def test_every_route_answers_as_described() -> None:
-    async with serving(curve=fake_curve(), **KEYS) as service:
+    async with serving(curve=fake_curve(), loader=FakeLoader([model_info()]), protocol="none", **KEYS) as service:
         document = await description(service)
         for method, path, operation in operations(document):
             admin = {"x-api-key": KEYS["admin_key"]}
@@ -107,7 +108,7 @@ async def test_an_answer_of_each_shape_is_as_described() -> None:
 
 @pytest.mark.parametrize("keys", [{}, {"admin_key": "a"}, {"metrics_key": "m"}, {"api_key": "u"}, KEYS], ids=str)
 async def test_a_route_that_wants_a_key_says_so(keys: dict[str, Any]) -> None:
-    async with serving(curve=fake_curve(), **keys) as service:
+    async with serving(curve=fake_curve(), loader=FakeLoader([model_info()]), protocol="none", **keys) as service:
         document = await description(service)
         assert ("securitySchemes" in document["components"]) == bool(keys)
         for method, path, operation in operations(document):

@@ -9,13 +9,14 @@ import pytest
 
 from tests.server.conftest import assert_is_error, serving
 
+BROWSER = {"accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
 STATIC = Path(__file__).resolve().parents[2] / "server" / "static"
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
 async def test_a_page_needs_no_key_and_may_load_nothing_from_elsewhere(path: str) -> None:
     async with serving(api_key="secret") as service:
-        response = await service.client.get(path)
+        response = await service.client.get(path, headers=BROWSER)
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/html")
         policy = response.headers["content-security-policy"].split("; ")
@@ -26,15 +27,15 @@ async def test_a_page_needs_no_key_and_may_load_nothing_from_elsewhere(path: str
 async def test_what_has_not_changed_is_not_sent_again() -> None:
     async with serving() as service:
         for path in ("/", "/static/app.css"):
-            first = await service.client.get(path)
-            again = await service.client.get(path, headers={"if-none-match": first.headers["etag"]})
+            first = await service.client.get(path, headers=BROWSER)
+            again = await service.client.get(path, headers={**BROWSER, "if-none-match": first.headers["etag"]})
             assert (again.status_code, again.content) == (304, b"")
             assert again.headers["cache-control"] == first.headers["cache-control"] == "no-cache"
 
 
 async def test_every_file_that_the_page_names_is_there() -> None:
     async with serving() as service:
-        html = "".join([(await service.client.get(path)).text for path in ("/", "/docs")])
+        html = "".join([(await service.client.get(path, headers=BROWSER)).text for path in ("/", "/docs")])
         named = set(re.findall(r'(?:src|href|data-sample)="(static/[^"]+)"', html))
         for module in STATIC.glob("*.js"):
             named |= {f"static/{name}" for name in re.findall(r'from "\./([^"]+)"', module.read_text())}

@@ -59,8 +59,13 @@ def test_every_field_is_a_flag_a_variable_and_a_key(name: str, tmp_path: Path, m
         "precision": "fp16",
         "backend": "torch",
         "log_level": "debug",
+        "log_format": "json",
+        "access_log": "false",
         "device": "cpu",
         "host": "::1",
+        "protocol": "vertex",
+        "vertex_predict_route": "/p/1:predict",
+        "vertex_health_route": "/h",
     }
     text = (words | {"decode": "cpu", "min_agreement": "0.9", "drift_sample": "0.9"}).get(name, "7")
     if name.endswith("_key_file"):

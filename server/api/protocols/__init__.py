@@ -7,9 +7,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from server.api.faces import Face
+from server.api.protocols import embeddings, huggingface, kserve, oip, sagemaker, torchserve, vertex
 from server.settings import Settings
 
-FACES: Mapping[str, Callable[[Settings], Face]] = {}
+FACES: Mapping[str, Callable[[Settings], Face]] = {
+    "oip": oip.face,
+    "embeddings": embeddings.face,
+    "huggingface": huggingface.face,
+    "torchserve": torchserve.face,
+    "kserve": kserve.face,
+    "sagemaker": sagemaker.face,
+    "vertex": vertex.face,
+}
 """By name, as `--protocol` lists them."""
 
 

@@ -1,0 +1,98 @@
+"""What is noted of a call that comes by another way than HTTP, as `Front` notes a request: its ids, a line, a span."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.api.access_log import AccessLog
+from server.errors import ClientGoneError, ServerError
+from server.tracing.context import CURRENT, RequestContext, caller_of
+
+if TYPE_CHECKING:
+    from server.tracing.provider import Tracing
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass
+class Call:
+    """A call that is being answered.
+
+    Attributes:
+        context: Its ids.
+        error: Why it gets an error for an answer, once that is known; what is raised is noted without this.
+        r: What was used, once that is known.
+    """
+
+    context: RequestContext
+    error: Exception | None = None
+    r: str | None = None
+
+    @property
+    def status(self) -> int:
+        """What HTTP would say."""
+        if self.error is None:
+            return 200
+        return self.error.status if isinstance(self.error, ServerError) else 500
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Notes calls.
+
+    Attributes:
+        access_log: Gets a line a call; None for no lines.
+        tracing: Makes their spans; None for none.
+    """
+
+    access_log: AccessLog | None = None
+    tracing: Tracing | None = None
+
+    @contextmanager
+    def note(
+        self, system: str, name: str, headers: Mapping[str, str], client: str | None = None, *, is_probe: bool = False
+    ) -> Iterator[Call]:
+        """As a context: a call, from its head to its answer.
+
+        Args:
+            system: What it comes by: "grpc".
+            name: What is called, as `/SERVICE/METHOD`.
+            headers: Its metadata, with names in lower case.
+            client: The address of who calls.
+            is_probe: It only asks whether the server is there: no span, and a line at debug alone.
+        """
+        start, borne = time.monotonic(), headers.get("x-request-id", "")
+        request_id = borne if _REQUEST_ID.fullmatch(borne) else f"{random.getrandbits(128):032x}"
+        context = RequestContext(request_id, caller_of(headers.get("traceparent", ""), headers.get("tracestate")))
+        if self.tracing is not None and not is_probe:
+            service, _, method = name.strip("/").rpartition("/")
+            asked = {"rpc.system": system, "rpc.service": service, "rpc.method": method, "tome.request_id": request_id}
+            context.span = self.tracing.serve(name.strip("/"), context.caller, asked)
+        token, call = CURRENT.set(context), Call(context)
+        try:
+            yield call
+        except asyncio.CancelledError:
+            call.error = call.error or ClientGoneError("the call was withdrawn")
+            raise
+        except Exception as error:
+            call.error = call.error or error  # what is raised may be how gRPC answers with the error that is known
+            raise
+        finally:
+            CURRENT.reset(token)
+            status = call.status
+            if self.access_log is not None:
+                took_s = time.monotonic() - start
+                self.access_log.note(
+                    system.upper(), name, status, took_s, context, r=call.r, client=client, is_probe=is_probe
+                )
+            if context.span is not None:
+                if call.error is not None:
+                    context.span.fail(call.error)
+                context.span.end(is_our_fault=status >= 500)

@@ -1,0 +1,59 @@
+"""Hugging Face's image classification task: an image in, a list of labels and scores out."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from server.api.access import ForUsers, errors_as
+from server.api.asking import CLASSIFY, Asking
+from server.api.described import ANSWERED
+from server.api.faces import Face, Problem
+from server.api.protocols.inputs import ASKED, LabelScore, labels_of, read_inputs
+from server.settings import Settings
+
+Labels = list[LabelScore] | list[list[LabelScore]]
+
+
+class HuggingFaceError(BaseModel):
+    """An error as Hugging Face's clients read it."""
+
+    error: str
+
+
+router = APIRouter(responses=errors_as(HuggingFaceError), tags=["huggingface"])
+
+
+@router.post("/", response_model=Labels, responses=ANSWERED, openapi_extra=ASKED)
+async def classify_by_default(request: Request, service: ForUsers) -> Response:
+    """Labels and scores by the default model, or the one that the parameter `model` names."""
+    return await _classify(request, service, {})
+
+
+@router.post("/models/{name}", response_model=Labels, responses=ANSWERED, openapi_extra=ASKED)
+async def classify_by(name: str, request: Request, service: ForUsers) -> Response:
+    """Labels and scores by a model. A list of images gives a list of lists."""
+    return await _classify(request, service, {"model": name})
+
+
+async def _classify(request: Request, service: ForUsers, named: dict[str, str]) -> Response:
+    with Asking(service, request) as asking:
+        read = await asking.read(read_inputs(request, service.settings.max_images, named))
+        answer = await asking.answer(CLASSIFY, read.uploads, asking.resolve(read.parameters))
+    return JSONResponse(labels_of(answer, is_list=read.is_list), headers=answer.headers)
+
+
+def _error(problem: Problem) -> JSONResponse:
+    return JSONResponse({"error": problem.message}, problem.status)
+
+
+def face(settings: Settings) -> Face:
+    """The face, as `FACES` has it."""
+    return Face(
+        name="huggingface",
+        description="Image classification as Hugging Face's InferenceClient asks for it.",
+        router=router,
+        owns=lambda method, path: path.startswith("/models/") or (path == "/" and method not in ("GET", "HEAD")),
+        error=_error,
+    )

@@ -1,0 +1,220 @@
+"""Makes models ready to serve: at the start of an engine, and beside the models that it serves."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from server.batching.ladder import steps_of
+from server.batching.loader import Found, Loaded, OnDevice
+from server.calibration.facts import facts_of
+from server.calibration.places import find
+from server.calibration.timing import LARGER_BATCH, schedules, timed, timed_steps
+from server.curve import Curve, speed_staleness
+from server.device.backend import BackendOptions
+from server.device.by_model import ByModel
+from server.device.device import Device
+from server.device.explainer import Explainer
+from server.device.models import BUNDLED, LoadedModel, load_model
+from server.device.preparing import Preparer
+from server.device.runner import Runner, alone_on, device_of
+from server.dial import AutoR, RSetting, Schedule
+from server.errors import InvalidError
+from server.images.nvjpeg import engine_decodes
+from server.settings import ModelSpec, Settings, SettingsError
+from server.types import ModelInfo
+from server.versions import versions_in
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+Step = Callable[[Callable[[], Any]], Any]
+"""Does a piece of work on the device, and gives its result."""
+
+
+class ModelLoader:
+    """Loads the models that the settings name, one at a time, and those of the repository.
+
+    A model that is loaded beside others delays them by little. What it reads and compiles for a CPU takes a thread of
+    its own, and shares the cores with the batches. A GPU is left to the thread that computes: it does one piece after
+    the other between its batches, of which the longest are the copy of the weights, the first batch, for which kernels
+    may be compiled, and the recording of a graph.
+
+    Args:
+        settings: Those of the server.
+
+    Attributes:
+        device: What computes the models.
+
+    Raises:
+        SettingsError: There is no such device or decoder, or the model repository cannot be read.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.available()
+        self._place = device_of(settings.device)
+        self.device = ByModel(self._place, engine_decodes(settings.decode, self._place))
+
+    def find(self, name: str, version: str | None = None) -> Found:
+        spec = self._spec(name, version)
+        return Found(name, spec.version or "1", _revision(spec), spec.r or 0)
+
+    def available(self) -> Mapping[str, Sequence[str]]:
+        try:
+            return {name: self._versions(name) for name in self._settings.known_models()}
+        except InvalidError as error:
+            raise SettingsError(str(error)) from None
+
+    def read(self, found: Found) -> LoadedModel:
+        """A model with its weights, before a device has it.
+
+        Raises:
+            SettingsError: As `load_model`.
+        """
+        loaded = load_model(self._spec(found.name, found.version), self._settings.state_dir)
+        return replace(loaded, info=replace(loaded.info, version=found.version, revision=found.revision))
+
+    def load(self, found: Found, r: RSetting, on_device: OnDevice) -> Loaded:
+        loaded = self.read(found)
+        if self._place.type != "cuda":
+            return self.make_ready(found, loaded, r, beside=True)
+
+        def step(work: Callable[[], A]) -> A:
+            def alone() -> A:
+                with alone_on(str(self._place)):
+                    return work()
+
+            return on_device(alone)  # type: ignore[no-any-return]
+
+        return self.make_ready(found, loaded, r, step, beside=True)
+
+    def make_ready(
+        self,
+        found: Found,
+        loaded: LoadedModel,
+        r: RSetting,
+        step: Step = lambda work: work(),
+        beside: bool = False,
+    ) -> Loaded:
+        """Brings a model to the device, and warms it for the `r` that requests will ask of it.
+
+        Args:
+            found: What it was loaded from.
+            loaded: The model.
+            r: Its deployment `r`.
+            step: Does a piece of work on the device.
+            beside: Other models compute meanwhile.
+
+        Raises:
+            SettingsError: Its backend or its precision cannot be had.
+            InvalidError: `r` is out of its range.
+            EngineError: It gives no numbers in this precision.
+        """
+        settings, info = self._settings, loaded.info
+        info.check(r)
+        explainer = step(lambda: Explainer({info.name: loaded}, settings.device))
+        runner: Runner = step(
+            lambda: Runner({info.name: loaded}, settings.device, settings.precision, self._options(beside))
+        )
+        preparer = None
+        if self.device.prepares:
+            preparer = Preparer(self._place, {info.name: info}, settings.max_image_pixels)
+
+        def warm_up(schedule: Schedule, is_likely: bool = True) -> None:
+            key = info.batch_key(schedule)
+            step(lambda: runner.warm_up(key, is_likely and not beside))
+            if preparer is not None and max(schedule) == 0:
+                step(lambda: preparer.warm_up(key))
+
+        warm_up(info.schedule(0))
+        curve = self._curve(found, loaded, runner, step)
+        run, largest = _run(runner, loaded), settings.max_batch_size
+        steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest))
+        for schedule in [each.schedule for each in steps] if isinstance(r, AutoR) else [info.schedule(r)]:
+            if max(schedule) > 0:
+                warm_up(schedule, is_likely=not isinstance(r, AutoR))
+        while beside and step(runner.warm_further):  # what at the start is done in one piece
+            pass
+        ready = replace(info, backend=runner.backend(info.name), decodes_jpeg=self.device.prepares)
+        self.device.add(ready, Device(runner, explainer, preparer))
+        return Loaded(ready, found.r, steps, curve)
+
+    def free(self, info: ModelInfo) -> None:
+        self.device.remove(info)
+        if self._place.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _spec(self, name: str, version: str | None) -> ModelSpec:
+        spec = self._settings.spec(name)
+        if version is not None and spec.source.startswith("local-dir:"):
+            spec = spec.model_copy(update={"version": version})
+        elif version not in (None, "1"):
+            raise SettingsError(f"model {name}: {spec.source} has one version, 1")
+        return spec.in_its_version()
+
+    def _versions(self, name: str) -> list[str]:
+        spec = self._settings.spec(name)
+        kind, _, folder = spec.source.partition(":")
+        return versions_in(Path(folder)) if kind == "local-dir" else ["1"]
+
+    def _options(self, beside: bool) -> BackendOptions:
+        settings = self._settings
+        options = BackendOptions(
+            settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size, beside=beside
+        )
+        num_models = max(len(settings.model), len(self.device) + 1)
+        return replace(options, memory_bytes=options.memory_bytes // num_models)
+
+    def _curve(self, found: Found, loaded: LoadedModel, runner: Runner, step: Step) -> Curve | None:
+        """The curve that `auto` goes by, with this device's speeds; None where none holds, and the log says why."""
+        facts = facts_of(loaded, runner)
+        if facts is None:
+            return None
+        name = found.name
+        curve, refusals = find(self._spec(name, found.version), loaded.info, facts, self._settings.state_dir)
+        for refusal in refusals:
+            logger.log(logging.INFO if curve else logging.WARNING, "%s", refusal)  # another one holds
+        if curve is None:
+            if refusals:
+                logger.warning(
+                    "%s: r=auto takes evenly spaced r, and nobody knows how far their answers agree with r=0; "
+                    "tome-server calibrate measures it",
+                    name,
+                )
+            return None
+        if stale := speed_staleness(curve, facts):
+            logger.info("%s: the curve of %s was %s: speeds are timed now", name, curve.measured, stale)
+            old, run, largest = curve, _run(runner, loaded), self._settings.max_batch_size
+            curve = step(lambda: timed(old, loaded, run, largest))
+        return curve.model_copy(update={"facts": facts})
+
+
+def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]:
+    """Computes a batch of so many black images."""
+    info = loaded.info
+    largest = torch.zeros(LARGER_BATCH, *info.preprocessing.input_size, 3, dtype=torch.uint8, device=runner.device)
+
+    def run(schedule: Schedule, images: int) -> None:
+        runner.run(info.batch_key(schedule), largest[:images])
+
+    return run
+
+
+def _revision(spec: ModelSpec) -> str:
+    """Another one whenever the files of a model, or what the settings say of it, are others; of one hub always one."""
+    digest = hashlib.sha256(repr((spec.source, spec.weights, spec.tuned)).encode())
+    kind, _, rest = spec.source.partition(":")
+    folder = BUNDLED if kind == "bundled" else Path(rest) if kind == "local-dir" else None
+    files = sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []
+    for file in [*files, *(Path(each) for each in (spec.weights, spec.tuned) if each)]:
+        if file.is_file():
+            status = file.stat()
+            digest.update(repr((file.name, status.st_size, status.st_mtime_ns, status.st_ino)).encode())
+    return digest.hexdigest()[:16]

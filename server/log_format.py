@@ -1,0 +1,57 @@
+"""How the log reads: lines of text, or lines of JSON that name the request which they belong to."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Literal
+
+import msgspec
+
+from server.tracing.context import CURRENT
+
+Format = Literal["text", "json"]
+
+_TEXT = "%(asctime)s %(levelname)s %(processName)s: %(message)s"
+
+
+def time_of(seconds: float) -> str:
+    """A moment of the clock of the wall as JSON lines have it: UTC, in milliseconds."""
+    whole = int(seconds)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int(1e3 * (seconds - whole)):03d}Z"
+
+
+def arrange(handler: logging.Handler, form: Format) -> None:
+    """Has a handler write in a format."""
+    if form == "json":
+        handler.addFilter(_named)
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter(_TEXT))
+
+
+def _named(record: logging.LogRecord) -> bool:
+    """Notes the request that a record belongs to, where it is made: a repetition that is counted belongs to none."""
+    context = CURRENT.get()
+    if context is not None:
+        record.request_id, record.trace_id = context.request_id, context.trace_id
+    return True
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object a record; a traceback is one of its texts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time_of(record.created),
+            "level": record.levelname.lower(),
+            "process": record.processName,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name in ("request_id", "trace_id"):
+            if (value := getattr(record, name, None)) is not None:
+                line[name] = value
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()

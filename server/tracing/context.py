@@ -1,0 +1,72 @@
+"""The request that this task serves: its id and its trace, for log lines, spans and the engine."""
+
+from __future__ import annotations
+
+import re
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from server.tracing.server_span import ServerSpan
+
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
+_LONGEST_STATE = 512
+"""A longer `tracestate` is dropped; the specification asks to carry so much."""
+
+
+class RequestContext(Struct):
+    """A request on its way.
+
+    Attributes:
+        request_id: Its id.
+        caller: Its client's span: a `traceparent`, then a blank and the `tracestate` where it has one.
+        span: Its own span, where this process traces.
+    """
+
+    request_id: str
+    caller: str | None = None
+    span: ServerSpan | None = None
+
+    @property
+    def trace(self) -> str | None:
+        """The span that what is done for the request belongs to, written like `caller`."""
+        return self.caller if self.span is None else self.span.trace
+
+    @property
+    def trace_id(self) -> str | None:
+        """Its trace."""
+        trace = self.trace
+        return None if trace is None else trace[3:35]
+
+
+CURRENT: ContextVar[RequestContext | None] = ContextVar("request", default=None)
+"""Of the task that runs; None outside a request."""
+
+
+def current_span() -> ServerSpan | None:
+    """The span of the request that this task serves; None without tracing."""
+    context = CURRENT.get()
+    return None if context is None else context.span
+
+
+def current_trace() -> str | None:
+    """What `Request.trace` is to be."""
+    context = CURRENT.get()
+    return None if context is None else context.trace
+
+
+def caller_of(traceparent: str, tracestate: str | None) -> str | None:
+    """The span of a client by its headers of W3C Trace Context; None where `traceparent` is none: then it is ignored.
+
+    Args:
+        traceparent: As the client sent it.
+        tracestate: The same; None where there is none.
+    """
+    found = _TRACEPARENT.fullmatch(traceparent)
+    if found is None or (found[2] is not None and traceparent.startswith("00")):
+        return None
+    if not tracestate or len(tracestate) > _LONGEST_STATE:
+        return traceparent
+    return f"{traceparent} {tracestate}"

@@ -1,0 +1,69 @@
+"""Whether spans are asked for, by OpenTelemetry's own variables. The only reader of OTEL_* variables beside its SDK."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from server.errors import shown
+from server.settings import SettingsError
+
+if TYPE_CHECKING:
+    from server.tracing.provider import Tracing
+
+_NEEDED = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+_BASE, _TRACES = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+
+
+def traces_endpoint(variables: Mapping[str, str] = os.environ) -> str | None:
+    """The URL that spans are sent to; None where nothing asks for them.
+
+    Raises:
+        SettingsError: A variable is wrong, or asks for what this server does not do, or a package is missing.
+    """
+    said = {name: text.strip() for name, text in variables.items() if name.startswith("OTEL_") and text.strip()}
+    name = _TRACES if _TRACES in said else _BASE
+    exporter = said.get("OTEL_TRACES_EXPORTER", "otlp").lower()
+    if name not in said or said.get("OTEL_SDK_DISABLED", "").lower() == "true" or exporter == "none":
+        return None
+    if exporter != "otlp":
+        raise SettingsError(f"OTEL_TRACES_EXPORTER is {shown(exporter)}; it must be otlp or none")
+    for variable in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = said.get(variable, "http/protobuf")
+        if protocol != "http/protobuf":
+            raise SettingsError(
+                f"{variable} is {shown(protocol)}; it must be http/protobuf, which collectors take on port 4318"
+            )
+    url = said[name]
+    if not url.lower().startswith(("http://", "https://")):
+        raise SettingsError(f"{name} is {shown(url)}; it must begin with http:// or https://")
+    if not all(_is_installed(package) for package in _NEEDED):
+        raise SettingsError(f"{name} is set, and OpenTelemetry is missing: pip install 'tome-server[otel]'")
+    return url if name == _TRACES else f"{url.rstrip('/')}/v1/traces"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # a package that it lies in is missing
+        return False
+
+
+def start_tracing(process: str, *, follows: bool = False) -> Tracing | None:
+    """What makes and sends the spans of this process; None where nothing asks for them. Call it in that process.
+
+    Args:
+        process: Its name, which is an attribute of all of its spans.
+        follows: It records what belongs to a recorded request, and decides nothing itself.
+
+    Raises:
+        SettingsError: As `traces_endpoint`.
+    """
+    endpoint = traces_endpoint()
+    if endpoint is None:
+        return None
+    from server.tracing.provider import Tracing, sending_to  # imports OpenTelemetry, which is not to be without need
+
+    return Tracing(sending_to(endpoint), process, follows=follows)
