@@ -3,9 +3,9 @@
 python -m benchmarks.folders --photos FOLDER --model vit_tiny_patch16_224 --weights FILE --r 0,13 --images 1000
 
 A folder of so many links to the photos is computed. `forward` is the loop of full batches whose pixels are there
-(benchmarks.forward_loop); `reading` is all that threads do with the files before the device gets them, which on a CPU
-is decoding; `decoding` is what the device does with JPEG files that are read, where it decodes; `run` is the rate that
-the command itself tells. All four run in each round, in this process, and medians are told.
+(benchmarks.forward_loop); `reading` is all that threads or processes do with the files before the device gets them,
+which on a CPU is decoding; `decoding` is what the device does with JPEG files that are read, where it decodes; `run` is
+the rate that the command itself tells. All four run in each round, in this process, and medians are told.
 
 `bound` is what they allow: on a GPU the least of them, for they use different parts of the machine; on a CPU, where
 they share the cores, the rate of one after the other. The last line is JSON: {"model", "images", "rows": [{"r",
@@ -22,8 +22,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +41,10 @@ from server.images.image import Image
 from server.images.nvjpeg import engine_decodes
 from server.images.photos import photos_in
 from server.ipc.messages import Classify, Item
-from server.offline.reading import Reader
+from server.offline.computing import MOST_UNDER_WAY, open_readers
+from server.offline.reader_processes import FILES_OF_A_PROCESS
 from server.settings import ModelSpec
-from server.types import BatchKey
+from server.types import BatchKey, ModelInfo
 
 MAX_PIXELS = 50_000_000
 
@@ -94,7 +96,6 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
     )
     info = replace(loaded.info, decodes_jpeg=engine_decodes(args.decode, runner.device))
     preparer = Preparer(runner.device, {info.name: info}, MAX_PIXELS) if info.decodes_jpeg else None
-    reader = Reader(info, MAX_PIXELS)
     is_shared = runner.device.type == "cpu"
     names = ("forward", "reading", "decoding", "run", "bound", "of bound", "of forward")
     print(f"{'r':>4} " + " ".join(f"{name:>10}" for name in names))
@@ -103,7 +104,7 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
         key = info.batch_key(info.schedule(int(r)))
         rounds: list[tuple[float, ...]] = []
         for _ in range(args.rounds):
-            reading, images = read(reader, files)
+            reading, images = read(info, files, args.batch)
             decoding = decoded(preparer, key, images, args.batch) if preparer else 0.0
             rounds.append((images_per_s(runner, key, args), reading, decoding, run(args, r, folder)))
         forward, reading, decoding, computed = map(statistics.median, zip(*rounds, strict=True))
@@ -113,16 +114,28 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
         rows.append({"r": int(r), **row, "of_bound": computed / bound, "of_forward": computed / forward})
         told = " ".join(f"{value:>10,.1f}" for value in row.values())
         print(f"{r:>4} {told} {computed / bound:>10.2f} {computed / forward:>10.2f}", flush=True)
-    reader.close()
     return rows
 
 
-def read(reader: Reader, files: Sequence[str]) -> tuple[float, list[Image | str]]:
-    """Files a second by as many threads as the command has, and the images."""
-    with ThreadPoolExecutor(available_cpus()) as pool:
+def read(info: ModelInfo, files: Sequence[str], size: int) -> tuple[float, list[Image | str]]:
+    """Files a second by the threads or processes that the command has, and the images."""
+    with contextlib.closing(open_readers(info, MAX_PIXELS)) as readers:
+        for part in readers.read([files[0]] * FILES_OF_A_PROCESS * available_cpus()):  # until all have started
+            part.result()
+        images: list[Image | str] = []
+        under_way: deque[list[Future[list[Image | str]]]] = deque()
         start = time.perf_counter()
-        images = list(pool.map(reader.read, files))
+        for batch in (files[at : at + size] for at in range(0, len(files), size)):
+            under_way.append(readers.read(batch))
+            if len(under_way) == MOST_UNDER_WAY:
+                images += _images(under_way.popleft())
+        while under_way:
+            images += _images(under_way.popleft())
         return len(files) / (time.perf_counter() - start), images
+
+
+def _images(read: Sequence[Future[list[Image | str]]]) -> list[Image | str]:
+    return [image for part in read for image in part.result()]
 
 
 def decoded(preparer: Preparer, key: BatchKey, images: Sequence[Image | str], size: int) -> float:

@@ -31,18 +31,21 @@ class Wanted(NamedTuple):
 
 def wanted_by(items: Sequence[Item]) -> Wanted:
     """What a batch of images wants, together."""
-    requests = [item.request for item in items]
-    asked = [None if isinstance(request, Embed) else request.activation for request in requests]
-    named: list[Activation] = [activation for activation in asked if activation] or ["none"]
+    requests = list({id(item.request): item.request for item in items}.values())  # images of one share it
+    named: list[Activation] = [request.activation for request in requests if not isinstance(request, Embed)] or ["none"]
     is_mixed = len(set(named)) > 1
     return Wanted(
-        activations=tuple(activation or named[0] for activation in asked) if is_mixed else (named[0],),
+        activations=tuple(_activation_of(item, named[0]) for item in items) if is_mixed else (named[0],),
         top_k=max((request.top_k for request in requests if isinstance(request, Classify | Explain)), default=0),
         scores=any(isinstance(request, Score) for request in requests),
         features=any(
             isinstance(request, Embed) or (isinstance(request, Score) and request.features) for request in requests
         ),
     )
+
+
+def _activation_of(item: Item, default: Activation) -> Activation:
+    return default if isinstance(item.request, Embed) else item.request.activation
 
 
 def gathered(outputs: Tensor, num_classes: int, wanted: Wanted) -> Tensor:

@@ -70,7 +70,10 @@ class Preparer:
         if errors:
             batch = batch[[index for index in range(len(items)) if index not in errors]]
         self._finish()
-        prepared, rows = PixelBatch(batch), iter(range(len(batch)))
+        prepared = PixelBatch(batch)
+        if not errors:
+            return [Prepared(item, prepared, row) for row, item in enumerate(items)]
+        rows = iter(range(len(batch)))
         return [errors.get(index) or Prepared(item, prepared, next(rows)) for index, item in enumerate(items)]
 
     def _finish(self) -> None:

@@ -74,17 +74,20 @@ class DecoderProcess:
             self._process.kill()
 
 
-def _start() -> subprocess.Popen[bytes]:
-    # The same modules as here, and one arena of memory: each further one reserves 64 MiB of its address space.
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "MALLOC_ARENA_MAX": "1"}
-    # It reads files of strangers. So it gets no settings, among which are keys, and no descriptors but its pipes.
+def environment() -> dict[str, str]:
+    """For a Python process that reads files of strangers: the same modules as here, and no settings, such as keys."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return inherited | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _start() -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM],
+            [sys.executable, "-P", "-c", _PROGRAM],  # which gets no descriptors but its pipes
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=inherited | paths,
+            # One arena of memory: each further one reserves 64 MiB of its address space.
+            env=environment() | {"MALLOC_ARENA_MAX": "1"},
         )
     except OSError as error:
         logger.error("no decoder process can be started: %s", error)

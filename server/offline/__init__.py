@@ -1,7 +1,8 @@
 """Folders of photos without HTTP: `tome-server run` computes all of them, on one or several devices, into one table.
 
-`files.py` lists what is to be computed. `computing.py` has one device and its model: threads read and decode files
-(`reading.py`) while the batches before them are prepared and computed. `devices.py` has several devices, a process
+`files.py` lists what is to be computed. `computing.py` has one device and its model: files are read while the batches
+before them are prepared and computed. Threads read and decode them (`reading.py`); where the device decodes, processes
+read them (`reader.py` is what runs there, `reader_processes.py` asks them). `devices.py` has several devices, a process
 each. Either gives the answers of a batch in the order in which batches came. `rows.py` makes rows of a table of them,
 and `formats.py` writes rows as JSON Lines, CSV or Parquet.
 

@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,32 +27,40 @@ from server.device.torch_backend import set_threads
 from server.errors import EngineError, ServerError
 from server.images.image import Image
 from server.images.nvjpeg import engine_decodes
-from server.ipc.messages import Item, TopK, Vector
+from server.ipc.messages import Item
 from server.lifetime import spare_the_collector, take_turns_quickly
 from server.offline.model import Answer, Ask, Served, schedule_of
-from server.offline.reading import OF_A_FILE, Reader
+from server.offline.reader_processes import ReaderProcesses
+from server.offline.reading import OF_A_FILE, Reader, ReaderThreads, Reads
 from server.settings import Settings
-from server.types import BatchKey
+from server.types import BatchKey, ModelInfo
 
 logger = logging.getLogger(__name__)
+
+_ERROR = (str, ServerError)
 
 Stage = Callable[[BatchKey, Sequence[Any]], Sequence[Any]]
 
 MOST_UNDER_WAY = 5
 """Batches: one that is computed, one launched behind it, and others that are read. They are what memory holds."""
 
-FILES_OF_A_THREAD = 4
-"""Files that a thread reads in one go: a task a file costs as much as reading a small one."""
+_MOST_PROCESSES = 16
+"""That read files. Each takes 50 MB; a few read small photos faster than any GPU computes them."""
 
 
 class Computing:
     """Loads the first model of the settings to their one device, as `tome-server serve` does.
 
+    Args:
+        settings: Of the command.
+        devices: That share the cores with this one, itself counted.
+
     Raises:
         SettingsError: The model cannot be loaded, or its backend or decoder cannot be had.
+        EngineError: Processes that read files cannot be started.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, devices: int = 1) -> None:
         set_threads(settings.threads)
         loaded = load_model(settings.specs()[0], settings.state_dir)
         info, max_pixels = loaded.info, settings.max_image_pixels
@@ -64,10 +72,11 @@ class Computing:
         self._device = Device(self._runner, None, self._preparer)
         info = replace(info, backend=self._runner.backend(info.name), decodes_jpeg=self._preparer is not None)
         self.served = Served(info, _hash(loaded), loaded.tuned)
-        self._reader = Reader(info, max_pixels)
+        self._warm = ExitStack()
+        self._reading = open_readers(info, max_pixels, devices)
 
     def warm_up(self, ask: Ask) -> None:
-        """Compiles or records what `ask` needs.
+        """Compiles or records what `ask` needs, and takes the garbage collector off what is there.
 
         Raises:
             EngineError: The model gives no numbers.
@@ -76,23 +85,21 @@ class Computing:
         self._runner.warm_up(key)
         if self._preparer is not None:
             self._preparer.warm_up(key)
+        self._warm.enter_context(_undisturbed())
 
     def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
         """The answers to each batch of files, in order. It takes some batches more than it has given.
 
         Raises:
-            EngineError: The device is broken, or no image of a batch can be computed.
+            EngineError: The device is broken, no image of a batch can be computed, or a process that reads has ended.
             UnavailableError: Decoder processes cannot be started.
         """
-        readers = ThreadPoolExecutor(available_cpus(), thread_name_prefix="read")
         preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
         under_way: deque[Future[list[Answer]]] = deque()
-        with _ended(computing, preparing, readers), _undisturbed():
+        with _ended(computing, preparing):
             for files in batches:
-                parts = [files[start : start + FILES_OF_A_THREAD] for start in range(0, len(files), FILES_OF_A_THREAD)]
-                read = [readers.submit(self._read, part) for part in parts]
-                prepared = preparing.submit(self._prepare, ask, read)
+                prepared = preparing.submit(self._prepare, ask, self._reading.read(files))
                 under_way.append(computing.submit(self._compute, ask, prepared))
                 if len(under_way) == MOST_UNDER_WAY:
                     yield under_way.popleft().result()
@@ -100,28 +107,23 @@ class Computing:
                 yield under_way.popleft().result()
 
     def close(self) -> None:
-        """Ends the decoder processes."""
-        self._reader.close()
+        """Ends the threads and processes that read and decode."""
+        self._reading.close()
+        self._warm.close()
 
-    def _read(self, files: Sequence[str]) -> list[Image | str]:
-        return [self._reader.read(file) for file in files]
+    def _prepare(self, ask: Ask, read: Sequence[Future[list[Image | str]]]) -> Sequence[Any]:
+        """Of each file an error, or what the device computes: on a GPU pixels that lie there, else an item."""
 
-    def _prepare(self, ask: Ask, read: Sequence[Future[list[Image | str]]]) -> list[Any]:
-        """Of each file an error's text, or what the device computes: on a GPU pixels that lie there, else an item."""
-        images = [image for part in read for image in part.result()]
-        good = [image for image in images if not isinstance(image, str)]
-        request = structs.replace(ask, images=good)
-        work: Sequence[Any] = [Item(request, index) for index in range(len(good))]
-        if work and self._device.prepares:
-            work = self._run(ask, self._device.prepare, work)
-        made = iter(work)
-        return [image if isinstance(image, str) else next(made) for image in images]
+        def prepare(images: Sequence[Any]) -> Sequence[Any]:
+            request = structs.replace(ask, images=images)
+            items = [Item(request, index) for index in range(len(images))]
+            return self._run(ask, self._device.prepare, items) if self._device.prepares else items
 
-    def _compute(self, ask: Ask, prepared: Future[list[Any]]) -> list[Answer]:
-        outcomes = [each.message if isinstance(each, OF_A_FILE) else each for each in prepared.result()]
-        work = [each for each in outcomes if not isinstance(each, str | ServerError)]
-        made = iter(self._run(ask, self._device.compute, work) if work else ())
-        return [_told(each if isinstance(each, str | ServerError) else next(made)) for each in outcomes]
+        return _of_the_good([image for part in read for image in part.result()], prepare)
+
+    def _compute(self, ask: Ask, prepared: Future[Sequence[Any]]) -> list[Answer]:
+        answers = _of_the_good(prepared.result(), lambda work: self._run(ask, self._device.compute, work))
+        return [answer.message if isinstance(answer, ServerError) else answer for answer in answers]
 
     def _run(self, ask: Ask, stage: Stage, work: Sequence[Any]) -> Sequence[Any]:
         """What a stage makes of a batch; where that fails, it is split until what makes it fail is alone."""
@@ -143,6 +145,18 @@ class Computing:
         if len(failed) == len(work) > 1:  # it is not the images
             raise failed[0]
         return outcomes
+
+
+def open_readers(info: ModelInfo, max_pixels: int, devices: int = 1) -> Reads:
+    """What reads files for a model: processes where the device decodes, which Python's lock would keep waiting; else
+    threads, which decode.
+
+    Raises:
+        EngineError: The processes cannot be started.
+    """
+    if not info.decodes_jpeg:
+        return ReaderThreads(Reader(info.preprocessing, False, max_pixels), available_cpus())
+    return ReaderProcesses(info.preprocessing, max_pixels, min(max(1, available_cpus() // devices), _MOST_PROCESSES))
 
 
 @contextmanager
@@ -171,8 +185,14 @@ def _undisturbed() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _told(outcome: TopK | Vector | ServerError | str) -> Answer:
-    return outcome.message if isinstance(outcome, ServerError) else outcome
+def _of_the_good(outcomes: Sequence[Any], stage: Callable[[Sequence[Any]], Sequence[Any]]) -> Sequence[Any]:
+    """What a stage makes of the outcomes of the one before, with the errors among them in their places."""
+    good = [each for each in outcomes if not isinstance(each, _ERROR)]
+    made = stage(good) if good else ()
+    if len(good) == len(outcomes):
+        return made
+    rest = iter(made)
+    return [each if isinstance(each, _ERROR) else next(rest) for each in outcomes]
 
 
 def _hash(loaded: LoadedModel) -> str | None:

@@ -41,7 +41,8 @@ class Devices:
     """Several devices, each with a process that loads the model; `open_devices` says what it raises."""
 
     def __init__(self, settings: Settings) -> None:
-        self._processes = [_Process(settings, device) for device in settings.devices()]
+        names = settings.devices()
+        self._processes = [_Process(settings, device, len(names)) for device in names]
         try:
             self.served = [process.receive() for process in self._processes][0]
         except BaseException:
@@ -77,11 +78,11 @@ class Devices:
 class _Process:
     """The process of one device. It sends its model; it gets what is asked, and says when it is warm; then batches."""
 
-    def __init__(self, settings: Settings, device: str) -> None:
+    def __init__(self, settings: Settings, device: str, devices: int) -> None:
         self._device = device
         self._connection, theirs = _spawn.Pipe()
         of_one = settings.model_copy(update={"device": device})
-        self._process = _spawn.Process(target=_work, args=(of_one, theirs), name=device, daemon=True)
+        self._process = _spawn.Process(target=_work, args=(of_one, devices, theirs), name=device, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -106,7 +107,7 @@ class _Process:
         self._connection.close()
 
 
-def _work(settings: Settings, connection: Connection) -> None:
+def _work(settings: Settings, devices: int, connection: Connection) -> None:
     """Computes what comes until None does."""
     from server.offline.computing import Computing
 
@@ -120,14 +121,13 @@ def _work(settings: Settings, connection: Connection) -> None:
         batches.put(None)
 
     try:
-        computing = Computing(settings)
-        connection.send(computing.served)
-        ask = connection.recv()
-        computing.warm_up(ask)
-        connection.send("warm")
-        threading.Thread(target=receive, name="receive", daemon=True).start()
-        for answers in computing.answers(ask, iter(batches.get, None)):
-            connection.send(answers)
-        computing.close()
+        with contextlib.closing(Computing(settings, devices)) as computing:
+            connection.send(computing.served)
+            ask = connection.recv()
+            computing.warm_up(ask)
+            connection.send("warm")
+            threading.Thread(target=receive, name="receive", daemon=True).start()
+            for answers in computing.answers(ask, iter(batches.get, None)):
+                connection.send(answers)
     except (SettingsError, ServerError) as error:
         connection.send(error)

@@ -43,25 +43,24 @@ class Table:
 
     def rows(self, files: Sequence[str], answers: Sequence[Answer]) -> Iterator[Row]:
         """A row for each file."""
-        r = schedule_of(self.ask)
+        r, names = schedule_of(self.ask), self._answers
         same = {"model": self.info.name, "r": list(r), "tuned": self.info.is_tuned(r)}
-        nothing: Row = dict.fromkeys(self._answers)
+        nothing: Row = {"file": "", **same, **dict.fromkeys(names), "error": None}
+        has_top_k = "top_k" in names
         for file, answer in zip(files, answers, strict=True):
-            row: Row = {"file": printable(file), **same, **nothing, "error": None}
-            if isinstance(answer, str):
-                row["error"] = answer
+            row = nothing.copy()
+            row["file"] = printable(file)
+            if isinstance(answer, TopK):
+                found = classes(self.info, answer.indices, answer.scores)
+                if found:
+                    row.update(found[0])
+                if has_top_k:
+                    row["top_k"] = found
             elif isinstance(answer, Vector):
                 row["vector"] = self._vector(answer)
             else:
-                row |= self._classes(answer)
+                row["error"] = answer
             yield row
-
-    def _classes(self, answer: TopK) -> Row:
-        found = classes(self.info, answer.indices, answer.scores)
-        said: Row = dict(found[0]) if found else {}
-        if "top_k" in self._answers:
-            said["top_k"] = found
-        return said
 
     def _vector(self, answer: Vector) -> Any:
         import numpy as np
@@ -81,4 +80,4 @@ def classes(info: ModelInfo, indices: Sequence[int], scores: Sequence[float]) ->
 
 def printable(file: str) -> str:
     """A path as a table can hold it: bytes that are no UTF-8 become escapes."""
-    return os.fsencode(file).decode("utf-8", "backslashreplace")
+    return file if file.isascii() else os.fsencode(file).decode("utf-8", "backslashreplace")

@@ -71,6 +71,12 @@ def ended(process: subprocess.Popen[str], word: str | None = "\n") -> tuple[int,
     return process.returncode, json.loads(answer.splitlines()[-1]) if answer else {}, told
 
 
+def children(parent: int, program: bytes) -> list[int]:
+    """Processes that a process has started, by a word of their command lines."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [pid for pid in map(int, found) if program in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def whole(command: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Runs it to its end: the last line of its answer, and the rows."""
     done = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=60)
@@ -80,11 +86,14 @@ def whole(command: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads(done.stdout.splitlines()[-1]), [json.loads(line) for line in output.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("number", "devices"), [(signal.SIGINT, "cpu,cpu"), (signal.SIGTERM, "cpu")])
+@pytest.mark.parametrize(
+    ("number", "devices", "decode"),
+    [(signal.SIGINT, "cpu,cpu", "cpu"), (signal.SIGINT, "cpu,cpu", "device"), (signal.SIGTERM, "cpu", "device")],
+)
 def test_a_stop_keeps_what_is_done_and_the_same_command_goes_on(
-    number: signal.Signals, devices: str, command: list[str]
+    number: signal.Signals, devices: str, decode: str, command: list[str]
 ) -> None:
-    command = [*command[:-2], "--device", devices, *command[-2:]]
+    command = [*command[:-2], "--device", devices, "--decode", decode, *command[-2:]]
     process = started(command)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # as a terminal does
     status, said, told = ended(process)
@@ -118,12 +127,24 @@ def test_what_was_written_outlives_a_kill(command: list[str], tmp_path: Path) ->
 def test_a_device_whose_process_dies_ends_the_run_and_keeps_the_rows(command: list[str], tmp_path: Path) -> None:
     command = [*command[:-2], "--device", "cpu,cpu", *command[-2:]]
     process = started(command)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    computing = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    computing = children(process.pid, b"spawn_main")
     assert len(computing) == 2
     for pid in computing:
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     status, said, told = ended(process)
     assert status == 1 and "the process of cpu has ended with status -9" in told
+    said, rows = whole(command)
+    assert said["earlier"] >= 3 * BATCH and len(rows) == PHOTOS
+
+
+def test_a_process_that_reads_and_dies_ends_the_run_and_keeps_the_rows(command: list[str]) -> None:
+    command = [*command[:-2], "--decode", "device", *command[-2:]]
+    process = started(command)
+    readers = children(process.pid, b"server.offline.reader")
+    assert readers
+    for pid in readers:
+        os.kill(pid, signal.SIGKILL)
+    status, said, told = ended(process)
+    assert status == 1 and "a process that reads files has ended with status -9" in told
     said, rows = whole(command)
     assert said["earlier"] >= 3 * BATCH and len(rows) == PHOTOS

@@ -49,6 +49,10 @@ def test_what_decodes_on_the_http_side_loads_neither_torch_nor_http() -> None:
     assert "PIL" not in loaded_by("server.images.image", "server.images.jpeg")
 
 
+def test_a_process_that_reads_files_loads_neither_torch_nor_http() -> None:
+    assert not loaded_by("server.offline.reader") & (TORCH | HTTP)
+
+
 def test_messages_are_words_alone() -> None:
     """Who speaks to an engine need not be a server."""
     assert not loaded_by("server.ipc.messages") & {"prometheus_client", "asyncio", "server.ipc.frames", "PIL"}
