@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import sys
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -98,6 +98,7 @@ class ModelSummary:
     name: str
     architecture: str
     source: str
+    version: str = field(default="1", kw_only=True)
     is_default: bool
     r: PlainR | Literal["auto"]
     auto: AutoBounds | None
@@ -122,6 +123,8 @@ class Model(ModelSummary):
         classes: Words for each class, in class order.
         input_size: Height and width in pixels.
         token_counts: For each r: tokens entering the first block, then leaving each block.
+        function_to_apply: What makes scores of its logits where a request does not say.
+        num_features: Numbers of an image's vector; 0 of a server that does not say.
         tuned: Bands of r that are computed with tuned numbers, (lowest, highest).
         ready: Whether images should be sent there now.
     """
@@ -129,6 +132,8 @@ class Model(ModelSummary):
     backend: Backend | None
     num_classes: int
     classes: tuple[str, ...]
+    function_to_apply: str = field(default="softmax", kw_only=True)
+    num_features: int = field(default=0, kw_only=True)
     input_size: tuple[int, int]
     num_blocks: int
     num_tokens: int
@@ -149,6 +154,14 @@ class BatchSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class CurveNeighbours:
+    """More of a search by vectors: the share that is found where the index has this r, too, and the mean cosine."""
+
+    same_index: float
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCurveRow:
     """What one r costs, and what it keeps: shares are 0 to 1, the interval is one of 95 %."""
 
@@ -161,6 +174,7 @@ class ModelCurveRow:
     agreement: float
     agreement_interval: tuple[float, float]
     top1: float | None
+    neighbours: CurveNeighbours | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +187,7 @@ class ModelCurve:
     backend: str
     measured: str
     photos: int
+    agreement_of: str = field(default="top1", kw_only=True)
     rows: tuple[ModelCurveRow, ...]
 
 

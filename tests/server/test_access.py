@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.errors import ConflictError
 from tests.server.conftest import Service, assert_is_error, fake_curve, grey_png, model_info, serving
 from tests.server.fake_loader import FakeLoader
 
@@ -74,7 +76,8 @@ async def ask(service: Service, method: str, path: str, headers: dict[str, str])
     url = path.replace("{name}", "tiny").replace("{path:path}", "app.css")
     said: dict[str, Any] = {}
     if path.endswith("/unload"):
-        await service.app.state.service.engine.load("tiny")
+        with contextlib.suppress(ConflictError):  # an engine whose models neither come nor go
+            await service.app.state.service.engine.load("tiny")
     elif path.startswith("/v2/repository"):
         pass
     elif method == "POST":

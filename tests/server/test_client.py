@@ -294,6 +294,7 @@ def test_a_url_that_is_none_is_refused(client: type[Client | AsyncClient], url: 
         (answers.Backend, schemas.Backend),
         (answers.Model, schemas.ModelDetail),
         (answers.BatchSeconds, schemas.BatchSeconds),
+        (answers.CurveNeighbours, schemas.CurveNeighbours),
         (answers.ModelCurveRow, schemas.ModelCurveRow),
         (answers.ModelCurve, schemas.ModelCurve),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import time
@@ -105,7 +106,10 @@ async def test_each_version_computes_what_it_computes_alone(repository: Path) ->
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
-async def test_the_memory_of_a_model_that_goes_is_freed(repository: Path, backend: str, tmp_path: Path) -> None:
+async def test_the_memory_of_a_model_that_goes_is_freed(
+    repository: Path, backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)  # what torch logs of a translation, at debug, holds tensors
     if backend == "openvino":
         pytest.importorskip("openvino")
     told = settings(repository, backend=backend, precision="fp32", state_dir=str(tmp_path / "state"))

@@ -79,20 +79,21 @@ def not_decodable(file: Path) -> None:
     file.write_bytes(b"no photo")
 
 
-def a_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
 def too_large(file: Path) -> None:
     file.write_bytes(encode(Image.new("RGB", (200, 60))))
 
 
-@pytest.mark.parametrize("spoil", [not_decodable, a_folder, too_large])
+@pytest.mark.parametrize("spoil", [not_decodable, too_large])
 def test_a_photo_that_cannot_be_read_is_named(folder: Path, spoil: Callable[[Path], None]) -> None:
     spoil(folder / "below" / "7.png")
     with pytest.raises(SettingsError, match=r"below/7\.png: "):
         taken(folder)
+
+
+def test_a_folder_that_is_named_like_a_photo_is_none(folder: Path) -> None:
+    before = taken(folder).sha256
+    (folder / "below" / "more.png").mkdir()
+    assert taken(folder).sha256 == before
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
