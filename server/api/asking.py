@@ -115,16 +115,16 @@ class Asking:
     Args:
         service: Where it is answered.
         request: The HTTP request, whose client may leave; None where another server than ours watches the client.
-        r: The `r` that stands outside the body: the header `x-r`, where there is an HTTP request.
+        r: What stands as `r` outside the body: each header `x-r`, where there is an HTTP request.
     """
 
     __slots__ = ("_model", "_r", "_request", "_schedule", "_service", "_span", "start")
 
-    def __init__(self, service: Service, request: Request | None = None, r: str | None = None) -> None:
+    def __init__(self, service: Service, request: Request | None = None, r: Sequence[str] = ()) -> None:
         self.start = time.monotonic()
         self._service, self._request = service, request
         self._span = current_span()
-        self._r = r if request is None else request.headers.get(R_HEADER)
+        self._r = r if request is None else request.headers.getlist(R_HEADER)
         self._model = "unknown"
         self._schedule: Schedule | None = None
 
@@ -150,13 +150,15 @@ class Asking:
         """What is asked, checked against the model; errors as of `terms.resolve`."""
         if self._span is not None:
             self._span.stage("reading", self.start)
-        if self._r is not None:
+        if self._r:
+            r, *more = self._r
+            if more:
+                raise InvalidError(f"r is {shown(r)} and {shown(more[0])} in two headers {R_HEADER}; say it once")
             if parameters.r is not None:
                 raise InvalidError(
-                    f"r is {shown(parameters.r)} in the request and {shown(self._r)} in the header {R_HEADER}; "
-                    "say it once"
+                    f"r is {shown(parameters.r)} in the request and {shown(r)} in the header {R_HEADER}; say it once"
                 )
-            parameters = parameters.model_copy(update={"r": self._r})
+            parameters = parameters.model_copy(update={"r": r})
         service = self._service
         terms = resolve(parameters, service.engine.catalog(), self.start, service.settings.deadline_s)
         self._model, self._schedule = terms.info.name, terms.schedule

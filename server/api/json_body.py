@@ -64,7 +64,7 @@ def parse_object(body: bytes, max_images: int = 0, images: Container[str] = ()) 
     except (ValueError, RecursionError) as error:
         raise UndecodableError(f"the body is not JSON: {error}") from None
     if not isinstance(said, dict):
-        raise UndecodableError('the body must be a JSON object like {"images": ["..."]}')
+        raise UndecodableError('the body must be a JSON object, as in {"name": "value"}')
     return said
 
 

@@ -36,6 +36,13 @@ async def test_parameters_come_and_go_in_custom_attributes(
             assert response.headers[ATTRIBUTES] == answered
 
 
+async def test_custom_attributes_in_two_headers_all_count() -> None:
+    async with serving(**ON) as service:
+        headers = [(ATTRIBUTES, "r=8"), (ATTRIBUTES, "top_k=2")]
+        response = await service.client.post("/invocations", headers=headers, content=PNG)
+        assert response.json() == told(100, 2, (8, 8, 8)), response.text
+
+
 async def test_target_model_names_the_model() -> None:
     async with serving(models=[model_info(), model_info("large")], **ON) as service:
         for target in ("large", "tiny"):

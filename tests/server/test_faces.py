@@ -52,6 +52,14 @@ async def test_an_answer_is_as_described_and_says_how_it_was_computed(face: str,
 
 
 @pytest.mark.parametrize(("face", "method", "path"), EVERY)
+async def test_two_headers_of_the_dial_are_refused(face: str, method: str, path: str) -> None:
+    async with serving(**ALL) as service:
+        response = await ask(service, face, method, path, headers=[("x-r", "8"), ("x-r", "4")])
+        assert response.status_code == 422, response.text
+        assert "'8' and '4' in two headers x-r" in message_of(response, face)
+
+
+@pytest.mark.parametrize(("face", "method", "path"), EVERY)
 async def test_the_dial_turns_by_header_and_by_query_but_not_by_both(face: str, method: str, path: str) -> None:
     async with serving(**ALL) as service:
         for said in ({"headers": {"x-r": "8,4"}}, {"params": {"r": "8,4"}}):

@@ -183,6 +183,22 @@ async def test_outputs_come_as_they_were_asked_for() -> None:
         assert answer.parameters["r"].string_param == "2,1,0"
 
 
+@pytest.mark.parametrize(("datatype", "field"), [("UINT8", "uint_contents"), ("FP32", "fp32_contents")])
+async def test_contents_of_too_many_values_are_refused_before_they_are_listed(datatype: str, field: str) -> None:
+    most = 32 * SIDE * SIDE * 3
+    async with serving() as client:
+        said = asking(datatype, [1, SIDE, SIDE, 3], None, contents={field: [1] * (most + 1)})
+        error = await client.refused(grpc.StatusCode.INVALID_ARGUMENT, "ModelInfer", said)
+        assert f"hold {most + 1} values; at most {most}" in error.details()
+
+
+async def test_the_dial_is_said_once_in_the_metadata() -> None:
+    async with serving() as client:
+        metadata = [("x-r", "2"), ("x-r", "4")]
+        error = await client.refused(grpc.StatusCode.INVALID_ARGUMENT, "ModelInfer", asking(), metadata=metadata)
+        assert "'2' and '4' in two headers x-r" in error.details()
+
+
 @pytest.mark.parametrize(
     ("said", "code", "part"),
     [

@@ -527,3 +527,18 @@ async def test_garbage_is_answered_or_refused() -> None:
 
         await asyncio.to_thread(in_a_field)
         await asyncio.to_thread(for_a_body)
+
+
+async def test_the_dial_turns_by_the_query() -> None:
+    async with oip_serving() as service:
+        for name, value, schedule in (("r", "2", "2"), ("r", "2,1", "2,1,0"), ("function_to_apply", "none", "0")):
+            response = await service.client.post(INFER, params={name: value}, json=asking())
+            assert (response.status_code, response.headers["x-r"]) == (200, schedule), response.text
+        for params, said, part in (
+            ({"r": "2"}, asking(r=2), "say it once"),
+            ({"top_k": "2"}, asking(), "no parameter 'top_k' of the query"),
+            ({"r": "99"}, asking(), "between 0 and 8"),
+        ):
+            assert_refused(await service.client.post(INFER, params=params, json=said), 422, part)
+        both = await service.client.post(INFER, params={"r": "2"}, headers={"x-r": "2"}, json=asking())
+        assert_refused(both, 422, "in the header x-r")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,14 +13,15 @@ from starlette.concurrency import run_in_threadpool
 
 from server.api.access import ERRORS, ForAll, ForUsers, Service
 from server.api.asking import Asking
+from server.api.body import joined, read_query
 from server.api.compression import compressed, wanted_encoding
 from server.api.faces import Face, Problem
 from server.api.health import check_ready
 from server.api.json_body import SMALL
-from server.api.protocols.oip_infer import infer, model_of
+from server.api.protocols.oip_infer import OURS, Inference, infer, model_of
 from server.api.protocols.oip_models import config, metadata, server_metadata, statistics
 from server.api.protocols.oip_rest import JSON_LENGTH, read, write
-from server.errors import UnavailableError
+from server.errors import InvalidError, UnavailableError, shown
 from server.settings import Settings
 from server.types import ModelInfo
 
@@ -141,7 +143,7 @@ async def post_infer(name: str, request: Request, service: ForUsers) -> Response
         body = await asking.read(request.body())
         told = (body, request.headers.get(JSON_LENGTH), info.preprocessing, service.settings.max_images)
         asked = read(*told) if len(body) <= SMALL else await asyncio.to_thread(read, *told)
-        inferred = await infer(service, asking, info, asked.inference)
+        inferred = await infer(service, asking, info, _with_query(asked.inference, request))
     content, json_length = write(asked, info, inferred)
     headers = inferred.answer.headers
     if json_length is not None:
@@ -153,6 +155,18 @@ async def post_infer(name: str, request: Request, service: ForUsers) -> Response
         content = compressed(*made) if len(content) <= SMALL else await asyncio.to_thread(compressed, *made)
     media_type = "application/json" if json_length is None else "application/octet-stream"
     return Response(content, headers=headers, media_type=media_type)
+
+
+def _with_query(inference: Inference, request: Request) -> Inference:
+    """An inference with the parameters that stand in the query.
+
+    Raises:
+        InvalidError: One of them is unknown, or stands in the body too.
+    """
+    query = read_query(request)
+    if unknown := [name for name in query if name not in OURS]:
+        raise InvalidError(f"there is no parameter {shown(unknown[0])} of the query; there are: {', '.join(OURS)}")
+    return replace(inference, parameters=joined(query, dict(inference.parameters))) if query else inference
 
 
 def _error(problem: Problem) -> JSONResponse:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import unquote
@@ -26,9 +26,16 @@ from server.api.patience import at_most
 from server.api.protocols.oip_infer import Inference, Inferred, Wanted, classification_of, infer, model_of
 from server.api.protocols.oip_messages import SERVICE, message_class, read_message
 from server.api.protocols.oip_models import config, metadata, server_metadata, statistics
-from server.api.protocols.oip_tensors import Tensor
+from server.api.protocols.oip_tensors import Tensor, num_values
 from server.api.repository import LOAD_PARAMETERS, UNLOAD_PARAMETERS, parameters_of, states, version_of
-from server.errors import ClientGoneError, QueueFullError, ServerError, UnavailableError, UndecodableError
+from server.errors import (
+    ClientGoneError,
+    QueueFullError,
+    ServerError,
+    TooLargeError,
+    UnavailableError,
+    UndecodableError,
+)
 from server.settings import Settings
 from server.types import ModelInfo
 
@@ -89,6 +96,10 @@ class Call:
         """Time that its client still waits."""
         left: float | None = self._context.time_remaining()
         return left
+
+    def all_of(self, key: str) -> list[str]:
+        """Every value of a key of its metadata."""
+        return [value for name, value in self._context.invocation_metadata() or () if name == key]
 
     async def read(self) -> Any:
         """Its message.
@@ -281,11 +292,12 @@ class GrpcServer:
 
     async def _model_infer(self, call: Call) -> Any:
         service = self._service
-        with Asking(service, r=call.headers.get(R_HEADER)) as asking:
+        with Asking(service, r=call.all_of(R_HEADER)) as asking:
             try:
                 said = await call.read()
                 info = model_of(service, said.model_name, said.model_version)
-                inferred = await infer(service, asking, info, _inference(said, call))
+                most = self.settings.max_images * num_values(info.preprocessing)
+                inferred = await infer(service, asking, info, _inference(said, call, most))
             except asyncio.CancelledError:
                 raise ClientGoneError("the client has left the call") from None
         call.answer_with(inferred.answer.headers)
@@ -313,14 +325,22 @@ def _retry_after(problem: ServerError) -> tuple[tuple[str, str], ...]:
     return (("retry-after", str(max(1, math.ceil(problem.retry_after_s or 0)))),)
 
 
-def _inference(said: Any, call: Call) -> Inference:
-    """What the ModelInferRequest of a call asks."""
+def _inference(said: Any, call: Call, most_values: int) -> Inference:
+    """What the ModelInferRequest of a call asks.
+
+    Raises:
+        UndecodableError: There are raw contents of some inputs, and of others none.
+        TooLargeError: More values stand in lists than this. They are counted before Python has an object of each.
+    """
     raw = said.raw_input_contents
+    count = sum(len(_values(each)) for each in said.inputs)
+    if count > most_values:
+        raise TooLargeError(f"the contents hold {count} values; at most {most_values} are allowed")
     if raw and len(raw) != len(said.inputs):
         raise UndecodableError(f"raw_input_contents has {len(raw)} entries; there are {len(said.inputs)} inputs")
     return Inference(
         [
-            Tensor(each.name, each.datatype, each.shape, raw[at] if raw else _contents(each))
+            Tensor(each.name, each.datatype, each.shape, raw[at] if raw else list(_values(each)))
             for at, each in enumerate(said.inputs)
         ],
         [Wanted(each.name, classification_of(_parameters(each))) for each in said.outputs],
@@ -330,10 +350,11 @@ def _inference(said: Any, call: Call) -> Inference:
     )
 
 
-def _contents(tensor: Any) -> list[Any]:
+def _values(tensor: Any) -> Sequence[Any]:
     """The values of an input that are not raw."""
     fields = {"BYTES": "bytes_contents", "UINT8": "uint_contents", "FP32": "fp32_contents"}
-    return list(getattr(tensor.contents, fields.get(tensor.datatype, "bytes_contents")))
+    values: Sequence[Any] = getattr(tensor.contents, fields.get(tensor.datatype, "bytes_contents"))
+    return values
 
 
 def _parameters(message: Any) -> dict[str, Any]:

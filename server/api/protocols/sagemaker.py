@@ -66,7 +66,7 @@ async def _invoke(request: Request, service: Service) -> Response:
 
 def _attributes(request: Request) -> dict[str, Any]:
     """The parameters among the Custom-Attributes, and the model that is the target."""
-    text = request.headers.get(ATTRIBUTES, "").strip()
+    text = ",".join(request.headers.getlist(ATTRIBUTES)).strip()  # as proxies join them
     if len(text) > _LONGEST:
         raise InvalidError(f"{ATTRIBUTES} has {len(text)} characters; at most {_LONGEST} are allowed")
     pairs = [each.partition("=") for each in _BETWEEN.split(text)] if text else []
