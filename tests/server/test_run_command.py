@@ -232,6 +232,21 @@ def test_other_settings_do_not_go_on_with_it(
     assert run(*command, *other, "--overwrite")["images"] == 7
 
 
+def test_other_classes_of_the_same_weights_do_not_go_on_with_it(
+    photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_vit(tmp_path / "mine", num_classes=3)
+    run = Command(["--model", f"local-dir:{folder}", "--backend", "torch", "--state-dir", "none"], capsys)
+    arguments = ("photos", "-o", "out.jsonl", "--max-batch-size", "2")
+    breaks_after(2, monkeypatch)
+    run(*arguments, status=1)
+    edit(folder, lambda config: config.update(label_names=["a", "b", "c"]))
+    run(*arguments, status=1)
+    assert "was begun with sha256 of classes and preprocessing" in run.told
+    run(*arguments, "--overwrite")
+    assert {row["label"] for row in lines("out.jsonl")} <= {"a", "b", "c"}
+
+
 def test_two_runs_do_not_write_one_table(run: Command, photos: list[str]) -> None:
     Path("out.jsonl.unfinished").mkdir()
     held = os.open("out.jsonl.unfinished", os.O_RDONLY)
