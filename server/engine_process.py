@@ -22,7 +22,8 @@ from server.config.store import ConfigStore, open_store
 from server.device.models import LoadedModel
 from server.device.torch_backend import set_threads
 from server.dial import RSetting
-from server.errors import ServerError
+from server.documents import sentence
+from server.errors import InvalidError, ServerError
 from server.ipc.door import Door
 from server.ipc.server import EngineServer
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
@@ -106,9 +107,8 @@ def build_engine(
     infos = {found.name: loaded.info for found, loaded in read}
 
     def check(said: Mapping[str, RSetting]) -> None:
-        known = settings.known_models()
         for name, r in said.items():
-            if name in infos or name not in known:  # else it is checked when it is loaded
+            if name in infos or not _may_be_loaded(settings, name):  # else it is checked when it is loaded
                 find_model(infos, name).check(r)
 
     store = open_config(settings, check)
@@ -123,10 +123,10 @@ def build_engine(
         try:
             ready[name] = loader.make_ready(found, loaded, store.configuration.models[name])
             infos[name] = ready[name].info
-        except (SettingsError, ServerError) as error:
+        except Exception as error:  # whatever torch raises, such as too little memory
             if name not in changed:
                 raise
-            logger.error("%s; it is not loaded, though it was before the restart", error)
+            _leave_out(name, error)
             store.remove(name)
             del infos[name]
     return LocalEngine(
@@ -146,6 +146,14 @@ def build_engine(
     )
 
 
+def _may_be_loaded(settings: Settings, name: str) -> bool:
+    """Whether a name is one of the settings or of the repository; of one that cannot be read now, any may be."""
+    try:
+        return name in settings.known_models()
+    except InvalidError:
+        return True
+
+
 def _read(
     settings: Settings, loader: ModelLoader, changed: Mapping[str, str | None]
 ) -> list[tuple[Found, LoadedModel]]:
@@ -161,11 +169,21 @@ def _read(
         try:
             found = loader.find(name, changed.get(name))
             read.append((found, loader.read(found)))
-        except (SettingsError, ServerError) as error:
+        except Exception as error:  # whatever torch, timm or the disk raise
             if name not in changed:
                 raise
-            logger.error("%s; it is not loaded, though it was before the restart", error)
+            _leave_out(name, error)
     return read
+
+
+def _leave_out(name: str, error: Exception) -> None:
+    """Tells why a model that was loaded live is not there after a restart: that is no reason not to start."""
+    is_told = isinstance(error, SettingsError | ServerError)
+    logger.error(
+        "%s; it is not loaded, though it was before the restart",
+        error if is_told else f"model {name} cannot be loaded: {sentence(error)}",
+        exc_info=None if is_told else error,
+    )
 
 
 async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float) -> int:

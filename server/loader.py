@@ -25,7 +25,7 @@ from server.device.models import BUNDLED, LoadedModel, load_model
 from server.device.preparing import Preparer
 from server.device.runner import Runner, alone_on, device_of
 from server.dial import AutoR, RSetting, Schedule
-from server.errors import InvalidError
+from server.errors import InvalidError, ServerError
 from server.images.nvjpeg import engine_decodes
 from server.settings import ModelSpec, Settings, SettingsError
 from server.types import ModelInfo
@@ -58,7 +58,10 @@ class ModelLoader:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.available()
+        try:
+            settings.known_models()
+        except InvalidError as error:
+            raise SettingsError(str(error)) from None
         self._place = device_of(settings.device)
         self.device = ByModel(self._place, engine_decodes(settings.decode, self._place))
 
@@ -68,9 +71,11 @@ class ModelLoader:
 
     def available(self) -> Mapping[str, Sequence[str]]:
         try:
-            return {name: self._versions(name) for name in self._settings.known_models()}
-        except InvalidError as error:
-            raise SettingsError(str(error)) from None
+            names = self._settings.known_models()
+            return {name: self._versions(name) for name in names}
+        except ServerError as error:  # the repository went away meanwhile; what serves goes on
+            logger.warning("%s; only the models of --model may be loaded", error)
+            return {spec.name: self._versions(spec.name) for spec in self._settings.model}
 
     def read(self, found: Found) -> LoadedModel:
         """A model with its weights, before a device has it.

@@ -47,11 +47,16 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "process": record.processName,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _printable(record.getMessage()),
         }
         for name in ("request_id", "trace_id"):
             if (value := getattr(record, name, None)) is not None:
                 line[name] = value
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = _printable(self.formatException(record.exc_info))
         return msgspec.json.encode(line).decode()
+
+
+def _printable(text: str) -> str:
+    """Text as JSON can hold it: a path's bytes that are no UTF-8 become escapes, as in lines of text."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -91,7 +91,7 @@ def parameters_of(said: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any
 
 def version_of(version: object) -> str | None:
     """The version that is named, as text or as a number; None for none. Raises InvalidError for anything else."""
-    if version is None or isinstance(version, str):
+    if version is None or (isinstance(version, str) and version.isascii()):  # half a surrogate pair cannot be sent on
         return version or None
     if isinstance(version, int) and not isinstance(version, bool):
         return str(version)

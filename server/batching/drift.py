@@ -139,6 +139,9 @@ class DriftWatch:
         kept = [sample for sample in self._samples if sample.key.model != name]
         self._samples.clear()
         self._samples.extend(kept)
+        for labels, live in self._live.items():
+            if labels[0] == name and live.drifts:  # a gauge stays as it is, and an alert with it
+                DRIFT.labels(*labels).set(False)
         for of_r in (self._rows, self._live):
             for labels in [labels for labels in of_r if labels[0] == name]:
                 del of_r[labels]

@@ -177,7 +177,7 @@ class LocalEngine:
         key, auto = self._key(served, r, request)
 
         def finish(batched: Batched[BatchKey, Any]) -> Answered[Any]:
-            if isinstance(request, Classify):
+            if isinstance(request, Classify) and served.r is None:  # the drift of a retired model is nobody's
                 self._drift.offer(batched.key, request.images, batched.results)
             return Answered(
                 results=batched.results,

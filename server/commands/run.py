@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -180,6 +181,7 @@ def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: As
         "name": served.info.name,
         "sha256 of the weights": served.weights,
         "sha256 of tuned numbers": served.tuned,
+        "sha256 of classes and preprocessing": _sha256((served.info.labels, served.info.preprocessing)),
         "--r": text_of(r_of(schedule_of(ask))),
         "--precision": settings.precision,
         "--backend": settings.backend,
@@ -189,6 +191,10 @@ def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: As
         return said | {"--no-normalize": args.no_normalize}
     shown = ("top_k", "activation", "threshold")
     return said | {name: getattr(ask, name) for name in shown}
+
+
+def _sha256(described: object) -> str:
+    return hashlib.sha256(repr(described).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _batches(files: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -78,9 +78,13 @@ class Csv:
 
     def part(self, rows: Sequence[Row], columns: Sequence[str]) -> bytes:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_cell(name, row[name]) for name in columns] for row in rows)
+        plain = csv.writer(text, lineterminator="\n")
+        quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writerow(columns)
+        for row in rows:
+            cells = [_cell(name, row[name]) for name in columns]
+            # Readers take a bare \r for the end of a line, and the writer does not quote it for that alone.
+            (quoted if any("\r" in cell for cell in cells) else plain).writerow(cells)
         return text.getvalue().encode()
 
     def files(self, part: Path) -> list[str]:

@@ -62,7 +62,7 @@ class Unfinished:
         except SettingsError:
             self.close()
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # the last two: JSON and CSV of something else
             self.close()
             raise SettingsError(f"{self.folder} cannot be read ({error}); remove it to begin anew") from None
 

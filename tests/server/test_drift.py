@@ -141,6 +141,14 @@ def test_agreement_above_the_curves_is_drift_too() -> None:
     assert sum(live.add(True) for _ in range(WINDOW)) == 1 and live.drifts
 
 
+async def test_a_model_that_is_unloaded_drifts_no_more() -> None:
+    bench = Bench(curve_of(0.95, 0.93, 0.96))
+    await bench.check([False] * FEWEST)
+    assert metric("tome_drift", bench.model) == 1
+    bench.watch.forget(bench.model)
+    assert metric("tome_drift", bench.model) == 0
+
+
 # What is sampled, and kept.
 
 

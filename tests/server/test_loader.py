@@ -241,6 +241,41 @@ async def test_a_model_that_gives_no_numbers_is_not_brought_back_and_stops_no_st
         assert (await engine.configuration()).models == {"dogs": 0}
 
 
+async def test_a_model_that_runs_out_of_memory_is_not_brought_back_and_stops_no_start(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = settings(repository, state_dir=str(tmp_path / "state"))
+    ModelSet(told).keep("cats", "1")
+    make_ready = ModelLoader.make_ready
+
+    def broken(self: ModelLoader, found: Any, *args: Any, **more: Any) -> Any:
+        if found.name == "cats":
+            raise torch.OutOfMemoryError("no room")
+        return make_ready(self, found, *args, **more)
+
+    monkeypatch.setattr(ModelLoader, "make_ready", broken)
+    async with serving(told, ModelSet(told)) as engine:
+        assert list(engine.catalog()) == ["dogs"]
+    assert "model cats cannot be loaded: no room; it is not loaded, though it was before the restart" in caplog.text
+
+
+async def test_a_repository_that_goes_away_takes_neither_the_index_nor_the_live_r(
+    repository: Path, tmp_path: Path
+) -> None:
+    model = f"local-dir:{shutil.move(repository / 'dogs', tmp_path / 'dogs')}"
+    told = settings(repository, model=[model], state_dir=str(tmp_path / "state"))
+    async with serving(told, ModelSet(told)) as engine:
+        await engine.load("cats", "1")
+        repository.rename(tmp_path / "elsewhere")
+        states = await engine.repository()
+        assert [(each.name, each.state) for each in states] == [("dogs", "READY"), ("cats", "READY")]
+        configuration = await engine.configure({"dogs": 1, "cats": 2}, None)
+        assert configuration.models == (await engine.configuration()).models == {"dogs": 1, "cats": 2}
+        with pytest.raises(InvalidError, match="cannot be read"):
+            await engine.load("cats", "2")
+        assert (await scores(engine, "cats")).indices
+
+
 async def test_openvino_compiles_a_model_beside_one_that_answers(repository: Path, tmp_path: Path) -> None:
     """torch traces nothing in this process meanwhile: a model that runs while it does fails."""
     pytest.importorskip("openvino")

@@ -109,6 +109,20 @@ async def test_a_version_takes_the_name_in_one_step_and_requests_finish_on_the_o
         assert not loader.freed
 
 
+async def test_answers_of_a_retired_model_are_not_counted_as_drift_of_the_one_with_its_name() -> None:
+    device, loader = FakeDevice(), FakeLoader()
+    async with loading(device, loader, linger_s=DAY_S, drift_sample=1.0) as engine:
+        engine._drift._quiet_s = DAY_S  # nothing is checked, so samples can be counted
+        await ask(engine, r=(4, 4, 4))
+        assert engine._drift.num_waiting == 1
+        await engine.load("tiny", "2")
+        assert engine._drift.num_waiting == 0
+        await ask(engine, r=(4, 4, 4), revision="t1")
+        assert engine._drift.num_waiting == 0
+        await ask(engine, r=(4, 4, 4))
+        assert engine._drift.num_waiting == 1
+
+
 async def test_an_unloaded_model_is_freed_once_its_last_request_is_answered() -> None:
     device, loader = FakeDevice(), FakeLoader()
     async with loading(device, loader) as engine:

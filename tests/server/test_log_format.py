@@ -49,6 +49,13 @@ def test_a_record_is_an_object_on_one_line() -> None:
     assert line == {"level": "warning", "logger": "test", "message": 'two\nlines and a "quote" of whom'}
 
 
+def test_a_path_that_is_no_utf8_is_written_with_escapes() -> None:
+    log = Log("json")
+    log.logger.warning("%s is gone", "caf\udce9")
+    (line,) = log.lines
+    assert line["message"] == "caf\\udce9 is gone"
+
+
 def test_a_traceback_is_a_field() -> None:
     log = Log("json")
     try:

@@ -81,6 +81,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     ("models/tiny/load", {"parameters": {"version": "9"}}, 422, "has no version 9"),
     ("models/tiny/load", {"parameters": {"version": True}}, 422, "version is True"),
     ("models/tiny/load", {"parameters": {"version": [1]}}, 422, "version is"),
+    ("models/tiny/load", {"parameters": {"version": "\udcff"}}, 422, "version is '\\udcff'"),
     ("models/tiny/load", {"parameters": {"config": "{}"}}, 422, "no parameter 'config' here; there is: version"),
     ("models/tiny/load", {"parameters": [1]}, 422, "it must be an object"),
     ("models/tiny/load", {"version": "2"}, 422, "no field 'version' here; there is: parameters"),

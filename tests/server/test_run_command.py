@@ -232,6 +232,21 @@ def test_other_settings_do_not_go_on_with_it(
     assert run(*command, *other, "--overwrite")["images"] == 7
 
 
+def test_other_classes_of_the_same_weights_do_not_go_on_with_it(
+    photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_vit(tmp_path / "mine", num_classes=3)
+    run = Command(["--model", f"local-dir:{folder}", "--backend", "torch", "--state-dir", "none"], capsys)
+    arguments = ("photos", "-o", "out.jsonl", "--max-batch-size", "2")
+    breaks_after(2, monkeypatch)
+    run(*arguments, status=1)
+    edit(folder, lambda config: config.update(label_names=["a", "b", "c"]))
+    run(*arguments, status=1)
+    assert "was begun with sha256 of classes and preprocessing" in run.told
+    run(*arguments, "--overwrite")
+    assert {row["label"] for row in lines("out.jsonl")} <= {"a", "b", "c"}
+
+
 def test_two_runs_do_not_write_one_table(run: Command, photos: list[str]) -> None:
     Path("out.jsonl.unfinished").mkdir()
     held = os.open("out.jsonl.unfinished", os.O_RDONLY)
@@ -247,6 +262,28 @@ def test_an_unfinished_folder_that_is_damaged_is_told_of(run: Command, photos: l
     Path("out.jsonl.unfinished/about.json").write_text("[")
     run("photos", "-o", "out.jsonl", status=1)
     assert "out.jsonl.unfinished cannot be read" in run.told and "remove it" in run.told
+    Path("out.jsonl.unfinished/about.json").write_text("5")
+    run("photos", "-o", "out.jsonl", status=1)
+    assert "out.jsonl.unfinished cannot be read" in run.told
+    Path("out.csv.unfinished").mkdir()
+    Path("out.csv.unfinished/00000001.csv").write_text("no\ntable\n")
+    run("photos", "-o", "out.csv", status=1)
+    assert "out.csv.unfinished cannot be read" in run.told
+
+
+@pytest.mark.parametrize("name", ["a\rb.png", "a\nb.png", 'a",b.png', "a\r\nb.png"])
+def test_a_name_with_the_end_of_a_line_stays_one_row_of_csv(
+    name: str, run: Command, photos: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("photos", name).write_bytes(Path(photos[0]).read_bytes())
+    arguments = ("photos", "-o", "out.csv", "--max-batch-size", "2")
+    breaks_after(3, monkeypatch)
+    run(*arguments, status=1)
+    run(*arguments)
+    assert "going on: 6 of 8 images" in run.told
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["file"] for row in rows) == sorted([*photos, f"photos/{name}"])
 
 
 def test_a_table_is_replaced_only_when_asked_and_another_file_never(run: Command, photos: list[str]) -> None:
