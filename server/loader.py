@@ -25,7 +25,7 @@ from server.device.models import BUNDLED, LoadedModel, load_model
 from server.device.preparing import Preparer
 from server.device.runner import Runner, alone_on, device_of
 from server.dial import AutoR, RSetting, Schedule
-from server.errors import InvalidError, ServerError
+from server.errors import ServerError
 from server.images.nvjpeg import engine_decodes
 from server.settings import ModelSpec, Settings, SettingsError
 from server.types import ModelInfo
@@ -53,15 +53,11 @@ class ModelLoader:
         device: What computes the models.
 
     Raises:
-        SettingsError: There is no such device or decoder, or the model repository cannot be read.
+        SettingsError: There is no such device or decoder.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        try:
-            settings.known_models()
-        except InvalidError as error:
-            raise SettingsError(str(error)) from None
         self._place = device_of(settings.device)
         self.device = ByModel(self._place, engine_decodes(settings.decode, self._place))
 

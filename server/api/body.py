@@ -209,7 +209,7 @@ def joined(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     """What the query and the body say; raises InvalidError where both say one thing."""
     twice = sorted(query.keys() & body.keys())
     if twice:
-        raise InvalidError(f"{_listed(twice)}: given in the query and in the body; say it once")
+        raise InvalidError(f"{_listed(twice)}: given in two places of the request; say it once")
     return query | body
 
 

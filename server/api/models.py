@@ -142,6 +142,6 @@ def _detail(
     )
 
 
-@functools.cache
+@functools.lru_cache(64)  # models come and go
 def _token_counts(info: ModelInfo) -> dict[int, list[int]]:
     return {r: list(info.token_counts(info.schedule(r))) for r in range(info.max_r + 1)}

@@ -35,4 +35,5 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
             logger.warning(
                 "%s: every user of this machine sees the key (ps); %s-file or TOME_%s hides it", flag, flag, key.upper()
             )
+    settings.known_models()  # a repository that cannot be read stops a start, but no engine that starts again
     return serve(settings)

@@ -22,6 +22,7 @@ ON: dict[str, Any] = {"protocol": "sagemaker"}
         ("r=8,4;top_k=2", (8, 4, 0), 2, "r=8,4,0"),
         (" r=4 , top_k=1 ", (4, 4, 4), 1, "r=4"),
         ("r=4;inflect=-1", (8, 4, 0), 5, "r=8,4,0"),
+        ("r=8;", (8, 8, 8), 5, "r=8"),
         ("", (0, 0, 0), 5, "r=0"),
     ],
 )
@@ -56,6 +57,7 @@ async def test_target_model_names_the_model() -> None:
     ("headers", "status", "kind", "words"),
     [
         ({ATTRIBUTES: "R=8"}, 422, "ValidationError", "there is no parameter 'R'"),
+        ({ATTRIBUTES: "r=8;top-k=1"}, 422, "ValidationError", "there is no parameter 'top-k'"),
         ({ATTRIBUTES: "trace-7"}, 422, "ValidationError", "pairs like r=8"),
         ({ATTRIBUTES: "r=8;r=8"}, 422, "ValidationError", "given twice"),
         ({ATTRIBUTES: "r=" + "1," * 600}, 422, "ValidationError", "at most 1024"),

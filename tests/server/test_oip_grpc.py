@@ -241,13 +241,13 @@ async def test_a_call_has_a_line_in_the_log_with_its_r_or_its_error() -> None:
     lines: list[str] = []
     async with serving(access_log=AccessLog(lines.append, "json")) as client:
         await client.call("ModelInfer", asking(r=4), metadata=[("x-request-id", "mine")])
-        await client.refused(grpc.StatusCode.NOT_FOUND, "ModelReady", {"name": "huge"})
+        await client.refused(grpc.StatusCode.NOT_FOUND, "ModelMetadata", {"name": "huge"})
         await client.call("ServerLive")
         await until(lambda: "".join(lines).count("\n") == 2)
     answered, refused = (json.loads(line) for line in "".join(lines).splitlines())
     assert answered["message"] == f"GRPC /{SERVICE}/ModelInfer 200"
     assert (answered["r"], answered["request_id"], answered["client"]) == ("4", "mine", "127.0.0.1")
-    assert refused["message"] == f"GRPC /{SERVICE}/ModelReady 404"
+    assert refused["message"] == f"GRPC /{SERVICE}/ModelMetadata 404"
 
 
 async def test_models_are_loaded_and_unloaded_as_either_client_asks() -> None:
@@ -262,7 +262,7 @@ async def test_models_are_loaded_and_unloaded_as_either_client_asks() -> None:
             assert [each.name for each in index.models] == ["tiny", "cats"]
             named = {name: value for name, value in said.items() if name != "parameters"}
             assert (await client.call("RepositoryModelUnload", named, metadata=admin)).is_unloaded
-            await client.refused(grpc.StatusCode.NOT_FOUND, "ModelReady", {"name": "cats"})
+            assert not (await client.call("ModelReady", {"name": "cats"})).ready
         wrong = {"model_name": "cats", "parameters": {"config": ModelParameter(string_param="{}")}}
         error = await client.refused(grpc.StatusCode.INVALID_ARGUMENT, "RepositoryModelLoad", wrong, metadata=admin)
         assert "there is: version" in error.details()

@@ -30,6 +30,7 @@ from server.api.protocols.oip_tensors import Tensor, num_values
 from server.api.repository import LOAD_PARAMETERS, UNLOAD_PARAMETERS, parameters_of, states, version_of
 from server.errors import (
     ClientGoneError,
+    NotFoundError,
     QueueFullError,
     ServerError,
     TooLargeError,
@@ -243,7 +244,10 @@ class GrpcServer:
         return _message("ServerReadyResponse", {"ready": await self._is_ready()})
 
     async def _model_ready(self, call: Call) -> Any:
-        await self._model(call)
+        try:
+            await self._model(call)
+        except NotFoundError:  # as Triton answers: clients wait in a loop for a model that is being loaded
+            return _message("ModelReadyResponse", {"ready": False})
         return _message("ModelReadyResponse", {"ready": await self._is_ready()})
 
     async def _is_ready(self) -> bool:

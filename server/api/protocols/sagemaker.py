@@ -27,7 +27,7 @@ ATTRIBUTES, TARGET = "x-amzn-sagemaker-custom-attributes", "x-amzn-sagemaker-tar
 _LONGEST = 1024
 """Characters of the attributes, as the service bounds them."""
 
-_BETWEEN = re.compile(r"\s*[;,]\s*(?=[A-Za-z_]+=)")
+_BETWEEN = re.compile(r"\s*[;,]\s*(?=[A-Za-z_-]+=)")
 """Before a name: r=16,14,12 is one attribute."""
 
 _TYPES = {
@@ -66,7 +66,7 @@ async def _invoke(request: Request, service: Service) -> Response:
 
 def _attributes(request: Request) -> dict[str, Any]:
     """The parameters among the Custom-Attributes, and the model that is the target."""
-    text = ",".join(request.headers.getlist(ATTRIBUTES)).strip()  # as proxies join them
+    text = ",".join(request.headers.getlist(ATTRIBUTES)).strip(" \t;,")  # as proxies join them
     if len(text) > _LONGEST:
         raise InvalidError(f"{ATTRIBUTES} has {len(text)} characters; at most {_LONGEST} are allowed")
     pairs = [each.partition("=") for each in _BETWEEN.split(text)] if text else []
