@@ -28,6 +28,7 @@ PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 NATIVE = "native"
 EXAMPLES = 50
 PHOTO = grey_png()
+TENSOR = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(PHOTO).decode()]}
 SENT = AS_IT_IS, PHOTOS, PHOTOS_ALONE = "as it is", "with photos", "with photos and no parameters"
 IMAGES = ("image", "images", "input", "inputs", "instances", "data", "b64", "body")
 """Fields that hold images."""
@@ -90,9 +91,11 @@ def test_no_request_gets_a_5xx(face: str, mode: GenerationMode, operations: dict
                 case.body = with_photos(case.body)
                 if sent == PHOTOS_ALONE:
                     case.query = {}
-                    if isinstance(case.body, dict):
+                    if case.path.endswith("/infer"):  # a tensor has a shape, which nobody guesses
+                        case.body = {"inputs": [TENSOR]}
+                    elif isinstance(case.body, dict):
                         case.body.pop("parameters", None)
-                if "name" in case.path_parameters:
+                if "name" in case.path_parameters and not case.path.startswith("/v2/repository"):  # it must stay loaded
                     case.path_parameters["name"] = BUNDLED_NAME
             response = case.call(timeout=60)
             answered.add((case.method, response.status_code))
