@@ -28,7 +28,7 @@ PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 NATIVE = "native"
 EXAMPLES = 50
 PHOTO = grey_png()
-TENSOR = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(PHOTO).decode()]}
+TENSOR: Any = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(PHOTO).decode()]}
 SENT = AS_IT_IS, PHOTOS, PHOTOS_ALONE = "as it is", "with photos", "with photos and no parameters"
 IMAGES = ("image", "images", "input", "inputs", "instances", "data", "b64", "body")
 """Fields that hold images."""
