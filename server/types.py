@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +85,13 @@ class ModelInfo:
         """Raises InvalidError when this model cannot merge like that; any bounds of `auto` will do."""
         if not isinstance(r, AutoR):
             self.schedule(r)
+
+    def named(self, indices: Sequence[int], scores: Sequence[float]) -> list[dict[str, Any]]:
+        """Classes as they are told: label, index and score of each."""
+        return [
+            {"label": self.labels[index], "index": index, "score": score}
+            for index, score in zip(indices, scores, strict=True)
+        ]
 
     def most_classes(self, activation: Activation, top_k: int | None = None, threshold: float | None = None) -> int:
         """How many classes are named of an image, at most.

@@ -112,16 +112,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origin,
             allow_methods=("GET", "HEAD", "POST", "PATCH"),
-            allow_headers=(
-                "authorization",
-                "content-type",
-                "if-match",
-                "traceparent",
-                "tracestate",
-                "x-api-key",
-                "x-r",
-                "x-request-id",
-            ),
+            allow_headers=_FROM_PAGES,
             expose_headers=_READABLE,
         )
     app.add_middleware(

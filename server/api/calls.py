@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +11,10 @@ from typing import TYPE_CHECKING
 
 from server.api.access_log import AccessLog
 from server.errors import ClientGoneError, ServerError
-from server.tracing.context import CURRENT, RequestContext, caller_of
+from server.tracing.context import CURRENT, RequestContext, caller_of, request_id_of
 
 if TYPE_CHECKING:
     from server.tracing.provider import Tracing
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 @dataclass
@@ -68,8 +64,7 @@ class Calls:
             client: The address of who calls.
             is_probe: It only asks whether the server is there: no span, and a line at debug alone.
         """
-        start, borne = time.monotonic(), headers.get("x-request-id", "")
-        request_id = borne if _REQUEST_ID.fullmatch(borne) else f"{random.getrandbits(128):032x}"
+        start, request_id = time.monotonic(), request_id_of(headers.get("x-request-id"))
         context = RequestContext(request_id, caller_of(headers.get("traceparent", ""), headers.get("tracestate")))
         if self.tracing is not None and not is_probe:
             service, _, method = name.strip("/").rpartition("/")

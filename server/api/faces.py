@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 
 class Problem(NamedTuple):
@@ -30,6 +31,17 @@ def native(problem: Problem) -> JSONResponse:
     """An error as our own endpoints have it: an `ErrorBody`."""
     said = {"code": problem.code, "message": problem.message, "details": dict(problem.details)}
     return JSONResponse({"error": said}, problem.status)
+
+
+class TextError(BaseModel):
+    """An error as several protocols have it."""
+
+    error: str
+
+
+def text_error(problem: Problem) -> JSONResponse:
+    """An error as a `TextError`."""
+    return JSONResponse({"error": problem.message}, problem.status)
 
 
 @dataclass(frozen=True)

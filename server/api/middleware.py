@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,12 +12,11 @@ from server.api.access_log import PROBES, AccessLog
 from server.api.compression import Inflater, inflater_of
 from server.api.patience import Sender, client_of
 from server.errors import ClientGoneError, QueueFullError, TooLargeError, TooSlowError, UnsupportedError, shown
-from server.tracing.context import CURRENT, RequestContext, caller_of
+from server.tracing.context import CURRENT, RequestContext, caller_of, request_id_of
 
 if TYPE_CHECKING:
     from server.tracing.provider import Tracing
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
 """With this version Starlette does not read the body while it sends a file, to learn whether the client leaves.
@@ -89,9 +86,9 @@ class Front:
                 traceparent = value
             elif name == b"tracestate":
                 tracestate = value if tracestate is None else tracestate + b"," + value
-        request_id = borne if borne and _REQUEST_ID.fullmatch(borne) else b"%032x" % random.getrandbits(128)
         scope["asgi"] = _ASGI
-        context = RequestContext(request_id.decode())
+        context = RequestContext(request_id_of(borne and borne.decode("latin-1")))
+        request_id = context.request_id.encode()
         scope.setdefault("state", {})["request_id"] = context.request_id
         if traceparent is not None:
             context.caller = caller_of(traceparent.decode("latin-1"), tracestate and tracestate.decode("latin-1"))

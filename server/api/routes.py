@@ -54,10 +54,7 @@ def shape(answer: Answer[TopK], uploads: Sequence[Upload]) -> dict[str, Any]:
 
 def classes(info: ModelInfo, top_k: TopK) -> list[dict[str, Any]]:
     """The likeliest classes by name: each a `Class`."""
-    return [
-        {"label": info.labels[index], "index": index, "score": score}
-        for index, score in zip(top_k.indices, top_k.scores, strict=True)
-    ]
+    return info.named(top_k.indices, top_k.scores)
 
 
 _encode = msgspec.json.Encoder().encode

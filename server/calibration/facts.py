@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +21,10 @@ def facts_of(loaded: LoadedModel, runner: Runner) -> Facts | None:
         loaded: The model.
         runner: The device that holds it.
     """
-    if loaded.weights is None:
+    weights = loaded.weights_sha256()
+    if weights is None:
         return None
     backend, device = runner.backend(loaded.info.name), runner.device
-    with loaded.weights.open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
     packages = dict.fromkeys(("torch", "timm", backend.name))
     return Facts(
         weights=weights,

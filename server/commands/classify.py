@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import get_args
 
-from server.commands.top_k import named_classes
+from server.commands.top_k import add_class_arguments, named_classes
 from server.settings import Settings
-from server.types import Activation
 
 HELP = "classify photos here and now, without a server"
 SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir")
@@ -16,15 +14,7 @@ SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "device", "precis
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image file")
-    parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all where there are fewer)")
-    parser.add_argument(
-        "--function-to-apply",
-        choices=get_args(Activation),
-        help="what makes scores of logits (default: the model's own, softmax or, with several labels, sigmoid)",
-    )
-    parser.add_argument(
-        "--threshold", type=float, help="with sigmoid, in place of --top-k: the least score of a class to name"
-    )
+    add_class_arguments(parser, default="5")
     parser.add_argument("--json", action="store_true", help="print JSON, one line a photo")
 
 
@@ -34,7 +24,6 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.device.runner import Runner
     from server.device.torch_backend import set_threads
     from server.images.photos import read_photo
-    from server.offline.rows import classes
 
     set_threads(settings.threads)
     spec = settings.specs()[0]
@@ -48,9 +37,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         pixels = read_photo(photo, info.preprocessing, settings.max_image_pixels)
         batch = stacked([pixels], key.input_size, runner.device)
         ((likeliest, scores),) = runner.top_k(key, batch, top_k, activation)
-        found = [
-            each for each in classes(info, likeliest, scores) if each["score"] >= (args.threshold or float("-inf"))
-        ]
+        found = [each for each in info.named(likeliest, scores) if each["score"] >= (args.threshold or float("-inf"))]
         if args.json:
             said = {"file": photo, "model": info.name, "r": list(schedule), "tuned": info.is_tuned(schedule)}
             print(json.dumps({**said, "function_to_apply": activation, "top_k": found}))

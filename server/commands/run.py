@@ -7,14 +7,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.commands.output import spare_others, tell
 from server.commands.stopping import Stop
-from server.commands.top_k import named_classes
+from server.commands.top_k import add_class_arguments, named_classes
 from server.dial import r_of, text_of
 from server.settings import Settings, SettingsError
 
@@ -52,15 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", required=True, type=Path, metavar="FILE", help="table to write: .parquet, .jsonl or .csv"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the table that is there")
-    parser.add_argument("--top-k", type=int, help="classes to name (default: 1, or with --threshold all)")
-    parser.add_argument(
-        "--function-to-apply",
-        choices=("softmax", "sigmoid", "none"),
-        help="what makes scores of logits (default: the model's own, else softmax)",
-    )
-    parser.add_argument(
-        "--threshold", type=float, metavar="SCORE", help="with sigmoid: name only classes of at least this score"
-    )
+    add_class_arguments(parser, default="1")
     parser.add_argument("--embed", action="store_true", help="write the vector that the classifier reads, not classes")
     parser.add_argument("--no-normalize", action="store_true", help="with --embed: leave vectors as long as they are")
 
@@ -70,6 +62,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.offline.files import files_of
     from server.offline.formats import format_of
     from server.offline.progress import Progress
+    from server.offline.reading import parts
     from server.offline.rows import Table, printable
     from server.offline.unfinished import Unfinished
 
@@ -88,7 +81,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
                 tell(f"going on: {len(files) - len(left):,} of {len(files):,} images have a row already")
             devices.warm_up(ask)
             progress = Progress(len(files), len(files) - len(left))
-            batches = list(_batches(left, settings.max_batch_size))
+            batches = list(parts(left, settings.max_batch_size))
             with Stop("stopping after this batch; what is done is kept") as stop:
                 _compute(devices.answers(ask, batches), batches, table, unfinished, progress, stop)
             is_whole = progress.images == len(left)
@@ -195,8 +188,3 @@ def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: As
 
 def _sha256(described: object) -> str:
     return hashlib.sha256(repr(described).encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def _batches(files: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(files), size):
-        yield files[start : start + size]

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from server.settings import SettingsError
 from server.types import Activation, ModelInfo
+
+
+def add_class_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Declares the flags that `named_classes` reads.
+
+    Args:
+        parser: Of the command.
+        default: How many classes are named where no flag says so.
+    """
+    parser.add_argument("--top-k", type=int, help=f"classes to name (default: {default}, or with --threshold all)")
+    parser.add_argument(
+        "--function-to-apply",
+        choices=get_args(Activation),
+        help="what makes scores of logits (default: the model's own, softmax or, with several labels, sigmoid)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="SCORE",
+        help="with sigmoid, in place of --top-k: the least score of a class to name",
+    )
 
 
 def named_classes(args: argparse.Namespace, info: ModelInfo, default: int | None = None) -> tuple[int, Activation]:

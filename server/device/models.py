@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Mapping
@@ -45,6 +46,13 @@ class LoadedModel:
     weights: Path | None = None
     tuned: str | None = None
     tuned_file: Path | None = None
+
+    def weights_sha256(self) -> str | None:
+        """The hash of the weights' file, which is read for it; None for random ones."""
+        if self.weights is None:
+            return None
+        with self.weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import logging
 import sys
 from collections import deque
@@ -20,7 +19,7 @@ from server.batching.splitting import run_split
 from server.cpus import available_cpus
 from server.device.backend import BackendOptions
 from server.device.device import Device
-from server.device.models import LoadedModel, load_model
+from server.device.models import load_model
 from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
@@ -71,7 +70,7 @@ class Computing:
             self._preparer = Preparer(self._runner.device, {info.name: info}, max_pixels)
         self._device = Device(self._runner, None, self._preparer)
         info = replace(info, backend=self._runner.backend(info.name), decodes_jpeg=self._preparer is not None)
-        self.served = Served(info, _hash(loaded), loaded.tuned)
+        self.served = Served(info, loaded.weights_sha256(), loaded.tuned)
         self._warm = ExitStack()
         self._reading = open_readers(info, max_pixels, devices)
 
@@ -193,10 +192,3 @@ def _of_the_good(outcomes: Sequence[Any], stage: Callable[[Sequence[Any]], Seque
         return made
     rest = iter(made)
     return [each if isinstance(each, _ERROR) else next(rest) for each in outcomes]
-
-
-def _hash(loaded: LoadedModel) -> str | None:
-    if loaded.weights is None:
-        return None
-    with loaded.weights.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

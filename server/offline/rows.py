@@ -51,7 +51,7 @@ class Table:
             row = nothing.copy()
             row["file"] = printable(file)
             if isinstance(answer, TopK):
-                found = classes(self.info, answer.indices, answer.scores)
+                found = self.info.named(answer.indices, answer.scores)
                 if found:
                     row.update(found[0])
                 if has_top_k:
@@ -68,14 +68,6 @@ class Table:
         vector = np.frombuffer(answer.values, "<f4")
         length = float(np.linalg.norm(vector)) if self.normalize else 1.0
         return vector / np.float32(length) if length else vector
-
-
-def classes(info: ModelInfo, indices: Sequence[int], scores: Sequence[float]) -> list[Row]:
-    """Classes as they are told: label, index and score."""
-    return [
-        {"label": info.labels[index], "index": index, "score": score}
-        for index, score in zip(indices, scores, strict=True)
-    ]
 
 
 def printable(file: str) -> str:

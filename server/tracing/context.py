@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from server.tracing.server_span import ServerSpan
 
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LONGEST_STATE = 512
 """A longer `tracestate` is dropped; the specification asks to carry so much."""
 
@@ -39,6 +41,11 @@ class RequestContext(Struct):
         """Its trace."""
         trace = self.trace
         return None if trace is None else trace[3:35]
+
+
+def request_id_of(borne: str | None) -> str:
+    """The id of a request: the one that its client sent, where that is a plain one, else a new one."""
+    return borne if borne and _REQUEST_ID.fullmatch(borne) else f"{random.getrandbits(128):032x}"
 
 
 CURRENT: ContextVar[RequestContext | None] = ContextVar("request", default=None)

@@ -228,19 +228,24 @@ async def test_a_start_brings_back_what_was_loaded_and_leaves_out_what_was_unloa
         assert (await scores(engine, "dogs")).indices
 
 
+def break_cats(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has cats fail with this error when they are made ready."""
+    make_ready = ModelLoader.make_ready
+
+    def broken(self: ModelLoader, found: Any, *args: Any, **more: Any) -> Any:
+        if found.name == "cats":
+            raise error
+        return make_ready(self, found, *args, **more)
+
+    monkeypatch.setattr(ModelLoader, "make_ready", broken)
+
+
 async def test_a_model_that_gives_no_numbers_is_not_brought_back_and_stops_no_start(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = settings(repository, state_dir=str(tmp_path / "state"))
     ModelSet(told).keep("cats", "1")
-    make_ready = ModelLoader.make_ready
-
-    def broken(self: ModelLoader, found: Any, *args: Any, **more: Any) -> Any:
-        if found.name == "cats":
-            raise InvalidError("cats computes nothing")
-        return make_ready(self, found, *args, **more)
-
-    monkeypatch.setattr(ModelLoader, "make_ready", broken)
+    break_cats(InvalidError("cats computes nothing"), monkeypatch)
     async with serving(told, ModelSet(told)) as engine:
         assert list(engine.catalog()) == ["dogs"]
         assert (await engine.configuration()).models == {"dogs": 0}
@@ -251,14 +256,7 @@ async def test_a_model_that_runs_out_of_memory_is_not_brought_back_and_stops_no_
 ) -> None:
     told = settings(repository, state_dir=str(tmp_path / "state"))
     ModelSet(told).keep("cats", "1")
-    make_ready = ModelLoader.make_ready
-
-    def broken(self: ModelLoader, found: Any, *args: Any, **more: Any) -> Any:
-        if found.name == "cats":
-            raise torch.OutOfMemoryError("no room")
-        return make_ready(self, found, *args, **more)
-
-    monkeypatch.setattr(ModelLoader, "make_ready", broken)
+    break_cats(torch.OutOfMemoryError("no room"), monkeypatch)
     async with serving(told, ModelSet(told)) as engine:
         assert list(engine.catalog()) == ["dogs"]
     assert "model cats cannot be loaded: no room; it is not loaded, though it was before the restart" in caplog.text

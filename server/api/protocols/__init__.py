@@ -24,4 +24,4 @@ FACES: Mapping[str, Callable[[Settings], Face]] = {
 
 def faces_of(settings: Settings) -> tuple[Face, ...]:
     """The faces that are on."""
-    return tuple(FACES[name](settings) for name in settings.protocol if name in FACES)
+    return tuple(FACES[name](settings) for name in settings.protocol)

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from server.api.access import ForUsers, errors_as
 from server.api.asking import CLASSIFY, Asking
 from server.api.described import ANSWERED
-from server.api.faces import Face, Problem
+from server.api.faces import Face, TextError, text_error
 from server.api.protocols.inputs import ASKED, LabelScore, labels_of, read_inputs
 from server.settings import Settings
 
 Labels = list[LabelScore] | list[list[LabelScore]]
 
 
-class HuggingFaceError(BaseModel):
-    """An error as Hugging Face's clients read it."""
-
-    error: str
-
-
-router = APIRouter(responses=errors_as(HuggingFaceError), tags=["huggingface"])
+router = APIRouter(responses=errors_as(TextError), tags=["huggingface"])
 
 
 @router.post("/", response_model=Labels, responses=ANSWERED, openapi_extra=ASKED)
@@ -44,10 +37,6 @@ async def _classify(request: Request, service: ForUsers, named: dict[str, str]) 
     return JSONResponse(labels_of(answer, is_list=read.is_list), headers=answer.headers)
 
 
-def _error(problem: Problem) -> JSONResponse:
-    return JSONResponse({"error": problem.message}, problem.status)
-
-
 def face(settings: Settings) -> Face:
     """The face, as `FACES` has it."""
     return Face(
@@ -55,5 +44,5 @@ def face(settings: Settings) -> Face:
         description="Image classification as Hugging Face's InferenceClient asks for it.",
         router=router,
         owns=lambda method, path: path.startswith("/models/") or (path == "/" and method not in ("GET", "HEAD")),
-        error=_error,
+        error=text_error,
     )

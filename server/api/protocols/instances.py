@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -40,13 +41,20 @@ ASKED = {
 }
 
 
-async def read_instances(request: Request, max_images: int) -> tuple[list[Upload], Parameters]:
+async def read_instances(
+    request: Request, max_images: int, beside: Mapping[str, Any] | None = None
+) -> tuple[list[Upload], Parameters]:
     """Reads images and parameters of JSON, whatever content type is said.
+
+    Args:
+        request: Its body is read.
+        max_images: Images that it may hold.
+        beside: Parameters that stand neither in the query nor in the body.
 
     Raises:
         UndecodableError, TooLargeError, InvalidError: As of `read_request`.
     """
-    query = read_query(request)
+    query = joined(read_query(request), dict(beside or {}))
     body = await read_json(request, max_images, _FIELDS)
     if isinstance(body.get("instances"), list):  # before each of them is looked at
         check_count(len(body["instances"]), max_images, "JSON 'instances'")

@@ -10,11 +10,9 @@ from pydantic import BaseModel
 
 from server.api.access import ForUsers, errors_as
 from server.api.asking import CLASSIFY, Asking
-from server.api.body import joined, parse
 from server.api.described import ANSWERED
-from server.api.faces import Face, Problem
+from server.api.faces import Face, TextError, text_error
 from server.api.protocols.instances import ASKED, read_instances, scores_by_label
-from server.api.schemas import Parameters
 from server.settings import Settings
 
 _OURS = re.compile(r"/v1/models/[^/]*:[a-z]+")
@@ -26,28 +24,17 @@ class KServePredictions(BaseModel):
     predictions: list[dict[str, float]]
 
 
-class KServeError(BaseModel):
-    """An error as KServe's clients read it."""
-
-    error: str
-
-
-router = APIRouter(responses=errors_as(KServeError), tags=["kserve"])
+router = APIRouter(responses=errors_as(TextError), tags=["kserve"])
 
 
 @router.post("/v1/models/{name}:predict", response_model=KServePredictions, responses=ANSWERED, openapi_extra=ASKED)
 async def predict(name: str, request: Request, service: ForUsers) -> Response:
     """The likeliest labels and their scores, for each instance."""
     with Asking(service, request) as asking:
-        uploads, parameters = await asking.read(read_instances(request, service.settings.max_images))
-        named = parse(Parameters, joined({"model": name}, parameters.model_dump(exclude_unset=True)))
-        answer = await asking.answer(CLASSIFY, uploads, asking.resolve(named))
+        uploads, parameters = await asking.read(read_instances(request, service.settings.max_images, {"model": name}))
+        answer = await asking.answer(CLASSIFY, uploads, asking.resolve(parameters))
     predictions = [scores_by_label(answer.terms.info, top_k) for top_k in answer.answered.results]
     return JSONResponse({"predictions": predictions}, headers=answer.headers)
-
-
-def _error(problem: Problem) -> JSONResponse:
-    return JSONResponse({"error": problem.message}, problem.status)
 
 
 def face(settings: Settings) -> Face:
@@ -57,5 +44,5 @@ def face(settings: Settings) -> Face:
         description="KServe's protocol v1.",
         router=router,
         owns=lambda method, path: _OURS.fullmatch(path) is not None,
-        error=_error,
+        error=text_error,
     )

@@ -8,14 +8,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from server.api.access import ERRORS, ForAll, ForUsers, Service
+from server.api.access import ForAll, ForUsers, Service, errors_as
 from server.api.asking import Asking
 from server.api.body import joined, read_query
 from server.api.compression import compressed, wanted_encoding
-from server.api.faces import Face, Problem
+from server.api.faces import Face, TextError, text_error
 from server.api.health import check_ready
 from server.api.json_body import SMALL
 from server.api.protocols.oip_infer import OURS, Inference, infer, model_of
@@ -25,17 +24,10 @@ from server.errors import InvalidError, UnavailableError, shown
 from server.settings import Settings
 from server.types import ModelInfo
 
-
-class OipError(BaseModel):
-    """An error as this protocol has it."""
-
-    error: str
-
-
 router = APIRouter(
     prefix="/v2",
     tags=["oip"],
-    responses={status: {**said, "model": OipError} for status, said in ERRORS.items()},
+    responses=errors_as(TextError),
 )
 _TENSOR = {
     "type": "object",
@@ -169,10 +161,6 @@ def _with_query(inference: Inference, request: Request) -> Inference:
     return replace(inference, parameters=joined(query, dict(inference.parameters))) if query else inference
 
 
-def _error(problem: Problem) -> JSONResponse:
-    return JSONResponse({"error": problem.message}, problem.status)
-
-
 def _owns(method: str, path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
@@ -188,6 +176,6 @@ def face(settings: Settings) -> Face:
         description="Open Inference Protocol v2, as Triton and KServe speak it: scores and features of images",
         router=router,
         owns=_owns,
-        error=_error,
+        error=text_error,
         inflates=_inflates,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -77,9 +78,8 @@ async def _predict(name: str, version: str | None, request: Request, service: Se
         _check_version(name, version, service)
         is_json = content_type_of(request) == "application/json"
         reading = read_instances if is_json else _read
-        uploads, parameters = await asking.read(reading(request, service.settings.max_images))
-        named = parse(Parameters, joined({"model": name}, parameters.model_dump(exclude_unset=True)))
-        answer = await asking.answer(CLASSIFY, uploads, asking.resolve(named))
+        uploads, parameters = await asking.read(reading(request, service.settings.max_images, {"model": name}))
+        answer = await asking.answer(CLASSIFY, uploads, asking.resolve(parameters))
     scores: Any = [scores_by_label(answer.terms.info, top_k) for top_k in answer.answered.results]
     if is_json:
         scores = {"predictions": scores}
@@ -96,8 +96,8 @@ def _check_version(name: str, version: str | None, service: Service) -> None:
         )
 
 
-async def _read(request: Request, max_images: int) -> tuple[list[Upload], Parameters]:
-    query = read_query(request)
+async def _read(request: Request, max_images: int, beside: Mapping[str, Any]) -> tuple[list[Upload], Parameters]:
+    query = joined(read_query(request), dict(beside))
     if content_type_of(request) != "multipart/form-data":  # curl -T sends none, --data-binary a wrong one
         return [Upload(await read_whole(request))], parse(Parameters, query)
     uploads, said = await read_form(request, max_images, _PARTS)
