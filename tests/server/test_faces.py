@@ -186,6 +186,20 @@ async def test_a_model_that_is_not_there_is_a_404(face: str, method: str, path: 
             assert response.status_code == 404 and "there are: tiny" in message_of(response, face)
 
 
+@pytest.mark.parametrize(("face", "method", "path"), [each for each in EVERY if "{name}" in each[2]])
+async def test_the_model_is_said_in_the_path_or_as_a_parameter_as_described(face: str, method: str, path: str) -> None:
+    async with serving(protocol=face) as service:
+        operation = str((await description(service))["paths"][path][method.lower()])
+        again = await ask(service, face, method, path, params={"model": "tiny"})
+        is_described = "A name from /v1/models" in operation
+        assert "'r'" in operation
+        if path.startswith("/endpoints/"):  # the name of an endpoint, not of a model
+            assert is_described and again.status_code == 200
+        else:
+            assert not is_described and again.status_code == 422
+            assert "'model': given in two places" in message_of(again, face)
+
+
 @pytest.mark.parametrize(("face", "method", "path"), [each for each in EVERY if each[0] != "embeddings"])
 async def test_a_model_without_a_classifier_says_what_it_gives_instead(face: str, method: str, path: str) -> None:
     async with serving(models=[model_info(labels=())], **ALL) as service:

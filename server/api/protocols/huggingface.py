@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 
 from server.api.access import ForUsers, errors_as
 from server.api.asking import CLASSIFY, Asking
-from server.api.described import ANSWERED
+from server.api.described import ANSWERED, of_one_model
 from server.api.faces import Face, TextError, text_error
 from server.api.protocols.inputs import ASKED, LabelScore, labels_of, read_inputs
 from server.settings import Settings
@@ -24,7 +24,7 @@ async def classify_by_default(request: Request, service: ForUsers) -> Response:
     return await _classify(request, service, {})
 
 
-@router.post("/models/{name}", response_model=Labels, responses=ANSWERED, openapi_extra=ASKED)
+@router.post("/models/{name}", response_model=Labels, responses=ANSWERED, openapi_extra=of_one_model(ASKED))
 async def classify_by(name: str, request: Request, service: ForUsers) -> Response:
     """Labels and scores by a model. A list of images gives a list of lists."""
     return await _classify(request, service, {"model": name})

@@ -19,7 +19,10 @@ from server.types import ModelInfo
 
 _FIELDS = ("b64", "data")
 _TEXT: JsonValue = {"type": "string"}
-_OBJECTS: list[JsonValue] = [{"type": "object", "properties": {name: _TEXT}, "required": [name]} for name in _FIELDS]
+_OBJECTS: list[JsonValue] = [
+    {"type": "object", "properties": {name: _TEXT}, "required": [name], "additionalProperties": False}
+    for name in _FIELDS
+]
 
 
 class InstancesBody(BaseModel):

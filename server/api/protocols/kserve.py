@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from server.api.access import ForUsers, errors_as
 from server.api.asking import CLASSIFY, Asking
-from server.api.described import ANSWERED
+from server.api.described import ANSWERED, of_one_model
 from server.api.faces import Face, TextError, text_error
 from server.api.protocols.instances import ASKED, read_instances, scores_by_label
 from server.settings import Settings
@@ -27,7 +27,9 @@ class KServePredictions(BaseModel):
 router = APIRouter(responses=errors_as(TextError), tags=["kserve"])
 
 
-@router.post("/v1/models/{name}:predict", response_model=KServePredictions, responses=ANSWERED, openapi_extra=ASKED)
+@router.post(
+    "/v1/models/{name}:predict", response_model=KServePredictions, responses=ANSWERED, openapi_extra=of_one_model(ASKED)
+)
 async def predict(name: str, request: Request, service: ForUsers) -> Response:
     """The likeliest labels and their scores, for each instance."""
     with Asking(service, request) as asking:

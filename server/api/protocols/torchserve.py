@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from server.api.access import ForUsers, Service, errors_as
 from server.api.asking import CLASSIFY, Asking
 from server.api.body import Upload, check_count, content_type_of, joined, parse, read_form, read_query, read_whole
-from server.api.described import ANSWERED, FILE, body_of, in_query
+from server.api.described import ANSWERED, FILE, body_of, in_query, of_one_model
 from server.api.faces import Face, Problem
 from server.api.protocols.instances import InstancesBody, read_instances, scores_by_label
 from server.api.protocols.ping import PATH as PING
@@ -24,26 +24,28 @@ from server.types import find_model
 
 _PARTS = ("data", "body")
 
-_ASKED = {
-    "requestBody": body_of(
-        {
-            "multipart/form-data": {
-                "type": "object",
-                "properties": {
-                    "data": {"type": "array", "items": FILE, "minItems": 1},
-                    **Parameters.model_json_schema()["properties"],
+_ASKED = of_one_model(
+    {
+        "requestBody": body_of(
+            {
+                "multipart/form-data": {
+                    "type": "object",
+                    "properties": {
+                        "data": {"type": "array", "items": FILE, "minItems": 1},
+                        **Parameters.model_json_schema()["properties"],
+                    },
+                    "required": ["data"],
+                    "additionalProperties": False,
                 },
-                "required": ["data"],
-                "additionalProperties": False,
+                "application/octet-stream": FILE,
+                "application/json": InstancesBody.model_json_schema(),
             },
-            "application/octet-stream": FILE,
-            "application/json": InstancesBody.model_json_schema(),
-        },
-        "An image as it is, of any content type or none; form parts `data` or `body`; or JSON, as TorchServe's "
-        "envelopes for JSON and KServe have it.",
-    ),
-    "parameters": in_query(Parameters),
-}
+            "An image as it is, of any content type or none; form parts `data` or `body`; or JSON, as TorchServe's "
+            "envelopes for JSON and KServe have it.",
+        ),
+        "parameters": in_query(Parameters),
+    }
+)
 
 
 class Predictions(BaseModel):
