@@ -29,7 +29,7 @@ from server.device.prepared import stacked
 from server.device.runner import Runner
 from server.images.pillow import decode
 from server.intervals import paired_difference
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from server.types import ModelInfo
 from tome_core import MergedViT
 

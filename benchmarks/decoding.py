@@ -28,13 +28,13 @@ from server.device.prepared import PixelBatch, Prepared, rows, stacked
 from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
-from server.errors import ServerError
+from server.errors import ServerError, SettingsError
 from server.images.image import JpegFile
 from server.images.nvjpeg import engine_decodes
 from server.images.photos import choose_photos
 from server.images.pillow import decode, read
 from server.ipc.messages import Classify, Item, TopK
-from server.settings import ModelSpec, SettingsError
+from server.model_spec import ModelSpec
 from server.types import BatchKey
 
 MAX_PIXELS = 89_000_000

@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.accuracy import read_photos, share
 from server.device.models import LoadedModel, load_model
 from server.images.preprocessing import Preprocessing
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from tome_core import FixedR, export_onnx
 from tome_core.quiet import onnxruntime
 

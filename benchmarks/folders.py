@@ -41,9 +41,9 @@ from server.images.image import Image
 from server.images.nvjpeg import engine_decodes
 from server.images.photos import photos_in
 from server.ipc.messages import Classify, Item
+from server.model_spec import ModelSpec
 from server.offline.computing import MOST_UNDER_WAY, open_readers
 from server.offline.reader_processes import FILES_OF_A_PROCESS
-from server.settings import ModelSpec
 from server.types import BatchKey, ModelInfo
 
 MAX_PIXELS = 50_000_000

@@ -22,7 +22,7 @@ from server.device.outcome import Wanted
 from server.device.prepared import stacked
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from server.types import BatchKey
 
 WARM_UP_ROUNDS, LEAST_ROUNDS = 2, 6

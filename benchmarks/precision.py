@@ -26,7 +26,7 @@ from benchmarks.accuracy import read_photos
 from benchmarks.forward import DTYPES
 from benchmarks.same_matching import recorded, replayed
 from server.device.models import load_model
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 
 IN_FLOAT64 = 16  # photos
 

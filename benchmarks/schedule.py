@@ -27,10 +27,11 @@ from server.device.models import LoadedModel, load_model
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
 from server.dial import Schedule, r_of, text_of
-from server.errors import ServerError
+from server.errors import ServerError, SettingsError
 from server.images.photos import choose_photos
 from server.intervals import paired_difference, wilson
-from server.settings import Settings, SettingsError, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from server.types import ModelInfo
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions

@@ -33,7 +33,7 @@ from benchmarks.soak_parts.traffic import RAW, Answers, Traffic, good_files
 from benchmarks.soak_parts.watch import Watched, watching
 from server.bench.client import Target
 from server.bench.load import Request
-from server.settings import BUNDLED_NAME
+from server.model_spec import BUNDLED_NAME
 
 GOAL = 1.0
 """Percent an hour that memory and disk may grow."""

@@ -31,7 +31,7 @@ from server.device.models import LoadedModel, load_model
 from server.device.prepared import stacked
 from server.images.photos import choose_photos
 from server.intervals import paired_difference
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from server.tuning.learning import drawn
 from server.tuning.photos import normalised, read_squares
 from tome_core.tuned import tunable

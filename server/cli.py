@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from server import __version__
 from server.caches import keep_caches_in
 from server.commands import Command, bench, calibrate, classify, explain, export, models, run, serve, tune
-from server.errors import ServerError
-from server.settings import Settings, SettingsError, load_settings
+from server.errors import ServerError, SettingsError
+from server.settings import Settings
+from server.settings_sources import load_settings
 from tome_core import quiet  # noqa: F401  # this process and its children report to nobody
 
 COMMANDS: dict[str, Command] = {

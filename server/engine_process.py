@@ -23,13 +23,13 @@ from server.device.models import LoadedModel
 from server.device.torch_backend import set_threads
 from server.dial import RSetting
 from server.documents import sentence
-from server.errors import InvalidError, ServerError
+from server.errors import InvalidError, ServerError, SettingsError
 from server.ipc.door import Door
 from server.ipc.server import EngineServer
 from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
 from server.loader import ModelLoader
 from server.metrics import ENGINE_STARTS
-from server.settings import Settings, SettingsError
+from server.settings import Settings
 from server.tracing.start import start_tracing
 from server.types import find_model
 from server.unnamed import UnnamedFile

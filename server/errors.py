@@ -1,4 +1,4 @@
-"""Everything that can go wrong with a request, and the one table of codes and statuses.
+"""What can go wrong: with a request, in one table of codes and statuses, and with a setting.
 
 ServerError
 ├── UndecodableError      400  the body or an image in it cannot be read
@@ -117,3 +117,7 @@ class UnavailableError(ServerError):
 
 class DeadlineError(ServerError):
     code, status = "deadline_exceeded", 504
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or wrong; the message names it, and the service does not start."""

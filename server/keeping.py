@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 
 
 def state_folder(state_dir: Path | None, kind: str) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from ipaddress import IPv6Address, ip_address
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 
 _BACKLOG = 2048
 _EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}

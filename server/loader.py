@@ -25,9 +25,10 @@ from server.device.models import BUNDLED, LoadedModel, load_model
 from server.device.preparing import Preparer
 from server.device.runner import Runner, alone_on, device_of
 from server.dial import AutoR, RSetting, Schedule
-from server.errors import ServerError
+from server.errors import ServerError, SettingsError
 from server.images.nvjpeg import engine_decodes
-from server.settings import ModelSpec, Settings, SettingsError
+from server.model_spec import ModelSpec
+from server.settings import Settings
 from server.types import ModelInfo
 from server.versions import versions_in
 

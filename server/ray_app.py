@@ -26,9 +26,10 @@ from server.config.pushed import PushedConfig
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.dial import RSetting
-from server.errors import InvalidError, shown
+from server.errors import InvalidError, SettingsError, shown
 from server.metrics import ENGINE_STARTS, ENGINE_UP
-from server.settings import Settings, SettingsError, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from server.tracing.start import start_tracing
 from server.types import ModelInfo, find_model
 from tome_core import quiet  # noqa: F401  # the replica reports to nobody

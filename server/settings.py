@@ -1,7 +1,6 @@
-"""The settings of the service: one frozen object, read once. The only reader of TOME_* variables.
+"""The settings of the service: one frozen object, made once.
 
-Every field is a flag (`--max-batch-size`), a variable (`TOME_MAX_BATCH_SIZE`) and a key of a YAML file; a flag wins
-over a variable, a variable over the file. What is unknown or out of range stops the start.
+Every field is a flag (`--max-batch-size`), a variable (`TOME_MAX_BATCH_SIZE`) and a key of a YAML file.
 """
 
 from __future__ import annotations
@@ -9,145 +8,28 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from server.dial import MOST_MAX_R, AutoR, RSetting, parse_setting
-from server.documents import read_yaml
-from server.errors import InvalidError, NotFoundError, shown
+from server.dial import MOST_MAX_R, AutoR, RSetting
+from server.errors import NotFoundError, SettingsError, shown
 from server.keys import KEYS, checked_key, read_key
-from server.versions import find_version, models_in
+from server.model_spec import BUNDLED_NAME, AtHome, ModelSpec, R
+from server.versions import models_in
 
-PREFIX = "TOME_"
 Protocol = Literal["oip", "embeddings", "huggingface", "torchserve", "kserve", "sagemaker", "vertex"]
 DEFAULT_PROTOCOLS: tuple[Protocol, ...] = ("oip", "embeddings", "huggingface", "torchserve", "kserve")
-_OF_KUBERNETES = re.compile(
-    r"^(\w+_)?service_(host|port)|^(\w+_)?port(_\d+_(tcp|udp)\w*)?=(tcp|udp)://|_(tcp|udp)_(proto|addr|port)="
-)
-BUNDLED_NAME = "tome-vit-tiny-64"
 
 
-def _r(value: object) -> RSetting:
-    try:
-        return value if isinstance(value, AutoR) else parse_setting(value)
-    except InvalidError as error:
-        raise ValueError(error.message) from None
-
-
-def _path_at_home(value: object) -> object:
-    return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-def _version(value: object) -> object:
-    return str(value) if type(value) is int else value  # as YAML has it
-
-
-def _source_at_home(source: str) -> str:
-    kind, colon, folder = source.partition(":")
-    return f"{kind}:{os.path.expanduser(folder)}" if kind == "local-dir" and colon else source
-
-
-R = Annotated[RSetting, BeforeValidator(_r)]
-AtHome = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path that may begin with `~`, which a shell knows at the beginning of a word only."""
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 Route = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~:-]+)+$")]
 Key = Annotated[str | None, BeforeValidator(checked_key)]
 
-_SECRET = {*KEYS, "shared_config"}
-"""What no message shows: the URL of Redis may hold a password."""
-_NEVER_EMPTY = {*KEYS, *(f"{key}_file" for key in KEYS)}
-"""Variables that may not be empty: a secret that has not arrived would open the service without a word."""
 
-
-_OF_PLATFORMS = {
-    "vertex": {
-        "AIP_HTTP_PORT": "port",
-        "AIP_PREDICT_ROUTE": "vertex_predict_route",
-        "AIP_HEALTH_ROUTE": "vertex_health_route",
-    },
-    "sagemaker": {"SAGEMAKER_BIND_TO_PORT": "port"},
-}
-"""Variables by which a platform tells its containers a setting, for each protocol. Whatever else says it wins."""
-
-
-class SettingsError(ValueError):
-    """A setting is unknown or wrong; the message names it, and the service does not start."""
-
-
-class ModelSpec(BaseModel):
-    """One model to serve: `SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R][,version=N]`, or as a YAML mapping.
-
-    SOURCE is `bundled`, a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER` (the Hugging Face layout). FOLDER and
-    FILE may begin with `~`, and may hold blanks and commas: only a comma before `word=` ends them. `tuned` may also be
-    `auto` or `none`. `version` names one of the numbered folders in FOLDER; without it the newest is served.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: Annotated[str, AfterValidator(_source_at_home)] = Field(min_length=1)
-    weights: AtHome | None = None
-    tuned: AtHome | None = Field(default=None, min_length=1)
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    r: R | None = None
-    version: Annotated[str | None, BeforeValidator(_version)] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            source, *pairs = re.split(r",(?=[a-z_]+=)", value)
-            if "," in source and not source.startswith("local-dir:"):
-                raise ValueError(
-                    f"{value!r} must read SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R][,version=N]"
-                )
-            value = {"source": source, **dict(pair.split("=", 1) for pair in pairs)}
-        if isinstance(value, dict) and isinstance(value.get("source"), str) and not value.get("name"):
-            value = {**value, "name": _default_name(value["source"])}
-        return value
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.version is not None and not self.source.startswith("local-dir:"):
-            raise ValueError(f"version goes with local-dir:FOLDER, not with {self.source}")
-        return self
-
-    def in_its_version(self) -> ModelSpec:
-        """The same model by the folder of its version: the one that is named, else the newest.
-
-        Raises:
-            SettingsError: There is no such version.
-        """
-        kind, _, folder = self.source.partition(":")
-        if kind != "local-dir" or not folder:
-            return self
-        try:
-            found, version = find_version(Path(folder), self.version)
-        except InvalidError as error:
-            raise SettingsError(f"model {self.name}: {error}") from None
-        return self.model_copy(update={"source": f"{kind}:{found}", "version": version})
-
-
-def _default_name(source: str) -> str:
-    if source == "bundled":
-        return BUNDLED_NAME
-    kind, _, folder = source.partition(":")
-    if kind != "local-dir":
-        return source.rpartition(":")[2].rsplit("/", 1)[-1].split("@")[0]
-    name = os.path.basename(os.path.realpath(os.path.expanduser(folder)))
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "model"
+def _path_at_home(value: object) -> object:
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class Settings(BaseModel):
@@ -428,63 +310,3 @@ class Settings(BaseModel):
         """A model's `r`, else that of all; `auto` with the bounds of all."""
         r = self.r if r is None else r
         return AutoR(self.max_r, self.min_agreement) if isinstance(r, AutoR) else r
-
-
-def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
-    """Joins flags, `TOME_*` variables and a YAML file into one checked object.
-
-    Args:
-        flags: What the command line said, by field name; None counts as not said.
-        config: A YAML file; `TOME_CONFIG` names one too.
-
-    Raises:
-        SettingsError: Something is unknown, missing or out of range.
-    """
-    variables = {name[len(PREFIX) :].lower(): text for name, text in os.environ.items() if name.startswith(PREFIX)}
-    # An empty variable is one not set; and what Kubernetes sets for a Service named tome or tome-server is not for us.
-    variables = {
-        name: text
-        for name, text in variables.items()
-        if (text or name in _NEVER_EMPTY) and not _OF_KUBERNETES.search(f"{name}={text}")
-    }
-    config_variable = variables.pop("config", None)
-    said = {name: value for name, value in flags.items() if value is not None}
-    said = {**_read_yaml(config or config_variable), **variables, **said}
-    try:
-        settings = Settings(**said)
-        platform = _of_platforms(settings.protocol)
-        return Settings(**{**platform, **said}) if platform.keys() - said.keys() else settings
-    except ValidationError as error:
-        raise SettingsError("\n".join(_line(problem) for problem in error.errors())) from None
-
-
-def _of_platforms(protocols: Sequence[str]) -> dict[str, str]:
-    """What the platforms of these protocols say, by field name."""
-    names = [pair for protocol in protocols for pair in _OF_PLATFORMS.get(protocol, {}).items()]
-    return {field: os.environ[variable] for variable, field in names if os.environ.get(variable)}
-
-
-def _read_yaml(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        content = read_yaml(Path(os.path.expanduser(path)).read_bytes())
-    except (OSError, ValueError, InvalidError) as error:  # ValueError: a path that can be none
-        raise SettingsError(f"config file {path}: {error}") from None
-    if content is None:  # an empty file
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise SettingsError(f"config file {path}: it must hold one setting a line, like 'port: 8000'")
-    return {key.replace("-", "_"): value for key, value in content.items()}
-
-
-def _line(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        name = re.split(r"[^\w.-]", where)[0]  # what follows may be a key: {api_key:KEY} is one name to YAML
-        return f"there is no setting {name!r}; 'tome-server serve --help' lists them"
-    message: str = problem["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    got = "" if where in _SECRET else f" (got {shown(problem['input'])})"
-    return f"{where}: {message}{got}"

@@ -21,10 +21,11 @@ from types import FrameType
 from typing import Any
 
 from server.api.accept import Places
+from server.errors import SettingsError
 from server.ipc.door import Door
 from server.lifetime import Pulse, configure_logging
 from server.listening import address_of, listen, reserve, url_of
-from server.settings import Settings, SettingsError
+from server.settings import Settings
 from server.shared_values import Sheet, join
 from server.unnamed import UnnamedFile
 

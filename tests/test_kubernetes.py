@@ -14,7 +14,9 @@ from server.api import health
 from server.commands import serve
 from server.config.watched import WatchedFile
 from server.dial import AutoR, RSetting
-from server.settings import BUNDLED_NAME, PREFIX, Settings, load_settings
+from server.model_spec import BUNDLED_NAME
+from server.settings import Settings
+from server.settings_sources import PREFIX, load_settings
 
 FOLDER = Path(__file__).parents[1] / "docker/kubernetes"
 VERSIONS = ("1.30", "1.37")  # the first that knows `sleep` without a feature gate, and the latest

@@ -12,7 +12,7 @@ import torch
 from benchmarks import tuning
 from benchmarks.tuning import FOLDS, LADDER, Data, Judged, Variant, judged_fold, learned_names, rows
 from server.device.models import LoadedModel, load_model
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from tests.server.model_folders import random_vit
 from tome_core.tuning import Recipe
 

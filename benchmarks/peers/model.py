@@ -16,7 +16,7 @@ from server.device.models import load_model
 from server.device.runner import pick_device
 from server.device.torch_backend import set_threads
 from server.images.pillow import decode
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 
 MAX_PIXELS = 89_000_000
 BATCH = int(os.environ.get("PEER_BATCH", "32"))

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 from server.batching.loader import Found, Kept, Loader, OnDevice
 from server.batching.served import ServedModels
 from server.documents import sentence
-from server.errors import EngineError, InvalidError, ServerError, UnavailableError
-from server.settings import SettingsError
+from server.errors import EngineError, InvalidError, ServerError, SettingsError, UnavailableError
 from server.types import ModelInfo, ModelState, find_model
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 
 
 def read_labels(table: Path, files: Sequence[Path], folder: Path, num_classes: int) -> list[int | None]:

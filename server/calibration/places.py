@@ -7,7 +7,7 @@ from pathlib import Path
 from server.curve import Curve, CurveError, Facts, speed_staleness, staleness
 from server.device.models import BUNDLED
 from server.keeping import keep, state_folder
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from server.types import ModelInfo
 from tome_core.whole_file import write_whole
 

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from server.settings import Settings, SettingsError
+from server.errors import SettingsError
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.bench.rate import Found, Probe

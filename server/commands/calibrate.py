@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from server.commands.output import spare_others, tell
 from server.dial import PlainR, Schedule, parse_r, r_of, text_of
-from server.errors import InvalidError
-from server.settings import Settings, SettingsError
+from server.errors import InvalidError, SettingsError
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.curve import AgreementOf, Curve, CurveRow

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.settings import Settings, SettingsError
+from server.errors import SettingsError
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image

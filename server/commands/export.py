@@ -9,7 +9,8 @@ from pathlib import Path
 
 from server import __version__
 from server.commands.output import spare_others
-from server.settings import Settings, SettingsError
+from server.errors import SettingsError
+from server.settings import Settings
 
 HELP = "write a model at one r as an ONNX file"
 SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "state_dir")

@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from server.settings import Settings, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from server.types import ModelInfo
 
 HELP = "load the models that serve would and describe them, or check a model folder"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 
 
 def tell(message: str) -> None:

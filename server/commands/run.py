@@ -16,7 +16,8 @@ from server.commands.output import spare_others, tell
 from server.commands.stopping import Stop
 from server.commands.top_k import add_class_arguments, named_classes
 from server.dial import r_of, text_of
-from server.settings import Settings, SettingsError
+from server.errors import SettingsError
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.offline.formats import Format

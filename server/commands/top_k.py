@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 from server.types import Activation, ModelInfo
 
 

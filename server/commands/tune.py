@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from server.commands.output import spare_others, tell
 from server.commands.stopping import Stop
-from server.settings import ModelSpec, Settings, SettingsError
+from server.errors import SettingsError
+from server.model_spec import ModelSpec
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.tuning.judging import Gain

@@ -15,8 +15,7 @@ from server.config.local import refuse_stale
 from server.config.shared import Check, SharedConfig
 from server.config.stored import read_configuration
 from server.dial import RSetting
-from server.errors import InvalidError, ServerError, UnavailableError
-from server.settings import SettingsError
+from server.errors import InvalidError, ServerError, SettingsError, UnavailableError
 from server.types import Configuration
 from server.unnamed import UnnamedFile
 

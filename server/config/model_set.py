@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from server.config.last_good import LastGood
 from server.documents import read_json
 from server.errors import InvalidError, shown
-from server.settings import ModelSpec, Settings
+from server.model_spec import ModelSpec
+from server.settings import Settings
 from server.unnamed import UnnamedFile
 
 

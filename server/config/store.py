@@ -10,7 +10,8 @@ from server.config.local import LocalConfig
 from server.config.shared import Check
 from server.config.watched import WatchedFile
 from server.dial import RSetting
-from server.settings import Settings, SettingsError
+from server.errors import SettingsError
+from server.settings import Settings
 from server.types import Configuration
 from server.unnamed import UnnamedFile
 

@@ -12,8 +12,7 @@ from server.config.pushed import PushedConfig
 from server.config.shared import Check
 from server.dial import RSetting, parse_setting
 from server.documents import read_yaml
-from server.errors import InvalidError, ServerError, shown
-from server.settings import SettingsError
+from server.errors import InvalidError, ServerError, SettingsError, shown
 from server.unnamed import UnnamedFile
 
 POLL_S = 0.3

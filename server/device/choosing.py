@@ -10,7 +10,7 @@ import torch
 from server.device.backend import Backend, BackendOptions
 from server.device.models import LoadedModel
 from server.device.torch_backend import RecordedBackend, TorchBackend
-from server.settings import SettingsError
+from server.errors import SettingsError
 from tome_core.recorded import CudaRecorder
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
-from server.errors import shown
-from server.settings import SettingsError
+from server.errors import SettingsError, shown
 
 _LONGEST = 1000
 

@@ -13,8 +13,7 @@ import timm
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.documents import read_json
-from server.errors import InvalidError, shown
-from server.settings import SettingsError
+from server.errors import InvalidError, SettingsError, shown
 from server.types import Activation
 
 FILE = "config.json"

@@ -20,9 +20,9 @@ from server.device.model_config import FILE as CONFIG_FILE
 from server.device.model_config import NEEDED, Described, ImageConfig, checked, read_config
 from server.device.tuned_file import served
 from server.documents import sentence
-from server.errors import shown
+from server.errors import SettingsError, shown
 from server.images.preprocessing import Preprocessing
-from server.settings import ModelSpec, SettingsError
+from server.model_spec import ModelSpec
 from server.types import ModelInfo
 from server.versions import UNVERSIONED
 

@@ -20,9 +20,8 @@ from server.device.outcome import Found, Wanted, gathered, wanted_by
 from server.device.prepared import Prepared, is_whole, rows
 from server.dial import r_of, text_of
 from server.documents import sentence
-from server.errors import EngineError, ServerError
+from server.errors import EngineError, ServerError, SettingsError
 from server.ipc.messages import TopK, Vector
-from server.settings import SettingsError
 from server.types import Activation, BackendInfo, BatchKey
 from tome_core import MergedViT
 

@@ -12,7 +12,7 @@ from server.cpus import available_cpus
 from server.device.graphs import Graphs, Record
 from server.device.models import LoadedModel
 from server.dial import Schedule
-from server.settings import SettingsError
+from server.errors import SettingsError
 from server.types import BackendInfo
 from tome_core import MergedViT, UnsupportedModelError
 

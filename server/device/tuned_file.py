@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from server.errors import SettingsError
 from server.keeping import keep, state_folder
-from server.settings import ModelSpec, SettingsError
+from server.model_spec import ModelSpec
 from tome_core import MergedViT
 from tome_core.tuned import Tuned, TunedError, fingerprint
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from server.device.tuned_file import SUFFIX
 from server.documents import sentence
-from server.errors import shown
-from server.settings import SettingsError
+from server.errors import SettingsError, shown
 from tome_core.tuned import FORMAT
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import msgspec
 
 from server.errors import ServerError, TooLargeError, UnavailableError, UndecodableError
 from server.images.decoder import READY, Decoded, Job, Refused, receive, send
-from server.settings import PREFIX
+from server.settings_sources import PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from server.errors import SettingsError
 from server.images.image import JpegFile
 from server.images.preprocessing import Preprocessing
 from server.images.resizing import resize
-from server.settings import SettingsError
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,9 @@ import os
 import random
 from pathlib import Path
 
-from server.errors import ServerError
+from server.errors import ServerError, SettingsError
 from server.images.pillow import decode
 from server.images.preprocessing import Preprocessing
-from server.settings import SettingsError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 

@@ -12,10 +12,10 @@ from collections.abc import Generator, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from server.errors import EngineError, ServerError
+from server.errors import EngineError, ServerError, SettingsError
 from server.lifetime import end_with_parent
 from server.offline.model import Answer, Ask, Computes
-from server.settings import Settings, SettingsError
+from server.settings import Settings
 
 _MOST_UNDER_WAY = 6
 """Batches of a device: one more than `Computing` holds, so that it never waits for the next."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from server.errors import SettingsError
 from server.images.photos import photos_in
-from server.settings import SettingsError
 
 
 def files_of(source: str) -> list[str]:

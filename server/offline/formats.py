@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import msgspec
 
 from server.dial import r_of, text_of
+from server.errors import SettingsError
 from server.offline.rows import Row
-from server.settings import SettingsError
 
 ROW_GROUP = 1 << 16
 """Rows of a Parquet file that are read together."""

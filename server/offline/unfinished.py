@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from server.errors import SettingsError
 from server.offline.formats import Format
 from server.offline.rows import Row
-from server.settings import SettingsError
 from tome_core.whole_file import write_whole
 
 SUFFIX = ".unfinished"

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from server.errors import shown
-from server.settings import SettingsError
+from server.errors import SettingsError, shown
 
 if TYPE_CHECKING:
     from server.tracing.provider import Tracing

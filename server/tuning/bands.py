@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from server.errors import shown
-from server.settings import SettingsError
+from server.errors import SettingsError, shown
 from server.types import ModelInfo
 
 LOWEST, HIGHEST = 0.72, 1.1

@@ -14,9 +14,9 @@ from torch import Tensor
 from server.calibration.photos import read_photos
 from server.cpus import available_cpus
 from server.device.prepared import stacked
+from server.errors import SettingsError
 from server.images.photos import choose_photos, read_photo
 from server.images.preprocessing import Preprocessing
-from server.settings import SettingsError
 from server.types import ModelInfo
 
 MARGIN = 1.2

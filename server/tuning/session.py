@@ -18,7 +18,8 @@ from server import __version__
 from server.calibration.facts import device_name
 from server.device import tuned_file
 from server.device.models import LoadedModel
-from server.settings import ModelSpec, SettingsError
+from server.errors import SettingsError
+from server.model_spec import ModelSpec
 from server.tuning import unfinished
 from server.tuning.bands import Band
 from server.tuning.judging import Gain, Judge

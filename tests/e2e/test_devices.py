@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.settings import BUNDLED_NAME
+from server.model_spec import BUNDLED_NAME
 from tests.e2e.clients import DEADLY, classify, png
 from tests.e2e.faults import Faulty
 from tests.e2e.service import Service, StartService

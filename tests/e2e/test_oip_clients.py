@@ -20,7 +20,7 @@ import tritonclient.http.aio as by_aio
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from server.settings import BUNDLED_NAME
+from server.model_spec import BUNDLED_NAME
 from tests.e2e.service import Service, StartService
 
 pytestmark = [

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from server.settings import BUNDLED_NAME
+from server.model_spec import BUNDLED_NAME
 from tests.e2e.service import Service, StartService
 
 playwright = pytest.importorskip(

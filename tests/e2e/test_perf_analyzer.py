@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import BUNDLED_NAME
+from server.model_spec import BUNDLED_NAME
 from tests.e2e.perf_analyzer import PerfAnalyzer, find
 from tests.e2e.service import Service
 

@@ -20,7 +20,8 @@ from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 from schemathesis.transport.serialization import Binary
 
-from server.settings import BUNDLED_NAME, Protocol
+from server.model_spec import BUNDLED_NAME
+from server.settings import Protocol
 from tests.e2e.service import Service
 from tests.server.conftest import grey_png
 

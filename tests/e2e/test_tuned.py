@@ -9,7 +9,7 @@ import pytest
 from server.client import Client
 from server.device.models import load_model
 from server.device.tuned_file import save
-from server.settings import BUNDLED_NAME, ModelSpec
+from server.model_spec import BUNDLED_NAME, ModelSpec
 from tests.core.tuned_numbers import numbers
 from tests.e2e.service import StartService
 

@@ -20,7 +20,9 @@ from server.api import health
 from server.commands import serve
 from server.config.watched import WatchedFile
 from server.dial import AutoR, RSetting
-from server.settings import BUNDLED_NAME, PREFIX, Protocol, Settings, load_settings
+from server.model_spec import BUNDLED_NAME
+from server.settings import Protocol, Settings
+from server.settings_sources import PREFIX, load_settings
 from tests.kubernetes.custom import kept
 from tests.test_kubernetes import VERSIONS
 

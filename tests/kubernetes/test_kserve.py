@@ -17,7 +17,8 @@ import yaml
 from server import metrics, supervisor
 from server.api import health
 from server.dial import AutoR
-from server.settings import Settings, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from tests.test_kubernetes import VERSIONS
 
 FOLDER = Path(__file__).parents[2] / "docker/kserve"

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.settings import BUNDLED_NAME
+from server.model_spec import BUNDLED_NAME
 from tests.ray.conftest import RayService, until
 
 pytestmark = [

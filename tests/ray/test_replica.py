@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from server.dial import AutoR
-from server.errors import InvalidError, NotFoundError, ServerError
+from server.errors import InvalidError, NotFoundError, ServerError, SettingsError
 from server.ray_app import Replica, build, read_user_config
-from server.settings import Settings, SettingsError
+from server.settings import Settings
 from tests.server.conftest import model_info
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="this test needs the package ray[serve]")

@@ -13,7 +13,7 @@ from server.calibration.photos import read_photos
 from server.device.models import load_model
 from server.device.runner import Runner
 from server.images.photos import choose_photos
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 
 Make = Callable[..., Calibration]
 COUNT, UNMERGED, LIGHT, HEAVY = 12, (0, 0, 0, 0), (4, 2, 0, 0), (32, 16, 8, 0)

@@ -13,7 +13,7 @@ from benchmarks import schedule
 from server.cli import main
 from server.device.models import load_model
 from server.dial import parse_r
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from tests.schedule.conftest import COUNT
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions

@@ -14,8 +14,7 @@ from server.batching.policy import Rung
 from server.config.local import LocalConfig
 from server.curve import Curve
 from server.dial import RSetting
-from server.errors import NotFoundError
-from server.settings import SettingsError
+from server.errors import NotFoundError, SettingsError
 from server.types import ModelInfo
 from tests.server.conftest import FakeDevice, model_info
 

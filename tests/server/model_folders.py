@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from server.device.models import LoadedModel, load_model
 from server.device.runner import Runner
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

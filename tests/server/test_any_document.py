@@ -12,14 +12,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import settings
+from server import settings_sources
 from server.config import watched
 from server.config.local import LocalConfig
 from server.config.stored import read_configuration
 from server.curve import Curve, CurveError
-from server.errors import InvalidError, NotFoundError
+from server.errors import InvalidError, NotFoundError, SettingsError
 from server.ray_app import read_user_config
-from server.settings import SettingsError, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from tests.server.test_documents import MODELS, START, check
 
 scalars = (
@@ -73,10 +74,10 @@ def test_settings_are_read_or_refused(content: bytes) -> None:
         file = Path(folder) / "settings.yaml"
         file.write_bytes(content)
         with contextlib.suppress(SettingsError):
-            assert isinstance(settings._read_yaml(str(file)), dict)
+            assert isinstance(settings_sources._read_yaml(str(file)), dict)
 
 
-@given(st.dictionaries(st.sampled_from([*settings.Settings.model_fields, "model"]), values, max_size=3))
+@given(st.dictionaries(st.sampled_from([*Settings.model_fields, "model"]), values, max_size=3))
 def test_values_of_settings_are_taken_or_refused(said: dict[str, Any]) -> None:
     with contextlib.suppress(SettingsError):
         load_settings(said)

@@ -24,10 +24,10 @@ from server.device.explainer import Explainer
 from server.device.models import LoadedModel
 from server.device.torch_backend import RecordedBackend, TorchBackend
 from server.dial import Schedule
+from server.errors import SettingsError
 from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
 from server.ipc.messages import Classify, Item
-from server.settings import SettingsError
 from server.types import ModelInfo
 from tests.server.test_graphs import Repeated
 from tome_core import MergedViT, wrap

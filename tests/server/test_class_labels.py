@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.device.class_labels import class_labels
-from server.settings import SettingsError
+from server.errors import SettingsError
 
 CLEAR: dict[str, tuple[Any, Any]] = {
     "a list": (["cat", "dog", "emu"], None),

@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.settings import SettingsError, load_settings
+from server.errors import SettingsError
+from server.settings_sources import load_settings
 from tests.server.conftest import Service, assert_is_error, grey_png, serving
 from tests.server.test_access import ROUTES
 

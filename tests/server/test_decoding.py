@@ -17,14 +17,15 @@ from server.device.models import LoadedModel, load_model
 from server.device.prepared import Prepared, stacked
 from server.device.preparing import Preparer
 from server.engine_process import build_engine
-from server.errors import ServerError, UndecodableError
+from server.errors import ServerError, SettingsError, UndecodableError
 from server.images import nvjpeg as decoding
 from server.images.image import JpegFile, Pixels
 from server.images.nvjpeg import by_libjpeg, engine_decodes
 from server.images.pillow import decode, read
 from server.images.preprocessing import Preprocessing
 from server.ipc.messages import Classify, Item
-from server.settings import ModelSpec, Settings, SettingsError
+from server.model_spec import ModelSpec
+from server.settings import Settings
 from server.types import BatchKey
 from tests.server.conftest import encode, serving
 

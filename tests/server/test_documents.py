@@ -18,9 +18,9 @@ from server.config.watched import WatchedFile
 from server.curve import Curve, CurveError
 from server.dial import RSetting
 from server.documents import read_yaml
-from server.errors import InvalidError, shown
+from server.errors import InvalidError, SettingsError, shown
 from server.ray_app import read_user_config
-from server.settings import SettingsError, load_settings
+from server.settings_sources import load_settings
 from server.types import Configuration, find_model
 from tests.server.conftest import model_info, until
 

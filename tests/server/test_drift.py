@@ -21,10 +21,12 @@ from server.batching.jobs import Batched
 from server.calibration.simulator import _in_virtual_time
 from server.curve import Curve
 from server.dial import Schedule
+from server.errors import SettingsError
 from server.images.image import JpegFile, Pixels
 from server.intervals import wilson
 from server.ipc.messages import Classify, Item, TopK, Vector
-from server.settings import Settings, SettingsError, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from server.types import BatchKey, ModelInfo
 from tests.server.conftest import FakeDevice, classify, curve_row, explain, fake_curve, local_engine, model_info, until
 

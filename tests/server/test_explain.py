@@ -15,7 +15,7 @@ from server.cli import main
 from server.commands.explain import CAPTION, GAP, PANEL, _blocks
 from server.device.models import load_model
 from server.images.pillow import decode
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from tests.server.conftest import encode
 
 

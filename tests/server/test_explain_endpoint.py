@@ -18,7 +18,7 @@ from server.dial import Schedule
 from server.errors import InvalidError
 from server.images.image import Pixels
 from server.ipc.messages import Classify, Explain, Item
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from server.types import BatchKey
 from tests.server.conftest import SIDE, assert_is_error, class_of_grey, grey_png, groups_of, serving, until
 from tome_core.visualize import sources

@@ -15,7 +15,7 @@ import torch
 from server import __version__
 from server.cli import main
 from server.device.models import load_model
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 
 
 def export(tiny_folder: Path, output: Path, *arguments: str) -> int:

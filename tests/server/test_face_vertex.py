@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.settings import SettingsError, load_settings
+from server.errors import SettingsError
+from server.settings_sources import load_settings
 from tests.server.conftest import NUM_CLASSES, class_of_grey, score_of, serving
 from tests.server.faces import B64, message_of
 

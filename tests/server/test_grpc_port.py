@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
+from server.errors import SettingsError
 from server.listening import address_of, reserve
-from server.settings import Settings, SettingsError
+from server.settings import Settings
 from server.supervisor import _with_grpc_port
 
 ASKED = Settings.model_validate({"grpc_port": 0})

@@ -20,7 +20,7 @@ from server.device.models import load_model
 from server.device.runner import Runner
 from server.images.image import Pixels
 from server.ipc.messages import Embed, Explain, Item, Merges, TopK, Vector
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from tests.server.conftest import NUM_FEATURES, assert_is_error, features_of, grey_png, model_info, numbers, serving
 from tests.server.model_folders import load, noise_photos, random_vit
 

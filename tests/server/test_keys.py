@@ -13,9 +13,10 @@ import pytest
 from server.cli import main
 from server.config.store import open_store
 from server.documents import read_yaml
-from server.errors import InvalidError
+from server.errors import InvalidError, SettingsError
 from server.keys import KEYS
-from server.settings import Settings, SettingsError, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 
 HUSH = "hush-0123456789"
 

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
+from server.errors import SettingsError
 from server.listening import listen, url_of
-from server.settings import SettingsError
 
 
 def has_ipv6() -> bool:

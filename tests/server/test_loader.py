@@ -23,11 +23,12 @@ from server.cli import main
 from server.config.model_set import ModelSet
 from server.device import runner
 from server.engine_process import build_engine
-from server.errors import InvalidError, NotFoundError
+from server.errors import InvalidError, NotFoundError, SettingsError
 from server.images.image import Pixels
 from server.ipc.messages import Classify, Explain, Merges, TopK
 from server.loader import ModelLoader
-from server.settings import Settings, SettingsError, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from tests.server.conftest import until
 from tests.server.model_folders import edit, load, random_vit
 

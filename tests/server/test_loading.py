@@ -14,9 +14,16 @@ from server.batching import loading as room
 from server.batching.engine import LocalEngine
 from server.batching.policy import Rung
 from server.dial import AutoR
-from server.errors import ConflictError, EngineError, InvalidError, NotFoundError, ServerError, UnavailableError
+from server.errors import (
+    ConflictError,
+    EngineError,
+    InvalidError,
+    NotFoundError,
+    ServerError,
+    SettingsError,
+    UnavailableError,
+)
 from server.ipc.messages import Answered, TopK
-from server.settings import SettingsError
 from server.types import ModelInfo, ModelState
 from tests.server.conftest import (
     FakeDevice,

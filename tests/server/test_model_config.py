@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from server.cli import main
-from server.errors import EngineError
-from server.settings import SettingsError
+from server.errors import EngineError, SettingsError
 from tests.server.model_folders import classify, edit, load
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from server.config.model_set import ModelSet
-from server.settings import Settings, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from server.unnamed import UnnamedFile
 
 NOTHING: dict[str, str | None] = {}

@@ -18,11 +18,11 @@ from server.device import models
 from server.device.models import load_model
 from server.device.prepared import PixelBatch, Prepared, stacked
 from server.device.runner import Runner
-from server.errors import EngineError
+from server.errors import EngineError, SettingsError
 from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
 from server.ipc.messages import Classify, Item, TopK
-from server.settings import ModelSpec, SettingsError
+from server.model_spec import ModelSpec
 from server.types import BatchKey
 
 SMALL = "vit_tiny_patch16_224"

@@ -12,8 +12,9 @@ from PIL import Image
 from server.calibration import photos
 from server.calibration.photos import read_photos
 from server.device.models import LoadedModel, load_model
+from server.errors import SettingsError
 from server.images.photos import choose_photos
-from server.settings import ModelSpec, SettingsError
+from server.model_spec import ModelSpec
 from tests.server.conftest import encode, model_info
 
 PIXELS = 1_000_000

@@ -10,7 +10,10 @@ import pytest
 import yaml
 
 from server.cli import _parser
-from server.settings import BUNDLED_NAME, ModelSpec, Settings, SettingsError, load_settings
+from server.errors import SettingsError
+from server.model_spec import BUNDLED_NAME, ModelSpec
+from server.settings import Settings
+from server.settings_sources import load_settings
 
 
 def from_yaml(folder: Path, content: Mapping[str, Any]) -> str:

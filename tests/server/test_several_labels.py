@@ -13,12 +13,12 @@ from server.batching.drift import DriftWatch
 from server.calibration.places import find
 from server.cli import main
 from server.curve import Curve
-from server.errors import InvalidError
+from server.errors import InvalidError, SettingsError
 from server.images.image import Pixels
 from server.images.photos import read_photo
 from server.ipc.messages import Classify, Item, TopK
 from server.metrics import DRIFT_AGREED, DRIFT_CHECKED
-from server.settings import ModelSpec, SettingsError
+from server.model_spec import ModelSpec
 from server.types import LABEL_THRESHOLD, Activation, BatchKey
 from tests.server.conftest import (
     NUM_CLASSES,

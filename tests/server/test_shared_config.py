@@ -23,8 +23,8 @@ from server.config.local import LocalConfig
 from server.config.store import ConfigStore, open_store
 from server.config.watched import WatchedFile
 from server.dial import AutoR, RSetting
-from server.errors import ConflictError, InvalidError, UnavailableError
-from server.settings import Settings, SettingsError
+from server.errors import ConflictError, InvalidError, SettingsError, UnavailableError
+from server.settings import Settings
 from server.types import Configuration, find_model
 from tests.server.conftest import model_info, until
 from tests.server.test_any_document import json_documents

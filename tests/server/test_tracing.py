@@ -17,8 +17,7 @@ from opentelemetry.trace import SpanContext, SpanKind, StatusCode
 
 from server.api.access_log import AccessLog
 from server.api.calls import Calls
-from server.errors import NotFoundError
-from server.settings import SettingsError
+from server.errors import NotFoundError, SettingsError
 from server.tracing.context import caller_of, current_trace
 from server.tracing.provider import Tracing
 from server.tracing.start import start_tracing, traces_endpoint

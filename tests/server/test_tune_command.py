@@ -20,7 +20,7 @@ from server.cli import main
 from server.commands import tune
 from server.device import tuned_file
 from server.device.models import load_model
-from server.settings import BUNDLED_NAME, ModelSpec
+from server.model_spec import BUNDLED_NAME, ModelSpec
 from server.tuning import learning, photos, session, unfinished
 from server.tuning.judging import Gain, Judge
 from tests.server.conftest import encode

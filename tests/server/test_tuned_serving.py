@@ -21,7 +21,8 @@ from server.device.models import load_model
 from server.engine_process import build_engine
 from server.errors import NotFoundError
 from server.images.pillow import decode
-from server.settings import ModelSpec, Settings
+from server.model_spec import ModelSpec
+from server.settings import Settings
 from tests.core.tuned_numbers import numbers
 from tests.server.conftest import Service, encode, serving
 from tests.server.test_backends import images, loaded

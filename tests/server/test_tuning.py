@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 from server.tuning import bands, unfinished
 from server.tuning.judging import BATCH, Judge, gain_of
 from server.tuning.learning import Progress

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 from server.tuning.photos import FEWEST, Photos, read, read_squares
 from tests.server.conftest import SIDE, encode, grey_png, model_info
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import InvalidError, NotFoundError
-from server.settings import ModelSpec, SettingsError, load_settings
+from server.errors import InvalidError, NotFoundError, SettingsError
+from server.model_spec import ModelSpec
+from server.settings_sources import load_settings
 from server.versions import find_version, models_in, versions_in
 
 

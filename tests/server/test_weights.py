@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from server.settings import SettingsError
+from server.errors import SettingsError
 from tests.server.model_folders import classify, edit, load
 
 State = dict[str, Tensor]

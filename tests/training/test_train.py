@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.device.models import LoadedModel, load_model
-from server.settings import ModelSpec
+from server.model_spec import ModelSpec
 from tests.training.conftest import NAMES, STEPS, DataSet, said_by
 from training import export, train
 from training.augment import augment
