@@ -50,6 +50,7 @@ class Face:
 
     Attributes:
         name: As `--protocol` has it; its operations carry it as their tag.
+        title: Its name, as people know it.
         description: What it is, in a line, for the API's description.
         router: Its endpoints.
         owns: Whether a method and a path are its own, and so its errors have its shape; unknown paths of its may be.
@@ -58,6 +59,7 @@ class Face:
     """
 
     name: str
+    title: str
     description: str
     router: APIRouter
     owns: Callable[[str, str], bool]

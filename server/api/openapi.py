@@ -37,7 +37,10 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The description of an application. It is made once, at the first request."""
     if not hasattr(app.state, "described"):
         app.state.described = _complete(app.openapi(), app.state.routes, app.state.service.settings)
-        app.state.described["tags"] = [{"name": face.name, "description": face.description} for face in app.state.faces]
+        app.state.described["tags"] = [
+            {"name": face.name, "x-displayName": face.title, "description": face.description}
+            for face in app.state.faces
+        ]
     described: dict[str, Any] = app.state.described
     return described
 

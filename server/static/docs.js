@@ -127,11 +127,11 @@ function show(api) {
   const known = Object.entries(api.paths).flatMap(([path, operations]) =>
     METHODS.filter((method) => operations[method]).map((method) => [path, method, operations[method]]),
   );
-  for (const { name, description } of [{}, ...(api.tags ?? [])]) {  // our own endpoints have no tag
+  for (const { name, description, "x-displayName": title } of [{}, ...(api.tags ?? [])]) {  // ours have no tag
     const members = known.filter(([, , operation]) => operation.tags?.[0] === name);
     if (name && members.length) {
-      at("contents").append(make("li", { class: "fine" }, name));
-      at("api").append(make("h2", { id: idOf("protocol", name) }, name), make("p", { class: "fine" }, description));
+      at("contents").append(make("li", { class: "fine" }, title));
+      at("api").append(make("h2", { id: idOf("protocol", name) }, title), make("p", { class: "fine" }, description));
     }
     for (const member of members) at("api").append(endpoint(...member));
   }

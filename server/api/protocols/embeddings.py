@@ -167,6 +167,7 @@ def face(settings: Settings) -> Face:
     """The face, as `FACES` has it."""
     return Face(
         name="embeddings",
+        title="OpenAI embeddings",
         description="Vectors of images, as OpenAI's clients ask for them.",
         router=router,
         owns=lambda method, path: path == PATH,

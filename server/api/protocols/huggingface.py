@@ -41,6 +41,7 @@ def face(settings: Settings) -> Face:
     """The face, as `FACES` has it."""
     return Face(
         name="huggingface",
+        title="Hugging Face",
         description="Image classification as Hugging Face's InferenceClient asks for it.",
         router=router,
         owns=lambda method, path: path.startswith("/models/") or (path == "/" and method not in ("GET", "HEAD")),

@@ -43,6 +43,7 @@ def face(settings: Settings) -> Face:
     """The face, as `FACES` has it."""
     return Face(
         name="kserve",
+        title="KServe v1",
         description="KServe's protocol v1.",
         router=router,
         owns=lambda method, path: _OURS.fullmatch(path) is not None,

@@ -173,6 +173,7 @@ def face(settings: Settings) -> Face:
     """The protocol by REST."""
     return Face(
         name="oip",
+        title="Open Inference Protocol v2",
         description="Open Inference Protocol v2, as Triton and KServe speak it: scores and features of images",
         router=router,
         owns=_owns,

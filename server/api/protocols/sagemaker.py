@@ -93,6 +93,7 @@ def face(settings: Settings) -> Face:
         add_ping(router)
     return Face(
         name="sagemaker",
+        title="SageMaker",
         description="The contract of SageMaker's containers.",
         router=router,
         owns=lambda method, path: path in (PING, "/invocations") or path.startswith("/endpoints/"),

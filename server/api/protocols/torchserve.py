@@ -137,6 +137,7 @@ def face(settings: Settings) -> Face:
     add_ping(router)
     return Face(
         name="torchserve",
+        title="TorchServe",
         description="Image classification as TorchServe answers it.",
         router=router,
         owns=lambda method, path: path == PING or path.startswith("/predictions/"),

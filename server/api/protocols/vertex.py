@@ -94,6 +94,7 @@ def face(settings: Settings) -> Face:
     router.get(paths[1])(health)
     return Face(
         name="vertex",
+        title="Vertex AI",
         description="The contract of Vertex AI's containers.",
         router=router,
         owns=lambda method, path: path in paths,
