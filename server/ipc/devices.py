@@ -100,7 +100,7 @@ class Devices:
         try:
             return await self._answer(first, request)
         except LostEngineError:
-            if not any(engine.is_up for engine in self._engines if engine is not first):
+            if not self._is_up_besides(first):
                 raise
         try:
             return await self._answer(self._least_loaded(request, besides=first), request)
@@ -119,10 +119,23 @@ class Devices:
             raise
 
     async def curve(self, model: str) -> Curve:
-        return await self._least_loaded().curve(model)
+        return await self._read(lambda engine: engine.curve(model))
 
     async def configuration(self) -> Configuration:
-        return await self._least_loaded().configuration()
+        return await self._read(lambda engine: engine.configuration())
+
+    async def _read(self, ask: Callable[[Device], Awaitable[T]]) -> T:
+        """What one engine says; another one is asked where it goes down meanwhile."""
+        first = self._least_loaded()
+        try:
+            return await ask(first)
+        except LostEngineError:
+            if not self._is_up_besides(first):
+                raise
+        return await ask(self._least_loaded(besides=first))
+
+    def _is_up_besides(self, first: Device) -> bool:
+        return any(engine.is_up for engine in self._engines if engine is not first)
 
     async def configure(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
         return await self._least_loaded().configure(changes, expected_version)
@@ -158,7 +171,7 @@ class Devices:
         return done, None if done else errors[0]
 
     async def repository(self) -> list[ModelState]:
-        return await self._least_loaded().repository()
+        return await self._read(lambda engine: engine.repository())
 
     async def check(self) -> None:
         """Asks all at once: one that answers is enough, and one that hangs delays nobody."""

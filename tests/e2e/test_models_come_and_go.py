@@ -43,6 +43,11 @@ def change(service: Service, name: str, what: str, version: str | None = None, s
     return response
 
 
+def starts(service: Service) -> float:
+    """How often an engine was ready to serve."""
+    return service.metrics()["tome_engine_starts_total"]
+
+
 def served(service: Service) -> dict[str, str]:
     """The version of every model that serves, as one of the HTTP processes says."""
     models = httpx.get(f"{service.url}/v1/models").json()["models"]
@@ -155,10 +160,9 @@ def test_an_engine_that_is_killed_comes_back_with_the_same_models(
     change(service, "cats", "load", "1")
     assert httpx.patch(f"{service.url}/v1/models/cats", json={"r": 3}).status_code == 200
     change(service, BUNDLED_NAME, "unload")
-    for _ in range(2):
-        before = service.pid_of("engine")
-        os.kill(before, signal.SIGKILL)
-        service.until(lambda before=before: service.pid_of("engine") != before)  # type: ignore[misc]
+    for count in (2, 3):
+        os.kill(service.pid_of("engine"), signal.SIGKILL)
+        service.until(lambda count=count: starts(service) == count)  # type: ignore[misc]
         service.until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200)
         assert served(service) == {"cats": "1"}
         answer = classify(service, png(2)).json()
@@ -185,20 +189,21 @@ def test_several_engines_have_the_same_models_and_one_that_comes_back_takes_them
     two = ("--device", "cpu,cpu", "--threads", "1", "--http-workers", "2", "--state-dir", "none")
     service = start_service(*QUICK, *two, "--model-repository", str(repository))
 
-    def up() -> list[float]:
+    def are_up() -> bool:
         samples = service.metrics()
-        return [samples[f'tome_engine_up{{engine="{index}"}}'] for index in range(2)]
+        return all(samples[f'tome_engine_up{{engine="{index}"}}'] == 1 for index in range(2))
 
-    service.until(lambda: up() == [2, 2] or up() == [1, 1])
+    service.until(are_up)
     change(service, "cats", "load", "1")
     os.kill(service.pid_of("engine-1"), signal.SIGKILL)
     with asking(service, "cats") as cats:
         change(service, "cats", "load", "2")  # which the engine that starts learns of when it is there
-        service.until(lambda: service.metrics()["tome_engine_starts_total"] == 3)
+        service.until(lambda: starts(service) == 3)
         service.until(lambda: "".join(service.log).count("cats, version 2, is loaded") >= 1)
         before = cats.statuses[200]
         service.until(lambda: cats.statuses[200] > before + 20)
     assert cats.failures == []
+    service.until(are_up)  # as every HTTP process sees it
     os.kill(service.pid_of("engine-0"), signal.SIGKILL)  # the other one has it, too
     service.until(lambda: served(service) == {BUNDLED_NAME: "1", "cats": "2"})
     assert httpx.post(f"{service.url}/classify?model=cats", files={"image": png(2)}, timeout=60).status_code == 200

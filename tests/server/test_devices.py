@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,6 +121,7 @@ class FakeDevice:
             raise NotFoundError(f"there is no model {name}")
 
     async def repository(self) -> list[ModelState]:
+        await self._call()
         return [ModelState(name, version, "READY") for name, version in self.models.items()]
 
     async def check(self) -> None:
@@ -344,8 +345,32 @@ async def test_the_engine_that_went_down_is_not_asked_again_though_it_is_back() 
     assert (await call).config_version == 1
 
 
-async def test_only_requests_are_tried_again() -> None:
-    """A change may have been made before the engine went down."""
+READS: list[Callable[[Devices], Coroutine[Any, Any, Any]]] = [
+    lambda devices: devices.curve("tiny"),
+    lambda devices: devices.configuration(),
+    lambda devices: devices.repository(),
+]
+
+
+@pytest.mark.parametrize("read", READS)
+async def test_what_is_read_of_an_engine_that_goes_down_is_read_of_another(
+    read: Callable[[Devices], Coroutine[Any, Any, Any]],
+) -> None:
+    fakes, devices = several(2)
+    fakes[0].gate.clear()
+    call = asyncio.create_task(read(devices))
+    await until(lambda: fakes[0].num_calls == 1)
+    fakes[0].die()
+    await call
+    assert [fake.num_asked for fake in fakes] == [1, 1]
+    with pytest.raises(LostEngineError):
+        fakes[1].failure = fakes[0].failure
+        await read(devices)
+    assert [fake.num_asked for fake in fakes] == [1, 2]
+
+
+async def test_a_change_is_not_tried_again() -> None:
+    """It may have been made before the engine went down."""
     fakes, devices = several(2)
     fakes[0].failure = LostEngineError("the engine went down", retry_after_s=1)
     with pytest.raises(UnavailableError):
