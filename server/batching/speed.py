@@ -26,7 +26,7 @@ LONGEST, SHORTEST = 4.0, 0.5
 """Times what was expected: beyond these a batch is far off."""
 
 FADE_S = 5.0
-"""While no batch of a key runs, its own factor fades in this time to that of all keys."""
+"""While batches of other keys run and none of a key, its own factor fades in this time to that of all keys."""
 
 
 class Mean:
@@ -137,6 +137,7 @@ class Speed(Generic[K]):
         self._known: dict[K, tuple[float, float]] = {}
         self._factors: dict[K, tuple[Mean, float]] = {}  # and when the last batch of the key ran
         self._overall = Mean(0.1, 1.0)
+        self._latest: K | None = None  # the known key whose batch ran last
         self._learned = Recent[K, _Line](MOST_LEARNED)
 
     def expect(self, key: K, a: float, b: float) -> None:
@@ -161,6 +162,7 @@ class Speed(Generic[K]):
             own.add(factor)
             self._factors[key] = own, self._clock()
             self._overall.add(factor)
+            self._latest = key
         else:
             line = self._learned.get(key) or _Line()
             line.add(n, seconds)
@@ -191,6 +193,8 @@ class Speed(Generic[K]):
     def _factor(self, key: K) -> float:
         """By how much the device is off the known line of a key at this moment."""
         own, at = self._factors.get(key, (self._overall, -math.inf))
+        if key == self._latest and at > -math.inf:  # all keys tell nothing newer
+            return own.value
         overall = self._overall.value
         return overall + (own.value - overall) * math.exp((at - self._clock()) / FADE_S)
 

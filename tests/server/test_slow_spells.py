@@ -128,6 +128,9 @@ def within(key: str) -> float:
 )
 @example((0.0, 3.0, 1e6), [("learned", False)], [(0.0, "learned")], 1)  # the first batch of a key stands still
 @example((0.0, 0.0, 1.0), [], [(0.0, "faster than measured")] * 20, 1)  # the server started on a busy machine
+@example(  # what others took in the spell must not outweigh what a key took since
+    (0.0, 2.0, 14.0), [("measured", False)] * 2, [(0.0, "faster than measured"), (0.5, "faster than measured")], 1
+)
 def test_an_idle_device_answers_a_second_after_a_slow_spell(
     spell: tuple[float, float, float],
     asked: list[tuple[str, bool]],
