@@ -61,23 +61,13 @@ def in_query(model: type[BaseModel]) -> list[dict[str, Any]]:
     ]
 
 
-def of_one_model(asked: dict[str, Any]) -> dict[str, Any]:
+def of_one_model(part: Any) -> Any:
     """What is asked where the path names the model: the same without the parameter `model`."""
-    parameters = [each for each in asked["parameters"] if each["name"] != "model"]
-    return {**_without_model(asked), "parameters": parameters}
-
-
-def _without_model(part: Any) -> Any:
     if isinstance(part, list):
-        return [_without_model(each) for each in part]
-    if not isinstance(part, dict):
-        return part
-    return {
-        key: _without_model({name: each for name, each in value.items() if name != "model"})
-        if key == "properties"
-        else _without_model(value)
-        for key, value in part.items()
-    }
+        return [of_one_model(each) for each in part if not (isinstance(each, dict) and each.get("name") == "model")]
+    if isinstance(part, dict):
+        return {name: of_one_model(each) for name, each in part.items() if name != "model"}
+    return part
 
 
 def body_of(content: dict[str, dict[str, Any]], description: str) -> dict[str, Any]:
