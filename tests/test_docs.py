@@ -59,6 +59,17 @@ def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypa
     assert ran == [arguments[0] for arguments in commands]
 
 
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_every_flag_of_a_benchmark_is_one(page: str) -> None:
+    quoted = re.findall(r"`+([^`]+)`+", (ROOT / page).read_text())
+    commands = [part.split() for text in quoted for part in text.split("python -m ")[1:]]
+    for module, *words in commands:
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        flags = {word for word in words if word.startswith("--")}
+        settings = {f"--{name.replace('_', '-')}" for name in Settings.model_fields if "SETTINGS" in source}
+        assert {flag for flag in flags if f'"{flag}"' not in source} <= settings, module
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1200
 
