@@ -62,7 +62,7 @@ def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_every_flag_of_a_benchmark_is_one(page: str) -> None:
     quoted = re.findall(r"`+([^`]+)`+", (ROOT / page).read_text())
-    commands = [part.split() for text in quoted for part in text.split("python -m ")[1:]]
+    commands = [part.split() for text in quoted for part in re.split(r"python -m\s+", text)[1:]]
     for module, *words in commands:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         flags = {word for word in words if word.startswith("--")}
