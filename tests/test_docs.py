@@ -59,12 +59,17 @@ def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypa
     assert ran == [arguments[0] for arguments in commands]
 
 
+def source_of(module: str) -> str:
+    return (ROOT / f"{module.replace('.', '/')}.py").read_text()
+
+
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_every_flag_of_a_benchmark_is_one(page: str) -> None:
     quoted = re.findall(r"`+([^`]+)`+", (ROOT / page).read_text())
     commands = [part.split() for text in quoted for part in re.split(r"python -m\s+", text)[1:]]
     for module, *words in commands:
-        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        source = source_of(module)
+        source += "".join(map(source_of, re.findall(r"^from (benchmarks\.\w+) import", source, flags=re.MULTILINE)))
         flags = {word for word in words if word.startswith("--")}
         settings = {f"--{name.replace('_', '-')}" for name in Settings.model_fields if "SETTINGS" in source}
         assert {flag for flag in flags if f'"{flag}"' not in source} <= settings, module
