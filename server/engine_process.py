@@ -1,4 +1,4 @@
-"""The engine process: loads the models, warms them, and serves the local socket until it is told to end."""
+"""The engine process: loads and warms the models, and serves the local socket until SIGTERM."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def main(
     ready: UnnamedFile,
     pulse: Pulse,
 ) -> None:
-    """Runs an engine process; writes into `ready` once it serves.
+    """Runs an engine process.
 
     Args:
-        settings: What it serves, on one device.
-        door: Where its clients come from.
-        agreed_file: By which the engines of a server that keeps no state agree on the live configuration.
+        settings: Its models, on one device.
+        door: Brings its clients.
+        agreed_file: Shares the live configuration among the engines of a server that keeps no state.
         last_good: Keeps the last good configuration over a restart of the engine.
-        models: Keeps which models were loaded and unloaded, and tells the engines of a server of it.
-        ready: Holds something from then on.
+        models: Keeps loads and unloads of models, and shares them among the engines of a server.
+        ready: Is written once the engine serves.
         pulse: Beats from then on.
     """
     configure_logging(settings.log_level, settings.log_format)
@@ -87,19 +87,20 @@ def build_engine(
     models: ModelSet | None = None,
     changes_models: bool = True,
 ) -> LocalEngine:
-    """Loads and warms every model, and puts queue and device together.
+    """Loads and warms every model, and connects queue and device.
 
     Args:
-        settings: What to load, and how it runs.
-        open_config: Gives the keeper of the live configuration.
+        settings: The models, and how they run.
+        open_config: Opens the store of the live configuration.
         tracing: Makes the spans of requests and batches; None for none.
-        models: What was loaded and unloaded over the models of the settings.
-        changes_models: Models may come and go while it serves.
+        models: The loads and unloads since the start.
+        changes_models: Whether models may be loaded and unloaded at run time.
 
     Raises:
-        SettingsError: A model cannot be loaded, its backend or decoder cannot be had, or the state file cannot be read.
+        SettingsError: A model cannot be loaded, its backend or decoder is not available, or the state file cannot be
+            read.
         InvalidError: A deployment `r` is out of its model's range.
-        EngineError: A model gives no numbers in this precision.
+        EngineError: A model computes no finite numbers in this precision.
     """
     loader = ModelLoader(settings)
     changed = models.entries() if models is not None else {}
@@ -108,7 +109,7 @@ def build_engine(
 
     def check(said: Mapping[str, RSetting]) -> None:
         for name, r in said.items():
-            if name in infos or not _may_be_loaded(settings, name):  # else it is checked when it is loaded
+            if name in infos or not _may_be_loaded(settings, name):  # other models are checked when they are loaded
                 find_model(infos, name).check(r)
 
     store = open_config(settings, check)
@@ -123,7 +124,7 @@ def build_engine(
         try:
             ready[name] = loader.make_ready(found, loaded, store.configuration.models[name])
             infos[name] = ready[name].info
-        except Exception as error:  # whatever torch raises, such as too little memory
+        except Exception as error:  # any error of torch, such as too little memory
             if name not in changed:
                 raise
             _leave_out(name, error)
@@ -141,13 +142,13 @@ def build_engine(
         drift_sample=settings.drift_sample,
         loader=loader if changes_models else None,
         kept=models,
-        linger_s=settings.deadline_s,  # later no answer is worth anything
+        linger_s=settings.deadline_s,  # an answer after the deadline is useless
         spans=None if tracing is None else tracing.of_engine(infos),
     )
 
 
 def _may_be_loaded(settings: Settings, name: str) -> bool:
-    """Whether a name is one of the settings or of the repository; of one that cannot be read now, any may be."""
+    """Whether the settings or the repository have a model of this name. An unreadable repository may have any."""
     try:
         return name in settings.known_models()
     except InvalidError:
@@ -157,9 +158,9 @@ def _may_be_loaded(settings: Settings, name: str) -> bool:
 def _read(
     settings: Settings, loader: ModelLoader, changed: Mapping[str, str | None]
 ) -> list[tuple[Found, LoadedModel]]:
-    """The models of the settings but those that were unloaded live, and those that were loaded live.
+    """The models of the settings that were not unloaded live, and the models that were loaded live.
 
-    One of the latter that is no longer to be had is left out.
+    A live model that can no longer be loaded is left out.
     """
     read = []
     for name in dict.fromkeys([*(spec.name for spec in settings.model), *changed]):
@@ -169,7 +170,7 @@ def _read(
         try:
             found = loader.find(name, changed.get(name))
             read.append((found, loader.read(found)))
-        except Exception as error:  # whatever torch, timm or the disk raise
+        except Exception as error:  # any error of torch, timm or the disk
             if name not in changed:
                 raise
             _leave_out(name, error)
@@ -177,20 +178,20 @@ def _read(
 
 
 def _leave_out(name: str, error: Exception) -> None:
-    """Tells why a model that was loaded live is not there after a restart: that is no reason not to start."""
+    """Logs why a live model is missing after a restart. The server starts without it."""
     is_told = isinstance(error, SettingsError | ServerError)
     logger.error(
-        "%s; it is not loaded, though it was before the restart",
+        "%s; it was loaded before the restart, and is not loaded now",
         error if is_told else f"model {name} cannot be loaded: {sentence(error)}",
         exc_info=None if is_told else error,
     )
 
 
 async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float) -> int:
-    """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better).
+    """Serves until SIGTERM (status 0) or until the engine is broken (status 1: a new process may succeed).
 
-    Told to end, it serves on until the HTTP processes have left, for so long at most: whoever signals a whole group of
-    processes tells them at the same time.
+    After SIGTERM it serves until the HTTP processes have left, at most `drain_s`, because a signal to a process group
+    reaches all of them at once.
     """
     told_to_end = asyncio.Event()
     beating = asyncio.create_task(pulse.beat())

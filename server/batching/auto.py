@@ -1,4 +1,4 @@
-"""`r=auto` of a model: its ladder of choices, where the dial stands, and what is said of a choice."""
+"""`r=auto` of one model: its ladder, the dial's position, and the reason for each choice."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class AutoDial:
     """Chooses `r` for the batches of one model.
 
     Args:
-        key_of: The batch key of a schedule.
-        steps: The ladder, r=0 first and then ever faster.
-        speed: What the batcher learns of batches; it is told what the steps are expected to take.
+        key_of: Gives the batch key of a schedule.
+        steps: The ladder, r=0 first, each step faster than the one before.
+        speed: The batcher's estimates. They start from the times of the steps.
         clock: Monotonic seconds.
     """
 
@@ -36,12 +36,12 @@ class AutoDial:
         self._agreements = {step.schedule: step.agreement for step in steps}
         self._speed, self._clock, self._stance = speed, clock, Stance()
         for step in steps:
-            if step.image_s:  # else nobody timed it
+            if step.image_s:  # 0 means that nobody timed it
                 speed.expect(self._keys[step.schedule], step.overhead_s, step.image_s)
         self._ladder = self._measured_ladder()
 
     def open(self, bounds: AutoR) -> Open[BatchKey]:
-        """What a job of these bounds is queued by. Its note is the `Choice`."""
+        """The open key of a job with these bounds. Its note is the `Choice`."""
 
         ours = self._unmerged
 
@@ -58,7 +58,7 @@ class AutoDial:
         )
 
     def choose(self, load: Load, bounds: AutoR) -> Choice:
-        """Turns the dial to the load; where it stands, or the highest rung within bounds."""
+        """Turns the dial to the load and chooses its rung, or the highest rung within bounds."""
         self._ladder = self._measured_ladder()
         self._stance = turn(self._ladder, load, self._stance, self._clock())
         return self._choice(self._ladder[min(self._stance.rung, highest(self._ladder, bounds))].schedule, bounds)
@@ -67,7 +67,7 @@ class AutoDial:
         return Choice(schedule, self._why(schedule, bounds), self.expected_agreement(schedule))
 
     def _why(self, schedule: Schedule, bounds: AutoR) -> Reason:
-        """Why a job of these bounds is computed so, by how the dial stands at this moment."""
+        """The reason for a job's schedule, given its bounds and the dial's present position."""
         top = highest(self._ladder, bounds)
         if schedule != self._ladder[min(self._stance.rung, top)].schedule:
             return "shared"
@@ -76,7 +76,7 @@ class AutoDial:
         return "load" if self._stance.rung else "idle"
 
     def expected_agreement(self, schedule: Schedule) -> float | None:
-        """The share of images that keep the answer of r=0 under a schedule; None where it is unknown."""
+        """Share of images that keep the answer of r=0 under a schedule; None if unknown."""
         return 1.0 if max(schedule) == 0 else self._agreements.get(schedule)
 
     def _measured_ladder(self) -> list[Rung]:

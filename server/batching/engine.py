@@ -1,4 +1,4 @@
-"""The engine: deployment `r`, batcher and device threads behind the `Engine` protocol, in whatever process."""
+"""The engine: deployment `r`, batcher and device threads behind the `Engine` protocol, in any process."""
 
 from __future__ import annotations
 
@@ -32,65 +32,67 @@ T = TypeVar("T")
 CHECK_TIMEOUT_S = 10.0
 
 HANGS_AFTER_S = 300.0
-"""A device that works on one batch for so long hangs; compiling a schedule for the first time takes less."""
+"""A device that works on one batch for so long hangs. The first compilation of a schedule takes less."""
 
 
 class Device(Protocol):
-    """What computes. A function of its input is enough for a test."""
+    """Computes batches. A test can use a function of its input."""
 
     @property
     def prepares(self) -> bool:
-        """Batches are prepared before they are computed, each by a thread of its own."""
+        """Whether batches are prepared before they are computed, in a thread of their own."""
         ...
 
     def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
-        """What `compute` gets of each image instead of the item, or the ServerError of that image; in order."""
+        """Turns each item into the input of `compute`, or into the ServerError of that image; in order."""
         ...
 
     def compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
-        """A batch under the key's model, schedule and operation: the result of each image, in order."""
+        """Computes a batch under the key's model, schedule and operation: the result of each image, in order."""
         ...
 
     def check(self) -> None:
-        """Raises when the device no longer works; called on the thread that computes."""
+        """Raises if the device no longer works. Runs on the thread that computes."""
         ...
 
     def warm_further(self) -> bool:
-        """Does one short piece of what makes later batches faster; False where nothing is left. As `check`."""
+        """Does one short piece of work that makes later batches faster; returns False if none is left. Same thread as
+        `check`.
+        """
         ...
 
 
 class Spans(Protocol):
-    """Watches the requests and batches of an engine; its clock is `time.monotonic()`."""
+    """Records the requests and batches of an engine; its clock is `time.monotonic()`."""
 
     def asked(self, request: Request[Any], answering: asyncio.Future[Any]) -> None:
-        """A request was taken, which has a `trace`."""
+        """A request with a `trace` was taken."""
         ...
 
     def batch_ran(self, key: BatchKey, items: Sequence[Item], outcomes: Sequence[Any], started: float) -> None:
-        """A batch ran, which was taken at some moment; the outcome of an image may be its ServerError."""
+        """A batch ran that was taken at `started`. The outcome of an image may be its ServerError."""
         ...
 
 
 class LocalEngine:
     """The engine of this process. One thread computes on the device, so that batches never overlap.
 
-    Where batches are prepared, another thread does that, for the next batch while one computes.
+    A device that prepares batches gets another thread, which prepares the next batch while one computes.
 
     Args:
-        models: The loaded models, the default first. It is kept up to date while models come and go.
-        device: What computes.
+        models: The loaded models, the default first. The engine updates it while models come and go.
+        device: Computes the batches.
         store: The deployment `r` of each model.
-        steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
-        curves: What was measured of the models, those that have a curve.
+        steps: The ladder of `auto` of each model: r=0 first, then ever faster. A model without one has r=0 alone.
+        curves: The curves of the models that have one.
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
         drift_sample: Share of the images answered with r > 0 that are checked at r=0 while the device is idle.
-        loader: What makes other models ready meanwhile; None where models neither come nor go.
-        kept: What keeps over a restart which models have come and gone.
-        linger_s: For so long a model that serves no more answers what was prepared for it. Then it is freed.
-        spans: Is told of requests that have a trace, and of batches; None without tracing.
+        loader: Loads other models at run time; None if the set of models is fixed.
+        kept: Remembers over a restart which models were loaded and unloaded.
+        linger_s: Seconds for which a retired model still answers requests prepared for it, before it is freed.
+        spans: Receives requests that have a trace, and batches; None without tracing.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -123,7 +125,7 @@ class LocalEngine:
         self._configuration: Configuration | None = None
         self._following: asyncio.Task[None] | None = None
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # has a thread once it is asked for one
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # its thread starts with the first job
         self._drift = DriftWatch(self._prepare_and_compute, {}, drift_sample, models=self._models)
         self._batcher = Batcher[BatchKey, Item, Any](
             self._compute,
@@ -151,11 +153,11 @@ class LocalEngine:
         self._batcher.start().add_done_callback(lambda _: self._broken.set())
 
     async def broken(self) -> None:
-        """Returns when this engine can serve no more: its device or its batch loop is gone, or it was closed."""
+        """Returns when this engine can serve no more: its device or batch loop has failed, or it was closed."""
         await self._broken.wait()
 
     async def close(self) -> None:
-        """Answers what waits, then stops."""
+        """Answers all that wait, then stops."""
         if self._loading is not None:
             await self._loading.close()
         if self._following is not None:
@@ -169,7 +171,7 @@ class LocalEngine:
         return self._models
 
     def answer(self, request: Request[T]) -> asyncio.Future[Answered[T]]:
-        """As of `Engine`. Here `r` and the version of the configuration are resolved, once for all of the images."""
+        """See `Engine`. Resolves `r` and the version of the configuration once for all images of the request."""
         served, configuration = self._served.find(request), self._configuration_now()
         r: RSetting | None = request.r
         if r is None:
@@ -177,7 +179,7 @@ class LocalEngine:
         key, auto = self._key(served, r, request)
 
         def finish(batched: Batched[BatchKey, Any]) -> Answered[Any]:
-            if isinstance(request, Classify) and served.r is None:  # the drift of a retired model is nobody's
+            if isinstance(request, Classify) and served.r is None:  # the drift of a retired model concerns nobody
                 self._drift.offer(batched.key, request.images, batched.results)
             return Answered(
                 results=batched.results,
@@ -197,7 +199,9 @@ class LocalEngine:
         return answering
 
     def _configuration_now(self) -> Configuration:
-        """What holds in this turn of the event loop; to ask takes a system call, and many requests come in one turn."""
+        """The configuration in this turn of the event loop. A read takes a system call, and many requests come in one
+        turn.
+        """
         if self._configuration is None:
             self._configuration = self._store.configuration
             asyncio.get_running_loop().call_soon(self._forget_configuration)
@@ -209,7 +213,7 @@ class LocalEngine:
     def _key(
         self, served: Served, r: RSetting, request: Request[Any]
     ) -> tuple[BatchKey | Open[BatchKey], Choice | None]:
-        """What a request is queued by. One image under `auto` is left open; several share a choice made now."""
+        """The key of a request. One image under `auto` stays open; several share a choice made now."""
         if not isinstance(r, AutoR):
             return served.key(r, request.operation), None
         if len(request.images) == 1 and request.operation == "forward":
@@ -257,11 +261,13 @@ class LocalEngine:
 
     def _able_to_load(self) -> Loading:
         if self._loading is None:
-            raise ConflictError("models neither come nor go while this server runs; deploy it anew with others")
+            raise ConflictError(
+                "this server loads and unloads no models at run time; deploy it again with other models"
+            )
         return self._loading
 
     def tell_of_models(self, told: Callable[[], object]) -> None:
-        """Has a function called whenever the catalog has changed, on whose wish ever."""
+        """Sets the function to call whenever the catalog has changed, whatever changed it."""
         self._told = told
 
     def _came_or_went(self) -> None:
@@ -270,7 +276,7 @@ class LocalEngine:
         self._told()
 
     async def _let_go(self, info: ModelInfo, free: Callable[[], None]) -> None:
-        """Waits until nothing computes a retired model any more; then the thread that computes has it freed."""
+        """Waits until nothing computes a retired model, then has the computing thread free it."""
         await asyncio.sleep(self._linger_s)
         self._served.forget(info)
         await self._batcher.finished(lambda item: item.request.model == info.name)
@@ -278,13 +284,13 @@ class LocalEngine:
         self._batcher.speed.forget(lambda key: (key.model, key.revision) == (info.name, info.revision))
 
     def _by_computing(self, work: Callable[[], A]) -> A:
-        """What a piece of work gives that the thread that computes does between two batches; for another thread."""
+        """Runs work on the computing thread between two batches and returns its result. Call it from another thread."""
         return self._computing.submit(_plainly, work).result()
 
     async def _follow(self) -> None:
         try:
             await self._store.follow()
-        except Exception:  # not worth the service: it goes on with what it has
+        except Exception:  # the service goes on with the configuration that it has
             logger.exception("the configuration is no longer followed; a change is seen at the next start")
 
     async def check(self) -> None:
@@ -297,17 +303,17 @@ class LocalEngine:
             ) from None
 
     async def _idle(self, arrived: asyncio.Event) -> None:
-        """Spends the time until something arrives on what makes the device faster, then on checks."""
+        """Warms the device further, then checks for drift, until something arrives."""
         while self._is_warming and not arrived.is_set():
             try:
                 self._is_warming = await self._in_time(self._computing, self._device.warm_further)
-            except Exception:  # the device is as fast as it was
+            except Exception:  # the device stays as fast as it was
                 logger.exception("the device could not be warmed further")
                 self._is_warming = False
         await self._drift.idle(arrived)
 
     async def _prepare_and_compute(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
-        """A batch from its images to its results, whatever else is prepared or computed meanwhile."""
+        """Prepares and computes a batch, whatever else is prepared or computed meanwhile."""
         work = await self._prepare(key, items) if self._device.prepares else items
         for each in work:
             if isinstance(each, ServerError):
@@ -327,18 +333,18 @@ class LocalEngine:
         batch: Sequence[Any],
         work: Callable[[BatchKey, Sequence[Any]], A],
     ) -> A:
-        """The result of work on a batch; when that fails, the device shows that it still does the simplest."""
+        """Runs work on a batch. If it fails, the device must show that the simplest work still succeeds."""
         try:
             return await self._in_time(thread, lambda: work(key, batch))
         except UnavailableError:
             raise
-        except Exception as error:  # the batch will be split: one image alone is the culprit, and has the traceback
+        except Exception as error:  # the batch will be split; the image that fails alone is logged with its traceback
             logger.error("a batch of %d for %s failed: %r", len(batch), key, error, exc_info=len(batch) == 1)
             await self._probe()
             raise
 
     async def _in_time(self, thread: ThreadPoolExecutor, work: Callable[[], A]) -> A:
-        """The result of work on a thread; gives this engine up when that takes longer than any batch can."""
+        """Runs work on a thread. Gives this engine up if that takes longer than any batch can."""
         working = asyncio.get_running_loop().run_in_executor(thread, _plainly, work)
         await asyncio.wait([working], timeout=HANGS_AFTER_S)
         if not working.done():
@@ -348,22 +354,22 @@ class LocalEngine:
         return working.result()
 
     async def _probe(self) -> None:
-        """Raises UnavailableError, and gives this engine up, when the device fails at the simplest work."""
+        """Raises UnavailableError and gives this engine up if the device fails at the simplest work."""
         try:
             await self._in_time(self._computing, self._device.check)
         except UnavailableError:
             raise
         except Exception as error:
-            logger.critical("the device works no more", exc_info=error)
+            logger.critical("the device no longer works", exc_info=error)
             self._broken.set()
-            raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
+            raise UnavailableError(f"the device no longer works: {error}", retry_after_s=1) from error
 
 
 def _plainly(work: Callable[[], A]) -> A:
-    """Does work; what a future of asyncio does not carry as an error becomes one that it does.
+    """Runs work, and turns errors that an asyncio future cannot carry into a RuntimeError.
 
-    StopIteration would never arrive there, a cancellation would look like one of the batch loop, and SystemExit would
-    end the process.
+    A StopIteration would never arrive, a cancellation would look like one of the batch loop, and SystemExit would end
+    the process.
     """
     try:
         return work()

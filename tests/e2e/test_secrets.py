@@ -61,7 +61,7 @@ def test_a_password_of_redis_is_not_logged_where_its_url_is_wrong(start_service:
     assert service.process.wait(timeout=60) == 1
     service.reader.join()
     log = "".join(service.log)
-    assert "it is no URL of Redis" in log and "hush" not in log and "Traceback" not in log
+    assert "must have the form redis" in log and "hush" not in log and "Traceback" not in log
 
 
 def test_head_and_what_is_refused_keep_a_connection_in_step(service: Service, photo: bytes) -> None:

@@ -164,7 +164,7 @@ def test_where_a_document_is_wrong_is_told() -> None:
 def test_a_wrong_url_of_redis_does_not_show_its_password(url: str) -> None:
     pytest.importorskip("redis")
     settings = load_settings({"shared_config": url, "state_dir": "none"})
-    with pytest.raises(SettingsError, match="no URL of Redis") as error:
+    with pytest.raises(SettingsError, match="must have the form redis") as error:
         open_store(settings, lambda models: None)
     assert "hu" not in str(error.value) and "12" not in str(error.value)
 

@@ -218,7 +218,7 @@ async def test_a_start_brings_back_what_was_loaded_and_leaves_out_what_was_unloa
     shutil.rmtree(repository / "cats/2")
     async with serving(told, ModelSet(told)) as engine:
         assert list(engine.catalog()) == ["dogs"]
-        assert "has no version '2'; it has: 1; it is not loaded, though it was before the restart" in caplog.text
+        assert "has no version '2'; it has: 1; it was loaded before the restart, and is not loaded now" in caplog.text
         with pytest.raises(NotFoundError):
             await engine.answer(asked("cats"))
         await engine.unload("dogs")
@@ -260,7 +260,9 @@ async def test_a_model_that_runs_out_of_memory_is_not_brought_back_and_stops_no_
     break_cats(torch.OutOfMemoryError("no room"), monkeypatch)
     async with serving(told, ModelSet(told)) as engine:
         assert list(engine.catalog()) == ["dogs"]
-    assert "model cats cannot be loaded: no room; it is not loaded, though it was before the restart" in caplog.text
+    assert (
+        "model cats cannot be loaded: no room; it was loaded before the restart, and is not loaded now" in caplog.text
+    )
 
 
 async def test_a_repository_that_goes_away_takes_neither_the_index_nor_the_live_r(

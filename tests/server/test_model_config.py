@@ -125,8 +125,8 @@ def test_what_is_wrong_stops_the_start_with_one_sentence(field: str, value: obje
 TRANSFORMERS = {"architectures": ["ViTForImageClassification"], "model_type": "vit", "id2label": {"0": "cat"}}
 
 FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "cannot be read: it is no JSON"),
-    "cut off": (b'{"architecture": "vit', "it is no JSON"),
+    "empty": (b"", "cannot be read: it is not JSON"),
+    "cut off": (b'{"architecture": "vit', "it is not JSON"),
     "bytes": (b"\xff\xfe\x00\xd8", "cannot be read"),
     "another encoding": ('{"architecture": "vit", "é": 1}'.encode("latin-1"), "cannot be read"),
     "brackets without end": (b"[" * 100_000, "cannot be read"),
