@@ -1,4 +1,4 @@
-"""`POST /v1/explain`: the answer to one photo, and which of its patches merged in every block. The page paints it."""
+"""`POST /v1/explain`: the answer to one photo, and the patches that merged in every block. The page draws it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ router = APIRouter(responses=ERRORS)
 
 @router.post("/v1/explain", openapi_extra=asked(OURS))
 async def explain(request: Request, service: ForUsers) -> Merging:
-    """Says which patches of one image merge. Asked as /classify is, and computed in float32 whatever that takes."""
+    """The patches of one image that merge. Takes the same request as /classify; always computed in float32."""
     with Asking(service, request) as asking:
         uploads, parameters = await asking.read(read_request(request, 1, OURS))
         answer = await asking.answer(EXPLAIN, uploads, asking.resolve(parameters))

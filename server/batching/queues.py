@@ -218,7 +218,9 @@ class Queues(Generic[K, P, A]):
         return max(1, int(min(fitting, self._max_batch_size)))  # `fitting` may be infinite
 
     def _batch(self, first: K | _Group, key: K, most: int, dues: dict[K | _Group, list[float]]) -> list[Job[K, P, A]]:
-        """The jobs of a queue that go under a key, most urgent first, and jobs of other queues that fill up the batch."""
+        """The jobs of a queue that go under a key, most urgent first, and jobs of other queues that fill up the
+        batch.
+        """
         batch: list[Job[K, P, A]] = []
         others = [queue for queue in self._queues if queue != first and (queue == key or isinstance(queue, _Group))]
         for queue in (first, *others):

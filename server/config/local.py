@@ -200,7 +200,9 @@ class LocalConfig:
         self._keep()
 
     def _read(self, content: bytes) -> tuple[int, dict[str, Change]]:
-        """Version and changes. Raises InvalidError if the content is no configuration, or a wrong one for these models."""
+        """Version and changes. Raises InvalidError if the content is no configuration, or a wrong one for these
+        models.
+        """
         version, said = read_versioned(content)
         changes = {name: _change(name, entry) for name, entry in said.items()}
         self._check(self._in_force(changes))

@@ -104,7 +104,7 @@ def test_a_decoder_that_does_not_work_is_told_of(
         raise failure
 
     monkeypatch.setattr(decoding, "decoder_on", fail)
-    with pytest.raises(SettingsError, match=f"--decode device: cpu decodes no JPEG: {told}$"):
+    with pytest.raises(SettingsError, match=f"--decode device: cpu cannot decode JPEG: {told}$"):
         engine_decodes("device", CPU)
     assert engine_decodes("auto", torch.device("meta")) is False
 

@@ -55,7 +55,7 @@ def test_a_key_comes_from_a_file(key: str, end: str, file: Path, monkeypatch: py
         (b"hush-1\nhush-2\n", "ASCII"),
         (b"hush 1", "ASCII"),
         ("hush-schlüssel".encode(), "ASCII"),
-        (b"\xff\xfeh\0u\0s\0h\0", "no text file"),
+        (b"\xff\xfeh\0u\0s\0h\0", "not a text file"),
         (b"\xef\xbb\xbfhush", "ASCII"),
         (b"hush" * 10_000, "ASCII"),
     ],
@@ -69,7 +69,7 @@ def test_a_file_without_a_key_stops_the_start(key: str, content: bytes | None, n
 
 def test_what_is_no_file_stops_the_start(tmp_path: Path) -> None:
     assert "Is a directory" in refusal({"api_key_file": str(tmp_path)})
-    assert "no text file" in refusal({"api_key_file": "a\0b"})
+    assert "not a text file" in refusal({"api_key_file": "a\0b"})
     assert "No such file" in refusal({"api_key_file": "/no/\udcff"})  # a name that is no UTF-8, as the system gives it
 
 

@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(InvalidError, match="there is no input 'pixels'; there is: image"):
+    with pytest.raises(InvalidError, match="there is no input 'pixels'; the only one is image"):
         read("BYTES", [1], packed([b""]), name="pixels")
 
 
