@@ -1,4 +1,4 @@
-"""The rows of a benchmark as a picture: what was answered in time, and how long it took, over the load."""
+"""Charts of a benchmark's rows: answers in time, and latency, over the load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "
 
 
 def draw(rows: Sequence[LoadRow], title: str, file: Path) -> None:
-    """Goodput, and the 99th percentile of latency, over the load; one line an `r`."""
+    """Draws goodput, and the 99th percentile of latency, over the load; one line for each `r`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
         axes: Sequence[Axes] = figure.subplots(1, 2)
@@ -36,7 +36,7 @@ def draw(rows: Sequence[LoadRow], title: str, file: Path) -> None:
             ax.grid(axis="y", color="#e5e5e5")
         axes[0].legend(frameon=False, loc="lower right")
         figure.suptitle(title, fontsize=9)
-        # An SVG would carry the time of day.
+        # Otherwise an SVG would hold the time of day.
         figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 

@@ -1,7 +1,8 @@
-"""What the server answers, as frozen objects. The fields are those of `server/api/schemas.py`, which says more of each.
+"""The server's answers as frozen objects. The fields are those of `server/api/schemas.py`, which describes them in
+full.
 
-Words from closed sets (`r_source`, `reason`) are plain strings here, and unknown fields are passed over: a newer server
-may have more of them.
+Words from closed sets (`r_source`, `reason`) are plain strings here, and unknown fields are ignored, because a newer
+server may have more of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from server.dial import PlainR
 
 @dataclass(frozen=True, slots=True)
 class Class:
-    """A class, and how likely it is, 0 to 1."""
+    """A class and its score."""
 
     label: str
     index: int
@@ -28,7 +29,7 @@ class Class:
 
 @dataclass(frozen=True, slots=True)
 class TimingsMs:
-    """Where the time of a request went at the server, in milliseconds: the slowest image of each stage."""
+    """Milliseconds of a request's stages at the server: the slowest image of each stage."""
 
     decode: float
     queue: float
@@ -38,7 +39,7 @@ class TimingsMs:
 
 @dataclass(frozen=True, slots=True)
 class AutoChoice:
-    """Why `auto` took the r that it took; None is an agreement that nobody measured."""
+    """The reason for the r that `auto` chose; None is an agreement that nobody measured."""
 
     reason: str
     expected_agreement: float | None
@@ -46,18 +47,18 @@ class AutoChoice:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is in one image, and how it was computed.
+    """The classes of one image, and facts about the computation.
 
     Attributes:
-        filename: The name of the file, where the image was one.
+        filename: The name of the image's file, if there is one.
         top_k: The likeliest classes, best first.
-        r: Tokens merged in each block; a tuple where the blocks differ.
-        r_source: "request" or "deployment": who said so, or said auto.
-        auto: With auto, why it took that r.
+        r: Tokens merged in each block; a tuple if the blocks differ.
+        r_source: Where r, or auto, comes from: "request" or "deployment".
+        auto: The reason for the r, if auto chose it.
         tokens: Tokens left after the last block.
         batch_size: Images that were computed together.
-        timings_ms: Of the request, which may have held several images.
-        tuned: Whether tuned numbers computed it; False of a server that does not say.
+        timings_ms: Times of the request, which may have had several images.
+        tuned: Whether tuned parameters computed it; False for a server that does not say.
     """
 
     filename: str | None
@@ -79,13 +80,13 @@ class Answer:
 
     @property
     def label(self) -> str:
-        """The words for the likeliest class."""
+        """The name of the likeliest class."""
         return self.top.label
 
 
 @dataclass(frozen=True, slots=True)
 class AutoBounds:
-    """What `auto` must keep to; None is no bound."""
+    """The bounds of `auto`; None is no bound."""
 
     max_r: int | None
     min_agreement: float | None
@@ -93,7 +94,7 @@ class AutoBounds:
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """A model that is served: its deployment's `r`, and with auto the bounds of it."""
+    """A served model: its deployment's `r`, and the bounds of auto."""
 
     name: str
     architecture: str
@@ -107,7 +108,7 @@ class ModelSummary:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What computes the answers, in which precision, and why this one."""
+    """The backend, its precision, and the reason for this choice."""
 
     name: str
     precision: str
@@ -116,16 +117,16 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Model(ModelSummary):
-    """All about a model that is served.
+    """The full description of a served model.
 
     Attributes:
         backend: None before a device holds the model.
-        classes: Words for each class, in class order.
+        classes: Name of each class, in class order.
         input_size: Height and width in pixels.
-        token_counts: For each r: tokens entering the first block, then leaving each block.
-        function_to_apply: What makes scores of its logits where a request does not say.
-        num_features: Numbers of an image's vector; 0 of a server that does not say.
-        tuned: Bands of r that are computed with tuned numbers, (lowest, highest).
+        token_counts: For each r: tokens that enter the first block, then tokens that leave each block.
+        function_to_apply: Default activation for its scores.
+        num_features: Numbers of an image's vector; 0 for a server that does not say.
+        tuned: Bands of r that tuned parameters compute, (lowest, highest).
         ready: Whether images should be sent there now.
     """
 
@@ -155,7 +156,7 @@ class BatchSeconds:
 
 @dataclass(frozen=True, slots=True)
 class CurveNeighbours:
-    """More of a search by vectors: the share that is found where the index has this r, too, and the mean cosine."""
+    """More about a search by vectors: the share that is found if the index has this r too, and the mean cosine."""
 
     same_index: float
     cosine: float
@@ -163,7 +164,7 @@ class CurveNeighbours:
 
 @dataclass(frozen=True, slots=True)
 class ModelCurveRow:
-    """What one r costs, and what it keeps: shares are 0 to 1, the interval is one of 95 %."""
+    """The cost and accuracy of one r. Shares are 0 to 1; the interval is one of 95 %."""
 
     r: PlainR
     schedule: tuple[int, ...]
@@ -179,7 +180,7 @@ class ModelCurveRow:
 
 @dataclass(frozen=True, slots=True)
 class ModelCurve:
-    """What each r of a model costs and keeps, r=0 first."""
+    """The cost and accuracy of each r of a model, r=0 first."""
 
     model: str
     device: str
@@ -193,12 +194,12 @@ class ModelCurve:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The vector of one image, and how it was computed.
+    """The vector of one image, and facts about the computation.
 
     Attributes:
-        vector: Its numbers, of length 1 unless it was asked for as it is.
-        r: Tokens merged in each block; a tuple where the blocks differ. Vectors of one r belong into one index.
-        r_source: "request" or "deployment": who said so, or said auto.
+        vector: Its numbers, scaled to length 1 unless the request says otherwise.
+        r: Tokens merged in each block; a tuple if the blocks differ. Keep vectors of one r in one index.
+        r_source: Where r, or auto, comes from: "request" or "deployment".
         tokens: Tokens left after the last block.
     """
 
@@ -214,12 +215,12 @@ _MODEL, _SUMMARIES, _CURVE = TypeAdapter(Model), TypeAdapter(list[ModelSummary])
 
 
 def read_embeddings(body: Any) -> list[Embedding]:
-    """The vector of each image of one request."""
+    """The vector of each image of a request."""
     return [_EMBEDDING.validate_python({**body, "vector": _vector(each["embedding"])}) for each in body["data"]]
 
 
 def _vector(encoded: str) -> tuple[float, ...]:
-    """The numbers of base64 of little-endian float32."""
+    """Decodes base64 of little-endian float32."""
     numbers = array("f", base64.b64decode(encoded, validate=True))
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -227,7 +228,7 @@ def _vector(encoded: str) -> tuple[float, ...]:
 
 
 def read_answers(body: Any, filenames: list[str | None]) -> list[Answer]:
-    """The answer for each image of one request, which share all but their classes."""
+    """The answer for each image of a request. They differ only in their classes."""
     pairs = zip(body["results"], filenames, strict=True)
     return [_ANSWER.validate_python({**body, **result, "filename": name}) for result, name in pairs]
 

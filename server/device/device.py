@@ -1,4 +1,4 @@
-"""The device as the engine has it: each operation's computation, after the images are prepared."""
+"""The engine's device: the computation of each operation, after the images are prepared."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Compute = Callable[[BatchKey, Sequence[Prepared]], Sequence[Result]]
 
 
 class Device:
-    """Prepares and computes batches; what does not fit into memory goes in parts.
+    """Prepares and computes batches; a batch that does not fit into memory is split.
 
     Args:
-        runner: Computes what requests want of a model's outputs.
-        explainer: Says what merged; None where nobody asks that.
-        preparer: Makes pixels of files, as a stage of its own; None where every image comes as pixels.
+        runner: Computes a model's outputs.
+        explainer: Finds what merged; None if nobody asks for it.
+        preparer: Turns files into pixels in a separate stage; None if every image comes as pixels.
     """
 
     def __init__(self, runner: Runner, explainer: Explainer | None, preparer: Preparer | None = None) -> None:
@@ -53,17 +53,17 @@ class Device:
         return prepared
 
     def _launch_ahead(self, key: BatchKey, prepared: Sequence[Prepared]) -> None:
-        """Has the device go on with this batch as soon as it is done with the one before: it never waits for us."""
+        """Queues this batch on the device behind the previous one, so that the device never waits for the host."""
         if not prepared or not is_whole(prepared) or not self._runner.is_quick(key, len(prepared)):
             return
         batch = prepared[0].batch
         try:
             batch.launched = self._runner.launch(key, batch.pixels, wanted_by([each.item for each in prepared]))
-        except Exception:  # `compute` tries again, in smaller parts where it was the memory
+        except Exception:  # `compute` tries again, in smaller parts if memory was the reason
             logger.exception("a batch of %d could not be launched ahead", len(prepared))
 
     def compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Result]:
-        """The result of each image: of `Prepared`, or of items where nothing prepares them."""
+        """The result of each image, from `Prepared`, or from items if nothing prepares them."""
         if self._prepare is None:
             batch = PixelBatch(joined(work, key.input_size, self._runner.device))
             work = [Prepared(item, batch, row) for row, item in enumerate(work)]
@@ -73,5 +73,5 @@ class Device:
         self._runner.check()
 
     def warm_further(self) -> bool:
-        """Does one piece more of what makes later batches faster; False where nothing is left."""
+        """Does one more piece of work that makes later batches faster; returns False if none is left."""
         return self._runner.warm_further()

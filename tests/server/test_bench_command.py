@@ -441,7 +441,7 @@ def test_the_command_finds_a_rate(
     ("arguments", "named"),
     [
         ("--url https://localhost", "not TLS"),
-        ("--url http://user@localhost", "must read http://HOST"),
+        ("--url http://user@localhost", "must have the form http://HOST"),
         ("--url http://localhost:port", "--url"),
         ("--r 0,fast", "'fast'"),
         ("--rate 0", "'0'"),

@@ -358,7 +358,7 @@ def test_it_is_told_where_a_stop_cannot_be_taken_up(
     stopping(5, signal.SIGINT)
     with caplog.at_level(logging.WARNING):
         assert main(command(folder, images)) == 0
-    assert caplog.text.count("a stop cannot be taken up again") == 1 and "No space left" in caplog.text
+    assert caplog.text.count("a stopped tuning cannot be resumed") == 1 and "No space left" in caplog.text
     assert told(capsys)[1].rstrip().endswith("stopped")
 
 
