@@ -1,12 +1,12 @@
-"""Decoding: photos a second by Pillow on all cores and by the engine on its device, and whether answers stay the same.
+"""Photos decoded a second by Pillow on all cores and by the engine on its device, and whether answers stay the same.
 
 python -m benchmarks.decoding --photos FOLDER --model NAME --weights FILE --device cuda --batch 32,128
 
-Of the JPEGs that the engine takes as they come; the others are counted. Pillow decodes and resizes as an HTTP process
-does. The device decodes alone, by torchvision, which is there to compare; and then decodes, resizes and crops, as the
-engine's first stage does. CPU ms are those of all threads for one photo. Agreement is of the likeliest class at r=0,
-"same" the share of photos whose pixels are all the same. The last line is JSON: {"rows": [{"path", "batch",
-"images_per_s", "cpu_ms"}], "photos", "left_to_pillow", "agreement", "same"}.
+It measures the JPEGs that the engine decodes; the others are counted. Pillow decodes and resizes as in an HTTP process.
+The device first only decodes, by torchvision, for comparison; then it decodes, resizes and crops, like the engine's
+first stage. CPU ms are those of all threads for one photo. Agreement is of the likeliest class at r=0; "same" is the
+share of photos whose pixels are all equal. The last line is JSON: {"rows": [{"path", "batch", "images_per_s",
+"cpu_ms"}], "photos", "left_to_pillow", "agreement", "same"}.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def taken(loaded: LoadedModel, files: Sequence[bytes]) -> Iterator[Item]:
-    """The files that an engine which decodes gets as they came."""
+    """The files that an engine with a decoder gets."""
     info = loaded.info
     for file in files:
         image = read(file, info.preprocessing, MAX_PIXELS, decodes_jpeg=True)
@@ -124,7 +124,7 @@ def measure(
 
 
 def _speed(work: Callable[[], None], images: int) -> dict[str, float]:
-    """Medians over rounds, the first apart."""
+    """Medians over rounds, without the first."""
     work()
     seconds, of_cpu = [], []
     for _ in range(ROUNDS):

@@ -90,7 +90,7 @@ def measure(
     preprocessing: Preprocessing,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Runs every batch through both, in turn, so that whatever else the machine does falls on both alike."""
+    """Runs every batch through both, in turn, so that other load of the machine affects both alike."""
     guesses: dict[str, list[int]] = {name: [] for name in runners}
     per_image_s: dict[str, list[float]] = {name: [] for name in runners}
     differences = []
@@ -114,7 +114,7 @@ def measure(
 
 
 def normalised(pixels: Sequence[bytes], preprocessing: Preprocessing) -> Tensor:
-    """RGB bytes to images (B, 3, H, W) float32, by the facts that an exported file holds."""
+    """RGB bytes to images (B, 3, H, W) float32, by the metadata of an exported file."""
     mean, std = (np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
     packed = np.frombuffer(b"".join(pixels), np.uint8).reshape(len(pixels), *preprocessing.input_size, 3)
     images = (packed / np.float32(255) - mean) / std

@@ -1,15 +1,15 @@
-"""What `tome-server run` makes of a folder, beside what bounds it: the forward loop alone and decoding alone.
+"""The rate of `tome-server run` on a folder, beside its bounds: the forward loop and decoding alone.
 
 python -m benchmarks.folders --photos FOLDER --model vit_tiny_patch16_224 --weights FILE --r 0,13 --images 1000
 
-A folder of so many links to the photos is computed. `forward` is the loop of full batches whose pixels are there
-(benchmarks.forward_loop); `reading` is all that threads or processes do with the files before the device gets them,
-which on a CPU is decoding; `decoding` is what the device does with JPEG files that are read, where it decodes; `run` is
-the rate that the command itself tells. All four run in each round, in this process, and medians are told.
+It computes a folder of `--images` links to the photos. `forward` is the loop of full batches with prepared pixels
+(benchmarks.forward_loop). `reading` is all work of threads or processes on the files before the device, which on a CPU
+includes decoding. `decoding` is the device's work on JPEG files in memory, if it decodes. `run` is the rate that the
+command itself reports. All four run in each round, in this process; the table has medians.
 
-`bound` is what they allow: on a GPU the least of them, for they use different parts of the machine; on a CPU, where
-they share the cores, the rate of one after the other. The last line is JSON: {"model", "images", "rows": [{"r",
-"forward", "reading", "decoding", "run", "bound", "of_bound", "of_forward"}]}.
+`bound` is the limit that they set: on a GPU the least of them, because they use different parts of the machine; on a
+CPU, where they share the cores, the rate of one after the other. The last line is JSON: {"model", "images", "rows":
+[{"r", "forward", "reading", "decoding", "run", "bound", "of_bound", "of_forward"}]}.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def linked(photos: Sequence[Path], count: int, folder: Path) -> list[str]:
-    """So many links to the photos."""
+    """Makes `count` links to the photos."""
     folder.mkdir()
     files = [folder / f"{index:07}{photo.suffix}" for index, photo in zip(range(count), itertools.cycle(photos))]
     for file, photo in zip(files, itertools.cycle(photos), strict=False):
@@ -84,7 +84,7 @@ def linked(photos: Sequence[Path], count: int, folder: Path) -> list[str]:
 
 
 def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> list[dict[str, float]]:
-    """A row for each `r`, printed as it is there."""
+    """A row for each `r`, printed when it is measured."""
     set_threads(args.threads)
     spec = ModelSpec.model_validate({"source": args.model, "weights": args.weights})
     loaded = load_model(spec)
@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
 
 
 def read(info: ModelInfo, files: Sequence[str], size: int) -> tuple[float, list[Image | str]]:
-    """Files a second by the threads or processes that the command has, and the images."""
+    """Files a second by the threads or processes of the command, and the images."""
     with contextlib.closing(open_readers(info, MAX_PIXELS)) as readers:
         for part in readers.read([files[0]] * FILES_OF_A_PROCESS * available_cpus()):  # until all have started
             part.result()
@@ -151,7 +151,7 @@ def decoded(preparer: Preparer, key: BatchKey, images: Sequence[Image | str], si
 
 
 def run(args: argparse.Namespace, r: str, folder: Path) -> float:
-    """Images a second, as the command tells them: without loading the model."""
+    """Images a second as the command reports them, without loading the model."""
     command = ["run", str(folder / "photos"), "-o", str(folder / f"table{args.suffix}"), "--overwrite", "--r", r]
     for flag in ("model", "weights", "device", "precision", "backend", "decode", "threads"):
         if getattr(args, flag) is not None:

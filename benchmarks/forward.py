@@ -6,13 +6,13 @@ python -m benchmarks.forward --model vit_base_patch16_224 --batch 1,8,32 --r 0,1
 python -m benchmarks.forward --model vit_tiny_patch16_224 --batch 1,8,32 --r 0,13,16 --device cpu --dtype bf16 \\
     --impl timm,ours,timm-openvino,openvino
 
-All of them run in turn on the same random images, weights are random too. What begins with "timm" is timm's model as
-it is; "unfused" merges by the paper's maths in plain PyTorch, "plain" and "ours" by tome_core without and with its
-kernels, "ours-pixels" is "ours" from uint8 pixels, "ours-fp8" in float8; what ends with "-recorded" is replayed by
-`tome_core.Recorded`, its copies included; "openvino" and "onnxruntime" are our model in those runtimes. "speed-up" is
-over the same one's r=0, "ideal" is what the arithmetic saved would give. `--replay` runs each as a recorded CUDA graph,
-without its launches; `--profile` shows where the time goes, of OpenVINO by one thread. The last line is JSON: {"rows":
-[{"impl", "r", "batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
+All of them run in turn on the same random images, with random weights. Names that begin with "timm" are timm's own
+model. "unfused" merges by the paper's maths in plain PyTorch, "plain" and "ours" by tome_core without and with its
+kernels, "ours-pixels" is "ours" from uint8 pixels, "ours-fp8" in float8. Names that end with "-recorded" are replayed
+by `tome_core.Recorded`, including its copies. "openvino" and "onnxruntime" are our model in those runtimes. "speed-up"
+is over r=0 of the same implementation; "ideal" is the speed-up of the saved arithmetic. `--replay` runs each as a
+recorded CUDA graph, without its launches; `--profile` shows the time of each kernel (for OpenVINO by one thread). The
+last line is JSON: {"rows": [{"impl", "r", "batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Forward = Callable[[Tensor], Any]
 
 
 class Contender(NamedTuple):
-    """What is timed: a name, an `r`, a forward pass, and the images for it."""
+    """A timed combination: a name, an `r`, a forward pass, and its images."""
 
     impl: str
     r: int
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def contenders(model: Any, names: Sequence[str], ladder: Sequence[int], images: Tensor) -> Iterator[Contender]:
-    """One a name and `r`; those without merging under r=0 alone."""
+    """One for each name and `r`; those without merging only at r=0."""
     for name in names:
         if name not in NAMES:
             raise SystemExit(f"--impl names {name!r}; it must be of {', '.join(NAMES)}")
@@ -120,7 +120,7 @@ def contenders(model: Any, names: Sequence[str], ladder: Sequence[int], images: 
 
 
 def pixels_like(images: Tensor) -> Tensor:
-    """Random pixels, (B, H, W, 3) in uint8, of as many images of the same size."""
+    """Random pixels, (B, H, W, 3) in uint8, of the same number and size of images."""
     B, channels, H, W = images.shape
     return torch.randint(0, 256, (B, H, W, channels), dtype=torch.uint8, device=images.device)
 
@@ -179,7 +179,7 @@ NAMES = (*IMPLEMENTATIONS, "timm-openvino", "openvino", "timm-onnxruntime", "onn
 
 @torch.inference_mode()
 def measure(model: nn.Module, entered: Sequence[Contender], runs: int, replay: bool) -> Iterator[dict[str, Any]]:
-    """One row each. They take turns, so that a disturbance, or a warm chip, falls on all alike."""
+    """One row each. They run in turn, so that a disturbance, or a warm chip, affects all alike."""
     calls: list[Callable[[], object]] = [partial(contender.forward, contender.images) for contender in entered]
     if replay:
         record = CudaRecorder()
@@ -207,7 +207,7 @@ def measure(model: nn.Module, entered: Sequence[Contender], runs: int, replay: b
 
 
 def work(model: nn.Module, contender: Contender) -> int:
-    """Floating-point operations for an image; ours alone leaves out what the head does not read."""
+    """Floating-point operations for an image; only ours leaves out what the head does not read."""
     merged = tome_core.wrap(model)
     try:
         sizes = dimensions(merged)
@@ -221,7 +221,7 @@ def work(model: nn.Module, contender: Contender) -> int:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, on a GPU by its own clock."""
+    """Seconds of a call, on a GPU by its own clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()

@@ -1,9 +1,10 @@
-"""The bare forward loop: full batches, one after the other, as an engine runs them, with no server around it.
+"""The bare forward loop: full batches, one after the other, as in an engine, without a server.
 
 python -m benchmarks.forward_loop --model vit_base_patch16_224 --weights random --device cuda --precision bf16 --r 0,13
 
-It is what bounds a server with this model; benchmarks.serving starts it as a process of its own. Images are noise: what
-is in them changes nothing about the time. The last line is JSON: {"model", "batch", "images_per_s": {r: images/s}}.
+It is the upper bound of a server with this model; benchmarks.serving starts it as a separate process. Images are noise,
+because their content does not affect the time. The last line is JSON: {"model", "batch", "images_per_s": {r:
+images/s}}.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def images_per_s(runner: Runner, key: BatchKey, args: argparse.Namespace) -> float:
-    """Of one schedule, with pixels that are on the device already; a batch is launched before the last one's result."""
+    """Images/s of one schedule, with pixels on the device; a batch is launched before the result of the last one."""
     images = [os.urandom(math.prod(key.input_size) * 3) for _ in range(args.batch)]
     pixels = stacked(images, key.input_size, runner.device)
     runner.warm_up(key)

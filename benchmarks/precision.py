@@ -1,10 +1,10 @@
-"""What half precision costs: the error against float64 under the same matching, and answers that change.
+"""The cost of half precision: the error against float64 under the same matching, and changed answers.
 
 python -m benchmarks.precision --model vit_tiny_patch16_224 --weights FILE --data FOLDER --device cuda --dtype bf16
 
 FOLDER is as for benchmarks.accuracy. The error is that of the logits, over their length, on the first photos; the
-float64 model merges the pairs that the other chose. Agreement is with float32 at the same `r`, which chooses its own.
-"float8" is ours with its products in float8, where the model and dtype allow it. The last line is JSON: {"rows":
+float64 model merges the pairs that the other one chose. Agreement is with float32 at the same `r`, with its own choice
+of pairs. "float8" is ours with its products in float8, if the model and dtype allow it. The last line is JSON: {"rows":
 [{"impl", "r", "error", "agreement"}]}.
 """
 
@@ -59,12 +59,12 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(model: Any, images: Tensor, ladder: list[int], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """timm's own model first, then ours at each r, and ours in float8 where it can be."""
+    """timm's own model first, then ours at each r, and ours in float8 if possible."""
     wide = copy.deepcopy(model).to(images.device)
     narrow = copy.deepcopy(wide).to(dtype)
     ours, exact = tome_core.wrap(narrow, "fused"), tome_core.wrap(wide, "plain")
     some = images[:IN_FLOAT64].to(dtype)
-    in_float64 = tome_core.wrap(copy.deepcopy(narrow).double().cpu(), "fused")  # the weights as they were rounded
+    in_float64 = tome_core.wrap(copy.deepcopy(narrow).double().cpu(), "fused")  # the weights after rounding
     models: dict[str, Any] = {"timm": lambda x, _: narrow(x), "ours": ours}
     try:
         models["float8"] = ours.in_float8()

@@ -1,12 +1,12 @@
-"""Our server under load, beside its goals, other servers, and what bounds it: forward loop, decoding, HTTP.
+"""Our server under load, beside its goals, other servers, and its bounds: forward loop, decoding, HTTP.
 
 python -m benchmarks.serving --device cuda --photos FOLDER --model vit_base_patch16_224 --weights random
 python -m benchmarks.serving --device cpu --photos FOLDER --model vit_tiny_patch16_224 --weights FILE --backend openvino
 
-It comes in parts (--part), which by default are those that make sense on the device. One server runs at a time; several
-load generators, processes of their own, send to it. Servers are started by their command lines and seen through HTTP
-and /proc. Whatever fails, or is not installed, is left out by name, and the other parts go on; SIGTERM ends the loads,
-and what is known by then is told. The last line is JSON: {"rows": [{"key", "title", "before", "goal", "figure", "met",
+It has parts (--part); the default are those that make sense on the device. One server runs at a time, and several load
+generators, each a process, send to it. Servers are started by their command lines and observed through HTTP and /proc.
+A part that fails, or is not installed, is reported by name, and the other parts go on. SIGTERM ends the loads and
+reports the results so far. The last line is JSON: {"rows": [{"key", "title", "before", "goal", "figure", "met",
 "note"}], "loads": [{"name", "load", "images_per_s", "p50_ms", "p99_ms", "failed", "lagged", "generator_us"}], "speeds":
 {name: per second}, "left_out": {part: reason}}.
 """
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def run(bench: Bench, names: list[str], most_s: float) -> dict[str, str]:
-    """Measures parts in their order; gives those that are left out, each with the reason."""
+    """Measures parts in their order; returns those that were left out, each with the reason."""
     left_out: dict[str, str] = {}
     start = time.monotonic()
     for name, part in PARTS.items():
@@ -128,7 +128,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.ladder = [int(r) for r in args.r.split(",")]
-    args.r = args.ladder[-1]  # the deployment's: what our server records before it is ready
+    args.r = args.ladder[-1]  # the deployment's, which our server records before it is ready
     if args.max_queue_size is None:
         clients = max(args.concurrency, args.spread_clients, 2 * args.large_clients)
         args.max_queue_size = max(256, 2 * clients)
@@ -141,7 +141,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def gpus() -> int:
-    """How many GPUs there are, without torch, which would hold memory of one."""
+    """The number of GPUs, without torch, which would hold memory of one."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len(visible.split(",")) if visible else 0
     try:

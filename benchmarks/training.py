@@ -27,7 +27,7 @@ WARM_UP = 3  # steps of each
 
 
 class Contender(NamedTuple):
-    """What is timed: a name, an `r`, and images to logits."""
+    """A timed combination: a name, an `r`, and images to logits."""
 
     impl: str
     r: int
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def contenders(model: nn.Module, ladder: Sequence[int]) -> list[Contender]:
-    """The plain model, which is the baseline, and ours under each `r`; they share their weights."""
+    """The plain model, which is the baseline, and ours at each `r`; they share their weights."""
     merged = tome_core.wrap(model)
 
     def under(r: int) -> Callable[[Tensor], Tensor]:
@@ -65,7 +65,7 @@ def contenders(model: nn.Module, ladder: Sequence[int]) -> list[Contender]:
 
 
 def measure(model: Any, all_of: Sequence[Contender], batch_size: int, steps: int) -> list[dict[str, Any]]:
-    """One row for each contender, the baseline first; they take turns, so that a disturbance falls on all alike."""
+    """One row for each contender, the baseline first; they run in turn, so that a disturbance affects all alike."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
     images = torch.randn(batch_size, *resolve_model_data_config(model)["input_size"], device=device)

@@ -1,6 +1,6 @@
-"""The paper's maths as it is usually written, in plain PyTorch: the baseline of what merging costs without kernels.
+"""The paper's maths in its usual form, in plain PyTorch: the baseline for the cost of merging without kernels.
 
-Attention is a product, a softmax and a product; the merge is a scatter. The numbers are those of `tome_core`.
+Attention is a product, a softmax and a product; the merge is a scatter. The results equal those of `tome_core`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tome_core.vit import Tokens
 
 
 class Unfused(Variant):
-    """Token merging by matrices that lie in memory."""
+    """Token merging with matrices in memory."""
 
     def _attend(self, block: Any, tokens: Tokens, position: Position, num_queries: int | None) -> tuple[Tensor, Tensor]:
         attn = block.attn

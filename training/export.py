@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def config_of(labels: Labels) -> dict[str, object]:
-    """`config.json` as timm reads it: architecture, arguments, preprocessing, label names."""
+    """timm's `config.json`: architecture, arguments, preprocessing, label names."""
     return {
         "architecture": ARCHITECTURE,
         "num_classes": MODEL_ARGS["num_classes"],

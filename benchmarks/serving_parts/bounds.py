@@ -1,4 +1,4 @@
-"""What bounds our server, each bound alone, and other servers with the same model."""
+"""The bounds of our server, each alone, and other servers with the same model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decode(bench: Bench) -> None:
 
 
 def free(bench: Bench) -> None:
-    """Our server around a model that costs nothing: one HTTP process, and on a GPU as many as there are."""
+    """Our server around a model that costs nothing: one HTTP process, and on a GPU all of them too."""
     args = bench.args
     decoded = [Request("/classify?top_k=1", small(photo)) for photo in bench.photos[:20]]
     as_they_came = [Request("/classify?top_k=1", photo) for photo in bench.photos]
@@ -56,7 +56,7 @@ def free(bench: Bench) -> None:
 
 
 def bare(bench: Bench) -> None:
-    """A bare FastAPI route: what bounds any server on FastAPI in one process."""
+    """A bare FastAPI route: the upper bound of any server on FastAPI in one process."""
     requests = [Request("/classify?top_k=1", small(photo)) for photo in bench.photos[:20]]
     server = bench.server(FASTAPI, bench.peer_variables(), requests[0], IMAGE)
     load = bench.load("bare FastAPI route", server, requests, clients=FREE_CLIENTS)
