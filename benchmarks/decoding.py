@@ -64,7 +64,7 @@ def main() -> None:
     files = [file.read_bytes() for file in choose_photos(args.photos, args.limit, seed=0)]
     items = list(taken(loaded, files))
     if not items:
-        parser.error(f"the engine takes none of the {len(files)} photos as they come: {args.photos}")
+        parser.error(f"the engine decodes none of the {len(files)} photos: {args.photos}")
     mean_kb, others = sum(len(item.image.data) for item in items) / len(items) / 1e3, len(files) - len(items)
     print(f"{len(items)} photos of {mean_kb:.0f} kB on average, on {runner.device}; {others} are left to Pillow")
     print(f"{'':<26} {'batch':>6} {'images/s':>9} {'CPU ms':>7}")

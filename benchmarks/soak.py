@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--settle-minutes", type=float, help="do not count (default: 10, at most half of all)")
     parser.add_argument("--rate", type=float, default=10, help="requests a second, Poisson arrivals")
     parser.add_argument("--every", type=float, default=EVERY_S, help="seconds between two looks at the processes")
-    parser.add_argument("--backend", default="auto", help="as of tome-server serve")
+    parser.add_argument("--backend", default="auto", help="as for tome-server serve")
     parser.add_argument("--http-workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--serve", default="", help="more flags of tome-server serve, in one string")

@@ -51,7 +51,7 @@ class ModelInfo:
         max_r: Most tokens that one block can merge.
         backend: Computes its answers; None before a device holds the model.
         decodes_jpeg: Whether the engine decodes JPEG files itself.
-        tuned: Bands of `r` that it has tuned parameters for, (lowest, highest).
+        tuned: Bands of `r` that it has tuned numbers for, (lowest, highest).
         num_features: Channels of its pooled features.
         activation: Default activation for its scores.
         version: The served version.
@@ -129,7 +129,7 @@ class ModelInfo:
         return _token_counts(schedule, self.num_tokens, self.num_prefix_tokens)
 
     def is_tuned(self, schedule: Schedule) -> bool:
-        """Whether tuned parameters compute a schedule: those of the band that holds its mean, as in `MergedViT.at`."""
+        """Whether tuned numbers compute a schedule: those of the band that holds its mean, as in `MergedViT.at`."""
         if not self.tuned:
             return False
         mean = mean_r(schedule)

@@ -193,9 +193,9 @@ def test_what_merged_is_not_replayed_where_it_does_not_fit(model: nn.Module, ker
         merged(images, 0)
     with pytest.raises(ValueError, match="one more block merges than the 1 that were recorded"), replayed(plans[:1]):
         merged(images, 3)
-    with pytest.raises(ValueError, match=r"are \(2, 17, 2\); what was noted merges \(2, 17, 3\)"), replayed(plans):
+    with pytest.raises(ValueError, match=r"are \(2, 17, 2\); the recorded ones are \(2, 17, 3\)"), replayed(plans):
         merged(images, 2)
-    with pytest.raises(ValueError, match=r"are \(1, 17, 3\); what was noted merges \(2, 17, 3\)"), replayed(plans):
+    with pytest.raises(ValueError, match=r"are \(1, 17, 3\); the recorded ones are \(2, 17, 3\)"), replayed(plans):
         merged(images[:1], 3)
 
 

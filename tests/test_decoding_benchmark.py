@@ -45,4 +45,4 @@ def test_photos_of_which_the_engine_takes_none_are_told_of(
     monkeypatch.setattr("sys.argv", ["decoding", "--photos", str(tmp_path), "--device", "cpu"])
     with pytest.raises(SystemExit):
         decoding.main()
-    assert "takes none of the 2 photos" in capsys.readouterr().err
+    assert "decodes none of the 2 photos" in capsys.readouterr().err

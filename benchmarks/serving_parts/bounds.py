@@ -45,7 +45,7 @@ def free(bench: Bench) -> None:
     key_note = f"small photos decoded, {us:.0f} us of CPU"
     bench.speeds["free model"] = load.per_s
     if bench.is_cuda:
-        note = f"files as they come; {key_note}: {load.per_s:,.0f}"
+        note = f"undecoded files; {key_note}: {load.per_s:,.0f}"
         load, us = _free(bench, 1, 1, as_they_came)
         key_note = f"{us:.0f} us of CPU, {note}"
     bench.figure("http_per_s", load.per_s, key_note)

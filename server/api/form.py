@@ -141,7 +141,7 @@ def _described(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, str | None]
             disposition = _text(value).strip()
         elif header == b"content-transfer-encoding" and value.strip().lower() not in _AS_IT_IS:
             raise _unreadable(
-                f"Content-Transfer-Encoding is {shown(_text(value).strip())}; send the bytes of a part as they are"
+                f"Content-Transfer-Encoding is {shown(_text(value).strip())}; send the bytes of a part unencoded"
             )
     said = _parameters(disposition)
     if not disposition.lower().startswith("form-data") or "name" not in said:

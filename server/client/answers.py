@@ -58,7 +58,7 @@ class Answer:
         tokens: Tokens left after the last block.
         batch_size: Images that were computed together.
         timings_ms: Times of the request, which may have had several images.
-        tuned: Whether tuned parameters computed it; False for a server that does not say.
+        tuned: Whether tuned numbers computed it; False for a server that does not say.
     """
 
     filename: str | None
@@ -126,7 +126,7 @@ class Model(ModelSummary):
         token_counts: For each r: tokens that enter the first block, then tokens that leave each block.
         function_to_apply: Default activation for its scores.
         num_features: Numbers of an image's vector; 0 for a server that does not say.
-        tuned: Bands of r that tuned parameters compute, (lowest, highest).
+        tuned: Bands of r that tuned numbers compute, (lowest, highest).
         ready: Whether images should be sent there now.
     """
 

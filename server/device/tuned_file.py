@@ -1,4 +1,4 @@
-"""The tuned parameters of a model: their place, and the choice of those to serve, checked against its weights.
+"""The tuned numbers of a model: their place, and the choice of those to serve, checked against its weights.
 
 They lie beside weights that have a place of their own, else in the state folder.
 """
@@ -24,7 +24,7 @@ SUFFIX = ".tuned.safetensors"
 
 
 class TunedFile(NamedTuple):
-    """Tuned parameters that fit a model, their file, and its sha256."""
+    """Tuned numbers that fit a model, their file, and its sha256."""
 
     tuned: Tuned
     file: Path
@@ -57,7 +57,7 @@ def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
 
 
 def places(spec: ModelSpec, weights: str, weights_file: Path | None, state_dir: Path | None) -> list[Path]:
-    """The places where `save` may write tuned parameters, the first choice first.
+    """The places where `save` may write tuned numbers, the first choice first.
 
     Args:
         spec: The model.
@@ -79,7 +79,7 @@ def can_be_written(file: Path) -> bool:
 
 
 def save(tuned: Tuned, spec: ModelSpec, weights_file: Path | None, state_dir: Path | None) -> tuple[Path, str | None]:
-    """Writes tuned parameters to the place where `find` finds them.
+    """Writes tuned numbers to the place where `find` finds them.
 
     Returns:
         The file, and why it is not beside the weights if it should be.
@@ -95,7 +95,7 @@ def save(tuned: Tuned, spec: ModelSpec, weights_file: Path | None, state_dir: Pa
 
 
 def read(file: Path, merged: MergedViT, weights: str | None = None) -> TunedFile:
-    """Reads tuned parameters for a model.
+    """Reads tuned numbers for a model.
 
     Args:
         file: A file of `save`.
@@ -103,7 +103,7 @@ def read(file: Path, merged: MergedViT, weights: str | None = None) -> TunedFile
         weights: Its `fingerprint`, if it is known.
 
     Raises:
-        SettingsError: The file cannot be read, holds no tuned parameters, or holds those of another model or other
+        SettingsError: The file cannot be read, holds no tuned numbers, or holds those of another model or other
             weights.
     """
     try:
@@ -126,7 +126,7 @@ def read(file: Path, merged: MergedViT, weights: str | None = None) -> TunedFile
 def find(
     spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None
 ) -> tuple[TunedFile | None, list[str]]:
-    """The tuned parameters that `save` has written: those of the state folder before those beside the weights.
+    """The tuned numbers that `save` has written: those of the state folder before those beside the weights.
 
     The weights are hashed at most once, and only if there is a file to compare them with.
 
@@ -150,7 +150,7 @@ def find(
 
 
 def served(spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None) -> TunedFile | None:
-    """The tuned parameters that a model is served with, by its settings: "none", a file, or the result of `find`.
+    """The tuned numbers that a model is served with, by its settings: "none", a file, or the result of `find`.
 
     A file that was found and cannot be used is logged.
 
@@ -182,6 +182,6 @@ def _own(spec: ModelSpec, weights_file: Path | None) -> Path | None:
 
 
 def _may_be_in_state(name: str, state_dir: Path | None) -> bool:
-    """Whether the state folder has tuned parameters of a model of this name."""
+    """Whether the state folder has tuned numbers of a model of this name."""
     folder = state_folder(state_dir, "tuned")
     return folder is not None and any(folder.glob(f"{name}-*.safetensors"))

@@ -72,7 +72,7 @@ class Session:
         state_dir: Path | None,
     ) -> None:
         if loaded.weights is None:
-            raise SettingsError(f"{loaded.info.name} has random weights; tuned parameters need fixed weights")
+            raise SettingsError(f"{loaded.info.name} has random weights; tuned numbers need fixed weights")
         self._band, self._photos, self._device = band, photos, device
         self._weights = tuned.fingerprints(loaded.merged.model)
         # Checked before the learning, which takes minutes.

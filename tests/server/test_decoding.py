@@ -119,7 +119,7 @@ def test_a_decoder_that_refuses_what_any_takes_or_gives_other_colours_is_not_use
     with pytest.raises(SettingsError, match="refuses the simplest file$"):
         engine_decodes("device", CPU)
     monkeypatch.setattr(decoding, "decoder_on", lambda device: lambda *args: [])
-    with pytest.raises(SettingsError, match="other colours"):
+    with pytest.raises(SettingsError, match="wrong colours"):
         engine_decodes("device", CPU)
 
 

@@ -104,4 +104,4 @@ async def test_what_cannot_be_done_is_refused_and_changes_nothing(path: str, bod
 async def test_without_a_loader_models_stay() -> None:
     async with serving(protocol="none") as service:  # with the native errors where that protocol is off
         response = await service.client.post("/v2/repository/models/tiny/load", content=b"{}")
-        assert "deploy it anew" in assert_is_error(response, 409, "conflict")
+        assert "deploy it again" in assert_is_error(response, 409, "conflict")

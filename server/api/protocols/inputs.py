@@ -51,7 +51,7 @@ class Read(NamedTuple):
 ASKED = {
     "requestBody": body_of(
         {"image/*": FILE, "application/octet-stream": FILE, "application/json": InputsBody.model_json_schema()},
-        "An image as it is, of any content type or none, or JSON.",
+        "A raw image, of any content type or none, or JSON.",
     ),
     "parameters": in_query(Parameters),
 }
