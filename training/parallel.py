@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # exists, but is not exported
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exists, but is not exported
 from torch.multiprocessing.spawn import spawn
 
 LOCALHOST = "127.0.0.1"

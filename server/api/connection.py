@@ -111,14 +111,14 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         super().on_headers_complete()
         self._is_in_body = True
-        self.cycle.transport = self._line  # we close it, in order
+        self.cycle.transport = self._line  # type: ignore[assignment]  # we close it, in order
         self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
         held: bytes | bytearray = self.cycle.body
         if not held and not self.cycle.response_complete:
-            self.cycle.body, body = body, b""  # without a copy: uvicorn copies a bytearray twice
+            self.cycle.body, body = body, b""  # type: ignore[assignment]  # not copied: uvicorn copies a bytearray twice
         elif isinstance(held, bytes):
             self.cycle.body = bytearray(held)
         super().on_body(body)
