@@ -440,7 +440,7 @@ def test_the_command_finds_a_rate(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("--url https://localhost", "not TLS"),
+        ("--url https://localhost", "without TLS"),
         ("--url http://user@localhost", "must have the form http://HOST"),
         ("--url http://localhost:port", "--url"),
         ("--r 0,fast", "'fast'"),
