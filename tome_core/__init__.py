@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tome_core.merging import merge, track_source, unmerge
     from tome_core.recorded import Recorded
     from tome_core.schedule import Ramp
-    from tome_core.vit import MergedViT, Tokens, wrap
+    from tome_core.tokens import Tokens
+    from tome_core.vit import MergedViT, wrap
 
 _HOME = {
     "ExportError": "export",
@@ -24,7 +25,7 @@ _HOME = {
     "MergedViT": "vit",
     "Ramp": "schedule",
     "Recorded": "recorded",
-    "Tokens": "vit",
+    "Tokens": "tokens",
     "UnsupportedModelError": "families",
     "export_onnx": "export",
     "export_program": "export",

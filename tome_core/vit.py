@@ -12,34 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tome_core import fp8, fused, schedule
+from tome_core.as_timm import AsTimm, chosen_blocks
 from tome_core.embedding import Normalisation, embed
-from tome_core.families import UnsupportedModelError, family_of
+from tome_core.families import Images, UnsupportedModelError, family_of
 from tome_core.families.parts import reason_against
 from tome_core.fp8 import Block8
 from tome_core.kernels import DTYPES, missing_on
 from tome_core.matching import match
-from tome_core.merging import merge, track_source, unmerge
+from tome_core.merging import merge, track_source
+from tome_core.padding import match_padded
 from tome_core.positions import Position, follow
 from tome_core.schedule import RLike
+from tome_core.tokens import PADDING, Tokens
 from tome_core.tuned import Band, Tuned, sharing
-
-
-class Tokens(NamedTuple):
-    """Tokens on their way through the model.
-
-    Attributes:
-        x: Features, (B, N, C).
-        size: How many input tokens each stands for, (B, N) float32; None while nothing has merged.
-        source: Row that now holds each input token, (B, N0) int64; None when not tracked, or nothing has merged.
-    """
-
-    x: Tensor
-    size: Tensor | None = None
-    source: Tensor | None = None
-
-    def unmerged(self) -> Tensor:
-        """Features of every input token, in its place: (B, N0, C)."""
-        return self.x if self.source is None else unmerge(self.x, self.source)
 
 
 class Implementation(NamedTuple):
@@ -57,22 +42,18 @@ class Implementation(NamedTuple):
 Kernels = Literal["auto", "plain", "fused"]
 
 
-class MergedViT(nn.Module):
+class MergedViT(AsTimm):
     """A Vision Transformer that merges `r` tokens in every block, between attention and MLP.
 
-    It shares the weights of the timm model it wraps and leaves that model as it was. It keeps nothing between calls,
-    so one instance serves every `r` from several threads.
+    It shares the weights of the timm model it wraps and leaves that model as it was. A call keeps nothing, so one
+    instance serves every `r` from several threads. It answers to timm's attributes and methods (`AsTimm`).
 
     Args:
         model: A timm Vision Transformer.
         kernels: As for `wrap`.
 
     Attributes:
-        model: The wrapped timm model, untouched. Its size and its layers must stay as they were; weights may change.
-        num_blocks: Blocks of the model.
-        num_prefix_tokens: Leading tokens that never merge.
-        num_tokens: Tokens that enter the first block at the model's own input size, prefix included.
-        max_r: The most tokens that the first block can merge.
+        model: The wrapped timm model, untouched. Its blocks must stay; their weights may change.
         tuned: What `load_tuned` has read; None before.
         gives_features: Whether `forward` gives pooled features beside the logits (`with_features`).
 
@@ -82,33 +63,45 @@ class MergedViT(nn.Module):
     def __init__(self, model: nn.Module, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.family = family_of(model)
+        self.gives_features = False
+        self.tuned: Tuned | None = None
+        self._r: RLike = 0
         self._kernels = kernels
         self._normalisation: Normalisation | None = None
-        self.gives_features = False
         self._float8: list[Block8 | None] = []
         self._in_bands: tuple[object, list[Self]] = (None, [])
         self._unfusable = reason_against(self.family, model)
         self._layers = list(model.modules())[1:]
         if kernels == "fused" and self._unfusable:
             raise UnsupportedModelError(f"cannot run a {type(model).__name__} by fused kernels: {self._unfusable}")
-        self.model = model
-        self.num_blocks = len(self.family.blocks(model))
-        self.num_prefix_tokens = self.family.num_prefix_tokens(model)
-        self.num_tokens = self.family.num_tokens(model)
-        self.max_r = schedule.max_r(self.num_tokens, self.num_prefix_tokens)
-        self.tuned: Tuned | None = None
         self.training = model.training
+        self.model = model
 
-    def forward(self, images: Tensor, r: RLike = 0) -> Tensor:
+    @property
+    def r(self) -> RLike:
+        """The `r` of a call that gives none: a number, a list of one per block, or a Ramp; 0 at first.
+
+        Raises:
+            ValueError: It is negative, or lists more blocks than there are.
+            TypeError: It is neither an integer, a sequence of integers nor a Ramp.
+        """
+        return self._r
+
+    @r.setter
+    def r(self, r: RLike) -> None:
+        schedule.resolve(r, self.num_blocks)
+        self._r = r
+
+    def forward(self, images: Images, r: RLike | None = None) -> Tensor:
         """Classifies images.
 
         Where the head reads prefix tokens alone (class-token pooling), the last block computes them alone: the same
         logits for less work.
 
         Args:
-            images: (B, 3, H, W), normalised as the model wants them.
-            r: Tokens merged in each block: a number, a list of one per block, or a Ramp. What a block cannot merge
-                is clipped; `token_counts` shows the outcome.
+            images: (B, 3, H, W), normalised as the model wants them; for a NaFlexVit also its dictionary of patches.
+            r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `self.r`. What a
+                block cannot merge is clipped; `token_counts` shows the outcome.
 
         Returns:
             Logits, (B, K); where the timm model gives several (distilled, in its mode for training), what it gives. A
@@ -120,16 +113,32 @@ class MergedViT(nn.Module):
             TypeError: r is neither an integer, a sequence of integers nor a Ramp.
         """
         prefix_only = self.family.reads_prefix_only(self.model)
-        tokens = self.forward_features(images, r, prefix_only=prefix_only)
+        tokens = self.forward_tokens(images, r, prefix_only=prefix_only)
         return self._both(tokens) if self.gives_features else self.forward_head(tokens)
 
-    def forward_features(
-        self, images: Tensor, r: RLike = 0, *, track: bool = False, prefix_only: bool = False
-    ) -> Tokens:
-        """Runs all but the head.
+    def forward_features(self, images: Images, r: RLike | None = None) -> Any:
+        """Runs all but the head, as timm's method of this name.
 
         Args:
-            images: (B, 3, H, W).
+            images: As in `forward`.
+            r: As in `forward`.
+
+        Returns:
+            The tokens after the final norm, (B, M, C); of a NaFlexVit's dictionary {"patches", "patch_valid"}. A head
+            that reads more than prefix tokens needs their sizes too, which `forward_tokens` gives.
+        """
+        tokens = self.forward_tokens(images, r)
+        if tokens.size is None or not tokens.padded:
+            return tokens.x
+        return {"patches": tokens.x, "patch_valid": tokens.size[:, self.num_prefix_tokens :] >= 1}
+
+    def forward_tokens(
+        self, images: Images, r: RLike | None = None, *, track: bool = False, prefix_only: bool = False
+    ) -> Tokens:
+        """Runs all but the head, and keeps the books: the size of every token, and where it came from.
+
+        Args:
+            images: As in `forward`.
             r: As in `forward`.
             track: Whether to follow where each input token went (`Tokens.source`).
             prefix_only: Whether prefix tokens are all that is wanted, for a head that reads no others: the last block
@@ -143,13 +152,14 @@ class MergedViT(nn.Module):
         """
         if prefix_only and (track or not self.family.reads_prefix_only(self.model)):
             raise ValueError("prefix_only leaves nothing to track, and needs a head that reads prefix tokens alone")
+        r = self.r if r is None else r
         if (chosen := self.at(r)) is not self:
-            return chosen.forward_features(images, r, track=track, prefix_only=prefix_only)
-        on_gpu = images.is_cuda and not torch.compiler.is_compiling()
-        if on_gpu and images.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(images.device):  # Triton launches on the current one
-                return self.forward_features(images, r, track=track, prefix_only=prefix_only)
-        if not track and self.implementation(images).name == "fused":
+            return chosen.forward_tokens(images, r, track=track, prefix_only=prefix_only)
+        device = _device(images)
+        if device.type == "cuda" and not torch.compiler.is_compiling() and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current one
+                return self.forward_tokens(images, r, track=track, prefix_only=prefix_only)
+        if isinstance(images, Tensor) and not track and self.implementation(images).name == "fused":
             x, n, positions = embed(self.family, self.model, images, self._normalisation, self._dtype)
             per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
             args = (self.family, self.model, x, n, positions, per_block, prefix_only, self._float8)
@@ -158,7 +168,8 @@ class MergedViT(nn.Module):
         return tokens._replace(x=self.family.norm(self.model)(tokens.x))
 
     def implementation(self, images: Tensor) -> Implementation:
-        """How these images would be classified, and why so. Tracked and intermediate tokens are always "plain"."""
+        """How these images would be classified, and why so. Tracked and intermediate tokens, and those of a dictionary,
+        are always "plain"."""
         if self._kernels == "plain":
             return Implementation("plain", "asked for")
         against = self._unfusable
@@ -232,7 +243,9 @@ class MergedViT(nn.Module):
         """The models of the bands, as this one is now: on its device, in its dtype, training or not."""
         weight = next(self.model.parameters())
         flags = self.model.training, self.family.trunk(self.model).grad_checkpointing
-        state = id(weight), weight.device, weight.dtype, *flags, [layer.training for layer in self._layers]
+        parts = [*self.model.children(), *self.model.parameters(recurse=False)]  # a new head or new positions, perhaps
+        state = [weight.device, weight.dtype, *flags, self.num_tokens, *map(id, parts)]
+        state += [layer.training for layer in self._layers]
         known, models = self._in_bands  # another thread may put others there meanwhile
         if known != state:
             own = dict(self.model.named_parameters())
@@ -294,12 +307,6 @@ class MergedViT(nn.Module):
         model.gives_features = True
         return model
 
-    @property
-    def num_features(self) -> int:
-        """Channels of the pooled features."""
-        model: Any = self.model
-        return int(getattr(model, "head_hidden_size", None) or model.num_features)
-
     def _twin(self) -> Self:
         """A model over the same timm model, with attributes and hooks of its own."""
         twin = copy(self)
@@ -342,11 +349,11 @@ class MergedViT(nn.Module):
             return "a layer has hooks"
         return None
 
-    def forward_head(self, tokens: Tokens, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies what `forward_features` gave.
+    def forward_head(self, tokens: Tokens | Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools and classifies.
 
         Args:
-            tokens: The tokens after the final norm.
+            tokens: What `forward_tokens` gave, or `forward_features`.
             pre_logits: Whether to stop before the classifier.
 
         Returns:
@@ -354,65 +361,30 @@ class MergedViT(nn.Module):
 
         Raises:
             UnsupportedModelError: No right form of the model's pooling is known.
+            ValueError: The head reads more than prefix tokens, and the sizes of these tokens are not known.
         """
         self.family.check_head(self.model)
+        if not isinstance(tokens, Tokens):
+            tokens = Tokens(tokens.flatten(1, -2))
+            if tokens.x.shape[1] != self.num_tokens and not self.family.reads_prefix_only(self.model):
+                raise ValueError(
+                    f"the head weighs {tokens.x.shape[1]} tokens by their sizes, which features alone do not have; "
+                    "give it forward_tokens(images, r), or Tokens(features) where nothing has merged"
+                )
         return self.family.head(self.model, tokens.x, tokens.size, pre_logits)
 
     def _both(self, tokens: Tokens) -> Tensor:
-        """Logits and pooled features of what `forward_features` gave, side by side."""
+        """Logits and pooled features of what `forward_tokens` gave, side by side."""
         self.family.check_head(self.model)
         logits, features = self.family.head_and_features(self.model, tokens.x, tokens.size)
         return features if logits is None else torch.cat([logits, features], dim=1)
 
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        r: RLike = 0,
-        *,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        output_fmt: str = "NCHW",
-    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
-        """Dense features after chosen blocks: every patch has the features of the token that it merged into.
-
-        Args:
-            images: (B, 3, H, W).
-            r: As in `forward`.
-            indices: Blocks, counted from 0 or, if negative, from the end; a number n means the last n, None all.
-            return_prefix_tokens: Whether to give (patches, prefix tokens) for each block.
-            norm: Whether to apply the model's final norm.
-            output_fmt: "NCHW", maps (B, C, rows, columns), or "NLC", (B, rows * columns, C).
-
-        Returns:
-            One entry a chosen block, in order, as timm's method of this name gives with `intermediates_only`.
-
-        Raises:
-            ValueError: output_fmt is neither, there is no such block, or patches were dropped (in training).
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
-        kept = self.tokens_after(_chosen(indices, self.num_blocks), images, r)
-        sides = (1, 2) if images.dtype == torch.uint8 else (2, 3)
-        rows, columns = self.family.grid(self.model, (images.shape[sides[0]], images.shape[sides[1]]))
-        num_inputs = kept[0].unmerged().shape[1] - self.num_prefix_tokens
-        if num_inputs != rows * columns:
-            raise ValueError(f"{num_inputs} patches are left of {rows} x {columns}: patch dropout leaves no whole map")
-        final_norm = self.family.norm(self.at(r).model) if norm else nn.Identity()
-        patches, prefixes = [], []
-        for tokens in kept:
-            x = final_norm(tokens.unmerged())
-            prefix, x = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-            patches.append(x.transpose(1, 2).unflatten(2, (rows, columns)) if output_fmt == "NCHW" else x)
-            prefixes.append(prefix)
-        return list(zip(patches, prefixes, strict=True)) if return_prefix_tokens else patches
-
-    def tokens_after(self, blocks: Sequence[int], images: Tensor, r: RLike = 0) -> list[Tokens]:
+    def tokens_after(self, blocks: Sequence[int], images: Images, r: RLike | None = None) -> list[Tokens]:
         """The tokens as they leave chosen blocks; no block after the last of them runs.
 
         Args:
             blocks: Blocks, counted from 0 or, if negative, from the end.
-            images: (B, 3, H, W).
+            images: As in `forward`.
             r: As in `forward`.
 
         Returns:
@@ -421,22 +393,36 @@ class MergedViT(nn.Module):
         Raises:
             ValueError: There is no such block.
         """
-        return self.at(r)._run(images, r, _chosen(blocks, self.num_blocks), track=True)
+        r = self.r if r is None else r
+        return self.at(r)._run(images, r, chosen_blocks(blocks, self.num_blocks), track=True)
 
-    def token_counts(self, r: RLike = 0) -> tuple[int, ...]:
-        """Tokens entering the first block, then leaving each block, at the model's own input size."""
-        return schedule.token_counts(schedule.resolve(r, self.num_blocks), self.num_tokens, self.num_prefix_tokens)
+    def token_counts(self, r: RLike | None = None, input_size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Tokens entering the first block, then leaving each block.
+
+        Args:
+            r: As in `forward`.
+            input_size: Height and width of the images; None means the model's own, as `set_input_size` has left it.
+
+        Raises:
+            ValueError: The model takes no images of this size, or r is wrong.
+        """
+        per_block = schedule.resolve(self.r if r is None else r, self.num_blocks)
+        return schedule.token_counts(
+            per_block, self.family.num_tokens(self.model, input_size), self.num_prefix_tokens
+        )
 
     def _run(
-        self, images: Tensor, r: RLike, blocks: Sequence[int], *, track: bool = False, prefix_only: bool = False
+        self, images: Images, r: RLike, blocks: Sequence[int], *, track: bool = False, prefix_only: bool = False
     ) -> list[Tokens]:
         """The tokens as they leave some blocks, in order; the last of these is the last that runs."""
-        x, positions = self.family.embed(self.model, self.normalised(images))
+        x, positions, valid = self.family.embed(self.model, self._checked(images))
         x = self.family.norm_pre(self.model)(x)
         per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
         grad_checkpointing = self.family.trunk(self.model).grad_checkpointing
         track = track or self.family.positional
         tokens, kept = Tokens(x), []
+        if valid is not None:
+            tokens = Tokens(x, valid.float().clamp(min=PADDING), padded=True)
         for i in range(blocks[-1] + 1):
             last = prefix_only and i == self.num_blocks - 1
             args = (i, tokens, positions, 0 if last else per_block[i], track, self.num_prefix_tokens if last else None)
@@ -448,6 +434,19 @@ class MergedViT(nn.Module):
                 kept.append(tokens)
         return kept
 
+    def _checked(self, images: Images) -> Images:
+        """What the timm model takes.
+
+        Raises:
+            ValueError: The timm model cannot take it.
+        """
+        if isinstance(images, Tensor):
+            return self.normalised(images)
+        if not self.family.takes_patches or self._normalisation is not None:
+            what = f"a {type(self.model).__name__}" if self._normalisation is None else "a model made by from_pixels"
+            raise ValueError(f"images are a dictionary, which a NaFlexVit takes; this is {what}")
+        return images
+
     def _block(
         self, i: int, tokens: Tokens, positions: Tensor | None, r: int, track: bool, num_queries: int | None
     ) -> Tokens:
@@ -455,7 +454,8 @@ class MergedViT(nn.Module):
         block = self.family.blocks(self.model)[i]
         position = self.family.position(self.model, positions, i)
         if tokens.source is not None:
-            position = follow(position, tokens.source, tokens.x.shape[1], self.num_prefix_tokens)
+            size = tokens.size if tokens.padded else None
+            position = follow(position, tokens.source, tokens.x.shape[1], self.num_prefix_tokens, size)
         x, keys = self._attend(block, tokens, position, num_queries)
         tokens = Tokens(x) if num_queries is not None else tokens._replace(x=x)
         if r:
@@ -471,9 +471,12 @@ class MergedViT(nn.Module):
     def _merge(self, block: nn.Module, tokens: Tokens, keys: Tensor, r: int, track: bool) -> Tokens:
         """Merges by similarity of the keys (B, num_heads, N, D), averaged over heads."""
         metric = keys.mean(dim=1, dtype=torch.promote_types(keys.dtype, torch.float32))
-        plan = match(metric, r, self.num_prefix_tokens)
+        if tokens.padded and tokens.size is not None:
+            plan = match_padded(metric, tokens.size, r, self.num_prefix_tokens)
+        else:
+            plan = match(metric, r, self.num_prefix_tokens)
         x, size = merge(plan, tokens.x, tokens.size)
-        return Tokens(x, size, track_source(plan, tokens.source) if track else None)
+        return Tokens(x, size, track_source(plan, tokens.source) if track else None, tokens.padded)
 
 
 def _like(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -481,20 +484,8 @@ def _like(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str,
     return {name: nn.Parameter(tensor.to(own[name]), requires_grad=False) for name, tensor in tensors.items()}
 
 
-def _chosen(indices: int | Sequence[int] | None, num_blocks: int) -> list[int]:
-    """The blocks that `forward_intermediates` was asked for, from 0, in order."""
-    if indices is None:
-        return list(range(num_blocks))
-    if isinstance(indices, int):
-        if not 1 <= indices <= num_blocks:
-            raise ValueError(f"indices is {indices}: the last {indices} of {num_blocks} blocks")
-        return list(range(num_blocks - indices, num_blocks))
-    for i in indices:
-        if not -num_blocks <= i < num_blocks:
-            raise ValueError(f"indices names block {i}; blocks lie between {-num_blocks} and {num_blocks - 1}")
-    if not indices:
-        raise ValueError("indices is empty; name at least one block")
-    return sorted({i % num_blocks for i in indices})
+def _device(images: Images) -> torch.device:
+    return images.device if isinstance(images, Tensor) else next(iter(images.values())).device
 
 
 def wrap(model: nn.Module, kernels: Kernels = "auto") -> MergedViT:

@@ -143,7 +143,7 @@ def test_dense_features_of_pixels(build: Build, path: Any) -> None:
     assert isinstance(got, Tensor) and isinstance(wanted, Tensor)
     close(got, wanted)
     of_pixels = merged.from_pixels(MEAN, STD)
-    close(of_pixels.forward_features(pixels, 3, track=True).x, of_pixels.forward_features(pixels, 3).x)
+    close(of_pixels.forward_tokens(pixels, 3, track=True).x, of_pixels.forward_tokens(pixels, 3).x)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from torch import nn
 
 from tome_core.families.beit import BeitFamily
 from tome_core.families.eva import EvaFamily
-from tome_core.families.family import Embedded, Family, UnsupportedModelError
+from tome_core.families.family import Embedded, Family, Images, UnsupportedModelError
 from tome_core.families.naflexvit import NaFlexFamily
 from tome_core.families.relpos import RelPosFamily
 from tome_core.families.vit import ViTFamily
@@ -36,4 +36,4 @@ def family_of(model: nn.Module) -> Family:
     raise UnsupportedModelError(f"cannot merge tokens in a {type(model).__name__}; supported timm classes: {supported}")
 
 
-__all__ = ["Embedded", "Family", "UnsupportedModelError", "family_of"]
+__all__ = ["Embedded", "Family", "Images", "UnsupportedModelError", "family_of"]
