@@ -19,7 +19,7 @@ class FixedR(nn.Module):
 
     Args:
         merged: The merging model.
-        r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
+        r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `merged.r`.
 
     Attributes:
         merged: The merging model.
@@ -29,10 +29,10 @@ class FixedR(nn.Module):
         ValueError: r is negative, or lists more blocks than there are.
     """
 
-    def __init__(self, merged: MergedViT, r: RLike = 0) -> None:
+    def __init__(self, merged: MergedViT, r: RLike | None = None) -> None:
         super().__init__()
         self.merged = merged
-        self.schedule = resolve(r, merged.num_blocks)
+        self.schedule = resolve(merged.r if r is None else r, merged.num_blocks)
         self.training = merged.training
         merged.at(self.schedule)  # tuned numbers are put in place before a compiler looks on
         # torch.compile counts recompilations by code object, whatever the instance, and fails at the ninth. A copy of

@@ -63,7 +63,7 @@ class Recorded(nn.Module):
 
     Args:
         merged: The merging model.
-        r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
+        r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `merged.r`.
         max_shapes: Most shapes whose recordings are kept, each with its activations in the GPU's memory; the one unused
             for longest goes first.
 
@@ -71,7 +71,7 @@ class Recorded(nn.Module):
         ValueError: r is negative, or lists more blocks than there are.
     """
 
-    def __init__(self, merged: MergedViT, r: RLike = 0, max_shapes: int = 4) -> None:
+    def __init__(self, merged: MergedViT, r: RLike | None = None, max_shapes: int = 4) -> None:
         super().__init__()
         self.fixed = FixedR(merged, r)
         self.training = merged.training

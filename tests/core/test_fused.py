@@ -124,7 +124,7 @@ def test_tokens_in_another_order_do_not_pass_unseen(monkeypatch: pytest.MonkeyPa
     model, side = small("vit_base_patch16_siglip_224")
 
     def embed(family: Any, model: Any, images: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, positions = family.embed(model, images)
+        x, positions, _ = family.embed(model, images)
         return x, kernels.norm(x.contiguous(), None, parts_of(family.blocks(model)[0]).norm1), positions
 
     monkeypatch.setattr(vit, "embed", embed)

@@ -72,7 +72,7 @@ def test_unknown_blocks_and_attentions_are_refused(build: Build) -> None:
 def test_poolings_without_a_weighted_form_give_features_but_no_classes(build: Build, pool: str) -> None:
     merged, images = wrap(build(global_pool=pool)), torch.randn(1, 3, 96, 96)
     assert merged.forward_tokens(images, 4).x.shape == (1, 25, 48)
-    assert len(merged.forward_intermediates(images, 4)) == 3
+    assert len(merged.forward_intermediates(images, 3, r=4)[1]) == 3
     for classify in (merged, lambda images: merged.forward_head(merged.forward_tokens(images))):
         with pytest.raises(UnsupportedModelError, match=f"VisionTransformer with global_pool='{pool}'; supported: tok"):
             classify(images)

@@ -16,7 +16,6 @@ class BeitFamily(Family):
     """Adapter to `Beit`; its blocks have a table each, share one, or both."""
 
     model_classes: tuple[type[nn.Module], ...] = (Beit,)
-    covers = "BEiT, BEiT v2"
     positional = True
     pools = ("token", "avg")
 

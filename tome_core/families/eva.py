@@ -16,7 +16,6 @@ class EvaFamily(Family):
     """Adapter to `Eva`; its rotary table is one for all blocks, or ("mixed") one for each block and head."""
 
     model_classes: tuple[type[nn.Module], ...] = (Eva,)
-    covers = "EVA, EVA-02, DINOv3, ROPE-ViT, Sapiens2, Perception Encoder"
     positional = True
 
     def place(self, model: Any, patches: Tensor) -> Embedded:

@@ -45,16 +45,12 @@ class Family:
 
     Attributes:
         model_classes: The exact model classes that it serves.
-        covers: What these classes are known as.
-        unsupported_names: Ends of timm's names whose models `check` refuses.
-        takes_patches: Whether the models take a dictionary of patches for images.
+            takes_patches: Whether the models take a dictionary of patches for images.
         positional: Whether attention knows positions, so that they must follow their tokens through merges.
         pools: The poolings that timm's models of the family know and that have a size-weighted form.
     """
 
     model_classes: tuple[type[nn.Module], ...] = ()
-    covers = ""
-    unsupported_names: tuple[str, ...] = ()
     takes_patches = False
     positional = False
     pools: tuple[str, ...] = ("token", "avg", "max", "avgmax", "map")

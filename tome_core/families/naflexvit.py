@@ -18,7 +18,6 @@ class NaFlexFamily(Family):
     """Adapter to `NaFlexVit`."""
 
     model_classes: tuple[type[nn.Module], ...] = (NaFlexVit,)
-    covers = "NaFlexVit, for images of any size and shape"
     takes_patches = True
     positional = True
 

@@ -16,7 +16,6 @@ class RelPosFamily(Family):
     """Adapter to `VisionTransformerRelPos`; the bias is one for all blocks, or each block has its own."""
 
     model_classes: tuple[type[nn.Module], ...] = (VisionTransformerRelPos,)
-    covers = "ViT with relative positions"
     positional = True
     pools = ("token", "avg")
 

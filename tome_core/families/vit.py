@@ -15,7 +15,6 @@ class ViTFamily(Family):
     """Adapter to `VisionTransformer` and `VisionTransformerDistilled`, whatever block they are made of."""
 
     model_classes: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
-    covers = "ViT, DeiT, DeiT-3, DINOv2, registers, hybrids, ViTamin, and the towers of CLIP and SigLIP"
 
     def place(self, model: Any, patches: Tensor) -> Embedded:
         return Embedded(model.patch_drop(model._pos_embed(patches)))

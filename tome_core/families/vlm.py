@@ -23,8 +23,6 @@ class VisionTowerFamily(Family):
     """Adapter to classifiers that pool an encoder's patches; its projector to language tokens needs the whole grid."""
 
     model_classes = CLASSES
-    covers = "classifiers over the vision towers of Qwen3-VL and DeepSeek"
-    unsupported_names = ("_merge", "_align")
     positional = True
     pools = ("avg",)
 
