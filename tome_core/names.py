@@ -9,12 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 COVERS = {
-    "VisionTransformer": "ViT, DeiT, DeiT-3, DINOv2, registers, hybrids, ViTamin, towers of CLIP and SigLIP",
+    "VisionTransformer": "ViT, DeiT, DeiT-3, BEiT-3, DINOv2, AIMv2, FlexiViT, hybrids, ViTamin, CLIP and SigLIP towers",
     "VisionTransformerDistilled": "DeiT with a distillation token",
     "Eva": "EVA, EVA-02, DINOv3, ROPE-ViT, Sapiens2, Perception Encoder",
     "NaFlexVit": "NaFlexVit: images of any size and shape",
     "VisionTransformerRelPos": "ViT with relative positions",
-    "Beit": "BEiT, BEiT v2, BEiT-3",
+    "Beit": "BEiT, BEiT v2",
     "Qwen3VitClassifier": "classifiers over the vision tower of Qwen3-VL",
     "DeepseekVitClassifier": "classifiers over the vision tower of DeepSeek",
 }
@@ -50,8 +50,8 @@ def page() -> str:
     """docs/supported.md."""
     lines = [
         "# Supported models",
-        f"Tokens merge in {len(classes())} of timm's models. `tome_core.list_models(\"dinov3\")` and",
-        '`tome-server models --supported dinov3` search them, in the timm that is installed. This page is made by',
+        f'Tokens merge in {len(classes())} of timm\'s models. `tome_core.list_models("dinov3")` and',
+        "`tome-server models --supported dinov3` search them, in the timm that is installed. This page is made by",
         "`python -m tome_core.names > docs/supported.md`.",
     ]
     for cls, known_as in COVERS.items():

@@ -74,17 +74,18 @@ def patch(model: M, r: RLike = 0, kernels: Kernels = "auto") -> M:
     """
     if not isinstance(model, Patched):
         # Two objects over one state: this one computes as timm's class does, and sees every change of the model.
-        merged = wrap(_as(type(model), model.__dict__), kernels)
+        cls: Any = type(model)
+        merged = wrap(_as(cls, model.__dict__), kernels)
         merged.r = r
         model.__dict__[OWN] = merged
-        model.__class__ = _patched(type(model))
+        model.__class__ = _patched(cls)
     else:
         model.r = r
     return model
 
 
 @cache
-def _patched(cls: type[nn.Module]) -> Any:
+def _patched(cls: Any) -> Any:
     return type(f"Patched{cls.__name__}", (Patched, cls), {"__module__": cls.__module__})
 
 

@@ -167,9 +167,10 @@ class MergedViT(AsTimm):
         (tokens,) = self._run(images, r, [self.num_blocks - 1], track=track, prefix_only=prefix_only)
         return tokens._replace(x=self.family.norm(self.model)(tokens.x))
 
-    def implementation(self, images: Tensor) -> Implementation:
-        """How these images would be classified, and why so. Tracked and intermediate tokens, and those of a dictionary,
-        are always "plain"."""
+    def implementation(self, images: Images) -> Implementation:
+        """How these images would be classified, and why so. Tracked and intermediate tokens are always "plain"."""
+        if not isinstance(images, Tensor):
+            return Implementation("plain", "the images are a dictionary of patches")
         if self._kernels == "plain":
             return Implementation("plain", "asked for")
         against = self._unfusable
@@ -407,9 +408,7 @@ class MergedViT(AsTimm):
             ValueError: The model takes no images of this size, or r is wrong.
         """
         per_block = schedule.resolve(self.r if r is None else r, self.num_blocks)
-        return schedule.token_counts(
-            per_block, self.family.num_tokens(self.model, input_size), self.num_prefix_tokens
-        )
+        return schedule.token_counts(per_block, self.family.num_tokens(self.model, input_size), self.num_prefix_tokens)
 
     def _run(
         self, images: Images, r: RLike, blocks: Sequence[int], *, track: bool = False, prefix_only: bool = False

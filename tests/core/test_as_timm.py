@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from timm.data import resolve_data_config
+from timm.data.config import resolve_data_config
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from tests.core.tuned_numbers import numbers

@@ -131,7 +131,8 @@ def test_blocks_after_the_last_one_wanted_do_not_run(build: Build, images: Tenso
     model = build()
     model.blocks[2].register_forward_pre_hook(lambda module, inputs: pytest.fail("ran"))
     model.blocks[2].mlp.register_forward_pre_hook(lambda module, inputs: pytest.fail("ran"))
-    for early in ({"stop_early": True}, {"intermediates_only": True}):
+    stops: list[dict[str, Any]] = [{"stop_early": True}, {"intermediates_only": True}]
+    for early in stops:
         assert len(wrap(model).forward_intermediates(images, [0, 1], r=4, **early)) == 2
 
 

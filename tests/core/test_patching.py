@@ -39,24 +39,21 @@ def test_it_computes_as_a_wrapped_model_does(build: Build, images: Tensor, name:
         assert model.r == r
         assert torch.equal(model(images), merged(images, r))
         assert torch.equal(model.forward_features(images), merged.forward_features(images, r))
-        ours, theirs = (each.forward_intermediates(images, [1]) for each in (model, merged.plain()) if set_r(each, r))
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1][0], theirs[1][0])
+        features, (dense,) = model.forward_intermediates(images, [1])
+        wanted, (wanted_dense,) = merged.forward_intermediates(images, [1], r=r)
+        assert torch.equal(features, wanted) and torch.equal(dense, wanted_dense)
     assert torch.equal(model(images, 3), merged(images, 3))
-    assert torch.equal(model.get_intermediate_layers(images)[0], model.forward_intermediates(images, 1, output_fmt="NLC")[1][0])
-
-
-def set_r(model: Any, r: Any) -> bool:
-    model.r = r
-    return True
+    (layer,) = model.get_intermediate_layers(images)
+    assert torch.equal(layer, model.forward_intermediates(images, 1, output_fmt="NLC")[1][0])
 
 
 def test_it_stays_the_timm_model_that_it_was(build: Build, images: Tensor) -> None:
-    model = build()
+    model: Any = build()
     state, parameters = list(model.state_dict()), [id(parameter) for parameter in model.parameters()]
     modules = [name for name, _ in model.named_modules()]
     unmerged = model(images)
     patch(model)
-    assert isinstance(model, VisionTransformer)
+    assert issubclass(type(model), VisionTransformer)
     assert list(model.state_dict()) == state and [id(p) for p in model.parameters()] == parameters
     assert [name for name, _ in model.named_modules()] == modules
     torch.testing.assert_close(model(images), unmerged, rtol=1e-5, atol=1e-5)
@@ -124,14 +121,14 @@ def test_a_model_that_is_refused_stays_as_it_was(build: Build, r: Any) -> None:
     assert type(model) is VisionTransformer and "_merged" not in model.__dict__
     with pytest.raises(UnsupportedModelError, match="a Linear; supported timm classes"):
         patch(nn.Linear(2, 2))
-    with pytest.raises(UnsupportedModelError, match="a PatchedVisionTransformer; .* it is patched already"):
+    with pytest.raises(UnsupportedModelError, match="a PatchedVisionTransformer; .* it merges already, by its r"):
         wrap(patch(model))
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_it_compiles_whole(build: Build, images: Tensor) -> None:
-    model = patch(build(), r=4)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    model: Any = patch(build(), r=4)
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     for r in (4, 0, [5, 0, 2]):
         model.r = r
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)

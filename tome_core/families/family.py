@@ -15,7 +15,6 @@ from tome_core.families.blocks import HALVES, LAYERS, Halves
 from tome_core.positions import NOWHERE, Position
 from tome_core.precision import widened
 
-
 Images = Tensor | Mapping[str, Tensor]
 """Images (B, 3, H, W), or a NaFlexVit's dictionary: "patches", "patch_coord" and "patch_valid"."""
 

@@ -25,9 +25,9 @@ def refusal(model: nn.Module, supported: Sequence[type[nn.Module]]) -> str:
         return f"cannot merge tokens in {library}'s {name}; take timm's: {_of_timm(model)}"
     names = ", ".join(cls.__name__ for cls in supported)
     said = f"cannot merge tokens in a {name}; supported timm classes: {names}"
-    if hasattr(type(model), "r"):
-        return f"{said}; it is patched already: set its r"
     inside = [name for name, child in model.named_children() if type(child) in supported]
+    if hasattr(type(model), "r") and (inside or isinstance(model, tuple(supported))):
+        return f"{said}; it merges already, by its r"
     return f"{said}; it holds one: wrap its .{inside[0]}" if inside else said
 
 
