@@ -135,20 +135,20 @@ class MergedViT(AsTimm):
     def forward_tokens(
         self, images: Images, r: RLike | None = None, *, track: bool = False, prefix_only: bool = False
     ) -> Tokens:
-        """Runs all but the head, and keeps the books: the size of every token, and where it came from.
+        """Runs all but the head; gives tokens with their sizes and, if asked, the row of every input token.
 
         Args:
             images: As in `forward`.
             r: As in `forward`.
             track: Whether to follow where each input token went (`Tokens.source`).
-            prefix_only: Whether prefix tokens are all that is wanted, for a head that reads no others: the last block
-                computes those alone, and merges nothing.
+            prefix_only: Whether to give prefix tokens alone, for a head that reads no others. The last block then
+                computes only those, and merges nothing.
 
         Returns:
             The tokens after the final norm; with `prefix_only`, the prefix tokens.
 
         Raises:
-            ValueError: prefix_only does not go with `track`, or with this model's head.
+            ValueError: prefix_only is set with `track`, or the model's head reads other tokens.
         """
         if prefix_only and (track or not self.family.reads_prefix_only(self.model)):
             raise ValueError("prefix_only leaves nothing to track, and needs a head that reads prefix tokens alone")
@@ -168,7 +168,7 @@ class MergedViT(AsTimm):
         return tokens._replace(x=self.family.norm(self.model)(tokens.x))
 
     def implementation(self, images: Images) -> Implementation:
-        """How these images would be classified, and why so. Tracked and intermediate tokens are always "plain"."""
+        """How `forward` would compute these images, and why. Tracked and intermediate tokens are always "plain"."""
         if not isinstance(images, Tensor):
             return Implementation("plain", "the images are a dictionary of patches")
         if self._kernels == "plain":
@@ -180,15 +180,15 @@ class MergedViT(AsTimm):
         return Implementation("plain", against) if against else Implementation("fused", "nothing is against it")
 
     def has_training_layers(self) -> bool:
-        """Whether any layer of the timm model is in training mode, a dropout alone perhaps."""
+        """Whether any layer of the timm model is in training mode."""
         return any(layer.training for layer in self._layers)
 
     def load_tuned(self, file: Path | str) -> Self:
         """Takes tuned numbers for some bands of `r`: the norms and biases that `tome-server tune` has made.
 
-        Every other `r` is computed as before, bit for bit. The matrices are shared by all, and numbers that change
-        later must be the matrices' alone, and change in place. Models made of this one afterwards (`plain`,
-        `from_pixels`, `in_float8`) have them too.
+        Every other `r` is computed as before, bit for bit. All bands share the matrices, which may change later, in
+        place; other weights must not. Models made of this one afterwards (`plain`, `from_pixels`, `in_float8`) have the
+        tuned numbers too.
 
         Args:
             file: What `Tuned.save` has written.
@@ -205,7 +205,7 @@ class MergedViT(AsTimm):
         return self.take_tuned(tuned)
 
     def take_tuned(self, tuned: Tuned | None) -> Self:
-        """As `load_tuned`, of numbers that are known to be this model's; None goes back to its own for every `r`."""
+        """As `load_tuned`, with numbers that are known to fit this model; None removes them."""
         self.tuned = tuned
         self._in_bands = (None, [])
         if tuned is not None:
@@ -215,8 +215,8 @@ class MergedViT(AsTimm):
     def at(self, r: RLike) -> Self:
         """The model that computes this `r`: this one, or the one with the tuned numbers of its band.
 
-        That one is made anew after this one has moved, or has changed its dtype or mode. `torch.compile` with
-        `fullgraph` cannot trace that: call `at` once before.
+        The latter is made again after this model has moved or has changed its dtype, mode, size or head.
+        `torch.compile` with `fullgraph` cannot trace that: call `at` once before.
         """
         tuned = self.tuned
         if tuned is None:
@@ -228,9 +228,9 @@ class MergedViT(AsTimm):
         return self
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same model with other tensors in the place of some parameters, named as in the timm model.
+        """The same model with other tensors for some parameters, which are named as in the timm model.
 
-        Everything else is shared, as `tome_core.tuned.sharing` does it.
+        It shares everything else, as `tome_core.tuned.sharing` does.
         """
         model = self._twin()
         model.take_tuned(None)
@@ -244,7 +244,7 @@ class MergedViT(AsTimm):
         """The models of the bands, as this one is now: on its device, in its dtype, training or not."""
         weight = next(self.model.parameters())
         flags = self.model.training, self.family.trunk(self.model).grad_checkpointing
-        parts = [*self.model.children(), *self.model.parameters(recurse=False)]  # a new head or new positions, perhaps
+        parts = [*self.model.children(), *self.model.parameters(recurse=False), weight]  # a head may be new, say
         state = [weight.device, weight.dtype, *flags, self.num_tokens, *map(id, parts)]
         state += [layer.training for layer in self._layers]
         known, models = self._in_bands  # another thread may put others there meanwhile
@@ -264,8 +264,8 @@ class MergedViT(AsTimm):
     def in_float8(self) -> Self:
         """The same model with most products of its blocks in float8 (e4m3), from its weights as they are now.
 
-        For GPUs of compute capability 9.0 (Hopper) and newer, and models in bfloat16 or float16 already where they
-        are to run. `tome_core.fp8` says what is multiplied so, and what it costs.
+        The GPU must have compute capability 9.0 (Hopper) or newer. The model must be on it, in bfloat16 or float16.
+        `tome_core.fp8` says which products, and what it costs.
 
         Raises:
             UnsupportedModelError: The model or its device cannot; the message says why.
@@ -283,10 +283,9 @@ class MergedViT(AsTimm):
         return model
 
     def from_pixels(self, mean: Sequence[float], std: Sequence[float]) -> Self:
-        """The same model, over the same weights, that takes pixels (B, H, W, 3) in uint8 in the place of images.
+        """The same model, over the same weights, that takes pixels, (B, H, W, 3) uint8, instead of images.
 
-        They are normalised on the way: (byte / 255 - mean) / std. Where the model runs fused, no normalised image is
-        ever made.
+        It normalises them: (byte / 255 - mean) / std. Where it runs fused, it makes no normalised image.
 
         Args:
             mean: Of each channel, as the model was trained with.
@@ -322,10 +321,10 @@ class MergedViT(AsTimm):
         return next(self.model.parameters()).dtype
 
     def normalised(self, images: Tensor) -> Tensor:
-        """What this model takes as what its timm model takes: images (B, 3, H, W) of its dtype.
+        """Images, or pixels for a model made by `from_pixels`, as the timm model takes them: (B, 3, H, W).
 
         Raises:
-            ValueError: images are pixels, which this model was not told to normalise.
+            ValueError: images are pixels, and the model is not made for them.
         """
         if self._normalisation is not None:
             return self._normalisation(images, self._dtype)
@@ -336,7 +335,7 @@ class MergedViT(AsTimm):
         return images
 
     def _not_now(self, images: Tensor) -> str | None:
-        """What stands against the fused kernels in this call; None where nothing does."""
+        """Why the fused kernels cannot run this call; None if they can."""
         dtype = self._dtype
         if torch.is_grad_enabled():
             return "gradients are on; call it under torch.inference_mode() or no_grad()"
@@ -434,10 +433,10 @@ class MergedViT(AsTimm):
         return kept
 
     def _checked(self, images: Images) -> Images:
-        """What the timm model takes.
+        """Images as the timm model takes them.
 
         Raises:
-            ValueError: The timm model cannot take it.
+            ValueError: It cannot take them.
         """
         if isinstance(images, Tensor):
             return self.normalised(images)

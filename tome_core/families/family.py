@@ -1,4 +1,4 @@
-"""What a family of timm models must tell so that tokens can be merged in it. Most of it is the same for all."""
+"""What merging needs to know of a family of timm models. Most of it is the same for all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Images = Tensor | Mapping[str, Tensor]
 
 
 class UnsupportedModelError(TypeError):
-    """The model has no known place where merging is right; the message names its class and what is supported."""
+    """Merging is not known to be right in this model; the message names its class and what is supported."""
 
 
 class Embedded(NamedTuple):
@@ -77,7 +77,7 @@ class Family:
                     raise UnsupportedModelError(f"{found} with {type(layer).__name__}; supported: {supported}")
 
     def check_head(self, model: Any) -> None:
-        """Refuses poolings for which no right form under merging is known; features are to be had without.
+        """Refuses poolings for which no right form under merging is known. Features alone need no pooling.
 
         Raises:
             UnsupportedModelError: The message names what was found and what is supported.
@@ -139,9 +139,9 @@ class Family:
         raise NotImplementedError
 
     def projection(self, model: Any, image_size: tuple[int, int]) -> Tensor | None:
-        """The weights of the patch embedding, (C, channels, p, p), where it is one product of square patches.
+        """The weights of the patch embedding, (C, channels, p, p), if it is one product of square patches.
 
-        `embed` then is that product and something that is the same for every image, which `embed_colour` gives.
+        `embed` then adds to that product something that is the same for every image, which `embed_colour` gives.
 
         Args:
             model: The timm model.

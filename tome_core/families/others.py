@@ -1,4 +1,4 @@
-"""What to say of a model that no family serves: whose it is, and which of timm's models to take."""
+"""The message for a model that no family serves: its library, and which of timm's models to take instead."""
 
 from __future__ import annotations
 
