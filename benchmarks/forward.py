@@ -135,7 +135,7 @@ def _timm_compiled(model: Any, r: int) -> Forward:
 
 def _unfused(model: Any, r: int) -> Forward:
     merged = Unfused(model)
-    return lambda images: merged.forward_head(merged.forward_features(images, r))  # all of the last block, as published
+    return lambda images: merged.forward_head(merged.forward_tokens(images, r))  # all of the last block, as published
 
 
 def _ours(model: Any, r: int) -> Forward:

@@ -65,7 +65,7 @@ def test_every_backend_gives_its_features(headless: Path, backend: str) -> None:
     made.warm_up(schedule)
     seen = loaded.info.preprocessing
     images = loaded.merged.from_pixels(seen.mean, seen.std).normalised(pixels(2))
-    wanted = loaded.merged.forward_head(loaded.merged.forward_features(images, schedule), pre_logits=True)
+    wanted = loaded.merged.forward_head(loaded.merged.forward_tokens(images, schedule), pre_logits=True)
     torch.testing.assert_close(made.outputs(pixels(2), schedule), wanted, atol=1e-4, rtol=1e-4)
 
 
