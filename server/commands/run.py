@@ -12,9 +12,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.commands.asked import add_class_arguments, classification, plain_r
 from server.commands.output import spare_others, tell
 from server.commands.stopping import Stop
-from server.commands.top_k import add_class_arguments, named_classes
 from server.dial import r_of, text_of
 from server.errors import SettingsError
 from server.settings import Settings
@@ -68,6 +68,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.offline.unfinished import Unfinished
 
     _check(args)
+    plain_r(settings)
     form = format_of(args.output)
     _spare(args.output, args.overwrite, form)
     files = files_of(args.source)
@@ -148,21 +149,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
     """What is asked of every image; raises SettingsError or InvalidError where the model cannot answer that."""
-    from server.ipc.messages import Classify, Embed
+    from server.ipc.messages import Embed
 
-    schedule = info.schedule(settings.specs()[0].r or 0)
     if args.embed:
-        return Embed(model=info.name, images=[], r=schedule, deadline=math.inf)
-    top_k, activation = named_classes(args, info, default=1)
-    return Classify(
-        model=info.name,
-        images=[],
-        r=schedule,
-        deadline=math.inf,
-        top_k=top_k,
-        activation=activation,
-        threshold=args.threshold,
-    )
+        return Embed(model=info.name, images=[], r=info.schedule(plain_r(settings)), deadline=math.inf)
+    return classification(settings, args, info, default=1)
 
 
 def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: Ask) -> dict[str, Any]:

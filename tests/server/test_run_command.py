@@ -95,8 +95,7 @@ def test_rows_are_what_classify_says(
 ) -> None:
     said = run("photos", "--r", "8,2", "--top-k", "3", "--max-batch-size", "3", "-o", "out.jsonl")
     assert (said["complete"], said["images"], said["errors"], said["earlier"]) == (True, 7, 0, 0)
-    flags = [flag for flag in model if flag not in ("--backend", "torch")]
-    assert main(["classify", "--json", "--r", "8,2", "--top-k", "3", *flags, *photos]) == 0
+    assert main(["classify", "--json", "--r", "8,2", "--top-k", "3", *model, *photos]) == 0
     classified = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     rows = lines("out.jsonl")
     assert len({row["score"] for row in rows}) > 3, "the photos are too much alike to tell anything"
@@ -123,8 +122,8 @@ def test_each_format_holds_the_same_rows(asked: list[str], run: Command, photos:
         cells = list(csv.DictReader(file))
     for row, in_parquet, in_csv in zip(rows, table, cells, strict=True):
         assert list(row) == list(in_parquet) == list(in_csv)
+        assert (in_parquet.pop("r"), in_csv.pop("r"), row.pop("r")) == ([4, 4], "4", 4)
         assert in_parquet == row
-        assert in_csv.pop("r") == "4" and row.pop("r") == [4, 4]
         for name, text in in_csv.items():
             assert row[name] == (
                 text if name in ("file", "model", "label", "error") else json.loads(text or "null")
@@ -296,7 +295,7 @@ def test_a_table_is_replaced_only_when_asked_and_another_file_never(run: Command
         other.write_text("file,class\nmine,3\n")
         run("photos", "-o", str(other), "--overwrite", status=1)
         assert "holds no table of this command" in run.told and other.read_text().startswith("file,class")
-    assert {tuple(row["r"]) for row in lines("out.jsonl")} == {(8, 8)}
+    assert {row["r"] for row in lines("out.jsonl")} == {8}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +308,7 @@ def test_a_table_is_replaced_only_when_asked_and_another_file_never(run: Command
         (["photos/0.png", "-o", "out.csv"], "neither a folder nor a text file"),
         (["photos", "-o", "out.csv", "--top-k", "4"], "between 1 and 3"),
         (["photos", "-o", "out.csv", "--r", "9"], "between 0 and 8"),
-        (["photos", "-o", "out.csv", "--r", "auto"], "'auto'"),
+        (["photos", "-o", "out.csv", "--r", "auto"], "--r is auto"),
         (["photos", "-o", "out.csv", "--threshold", "0.5"], "function_to_apply=sigmoid, not with softmax"),
         (["photos", "-o", "out.csv", "--function-to-apply", "sigmoid", "--threshold", "2"], "between 0 and 1"),
         (["photos", "-o", "out.csv", "--threshold", "0.5", "--top-k", "2"], "give one of them"),
@@ -383,8 +382,9 @@ def test_progress_is_a_line_now_and_then(run: Command, photos: list[str], monkey
 
 @pytest.mark.slow
 def test_several_devices_fill_one_table(run: Command, photos: list[str]) -> None:
-    run("photos", "--max-batch-size", "2", "-o", "one.jsonl")
-    said = run("photos", "--max-batch-size", "2", "--device", "cpu,cpu", "-o", "two.jsonl")
+    same = ("photos", "--max-batch-size", "2", "--threads", "1")  # another count of threads rounds in another order
+    run(*same, "-o", "one.jsonl")
+    said = run(*same, "--device", "cpu,cpu", "-o", "two.jsonl")
     assert said["images"] == 7 and Path("two.jsonl").read_text() == Path("one.jsonl").read_text()
     run("photos", "--device", "cpu,abacus", "-o", "bad.jsonl", status=1)
     assert "abacus" in run.told
