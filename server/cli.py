@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Literal, get_args, get_origin
 
 from server import __version__
 from server.caches import keep_caches_in
@@ -61,11 +62,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_setting(parser: argparse.ArgumentParser, name: str) -> None:
     field = Settings.model_fields[name]
+    text = (field.description or "how much the log says").replace("%", "%%")
     default = {"model": "bundled", "cors_origin": None}.get(name, field.default)
-    text = (field.description or "log this much: debug, info, warning, error").replace("%", "%%")
-    action = "append" if name in _REPEATED else "store"
-    shown = "" if default is None else f" (default: {default})"
-    parser.add_argument(f"--{name.replace('_', '-')}", action=action, metavar="VALUE", help=text + shown)
+    parser.add_argument(
+        f"--{name.replace('_', '-')}",
+        action="append" if name in _REPEATED else "store",
+        metavar=_shown_values(field.annotation),
+        help=text if default is None else f"{text} (default: {_as_written(default)})",
+    )
+
+
+def _shown_values(kind: object) -> str:
+    """What help shows for the value of a setting: its choices where it has some. `Settings` checks them."""
+    choices = ("true", "false") if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
+    return f"{{{','.join(choices)}}}" if choices else "VALUE"
+
+
+def _as_written(value: object) -> str:
+    """A default as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

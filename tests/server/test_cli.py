@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from PIL import Image
 
 from server import __version__
-from server.cli import main
+from server.cli import COMMANDS, main
 from server.errors import SettingsError
 from server.offline import devices
 from server.settings import Settings
@@ -51,7 +52,21 @@ def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytes
         "bench": ["api_key", "api_key_file"],
     }
     for name in [*flags[command], "config"]:
-        assert re.search(rf"{flag(name)} (VALUE|FILE)\s+\w+", shown), name
+        assert re.search(rf"{flag(name)} (VALUE|FILE|{{[\w,]+}})\s+\w+", shown), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_lists_the_choices_of_its_flags(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    kinds = {name: Settings.model_fields[name].annotation for name in COMMANDS[command].SETTINGS}
+    listed = {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
+    listed |= {name: ("true", "false") for name, kind in kinds.items() if kind is bool}
+    for name, choices in listed.items():
+        assert f"{flag(name)} {{{','.join(choices)}}}" in shown, name
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
