@@ -72,7 +72,7 @@ def main() -> None:
         "--speedup", required=True, type=float, nargs="+", metavar="X", help="times faster than timm's model; several"
     )
     parser.add_argument("--cost", choices=("flops", "latency"), default="flops", help="what to be faster in")
-    parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
+    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of the search (default: 3)")
     parser.add_argument("--trials", type=int, default=64, metavar="N", help="schedules tried a round (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the halves and the search (default: 0)")
@@ -91,13 +91,13 @@ def main() -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> None:
     """Searches at each speed-up, and prints what was found."""
-    for name, least in (("photos", LEAST_PHOTOS), ("rounds", 1), ("trials", PARTS)):
+    for name, least in (("limit", LEAST_PHOTOS), ("rounds", 1), ("trials", PARTS)):
         if getattr(args, name) < least:
             raise SettingsError(f"--{name} is {getattr(args, name)}; it must be {least} or more")
     set_threads(settings.threads)
     loaded = load_model(settings.specs()[0], settings.state_dir)
     info = loaded.info
-    files = choose_photos(args.images, args.photos, args.seed, LEAST_PHOTOS)
+    files = choose_photos(args.images, args.limit, args.seed, LEAST_PHOTOS)
     photos = read_photos(files, info, settings.max_image_pixels)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     calibration = Calibration(runner, loaded, photos, settings.max_batch_size)

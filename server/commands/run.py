@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.commands.asked import add_class_arguments, classification, plain_r
-from server.commands.output import spare_others, tell
+from server.commands.output import check_place, spare_others, tell
+from server.commands.progress import Progress
 from server.commands.stopping import Stop
 from server.dial import r_of, text_of
 from server.errors import SettingsError
@@ -22,7 +23,6 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from server.offline.formats import Format
     from server.offline.model import Answer, Ask, Served
-    from server.offline.progress import Progress
     from server.offline.rows import Table
     from server.offline.unfinished import Unfinished
     from server.types import ModelInfo
@@ -62,7 +62,6 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.offline.devices import open_devices
     from server.offline.files import files_of
     from server.offline.formats import format_of
-    from server.offline.progress import Progress
     from server.offline.reading import parts
     from server.offline.rows import Table, printable
     from server.offline.unfinished import Unfinished
@@ -129,9 +128,7 @@ def _compute(
 
 def _spare(output: Path, may_replace: bool, form: Format) -> None:
     """Refuses an output that has no folder, or would replace what it may not."""
-    # os.path, for the methods of Path raise an error where a name is too long.
-    if not os.path.isdir(output.absolute().parent):
-        raise SettingsError(f"-o is {output}: there is no folder {output.parent}")
+    check_place("-o", output)
     spare_others(output, form.check, "holds no table of this command")
     if os.path.exists(output) and not may_replace:
         raise SettingsError(f"-o is {output}, which is there already; --overwrite replaces it")

@@ -80,7 +80,7 @@ def test_what_it_finds_can_be_served(
 
 
 def test_the_fewest_photos_do(benchmark: Callable[..., None], capsys: Capture) -> None:
-    benchmark("--speedup", "1.5", "--photos", "8")
+    benchmark("--speedup", "1.5", "--limit", "8")
     assert found(capsys.readouterr().out)["photos_to_choose_on"] == 4
 
 
@@ -106,7 +106,7 @@ def test_latency_is_measured(benchmark: Callable[..., None], capsys: Capture) ->
     [
         (["--speedup", "50"], "speedup is 50"),
         (["--speedup", "-1"], "speedup is -1"),
-        (["--speedup", "1.5", "--photos", "7"], "photos is 7; it must be 8"),
+        (["--speedup", "1.5", "--limit", "7"], "limit is 7; it must be 8"),
         (["--speedup", "1.5", "--trials", "3"], "trials is 3"),
         (["--speedup", "1.5", "--rounds", "0"], "rounds is 0"),
         (["--speedup", "1.5", "--images", "nowhere"], "nowhere holds 0 images; at least 8"),

@@ -17,8 +17,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from server.cli import main
+from server.commands import progress
 from server.errors import EngineError
-from server.offline import progress, unfinished
+from server.offline import unfinished
 from server.offline.computing import Computing
 from server.offline.model import Answer, Ask
 from tests.server.conftest import encode

@@ -152,7 +152,7 @@ async def test_auto_goes_by_the_curve_that_was_measured_with_them(
 ) -> None:
     def calibrated(*more: str) -> Curve:
         plain = ["--device", "cpu", "--backend", "torch", "--threads", "1", "--max-batch-size", "4"]
-        asked = ["--model", f"local-dir:{folder}", "--images", str(photos), "--r", "2,4", "--state-dir", "none"]
+        asked = ["--model", f"local-dir:{folder}", "--images", str(photos), "--r", "2", "4", "--state-dir", "none"]
         assert main(["calibrate", *asked, *plain, *more]) == 0
         return Curve.from_json(capsys.readouterr().out.splitlines()[-1])
 
