@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "others go on; the exit status is 1 then. With --backend auto, photos that fit into one batch are computed by "
         "torch, which is ready soonest."
     )
-    parser.add_argument("images", nargs="+", metavar="FILE|FOLDER", help="photo, or folder of photos")
+    parser.add_argument("images", nargs="+", metavar="PHOTO|FOLDER", help="image file, or folder of them")
     add_class_arguments(parser, default="5")
     parser.add_argument("--json", action="store_true", help="print JSON, one line a photo")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from server import __version__
-from server.commands.output import spare_others
+from server.commands.asked import plain_r
+from server.commands.output import check_place, spare_others
 from server.errors import SettingsError
 from server.settings import Settings
 
@@ -23,15 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
+    check_place("-o", args.output)
+    spare_others(args.output, _check_name, "is no .onnx file")
+    r = plain_r(settings)
+
     from server.device.models import load_model
     from tome_core import ExportError, export_onnx
 
-    if not os.path.isdir(args.output):  # a folder is refused by the export
-        spare_others(args.output, _check_name, "is no .onnx file")
     spec = settings.specs()[0]
     loaded = load_model(spec, settings.state_dir)
     info = loaded.info
-    schedule = info.schedule(spec.r or 0, args.inflect)
+    schedule = info.schedule(r, args.inflect)
     tokens = info.token_counts(schedule)
     facts = {
         "name": info.name,

@@ -71,6 +71,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     form = format_of(args.output)
     _spare(args.output, args.overwrite, form)
     files = files_of(args.source)
+    tell(f"loading {settings.specs()[0].name}")
     with closing(open_devices(settings)) as devices:
         served = devices.served
         ask = _ask(settings, args, served.info)
