@@ -10,7 +10,19 @@ from typing import Literal, get_args, get_origin
 
 from server import __version__
 from server.caches import keep_caches_in
-from server.commands import Command, bench, calibrate, classify, explain, export, models, run, serve, tune
+from server.commands import (
+    WITHOUT_SERVER,
+    Command,
+    bench,
+    calibrate,
+    classify,
+    explain,
+    export,
+    models,
+    run,
+    serve,
+    tune,
+)
 from server.errors import ServerError, SettingsError
 from server.settings import Settings
 from server.settings_sources import load_settings
@@ -56,13 +68,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(options)
         options.add_argument("--config", metavar="FILE", help="YAML file of settings")
         for setting in command.SETTINGS:
-            _add_setting(options, setting)
+            _add_setting(options, setting, None if name == "serve" else WITHOUT_SERVER.get(setting))
     return parser
 
 
-def _add_setting(parser: argparse.ArgumentParser, name: str) -> None:
+def _add_setting(parser: argparse.ArgumentParser, name: str, described: str | None) -> None:
     field = Settings.model_fields[name]
-    text = (field.description or "how much the log says").replace("%", "%%")
+    text = (described or field.description or "how much the log says").replace("%", "%%")
     default = {"model": "bundled", "cors_origin": None}.get(name, field.default)
     parser.add_argument(
         f"--{name.replace('_', '-')}",

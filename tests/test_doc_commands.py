@@ -50,7 +50,9 @@ def spans_of(page: str) -> list[str]:
 def commands_of(page: str, pattern: str) -> list[list[str]]:
     """The words behind each match of a pattern; a command that leaves something out, or has no flag, is none."""
     found = [re.fullmatch(rf"{pattern} ?(.*)", span) for span in spans_of(page)]
-    said = [match for match in found if match and "--" in match[2] and not re.search(r"\.\.\. |\.\.\.$|\[", match[2])]
+    said = [
+        match for match in found if match and "--" in match[2] and not re.search(r"\.\.\. |\.\.\.$|\[|--help", match[2])
+    ]
     return [
         [match[1], *(PLACEHOLDERS.get(word, word) for word in shlex.split(match[2], comments=True))] for match in said
     ]

@@ -18,8 +18,12 @@ SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "state_dir")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="ONNX file to write")
-    parser.add_argument("--inflect", type=float, help="makes r a ramp: -1 from 2r down to 0, 1 from 0 up to 2r")
-    parser.add_argument("--opset", type=int, default=20, help="version of the ONNX operators (default: 20)")
+    parser.add_argument(
+        "--inflect", type=float, metavar="X", help="makes r a ramp: -1 from 2r down to 0, 1 from 0 up to 2r"
+    )
+    parser.add_argument(
+        "--opset", type=int, default=20, metavar="N", help="version of the ONNX operators (default: 20)"
+    )
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
