@@ -10,19 +10,8 @@ from typing import Literal, get_args, get_origin
 
 from server import __version__
 from server.caches import keep_caches_in
-from server.commands import (
-    WITHOUT_SERVER,
-    Command,
-    bench,
-    calibrate,
-    classify,
-    explain,
-    export,
-    models,
-    run,
-    serve,
-    tune,
-)
+from server.commands import Command, bench, calibrate, classify, explain, export, models, run, serve, tune
+from server.commands.described import WITHOUT_SERVER
 from server.errors import ServerError, SettingsError
 from server.settings import Settings
 from server.settings_sources import load_settings
@@ -68,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(options)
         options.add_argument("--config", metavar="FILE", help="YAML file of settings")
         for setting in command.SETTINGS:
-            _add_setting(options, setting, None if name == "serve" else WITHOUT_SERVER.get(setting))
+            _add_setting(options, setting, None if name in ("serve", "models") else WITHOUT_SERVER.get(setting))
     return parser
 
 
