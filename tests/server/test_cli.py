@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -142,6 +146,15 @@ def test_classify_names_what_is_in_each_photo(
     assert len(lines) == 6 and lines[:3] == lines[3:]
     assert lines[0] == photo
     assert all(re.fullmatch(r" +\d+\.\d%  (cat|dog|goldfish)", line) for line in lines[1:3])
+
+
+def test_an_answer_that_nobody_reads_to_its_end_is_no_fault(photo: str, tiny_folder: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "classify", "--json", "--model", f"local-dir:{tiny_folder}", photo]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_classify_names_all_classes_of_a_model_that_has_few(
