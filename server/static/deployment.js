@@ -50,7 +50,7 @@ export class Deployment {
   async #set(r) {
     const model = this.#model;
     try {
-      const changed = await setR(model.name, r, model.etag);
+      const changed = { ...model, ...(await setR(model.name, r, model.etag)) };
       this.#events.onModel(changed);
       this.#put(changed);
       this.say(`Every request that names no r now gets r = ${words(changed.r)}, and after a restart too.`, "good");

@@ -119,7 +119,7 @@ def test_a_model_whose_patches_are_no_squares_is_refused(
         (["--r", "9"], "r is 9; each r must lie between 0 and 8"),
         (["--device", "abacus"], "abacus"),
         (["-o", "out.jpg"], "-o is out.jpg; "),
-        (["-o", "nowhere/out.png"], "-o is nowhere/out.png: No such file or directory"),
+        (["-o", "nowhere/out.png"], "-o is nowhere/out.png: there is no folder nowhere"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_is_allowed(

@@ -180,7 +180,7 @@ def test_calibrate_measures_its_neighbours(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--photos", "10"], "10 photos are too few to measure a photo's 10 nearest neighbours; it takes 11 or more"),
+        (["--limit", "10"], "10 photos are too few to measure a photo's 10 nearest neighbours; it takes 11 or more"),
         (["--labels", "labels.csv"], "--labels measures top-1"),
     ],
 )
