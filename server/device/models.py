@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from server.device.class_labels import class_labels
 from server.device.model_config import FILE as CONFIG_FILE
 from server.device.model_config import NEEDED, Described, ImageConfig, checked, read_config
 from server.device.tuned_file import served
+from server.device.unfilled import Unfilled
 from server.documents import sentence
 from server.errors import SettingsError, shown
 from server.images.preprocessing import Preprocessing
@@ -133,25 +135,38 @@ def load_model(spec: ModelSpec, state_dir: Path | None = None) -> LoadedModel:
             the tuned numbers that it names cannot be used. The message is one line.
     """
     try:
-        return _load(spec, state_dir)
+        with _one_thread():
+            return _load(spec, state_dir)
     except SettingsError as error:
         raise SettingsError(f"model {spec.name}: {error}") from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch to one thread: with many small tensors the other threads only wait, which takes CPU time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _load(spec: ModelSpec, state_dir: Path | None) -> LoadedModel:
     source = _Source.of(spec.source)
     described = source.describe()
-    with torch.device("meta"):  # shapes alone: whatever sizes are asked for, nothing is computed and no memory taken
+    with torch.device("meta"), Unfilled():  # shapes alone: any size takes no memory and no time
         plan, images = _sized(described)
     labels = class_labels(described.label_names, described.label_descriptions, plan.num_classes)
-    file = state = None
+    file = None
     if spec.weights == "random":
         logger.warning("%s has random weights: its answers mean nothing", spec.name)
+        model, _ = _sized(described)
     else:
         file = Path(spec.weights) if spec.weights else source.weights_file(plan.pretrained_cfg)
         state = weights.read_weights(file, plan)
-    model, _ = _sized(described)
-    if state is not None:
+        with Unfilled():
+            model, _ = _sized(described)
         model.load_state_dict(state)
     merged = tome_core.wrap(model).eval()
     found = served(spec, merged, file, state_dir)
