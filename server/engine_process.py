@@ -51,6 +51,7 @@ def main(
     last_good: UnnamedFile,
     models: UnnamedFile,
     ready: UnnamedFile,
+    refused: UnnamedFile,
     pulse: Pulse,
 ) -> None:
     """Runs an engine process; writes into `ready` once it serves.
@@ -62,6 +63,7 @@ def main(
         last_good: Keeps the last good configuration over a restart of the engine.
         models: Keeps which models were loaded and unloaded, and tells the engines of a server of it.
         ready: Holds something from then on.
+        refused: Gets the message where a setting is wrong.
         pulse: Beats from then on.
     """
     configure_logging(settings.log_level, settings.log_format)
@@ -72,7 +74,10 @@ def main(
         open_config = functools.partial(open_store, otherwise=agreed_file, memory=last_good)
         engine = build_engine(settings, open_config, tracing, ModelSet(settings, models))
     except (SettingsError, ServerError) as error:
-        logger.error("%s", error)
+        if ready.read():  # it served before, and is started again
+            logger.error("%s", error)
+        refused.clear()
+        refused.write(str(error).encode())
         sys.exit(1)
     status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S))
     if tracing is not None:

@@ -15,22 +15,23 @@ import timm
 import torch
 
 import tome_core
+from server import model_config
 from server.device import weights
 from server.device.class_labels import class_labels
-from server.device.model_config import FILE as CONFIG_FILE
-from server.device.model_config import NEEDED, Described, ImageConfig, checked, read_config
 from server.device.tuned_file import served
 from server.device.unfilled import Unfilled
 from server.documents import sentence
 from server.errors import SettingsError, shown
 from server.images.preprocessing import Preprocessing
+from server.model_config import FILE as CONFIG_FILE
+from server.model_config import WEIGHTS_FILE, Described, ImageConfig, checked, read_config, weights_in
 from server.model_spec import ModelSpec
 from server.types import ModelInfo
 from server.versions import UNVERSIONED
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
+BUNDLED = model_config.BUNDLED
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,6 @@ class _Source:
         if source == "bundled":
             return _Source(source, BUNDLED)
         if kind == "local-dir":
-            if not rest:
-                raise SettingsError("local-dir: names no folder")
             return _Source(source, Path(rest))
         if kind in ("hf-hub", "hf_hub"):
             repo, _, revision = rest.partition("@")
@@ -88,12 +87,12 @@ class _Source:
 
     def describe(self) -> Described:
         """What timm is to build."""
-        if self.folder is not None:
-            if not self.folder.is_dir():
-                raise SettingsError(f"there is no folder {self.folder}; {NEEDED}")
-            return read_config(self.folder / CONFIG_FILE)
-        if self.repo:
-            return read_config(_fetched(self, self.repo, self.revision, CONFIG_FILE))
+        if self.folder is not None or self.repo:
+            file = self._config_file()
+            described = read_config(file)
+            if not timm.is_model(described.architecture):
+                raise SettingsError(f"{file}: timm has no architecture {shown(described.architecture)}")
+            return described
         if not timm.is_model(self.name):
             raise SettingsError(
                 f"timm has no model {shown(self.name)}; a model is bundled, a name of timm's, hf-hub:ORG/NAME or "
@@ -101,16 +100,21 @@ class _Source:
             )
         return Described(self.name)
 
+    def _config_file(self) -> Path:
+        if self.folder is None:
+            return _fetched(self, self.repo, self.revision, CONFIG_FILE)
+        return self.folder / CONFIG_FILE
+
     def weights_file(self, pretrained_cfg: Mapping[str, Any]) -> Path:
         """Where the source keeps its weights; from a hub they are downloaded, or taken from its cache."""
         if self.folder is not None:
-            return weights.weights_in(self.folder)
+            return weights_in(self.folder)
         repo, revision = self.repo, self.revision
         if not repo:
             repo, _, revision = str(pretrained_cfg.get("hf_hub_id") or "").partition("@")
         if not repo:
             raise SettingsError(f"{self.name} comes without weights on the hub; give a file with weights=")
-        return _fetched(self, repo, revision, weights.FILE)
+        return _fetched(self, repo, revision, WEIGHTS_FILE)
 
 
 def _fetched(source: _Source, repo: str, revision: str, file: str) -> Path:
@@ -119,7 +123,7 @@ def _fetched(source: _Source, repo: str, revision: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(repo, file, revision=revision or None))
     except (OSError, ValueError) as error:
-        hint = "; give a file with weights=" if file == weights.FILE else ""
+        hint = "; give a file with weights=" if file == WEIGHTS_FILE else ""
         raise SettingsError(f"{source.name}: cannot fetch {file} of {repo} ({sentence(error)}){hint}") from error
 
 
@@ -153,6 +157,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _load(spec: ModelSpec, state_dir: Path | None) -> LoadedModel:
+    model_config.check_files(spec)
     source = _Source.of(spec.source)
     described = source.describe()
     with torch.device("meta"), Unfilled():  # shapes alone: any size takes no memory and no time

@@ -18,8 +18,8 @@ from server.cli import main
 from server.device import tuned_file
 from server.device.models import LoadedModel, load_model
 from server.device.tuned_file import beside, find, in_state, save
-from server.device.weights import weights_in
 from server.errors import SettingsError
+from server.model_config import weights_in
 from server.model_spec import ModelSpec
 from tests.core.tuned_numbers import numbers
 from tests.server.model_folders import load
