@@ -35,7 +35,11 @@ _REPEATED = ("model", "cors_origin")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; gives its exit status."""
+    """Runs one command.
+
+    Returns:
+        Its exit status: 2 for a wrong setting, as argparse has it for a wrong flag.
+    """
     args = _parser().parse_args(argv)
     flags = {name: getattr(args, name, None) for name in Settings.model_fields}
     try:
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[args.command].run(settings, args)
     except (SettingsError, ServerError) as error:
         print(f"tome-server: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, SettingsError) else 1
     except BrokenPipeError:  # who read the answer has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes out what is left when it ends
         return 128 + signal.SIGPIPE

@@ -179,15 +179,33 @@ class ModelCurveRow:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeedFrom:
+    """What the speeds of a curve were measured on, and the date."""
+
+    device: str
+    backend: str
+    precision: str
+    measured: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementFrom:
+    """What agreement and top-1 of a curve were measured on, the date, and the number of photos."""
+
+    device: str
+    backend: str
+    precision: str
+    measured: str
+    photos: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCurve:
     """The cost and accuracy of each r of a model, r=0 first."""
 
     model: str
-    device: str
-    precision: str
-    backend: str
-    measured: str
-    photos: int
+    speed_from: SpeedFrom
+    agreement_from: AgreementFrom
     agreement_of: str = field(default="top1", kw_only=True)
     rows: tuple[ModelCurveRow, ...]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +80,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.calibration.measure import measure
     from server.calibration.photos import read_photos
     from server.calibration.timing import schedules as default_ladder
-    from server.curve import Curve
+    from server.curve import Curve, today
     from server.device.backend import BackendOptions
     from server.device.models import load_model
     from server.device.runner import Runner
@@ -110,11 +109,10 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     if facts is None:
         raise SettingsError(f"{info.name} has random weights; a curve is of weights that stay")
     rows = measure(loaded, runner, list(dict.fromkeys(schedules)), photos, labels, batch, of, Bar())
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     curve = Curve(
         model=info.name,
         facts=facts,
-        measured=today,
+        measured=today(),
         photos=len(photos),
         max_batch_size=batch,
         agreement_of=of,
