@@ -16,6 +16,7 @@ from server.api.schemas import (
     AutoBounds,
     Backend,
     BatchSeconds,
+    Compiling,
     ModelCard,
     ModelCurve,
     ModelCurveRow,
@@ -55,7 +56,7 @@ async def get_model(name: str, request: Request, response: Response, service: Fo
     """One model: classes, input size, blocks, range of r, and token counts for each r."""
     engine = service.engine
     info = find_model(engine.catalog(), name)
-    return _detail(info, await engine.configuration(), engine, request, response)
+    return await _detail(info, await engine.configuration(), engine, request, response)
 
 
 @router.get("/{name}/curve")
@@ -88,7 +89,7 @@ async def patch_model(
     info = find_model(engine.catalog(), name)
     r = setting_of(info, parse(PatchModel, await read_json(request)))
     configuration = await engine.configure({name: r}, expected_version(if_match))
-    return _detail(info, configuration, engine, request, response)
+    return await _detail(info, configuration, engine, request, response)
 
 
 def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
@@ -118,14 +119,16 @@ def _summary(info: ModelInfo, configuration: Configuration, engine: Engine) -> M
     )
 
 
-def _detail(
+async def _detail(
     info: ModelInfo, configuration: Configuration, engine: Engine, request: Request, response: Response
 ) -> ModelDetail:
     tag(response, configuration)
+    compiling = await engine.compiling(info.name)
     return ModelDetail(
         id=info.name,
         **_summary(info, configuration, engine).model_dump(),
         backend=Backend(**asdict(info.backend)) if info.backend else None,
+        compiling=compiling and Compiling(r=r_of(compiling.schedule), done=compiling.done, total=compiling.total),
         num_classes=len(info.labels),
         classes=list(info.labels),
         function_to_apply=info.activation,

@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from server.batching.batcher import Batcher
 from server.batching.drift import DriftWatch
@@ -22,7 +22,7 @@ from server.dial import AutoR, RSetting, Schedule
 from server.errors import ConflictError, NotFoundError, ServerError, UnavailableError
 from server.ipc.messages import Answered, Choice, Classify, Item, Request
 from server.metrics import BatchMetrics
-from server.types import BatchKey, Configuration, ModelInfo, ModelState, find_model
+from server.types import BatchKey, Compiling, ComputedBy, Configuration, ModelInfo, ModelState, find_model
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,14 @@ class Device(Protocol):
         """A batch under the key's model, schedule and operation: the result of each image, in order."""
         ...
 
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes a batch of this key now; right after `compute`, what computed it. Any thread may ask."""
+        ...
+
+    def compiling(self, info: ModelInfo) -> Compiling | None:
+        """Which schedules of a model are compiled in the background; None while none is. Any thread may ask."""
+        ...
+
     def check(self) -> None:
         """Raises when the device no longer works; called on the thread that computes."""
         ...
@@ -70,6 +78,13 @@ class Spans(Protocol):
     def batch_ran(self, key: BatchKey, items: Sequence[Item], outcomes: Sequence[Any], started: float) -> None:
         """A batch ran, which was taken at some moment; the outcome of an image may be its ServerError."""
         ...
+
+
+class _Computed(NamedTuple):
+    """The result of one image, and what computed it."""
+
+    result: Any
+    by: ComputedBy
 
 
 class LocalEngine:
@@ -177,15 +192,17 @@ class LocalEngine:
         key, auto = self._key(served, r, request)
 
         def finish(batched: Batched[BatchKey, Any]) -> Answered[Any]:
+            results = [computed.result for computed in batched.results]
             if isinstance(request, Classify) and served.r is None:  # the drift of a retired model is nobody's
-                self._drift.offer(batched.key, request.images, batched.results)
+                self._drift.offer(batched.key, request.images, results)
             return Answered(
-                results=batched.results,
+                results=results,
                 schedule=batched.key.schedule,
                 config_version=configuration.version,
                 batch_size=batched.batch_size,
                 queue_s=batched.wait_s,
                 inference_s=batched.run_s,
+                computed_by=_computed_by(batched.results),
                 auto=auto or batched.note,
             )
 
@@ -232,6 +249,9 @@ class LocalEngine:
             return known
 
         return curve.at(line, self._max_batch_size)
+
+    async def compiling(self, model: str) -> Compiling | None:
+        return self._device.compiling(find_model(self._models, model))
 
     async def configuration(self) -> Configuration:
         return self._store.configuration
@@ -317,8 +337,14 @@ class LocalEngine:
     async def _prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
         return await self._on_device(self._preparing, key, items, self._device.prepare)
 
-    async def _compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
-        return await self._on_device(self._computing, key, work, self._device.compute)
+    async def _compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[_Computed]:
+        return await self._on_device(self._computing, key, work, self._computed)
+
+    def _computed(self, key: BatchKey, work: Sequence[Any]) -> Sequence[_Computed]:
+        """Computes a batch; called on the thread that computes."""
+        results = self._device.compute(key, work)
+        by = self._device.computed_by(key)
+        return [_Computed(result, by) for result in results]
 
     async def _on_device(
         self,
@@ -357,6 +383,11 @@ class LocalEngine:
             logger.critical("the device works no more", exc_info=error)
             self._broken.set()
             raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
+
+
+def _computed_by(computed: Sequence[_Computed]) -> ComputedBy:
+    """What computed a request: where its images differ, what stood in for the model's own backend."""
+    return next((each.by for each in computed if each.by.stands_in), computed[0].by)
 
 
 def _plainly(work: Callable[[], A]) -> A:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.dial import Schedule
 from server.memory import available_bytes
-from server.types import BackendInfo
+from server.types import BackendInfo, Compiling, ComputedBy
 from tome_core import MergedViT
 
 
@@ -35,6 +35,14 @@ class Backend(Protocol):
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
         """Whether `outputs` of such a batch only begins what the device does then, in no time."""
+        ...
+
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """What computes a batch of this schedule now; right after `outputs`, what computed it. Any thread may ask."""
+        ...
+
+    def compiling(self) -> Compiling | None:
+        """What is compiled in the background; None while nothing is. Any thread may ask."""
         ...
 
     def warm_further(self) -> bool:

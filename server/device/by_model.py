@@ -10,7 +10,7 @@ import torch
 from server.device.device import Device
 from server.device.runner import check
 from server.ipc.messages import Item
-from server.types import BatchKey, ModelInfo
+from server.types import BatchKey, Compiling, ComputedBy, ModelInfo
 
 
 class ByModel:
@@ -47,6 +47,12 @@ class ByModel:
 
     def compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
         return self._models[key.model, key.revision].compute(key, work)
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        return self._models[key.model, key.revision].computed_by(key)
+
+    def compiling(self, info: ModelInfo) -> Compiling | None:
+        return self._models[info.name, info.revision].compiling(info.name)
 
     def check(self) -> None:
         check(self._device)

@@ -14,7 +14,7 @@ from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.errors import ServerError
 from server.ipc.messages import Item, Merges, TopK, Vector
-from server.types import BatchKey
+from server.types import BatchKey, Compiling, ComputedBy
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Device:
     """
 
     def __init__(self, runner: Runner, explainer: Explainer | None, preparer: Preparer | None = None) -> None:
-        self._runner = runner
+        self._runner, self._explainer = runner, explainer
         self._prepare = Fitting(preparer) if preparer is not None else None
         operations: dict[str, Compute] = {"forward": runner.forward}
         if explainer is not None:
@@ -68,6 +68,16 @@ class Device:
             batch = PixelBatch(joined(work, key.input_size, self._runner.device))
             work = [Prepared(item, batch, row) for row, item in enumerate(work)]
         return self._operations[key.operation](key, work)
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes a batch of this key now; right after `compute`, what computed it."""
+        if key.operation == "explain" and self._explainer is not None:
+            return self._explainer.computed_by(key)
+        return self._runner.computed_by(key)
+
+    def compiling(self, model: str) -> Compiling | None:
+        """What is compiled of the model in the background; None while nothing is."""
+        return self._runner.compiling(model)
 
     def check(self) -> None:
         self._runner.check()

@@ -21,7 +21,7 @@ from server.device.openvino_graphs import BATCH_SIZES, FEWER_BATCH_SIZES, AnyBat
 from server.device.torch_backend import TorchBackend
 from server.device.uses import Uses
 from server.dial import Schedule, r_of, text_of
-from server.types import BackendInfo
+from server.types import BackendInfo, Compiling, ComputedBy
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class OpenVINOBackend:
         self.info = BackendInfo("openvino", precision, f"{reason}; {self._compiler.threads} threads")
         self._runs: dict[Schedule, AnyBatch] = {}
         self._warmed: set[Schedule] = set()
+        self._ready = frozenset[Schedule]()  # the keys of `_runs`, for other threads
         self._uses = Uses[Schedule]()
         schedule_bytes = (1 + len(FEWER_BATCH_SIZES)) * self._compiler.graph_bytes
         self.most_schedules = max(0, min(MOST_SCHEDULES, options.memory_bytes // schedule_bytes - 1))
@@ -110,6 +111,18 @@ class OpenVINOBackend:
         self._take_over()
         if schedule not in self._runs:
             self._runs[schedule] = self._compile(schedule, aside=False)
+            self._ready = frozenset(self._runs)
+
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """OpenVINO, or torch for a schedule that is not compiled."""
+        stands_in = schedule not in self._ready
+        info = self._torch.info if stands_in else self.info
+        return ComputedBy(info.name, info.precision, stands_in)
+
+    def compiling(self) -> Compiling | None:
+        """The schedule that is compiled now, and how many are done and wait."""
+        progress = self._later.progress()
+        return progress and Compiling(progress.key, progress.done, progress.total)
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
         """Never: it returns when all is computed."""
@@ -125,6 +138,7 @@ class OpenVINOBackend:
             self._runs |= made
             while len(unwarmed := self._unwarmed()) > self.most_schedules:
                 del self._runs[self._uses.least(unwarmed)]
+            self._ready = frozenset(self._runs)
 
     def _has_room_for(self, uses: int) -> bool:
         """Whether a schedule of so many uses is compiled: there is memory left, or one that is used less makes room."""

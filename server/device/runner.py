@@ -22,7 +22,7 @@ from server.dial import r_of, text_of
 from server.documents import sentence
 from server.errors import EngineError, ServerError, SettingsError
 from server.ipc.messages import TopK, Vector
-from server.types import Activation, BackendInfo, BatchKey
+from server.types import Activation, BackendInfo, BatchKey, Compiling, ComputedBy
 from tome_core import MergedViT
 
 logger = logging.getLogger(__name__)
@@ -150,6 +150,14 @@ class Runner:
     def backend(self, model: str) -> BackendInfo:
         """What computes a model's answers here, and why."""
         return self._backends[model].info
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes a batch of this key now; right after a batch, what computed it."""
+        return self._backends[key.model].computed_by(key.schedule)
+
+    def compiling(self, model: str) -> Compiling | None:
+        """What is compiled of a model in the background; None while nothing is."""
+        return self._backends[model].compiling()
 
     def merged(self, model: str) -> MergedViT:
         """A model as torch computes it here, from pixels: to follow tokens, or to do without recordings."""
