@@ -109,6 +109,12 @@ class _Free:
     def compiling(self, info: ModelInfo) -> Compiling | None:
         return None
 
+    def begin(self, info: ModelInfo, on_device: object, timed: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
     def check(self) -> None:
         pass
 

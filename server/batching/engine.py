@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from server.batching.batcher import Batcher
 from server.batching.drift import DriftWatch
 from server.batching.jobs import Batched, Open
-from server.batching.loader import Kept, Loader
+from server.batching.loader import Kept, Loader, OnDevice
 from server.batching.loading import Loading
 from server.batching.policy import Rung
 from server.batching.served import Served, ServedModels
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 T = TypeVar("T")
+
+Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
+"""Is told of lines: seconds of a batch of each key, and of each image in it."""
 
 CHECK_TIMEOUT_S = 10.0
 
@@ -57,6 +60,20 @@ class Device(Protocol):
 
     def compiling(self, info: ModelInfo) -> Compiling | None:
         """Which schedules of a model are compiled in the background; None while none is. Any thread may ask."""
+        ...
+
+    def begin(self, info: ModelInfo, on_device: OnDevice, timed: Timed) -> None:
+        """Begins what is done for a model in the background, such as to compile and to time its schedules.
+
+        Args:
+            info: The model.
+            on_device: Does a piece of work on the thread that computes, between two batches.
+            timed: Is told what batches take; any thread may call it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what is done in the background; what cannot be broken off is left to itself."""
         ...
 
     def check(self) -> None:
@@ -149,7 +166,11 @@ class LocalEngine:
             observer=BatchMetrics(),
             watch=None if spans is None else spans.batch_ran,
             idle=self._idle,
+            stands_in=lambda key: device.computed_by(key).stands_in,
+            stood_in=lambda computed: computed.by.stands_in,
         )
+        self._begun: set[tuple[str, str]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._max_batch_size, self._linger_s = max_batch_size, linger_s
         self._served = ServedModels(
             models, store, self._batcher.speed, self._drift, self._came_or_went, steps or {}, curves or {}
@@ -160,10 +181,12 @@ class LocalEngine:
 
     def start(self) -> None:
         """Begins to serve, and to follow the configuration; call it inside a running event loop."""
+        self._loop = asyncio.get_running_loop()
         self._following = asyncio.create_task(self._follow(), name="configuration")
         if self._loading is not None:
             self._loading.start()
         self._batcher.start().add_done_callback(lambda _: self._broken.set())
+        self._begin_background()
 
     async def broken(self) -> None:
         """Returns when this engine can serve no more: its device or its batch loop is gone, or it was closed."""
@@ -171,6 +194,7 @@ class LocalEngine:
 
     async def close(self) -> None:
         """Answers what waits, then stops."""
+        self._device.close()
         if self._loading is not None:
             await self._loading.close()
         if self._following is not None:
@@ -244,7 +268,7 @@ class LocalEngine:
             )
 
         def line(schedule: Schedule) -> tuple[float, float]:
-            known = self._batcher.speed.line(info.batch_key(schedule))
+            known = self._batcher.speed.own_line(info.batch_key(schedule))
             assert known is not None, "all rows are expected from the start"
             return known
 
@@ -287,7 +311,27 @@ class LocalEngine:
     def _came_or_went(self) -> None:
         self._forget_configuration()
         self._is_warming = True
+        self._begin_background()
         self._told()
+
+    def _begin_background(self) -> None:
+        """Begins what is done in the background for models that have come; nothing before the engine serves."""
+        if self._loop is None:
+            return
+        for info in self._models.values():
+            if (key := (info.name, info.revision)) not in self._begun:
+                self._begun.add(key)
+                self._device.begin(info, self._by_computing, self._timed)
+
+    def _timed(self, lines: Mapping[BatchKey, tuple[float, float]]) -> None:
+        """Takes note of what batches take, on whatever thread that was measured."""
+
+        def expect() -> None:
+            for key, line in lines.items():
+                self._batcher.speed.expect(key, *line)
+
+        assert self._loop is not None, "nothing is timed before the engine serves"
+        self._loop.call_soon_threadsafe(expect)
 
     async def _let_go(self, info: ModelInfo, free: Callable[[], None]) -> None:
         """Waits until nothing computes a retired model any more; then the thread that computes has it freed."""
@@ -295,6 +339,7 @@ class LocalEngine:
         self._served.forget(info)
         await self._batcher.finished(lambda item: item.request.model == info.name)
         await self._batcher.between_batches(functools.partial(self._in_time, self._computing, free))
+        self._begun.discard((info.name, info.revision))
         self._batcher.speed.forget(lambda key: (key.model, key.revision) == (info.name, info.revision))
 
     def _by_computing(self, work: Callable[[], A]) -> A:

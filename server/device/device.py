@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from server.device.explainer import Explainer
@@ -19,6 +19,12 @@ from server.types import BatchKey, Compiling, ComputedBy
 logger = logging.getLogger(__name__)
 
 Result = TopK | Vector | Merges
+OnDevice = Callable[[Callable[[], Any]], Any]
+"""Does a piece of work on the thread that computes, between two batches, and gives its result."""
+
+Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
+"""Is told what a batch of each key takes in seconds, and each image in it."""
+
 Compute = Callable[[BatchKey, Sequence[Prepared]], Sequence[Result]]
 
 
@@ -29,9 +35,17 @@ class Device:
         runner: Computes what requests want of a model's outputs.
         explainer: Says what merged; None where nobody asks that.
         preparer: Makes pixels of files, as a stage of its own; None where every image comes as pixels.
+        background: Begins what is done for the model in the background; None where nothing is.
     """
 
-    def __init__(self, runner: Runner, explainer: Explainer | None, preparer: Preparer | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        explainer: Explainer | None,
+        preparer: Preparer | None = None,
+        background: Callable[[OnDevice, Timed], None] | None = None,
+    ) -> None:
+        self._background = background
         self._runner, self._explainer = runner, explainer
         self._prepare = Fitting(preparer) if preparer is not None else None
         operations: dict[str, Compute] = {"forward": runner.forward}
@@ -78,6 +92,15 @@ class Device:
     def compiling(self, model: str) -> Compiling | None:
         """What is compiled of the model in the background; None while nothing is."""
         return self._runner.compiling(model)
+
+    def begin(self, on_device: OnDevice, timed: Timed) -> None:
+        """Begins what is done in the background."""
+        if self._background is not None:
+            self._background(on_device, timed)
+
+    def close(self) -> None:
+        """Ends what is done in the background."""
+        self._runner.close()
 
     def check(self) -> None:
         self._runner.check()

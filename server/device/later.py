@@ -50,8 +50,6 @@ class Later(Generic[K, V]):
         make: Makes the value of a key, on the thread here.
         told: What a key is called in the log.
         name: Of the thread.
-        made: Is told of every key that was made, on the thread here, after its value can be taken and before the next
-            one is begun.
         clock: Monotonic seconds.
     """
 
@@ -60,10 +58,10 @@ class Later(Generic[K, V]):
         make: Callable[[K], V],
         told: Callable[[K], str],
         name: str,
-        made: Callable[[K], None] = lambda key: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._make, self._told, self._name, self._on_made, self._clock = make, told, name, made, clock
+        self._make, self._told, self._name, self._clock = make, told, name, clock
+        self._on_made: Callable[[K], None] = lambda key: None
         self._lock = threading.Lock()
         self._asked: dict[K, int] = {}
         self._planned: dict[K, None] = {}
@@ -97,6 +95,10 @@ class Later(Generic[K, V]):
         with self._lock:
             self._planned |= {key: None for key in keys if not self._is_known(key) and key not in self._asked}
             self._begin()
+
+    def then(self, made: Callable[[K], None]) -> None:
+        """Has a function called with every key that was made, on the thread here, before the next one is begun."""
+        self._on_made = made
 
     def take(self) -> dict[K, V]:
         """What was made since the last call, in its order."""

@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from server.device.choosing import choose_backend
 from server.device.models import LoadedModel
 from server.device.outcome import Found, Wanted, gathered, wanted_by
 from server.device.prepared import Prepared, is_whole, rows
-from server.dial import r_of, text_of
+from server.dial import Schedule, r_of, text_of
 from server.documents import sentence
 from server.errors import EngineError, ServerError, SettingsError
 from server.ipc.messages import TopK, Vector
@@ -154,6 +154,15 @@ class Runner:
     def computed_by(self, key: BatchKey) -> ComputedBy:
         """What computes a batch of this key now; right after a batch, what computed it."""
         return self._backends[key.model].computed_by(key.schedule)
+
+    def compile_later(self, model: str, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Has schedules of a model compiled in the background, where it must be compiled; as of `Backend`."""
+        self._backends[model].compile_later(schedules, compiled)
+
+    def close(self) -> None:
+        """Ends what is done in the background."""
+        for backend in self._backends.values():
+            backend.close()
 
     def compiling(self, model: str) -> Compiling | None:
         """What is compiled of a model in the background; None while nothing is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -82,6 +83,12 @@ class TorchBackend:
         """Itself, whatever the schedule."""
         return ComputedBy(self.info.name, self.info.precision)
 
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Nothing: any schedule runs as it is."""
+
+    def close(self) -> None:
+        """Nothing is done in the background."""
+
     def compiling(self) -> Compiling | None:
         """Nothing: torch runs any schedule as it is."""
         return None
@@ -130,6 +137,12 @@ class RecordedBackend:
     def computed_by(self, schedule: Schedule) -> ComputedBy:
         """Itself, whatever the schedule."""
         return ComputedBy(self.info.name, self.info.precision)
+
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Nothing: any schedule runs as it is."""
+
+    def close(self) -> None:
+        """Nothing is done in the background."""
 
     def compiling(self) -> Compiling | None:
         """Nothing: what is not recorded is launched."""

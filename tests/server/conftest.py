@@ -206,6 +206,7 @@ class FakeDevice:
     prepares: bool = False
     broken: Exception | None = None
     uncompiled: list[Schedule] = field(default_factory=list)
+    begun: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -228,6 +229,12 @@ class FakeDevice:
 
     def is_compiled(self, key: BatchKey) -> bool:
         return key.schedule not in self.uncompiled
+
+    def begin(self, info: ModelInfo, on_device: Any, timed: Any) -> None:
+        self.begun.append((info.name, on_device, timed))
+
+    def close(self) -> None:
+        pass
 
     def compiling(self, info: ModelInfo) -> Compiling | None:
         return Compiling(self.uncompiled[0], 1, 1 + len(self.uncompiled)) if self.uncompiled else None

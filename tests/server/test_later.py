@@ -20,9 +20,8 @@ class Maker:
         self.now = 0.0
         self.begun = queue.SimpleQueue[str]()
         self.outcomes = queue.SimpleQueue[Exception | None]()
-        self.told = queue.SimpleQueue[str]()
         self.threads: set[int] = set()
-        self.later = Later(self._make, lambda key: f"key {key}", "maker", self.told.put, lambda: self.now)
+        self.later = Later(self._make, lambda key: f"key {key}", "maker", lambda: self.now)
 
     def _make(self, key: str) -> str:
         self.threads.add(threading.get_ident())
@@ -81,7 +80,7 @@ def test_what_is_asked_for_comes_before_what_is_planned_and_nothing_is_dropped(m
 
 def test_every_key_that_was_made_is_told_once_its_value_can_be_taken(maker: Maker) -> None:
     taken: list[dict[str, str]] = []
-    maker.later._on_made = lambda key: taken.append(maker.later.take())
+    maker.later.then(lambda key: taken.append(maker.later.take()))
     maker.later.plan(("a", "b"))
     assert [maker.end(), maker.end()] == ["a", "b"]
     assert maker.settled() == {} and taken == [{"a": "made a"}, {"b": "made b"}]
