@@ -141,7 +141,8 @@ class ModelLoader:
         warm_up(info.schedule(0))
         run, largest = _run(runner, loaded), settings.max_batch_size
         curve, lines = self._curve(found, loaded, runner, step)
-        steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest))
+        later = runner.compiles(info.name)
+        steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest, later))
         if not isinstance(r, AutoR):
             wanted = [info.schedule(r)]
         else:  # on a CPU they are compiled in the background, and `auto` takes those that are
@@ -219,8 +220,8 @@ class ModelLoader:
     ) -> tuple[Curve | None, Mapping[Schedule, Line]]:
         """The curve that `auto` goes by, and the speeds in it that this device was found to have.
 
-        Where no curve holds it is None, and the log says why. Speeds that nobody has measured here follow the
-        arithmetic, from r=0, which is timed now.
+        Where no curve holds it is None, and the log says why. Speeds that were not measured here follow the arithmetic,
+        from the time of r=0.
         """
         facts = facts_of(loaded, runner)
         if facts is None:
@@ -240,9 +241,11 @@ class ModelLoader:
         if stale := speed_staleness(curve, facts):
             if (kept := speeds.kept(name, curve, facts, self._settings.state_dir)) is not None:
                 return kept, _lines_of(kept)
-            logger.info("%s: the curve of %s was %s: speeds are timed now", name, curve.measured, stale)
+            later = runner.compiles(loaded.info.name)
+            when = "while it serves" if later else "now"
+            logger.info("%s: the curve of %s was %s: speeds are timed %s", name, curve.measured, stale, when)
             old, run, largest = curve, _run(runner, loaded), self._settings.max_batch_size
-            return step(lambda: timed(old, loaded, run, largest, facts)), {}
+            return step(lambda: timed(old, loaded, run, largest, facts, roughly=later)), {}
         return curve, _lines_of(curve)
 
 

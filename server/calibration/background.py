@@ -54,6 +54,7 @@ class Ladder:
         self._run, self._cost, self._clock, self._keep = run, cost, clock, keep
         self._sizes = (1, min(LARGER_BATCH, max_batch_size))
         self._lines = dict(lines)
+        self._left = set(schedules) - set(lines)
 
     def begin(self, on_device: OnDevice, timed: Timed) -> None:
         """Begins; returns at once.
@@ -66,11 +67,12 @@ class Ladder:
 
     def _time(self, schedule: Schedule, on_device: OnDevice, timed: Timed) -> None:
         """Times a schedule that has just been compiled; called on the thread that compiles."""
-        unmerged = self._schedules[0]
-        if schedule not in self._schedules or schedule in self._lines:
+        if schedule not in self._left:
             return
-        if schedule != unmerged and unmerged not in self._lines:
-            self._time(unmerged, on_device, timed)
+        unmerged = self._schedules[0]
+        if unmerged not in self._lines:  # as far as it is compiled now; it is timed again once all of it is
+            seconds = self._measured([unmerged], on_device)
+            self._lines[unmerged] = line_of(self._sizes, seconds[unmerged])
         seconds = self._measured([unmerged, schedule] if schedule != unmerged else [unmerged], on_device)
         line = line_of(self._sizes, seconds[schedule])
         if schedule != unmerged:  # at the speed that the machine had when r=0 was timed
@@ -78,9 +80,10 @@ class Ladder:
             pace = sum(a + b * size for size in self._sizes) / sum(seconds[unmerged])
             line = pace * line[0], pace * line[1]
         self._lines[schedule] = line
+        self._left.discard(schedule)
         lines = interpolated(self._lines, self._schedules, self._cost)
         timed({self._info.batch_key(each): line for each, line in lines.items()})
-        if all(each in self._lines for each in self._schedules):
+        if not self._left:
             self._keep(self._lines)
 
     def _measured(self, schedules: Sequence[Schedule], on_device: OnDevice) -> dict[Schedule, list[float]]:

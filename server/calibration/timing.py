@@ -47,25 +47,30 @@ def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
     return lambda schedule: flops(sizes, schedule)
 
 
-def timed(curve: Curve, loaded: LoadedModel, run: Run, max_batch_size: int, facts: Facts) -> Curve:
+def timed(
+    curve: Curve, loaded: LoadedModel, run: Run, max_batch_size: int, facts: Facts, roughly: bool = False
+) -> Curve:
     """A curve of another device at the speeds of this one, as `timed_steps` measures them with these facts."""
-    steps = timed_steps(loaded, [row.r for row in curve.rows], run, max_batch_size)
+    steps = timed_steps(loaded, [row.r for row in curve.rows], run, max_batch_size, roughly)
     lines = {step.schedule: (step.overhead_s, step.image_s) for step in steps}
     return curve.at(lines.__getitem__, max_batch_size, Timed(facts=facts, measured=today()))
 
 
-def timed_steps(loaded: LoadedModel, ladder: Sequence[Schedule], run: Run, max_batch_size: int) -> list[Rung]:
+def timed_steps(
+    loaded: LoadedModel, ladder: Sequence[Schedule], run: Run, max_batch_size: int, roughly: bool = False
+) -> list[Rung]:
     """Steps of a ladder: r=0 is timed on this device, the others follow their arithmetic until they have run.
 
-    Timing them too would mean to warm them all, and nobody may ever ask for them.
+    To time them too would mean to warm them all.
 
     Args:
         loaded: The model.
         ladder: Schedules, r=0 first and then ever faster.
         run: Computes a batch of so many images under a schedule.
         max_batch_size: Most images in a batch.
+        roughly: One image is run once: all steps are timed later, in the background.
     """
-    timed_lines = {ladder[0]: _line(run, ladder[0], max_batch_size)}
+    timed_lines = {ladder[0]: _rough_line(run, ladder[0]) if roughly else _line(run, ladder[0], max_batch_size)}
     return [Rung(each, *line) for each, line in interpolated(timed_lines, ladder, arithmetic(loaded)).items()]
 
 
@@ -98,6 +103,12 @@ def interpolated(
             share = (own - costs[fast]) / (costs[slow] - costs[fast]) if costs[slow] > costs[fast] else 1.0
             found[schedule] = share * a + (1 - share) * lines[fast][0], share * b + (1 - share) * lines[fast][1]
     return found
+
+
+def _rough_line(run: Run, schedule: Schedule) -> Line:
+    start = time.perf_counter()
+    run(schedule, 1)
+    return 0.0, time.perf_counter() - start
 
 
 def _line(run: Run, schedule: Schedule, max_batch_size: int) -> Line:

@@ -121,14 +121,17 @@ class OpenVINOBackend:
             self._put({schedule: self._compile(schedule, () if self._in_background else None)})
 
     def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
-        """Compiles on a thread what was warmed, for every batch size, and then these schedules, as many as there is
-        memory for; calls `compiled` there after each one, also of those that requests ask for."""
+        """Compiles these schedules on a thread, as many as there is memory for.
+
+        What was warmed for one image is compiled for batches behind the first of them: whoever opens the page compares
+        two schedules by one image. Requests have others compiled; `compiled` is called of those, too.
+        """
         warmed = list(self._warmed) if self._in_background else []
         others = [schedule for schedule in schedules if schedule not in self._warmed]
         planned = others[: int(PLANNED_SHARE * self.most_schedules)]
         self._planned = set(planned)
         self._later.then(compiled)
-        self._later.plan([*warmed, *planned])
+        self._later.plan([*planned[:1], *warmed, *planned[1:]])
 
     def computed_by(self, schedule: Schedule) -> ComputedBy:
         """OpenVINO, or torch for a schedule that is not compiled."""

@@ -159,6 +159,10 @@ class Runner:
         """Has schedules of a model compiled in the background, where it must be compiled; as of `Backend`."""
         self._backends[model].compile_later(schedules, compiled)
 
+    def compiles(self, model: str) -> bool:
+        """Whether a model's schedules are compiled before they are as fast as they can be."""
+        return self._backends[model].info.name == "openvino"
+
     def close(self) -> None:
         """Ends what is done in the background."""
         for backend in self._backends.values():

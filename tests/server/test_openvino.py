@@ -216,11 +216,11 @@ def test_what_is_warmed_is_compiled_for_one_image_at_the_start_and_for_batches_i
 
     monkeypatch.setattr(FakeCompiler, "any_batch", noting)
     monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
-    options = BackendOptions("openvino", 1, max_batch_size=1, memory_bytes=30, in_background=True)
+    options = BackendOptions("openvino", 1, max_batch_size=1, memory_bytes=60, in_background=True)
     backend = openvino.OpenVINOBackend(loaded(), "fp32", options)
-    backend.compile_later([(0, 0), (3, 0)], lambda schedule: None)
+    backend.compile_later([(0, 0), (3, 0), (4, 0)], lambda schedule: None)
     settle(backend)
-    assert sizes == [((0, 0), (), False), ((0, 0), None, True), ((3, 0), (4,), True)]
+    assert sizes == [((0, 0), (), False), ((3, 0), (4,), True), ((0, 0), None, True), ((4, 0), (4,), True)]
 
 
 @torch.inference_mode()

@@ -155,9 +155,9 @@ def test_lines_between_those_that_were_timed_lie_between_them(
 
 def test_the_middle_of_a_ladder_is_compiled_first_then_its_end_then_what_lies_between() -> None:
     ladder = [(r,) for r in (0, 4, 8, 12, 16, 18, 20, 21)]
-    assert [r for (r,) in bisected(ladder)] == [16, 21, 8, 4, 12, 18, 20]
+    assert [r for (r,) in bisected(ladder)] == [16, 21, 8, 18, 4, 12, 20]
     assert bisected([(0,)]) == [] and bisected([(0,), (4,)]) == [(4,)]
-    assert Server(falling((0.0, 0.1), [0.9] * 5)).planned == [SCHEDULES[place] for place in (3, 5, 1, 2, 4)]
+    assert Server(falling((0.0, 0.1), [0.9] * 5)).planned == [SCHEDULES[place] for place in (3, 5, 1, 4, 2)]
 
 
 def test_a_schedule_is_timed_in_turns_with_r_0_so_that_a_slow_minute_falls_on_both() -> None:
@@ -170,10 +170,18 @@ def test_a_schedule_is_timed_in_turns_with_r_0_so_that_a_slow_minute_falls_on_bo
         assert found[schedule] == pytest.approx(true[schedule])
 
 
+def test_r_0_is_timed_again_once_it_is_compiled_for_batches() -> None:
+    server = Server(falling((0.0, 0.08), [0.9] * 5))
+    server.compile((4, 4, 4))
+    server.true = dict(server.true) | {UNMERGED: (0.0, 0.07)}
+    server.compile(UNMERGED)
+    assert server.drawn()[0] == pytest.approx((0.0, 0.07))
+
+
 def test_once_each_schedule_was_timed_the_lines_are_kept_and_nothing_is_timed_again() -> None:
     true = falling((0.002, 0.04), [0.9] * 5)
     server = Server(true)
-    for schedule in SCHEDULES[1:]:
+    for schedule in (*SCHEDULES[1:], UNMERGED):
         assert server.kept == []
         server.compile(schedule)
     assert server.kept[0] == {schedule: pytest.approx(line) for schedule, line in true.items()}
