@@ -194,8 +194,8 @@ class ModelLoader:
         if stale := speed_staleness(curve, facts):
             logger.info("%s: the curve of %s was %s: speeds are timed now", name, curve.measured, stale)
             old, run, largest = curve, _run(runner, loaded), self._settings.max_batch_size
-            curve = step(lambda: timed(old, loaded, run, largest))
-        return curve.model_copy(update={"facts": facts})
+            curve = step(lambda: timed(old, loaded, run, largest, facts))
+        return curve
 
 
 def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]:

@@ -13,6 +13,7 @@ from server.api.body import parse
 from server.api.config import IfMatch, expected_version, setting_of, tag
 from server.api.json_body import read_json
 from server.api.schemas import (
+    AgreementFrom,
     AutoBounds,
     Backend,
     BatchSeconds,
@@ -23,6 +24,7 @@ from server.api.schemas import (
     ModelList,
     ModelSummary,
     PatchModel,
+    SpeedFrom,
 )
 from server.dial import AutoR, r_of
 from server.errors import NotFoundError
@@ -60,16 +62,13 @@ async def get_model(name: str, request: Request, response: Response, service: Fo
 
 @router.get("/{name}/curve")
 async def get_curve(name: str, service: ForUsers) -> ModelCurve:
-    """What each r of a model costs and keeps, as `tome-server calibrate` measured it, at the speeds of this moment."""
+    """The speed and the agreement of each r of a model, and where each of the two was measured."""
     curve = await service.engine.curve(find_model(service.engine.catalog(), name).name)
-    facts = curve.facts
+    speed = curve.speed_from
     return ModelCurve(
         model=curve.model,
-        device=facts.device,
-        precision=facts.precision,
-        backend=facts.backend,
-        measured=curve.measured,
-        photos=curve.photos,
+        speed_from=SpeedFrom(**_place(speed.facts), measured=speed.measured),
+        agreement_from=AgreementFrom(**_place(curve.facts), measured=curve.measured, photos=curve.photos),
         agreement_of=curve.agreement_of,
         rows=[_curve_row(row) for row in curve.rows],
     )
@@ -89,6 +88,10 @@ async def patch_model(
     r = setting_of(info, parse(PatchModel, await read_json(request)))
     configuration = await engine.configure({name: r}, expected_version(if_match))
     return _detail(info, configuration, engine, request, response)
+
+
+def _place(facts: curves.Facts) -> dict[str, str]:
+    return {"device": facts.device, "backend": facts.backend, "precision": facts.precision}
 
 
 def _curve_row(row: curves.CurveRow) -> ModelCurveRow:

@@ -284,15 +284,31 @@ class ModelCurveRow(BaseModel):
     neighbours: CurveNeighbours | None = Field(description="With agreement_of neighbours, more of the search.")
 
 
+class SpeedFrom(BaseModel):
+    """Where the speeds of a curve come from. The batches that run now refine them."""
+
+    device: str = Field(description="The processor by its name.")
+    backend: str
+    precision: str
+    measured: str = Field(description="The date, YYYY-MM-DD.")
+
+
+class AgreementFrom(BaseModel):
+    """Where agreement and top-1 of a curve come from."""
+
+    device: str = Field(description="The processor by its name.")
+    backend: str
+    precision: str
+    measured: str = Field(description="The date, YYYY-MM-DD.")
+    photos: int = Field(description="Number of photos.")
+
+
 class ModelCurve(BaseModel):
     """The curve of a model, r=0 first."""
 
     model: str
-    device: str
-    precision: str
-    backend: str
-    measured: str = Field(description="The date of agreement and top-1.")
-    photos: int = Field(description="How many they were measured on.")
+    speed_from: SpeedFrom
+    agreement_from: AgreementFrom
     agreement_of: AgreementOf = Field(
         description="top1: the likeliest class; labels: all labels of 0.5 or more; neighbours: the ten nearest photos."
     )

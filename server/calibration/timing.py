@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from server.batching.policy import Rung
-from server.curve import Curve
+from server.curve import Curve, Facts, Timed, today
 from server.device.models import LoadedModel
 from server.dial import Schedule
 from tome_core.cost import flops
@@ -41,11 +41,13 @@ def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
     return lambda schedule: flops(sizes, schedule)
 
 
-def timed(curve: Curve, loaded: LoadedModel, run: Callable[[Schedule, int], None], max_batch_size: int) -> Curve:
-    """A curve of another device at the speeds of this one, as `timed_steps` has them."""
+def timed(
+    curve: Curve, loaded: LoadedModel, run: Callable[[Schedule, int], None], max_batch_size: int, facts: Facts
+) -> Curve:
+    """A curve of another device at the speeds of this one, as `timed_steps` measures them with these facts."""
     steps = timed_steps(loaded, [row.r for row in curve.rows], run, max_batch_size)
     lines = {step.schedule: (step.overhead_s, step.image_s) for step in steps}
-    return curve.at(lines.__getitem__, max_batch_size)
+    return curve.at(lines.__getitem__, max_batch_size, Timed(facts=facts, measured=today()))
 
 
 def timed_steps(

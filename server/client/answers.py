@@ -178,15 +178,33 @@ class ModelCurveRow:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCurve:
-    """What each r of a model costs and keeps, r=0 first."""
+class SpeedFrom:
+    """What the speeds of a curve were measured on, and the date."""
 
-    model: str
     device: str
-    precision: str
     backend: str
+    precision: str
+    measured: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementFrom:
+    """What agreement and top-1 of a curve were measured on, the date, and the number of photos."""
+
+    device: str
+    backend: str
+    precision: str
     measured: str
     photos: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCurve:
+    """The speed and the agreement of each r of a model, r=0 first."""
+
+    model: str
+    speed_from: SpeedFrom
+    agreement_from: AgreementFrom
     agreement_of: str = field(default="top1", kw_only=True)
     rows: tuple[ModelCurveRow, ...]
 

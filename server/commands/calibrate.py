@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -76,7 +75,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.calibration.labels import read_labels
     from server.calibration.measure import measure
     from server.calibration.photos import read_photos
-    from server.curve import Curve
+    from server.curve import Curve, today
     from server.device.backend import BackendOptions
     from server.device.models import load_model
     from server.device.runner import Runner
@@ -113,11 +112,10 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     if facts is None:
         raise SettingsError(f"{info.name} has random weights; a curve is of weights that stay")
     rows = measure(loaded, runner, schedules, photos, labels, batch, of, _bar())
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     curve = Curve(
         model=info.name,
         facts=facts,
-        measured=today,
+        measured=today(),
         photos=len(photos),
         max_batch_size=batch,
         agreement_of=of,
