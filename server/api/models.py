@@ -81,13 +81,14 @@ async def patch_model(
     response: Response,
     service: ForAdmins,
     if_match: IfMatch = None,
-) -> ModelDetail:
+) -> ModelSummary:
     """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
     engine = service.engine
     info = find_model(engine.catalog(), name)
     r = setting_of(info, parse(PatchModel, await read_json(request)))
     configuration = await engine.configure({name: r}, expected_version(if_match))
-    return _detail(info, configuration, engine, request, response)
+    tag(response, configuration)
+    return _summary(info, configuration, engine)
 
 
 def _place(facts: curves.Facts) -> dict[str, str]:

@@ -228,7 +228,7 @@ class Embedding:
 
 
 _ANSWER, _EMBEDDING = TypeAdapter(Answer), TypeAdapter(Embedding)
-_MODEL, _SUMMARIES, _CURVE = TypeAdapter(Model), TypeAdapter(list[ModelSummary]), TypeAdapter(ModelCurve)
+_MODEL, _SUMMARY, _CURVE = TypeAdapter(Model), TypeAdapter(ModelSummary), TypeAdapter(ModelCurve)
 
 
 def read_embeddings(body: Any) -> list[Embedding]:
@@ -251,7 +251,11 @@ def read_answers(body: Any, filenames: list[str | None]) -> list[Answer]:
 
 
 def read_models(body: Any) -> list[ModelSummary]:
-    return _SUMMARIES.validate_python(body["models"])
+    return [read_summary(each) for each in body["models"]]
+
+
+def read_summary(body: Any) -> ModelSummary:
+    return _SUMMARY.validate_python(body)
 
 
 def read_model(body: Any) -> Model:

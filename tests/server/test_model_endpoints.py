@@ -37,6 +37,14 @@ async def test_a_patched_r_counts_for_the_next_request_and_after_a_restart(
         assert (await service.classify(PNG)).json()["r"] == r
 
 
+async def test_a_patch_answers_with_the_new_setting_and_not_with_all_about_the_model() -> None:
+    async with serving() as service:
+        patched = await service.client.patch("/v1/models/tiny", json={"r": 3})
+        (listed,) = (await service.client.get("/v1/models")).json()["models"]
+        assert patched.json() == listed and listed["r"] == 3
+        assert not {"classes", "token_counts"} & patched.json().keys() and len(patched.content) < 300
+
+
 async def test_a_ramp_that_a_request_may_ask_for_can_be_deployed_too() -> None:
     async with serving() as service:
         asked = await service.classify(PNG, r=8, inflect=-1)
