@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from server.model_spec import BUNDLED_NAME
+from tests.e2e.behind import behind
 from tests.e2e.service import Service, StartService
 
 playwright = pytest.importorskip(
@@ -85,7 +87,7 @@ class Watched:
 
     def open(self) -> Page:
         """Opens the page, and waits until both sides have looked at the first sample."""
-        self.page.goto(self.url)
+        self.page.goto(f"{self.url}/")
         expect(self.page.locator("#a-caption")).to_contain_text("tokens")
         expect(self.page.locator("#b-caption")).to_contain_text("tokens")
         return self.page
@@ -178,6 +180,18 @@ def test_two_settings_that_differ_are_said_to_differ(watched: Watched) -> None:
     page = watched.open()
     expect(page.locator("#verdict")).to_contain_text(re.compile("^Different answers.*: A says teapot, B says beacon."))
     expect(page.locator("#verdict")).to_have_attribute("data-agree", "no")
+
+
+IS_GREY = """part => {
+    document.getAnimations().forEach((animation) => animation.finish());
+    for (let each = part; each; each = each.parentElement) if (getComputedStyle(each).opacity < 1) return true;
+    return false;
+}"""
+
+
+def is_grey(page: Page, part: str) -> bool:
+    """Whether a part of the page, or an element around it, is greyed out or about to be."""
+    return bool(page.locator(part).evaluate(IS_GREY))
 
 
 class Answers:
@@ -299,15 +313,14 @@ def test_verdict_and_times_are_seen_without_scrolling(
 def test_an_answer_of_another_dial_is_grey_until_the_new_one_comes(watched: Watched) -> None:
     page = watched.open()
     expect(page.locator("#verdict")).to_contain_text("medians of 5")
-    held = list[Route]()
-    page.route(re.compile(r"/v1/classify.*&r=12"), held.append)
+    held, holds = list[Route](), True
+    page.route(re.compile(r"/v1/classify.*&r=12"), lambda route: held.append(route) if holds else route.continue_())
     page.locator("#a-dial").fill("12")
     while not held:
         page.wait_for_timeout(20)
     assert is_grey(page, "#a-bars") and is_grey(page, "#verdict") and not is_grey(page, "#b-bars")
-    for route in held:
-        route.continue_()
-    page.unroute_all()
+    holds = False
+    held[0].continue_()
     expect(page.locator("#a-caption")).to_have_text(caption(12))
     expect(page.locator("#compare")).to_have_attribute("data-stale", "")
     assert not is_grey(page, "#a-bars") and not is_grey(page, "#verdict")
@@ -612,7 +625,7 @@ def test_the_curve_marks_where_the_deployment_stands_and_sets_the_dial(watched: 
     assert xs == sorted(xs) and ys == sorted(ys)  # faster to the right, less agreement lower
     dots.nth(2).focus()
     expect(page.locator("#curve-says")).to_contain_text(
-        "r = 16: 90.2 images/s, 65 tokens left, agrees with r = 0 on 88.3 %"
+        "r = 16: 90.2 images/s (1.8× r = 0), 65 tokens left, agrees with r = 0 on 88.3 %"
     )
     page.locator("#a-dial").fill("4")
     dots.nth(2).focus()
@@ -686,6 +699,37 @@ def test_nothing_else_may_be_loaded_or_run(watched: Watched) -> None:
     watched.requests = [url for url in watched.requests if "elsewhere" not in url]  # asked for, and never sent
 
 
+def test_the_page_works_under_a_path(browser: Browser, shared_service: Service) -> None:
+    with behind(shared_service.url, "/tome") as url:
+        watched = Watched(browser.new_context(), url)
+        page = watched.open()
+        expect(page.locator("#verdict")).to_contain_text("medians of 5")
+        expect(page.locator("#share li").first).to_contain_text("%")
+        page.get_by_role("link", name="API").click()
+        expect(page.locator("h1")).to_have_text("The API")
+        watched.close()
+
+
+@pytest.mark.parametrize("prefix", ["", "/tome"])
+def test_the_page_of_the_api_comes_from_this_server_alone(
+    browser: Browser, shared_service: Service, prefix: str
+) -> None:
+    with behind(shared_service.url, prefix) if prefix else nullcontext(shared_service.url) as url:
+        watched = Watched(browser.new_context(), url)
+        page = watched.page
+        page.goto(f"{url}/docs")
+        expect(page.locator("#get-v1-models")).to_contain_text(f"curl '{url}/v1/models'")
+        expect(page.locator("footer")).to_contain_text("Everything here comes from this server.")
+        page.locator("#contents a", has_text="/v1/explain").click()
+        expect(page.locator("#post-v1-explain")).to_be_in_viewport()
+        page.get_by_role("link", name="The page").click()
+        expect(page.locator("#a-caption")).to_contain_text("tokens")
+        assert {f"{url}/{name}" for name in ("docs", "static/docs.js", "static/docs.css", "openapi.json")} <= set(
+            watched.requests
+        )
+        watched.close()
+
+
 @pytest.mark.parametrize("width", [360, 768, 1600])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_width_scrolls_sideways(browser: Browser, shared_service: Service, width: int, scheme: Any) -> None:
@@ -721,18 +765,6 @@ def test_who_wants_less_motion_gets_none(browser: Browser, shared_service: Servi
         durations.append(page.evaluate(bar))
         context.close()
     assert durations[0] == "0.25s" and durations[1] == "0s"
-
-
-def is_grey(page: Page, part: str) -> bool:
-    """Whether a part of the page, or what it is in, is greyed out or about to be."""
-    page.evaluate("document.getAnimations().forEach(animation => animation.finish())")
-    return bool(
-        page.locator(part).evaluate(
-            "part => !!part.closest('*') && [...(function* () {"
-            "for (let each = part; each; each = each.parentElement) yield getComputedStyle(each).opacity;"
-            "})()].some(opacity => opacity < 1)"
-        )
-    )
 
 
 def test_a_server_that_goes_away_is_missed_and_welcomed_back(browser: Browser, start_service: StartService) -> None:
