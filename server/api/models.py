@@ -17,6 +17,7 @@ from server.api.schemas import (
     AutoBounds,
     Backend,
     BatchSeconds,
+    Compiling,
     ModelCard,
     ModelCurve,
     ModelCurveRow,
@@ -57,7 +58,7 @@ async def get_model(name: str, request: Request, response: Response, service: Fo
     """One model: classes, input size, blocks, range of r, and token counts for each r."""
     engine = service.engine
     info = find_model(engine.catalog(), name)
-    return _detail(info, await engine.configuration(), engine, request, response)
+    return await _detail(info, await engine.configuration(), engine, request, response)
 
 
 @router.get("/{name}/curve")
@@ -122,14 +123,16 @@ def _summary(info: ModelInfo, configuration: Configuration, engine: Engine) -> M
     )
 
 
-def _detail(
+async def _detail(
     info: ModelInfo, configuration: Configuration, engine: Engine, request: Request, response: Response
 ) -> ModelDetail:
     tag(response, configuration)
+    compiling = await engine.compiling(info.name)
     return ModelDetail(
         id=info.name,
         **_summary(info, configuration, engine).model_dump(),
         backend=Backend(**asdict(info.backend)) if info.backend else None,
+        compiling=compiling and Compiling(r=r_of(compiling.schedule), done=compiling.done, total=compiling.total),
         num_classes=len(info.labels),
         classes=list(info.labels),
         function_to_apply=info.activation,

@@ -45,6 +45,14 @@ class AutoChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputedBy:
+    """What computed an answer: the name of the backend, and its precision."""
+
+    backend: str
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What is in one image, and how it was computed.
 
@@ -58,6 +66,7 @@ class Answer:
         batch_size: Images that were computed together.
         timings_ms: Of the request, which may have held several images.
         tuned: Whether tuned numbers computed it; False of a server that does not say.
+        computed_by: The backend; None of a server that does not say.
     """
 
     filename: str | None
@@ -71,6 +80,7 @@ class Answer:
     config_version: int
     timings_ms: TimingsMs
     tuned: bool = False
+    computed_by: ComputedBy | None = None
 
     @property
     def top(self) -> Class:
@@ -115,11 +125,21 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True)
+class Compiling:
+    """How far a model's schedules are compiled: the `r` of now, those that are done, and all of them."""
+
+    r: PlainR
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Model(ModelSummary):
     """All about a model that is served.
 
     Attributes:
         backend: None before a device holds the model.
+        compiling: None while nothing is compiled.
         classes: Words for each class, in class order.
         input_size: Height and width in pixels.
         token_counts: For each r: tokens entering the first block, then leaving each block.
@@ -130,6 +150,7 @@ class Model(ModelSummary):
     """
 
     backend: Backend | None
+    compiling: Compiling | None = field(default=None, kw_only=True)
     num_classes: int
     classes: tuple[str, ...]
     function_to_apply: str = field(default="softmax", kw_only=True)

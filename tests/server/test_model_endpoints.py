@@ -76,6 +76,16 @@ async def test_an_if_match_that_is_no_etag_is_refused(if_match: bytes) -> None:
         assert (await service.client.get("/v1/models/tiny")).json()["r"] == 0
 
 
+async def test_a_model_says_what_is_compiled() -> None:
+    async with serving() as service:
+        assert (await service.client.get("/v1/models/tiny")).json()["compiling"] is None
+        service.device.uncompiled = [(8, 8, 8), (1, 2, 3)]
+        told = (await service.client.get("/v1/models/tiny")).json()["compiling"]
+        assert told == {"r": 8, "done": 1, "total": 3}
+        service.device.uncompiled = [(1, 2, 3)]
+        assert (await service.client.get("/v1/models/tiny")).json()["compiling"]["r"] == [1, 2, 3]
+
+
 async def test_the_models_are_described() -> None:
     async with serving(models=[model_info(), model_info("large")], r=2) as service:
         listed = (await service.client.get("/v1/models")).json()["models"]
