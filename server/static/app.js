@@ -15,7 +15,7 @@ import { Turns } from "./turns.js";
 import { compilation, judge } from "./verdict.js";
 
 const FIRST_R = 16;
-const POLL_MS = 1000, LONGEST_POLL_MS = 30_000;
+const POLL_MS = 2000, LONGEST_POLL_MS = 32_000;
 
 let model = null; // as /v1/models/{name} answers
 let photo = null; // {blob, bitmap, name}
@@ -101,7 +101,7 @@ function setStale(side, isStale) {
 
 /** Shows the times of both sides, and the verdict on them. */
 function showTimes() {
-  const slowestMs = Math.max(...sides.map(({ times }) => times.result?.ms ?? 0));
+  const slowestMs = isSame(a.times.by, b.times.by) ? Math.max(...sides.map(({ times }) => times.result?.ms ?? 0)) : null;
   for (const side of sides) side.showTime(slowestMs);
   const done = Math.min(a.times.count, b.times.count), isMeasuring = stopwatch.wanted >= MANY;
   at("measure").disabled = status.isAway() || isMeasuring || !sides.every((side) => side.answer);

@@ -98,12 +98,12 @@ export class Side {
     return true;
   }
 
-  /** Shows the time as a bar; the slower of both sides is `slowestMs`. */
+  /** Shows the time, and a bar that is whole at `slowestMs`; null shows no bar. */
   showTime(slowestMs) {
     const { result, by } = this.times;
     at(`${this.#id}-ms`).textContent = result ? milliseconds(result.ms) : "–";
     at(`${this.#id}-by`).textContent = by ? backend(by) : "";
-    at(`${this.#id}-time`).style.setProperty("--share", result ? result.ms / slowestMs : 0);
+    at(`${this.#id}-time`).style.setProperty("--share", result && slowestMs ? result.ms / slowestMs : 0);
   }
 
   #showAnswer() {

@@ -274,6 +274,8 @@ def test_times_of_two_backends_are_not_compared_and_follow_once_both_are_compile
     expect(verdict).to_contain_text("Compiling r = 16 (3 of 9): the times follow.")
     expect(verdict).to_contain_text("Same answer: beacon.")
     expect(page.locator("#a-by")).to_have_text("torch, fp32")
+    shares = [page.locator(f"#{side}-time").evaluate("bar => bar.style.getPropertyValue('--share')") for side in "ab"]
+    assert shares == ["0", "0"]  # no bars side by side
     expect(health).to_have_text("ready, compiling r = 16 (3 of 9)")
     answers.compiling = {"r": [16, 8, 0], "done": 8, "total": 9}
     expect(health).to_have_text("ready, compiling r = 16, 8 (9 of 9)")
