@@ -10,7 +10,7 @@ import { Live } from "./live.js";
 import { listenForPhotos } from "./photo.js";
 import { Side } from "./side.js";
 import * as status from "./status.js";
-import { FEW, isSame, MANY, Stopwatch } from "./times.js";
+import { FEW, isSame, MANY, results, Stopwatch } from "./times.js";
 import { Turns } from "./turns.js";
 import { compilation, judge } from "./verdict.js";
 
@@ -101,8 +101,9 @@ function setStale(side, isStale) {
 
 /** Shows the times of both sides, and the verdict on them. */
 function showTimes() {
-  const slowestMs = isSame(a.times.by, b.times.by) ? Math.max(...sides.map(({ times }) => times.result?.ms ?? 0)) : null;
-  for (const side of sides) side.showTime(slowestMs);
+  const medians = results(a.times, b.times);
+  const slowestMs = isSame(a.times.by, b.times.by) ? Math.max(...medians.map((median) => median?.ms ?? 0)) : null;
+  sides.forEach((side, index) => side.showTime(medians[index], slowestMs));
   const done = Math.min(a.times.count, b.times.count), isMeasuring = stopwatch.wanted >= MANY;
   at("measure").disabled = status.isAway() || isMeasuring || !sides.every((side) => side.answer);
   at("measured").textContent = isMeasuring ? `${done} of ${MANY}` : "";

@@ -98,9 +98,9 @@ export class Side {
     return true;
   }
 
-  /** Shows the time, and a bar that is whole at `slowestMs`; null shows no bar. */
-  showTime(slowestMs) {
-    const { result, by } = this.times;
+  /** Shows a median, and a bar that is full at `slowestMs`; null shows no bar. */
+  showTime(result, slowestMs) {
+    const { by } = this.times;
     at(`${this.#id}-ms`).textContent = result ? milliseconds(result.ms) : "–";
     at(`${this.#id}-by`).textContent = by ? backend(by) : "";
     at(`${this.#id}-time`).style.setProperty("--share", result && slowestMs ? result.ms / slowestMs : 0);

@@ -9,7 +9,7 @@ export const isSame = (one, other) => one?.backend === other?.backend && one?.pr
 /** Times of one setting, all computed by the same backend in the same precision. */
 export class Times {
   #ms = [];
-  #before = null; // the result before a new measurement, until that has enough times
+  before = null; // the result of the measurement before
   by = null; // {backend, precision}
 
   /** Adds an answer's time. A change of the backend drops the times before it. */
@@ -22,12 +22,12 @@ export class Times {
   /** Forgets everything: the setting or the photo is another one. */
   clear() {
     this.#ms = [];
-    this.#before = this.by = null;
+    this.before = this.by = null;
   }
 
   /** Begins a new measurement of the same setting. */
   restart() {
-    this.#before = this.result;
+    this.before = this.now ?? this.before;
     this.#ms = [];
   }
 
@@ -35,10 +35,9 @@ export class Times {
     return this.#ms.length;
   }
 
-  /** {ms, count}: the median and of how many times; null without any time. */
-  get result() {
-    if (this.count < FEW && this.#before?.count >= FEW) return this.#before;
-    return this.count ? { ms: median(this.#ms), count: this.count } : this.#before;
+  /** The result of this measurement, {ms, count}: the median and of how many times; null without any time. */
+  get now() {
+    return this.count ? { ms: median(this.#ms), count: this.count } : null;
   }
 }
 
@@ -47,11 +46,17 @@ function median(numbers) {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
-/** How many times as fast the first is as the second; null where they cannot be compared yet. */
+/** The results of two settings to show, both of one measurement: the one before, until the new one has enough times. */
+export function results(...both) {
+  const isNew = both.every(({ count }) => count >= FEW) || both.some(({ before }) => !(before?.count >= FEW));
+  return both.map(({ now, before }) => (isNew ? now ?? before : before));
+}
+
+/** How many times as fast the first setting is as the second; null while they cannot be compared. */
 export function gain(first, second) {
-  if (!isSame(first.by, second.by)) return null;
-  const [one, other] = [first.result, second.result];
-  return Math.min(one?.count ?? 0, other?.count ?? 0) < FEW ? null : other.ms / one.ms;
+  const [one, other] = results(first, second);
+  if (!isSame(first.by, second.by) || !(one?.count >= FEW && other?.count >= FEW)) return null;
+  return other.ms / one.ms;
 }
 
 /** Measures two sides in turns: A, B, B, A, A, B and so on. */

@@ -1,7 +1,7 @@
 // What the page says in words: whether A and B agree, and which of them is faster.
 
 import { make, synonyms, words } from "./dom.js";
-import { gain, isSame } from "./times.js";
+import { gain, isSame, results } from "./times.js";
 
 const NOTICEABLE = 1.05; // a smaller gain is noise
 
@@ -28,14 +28,15 @@ function faster(a, b) {
 
 /** What is known of the times, in a sentence. */
 function detail(a, b, model) {
-  const [one, other] = [a.times.result, b.times.result];
+  const [one, other] = results(a.times, b.times);
+  const compiled = compilation(model)?.replace("c", "C");
   if (gain(a.times, b.times) !== null) {
     const count = Math.min(one.count, other.count);
-    return `A takes ${milliseconds(one.ms)}, B ${milliseconds(other.ms)}: medians of ${count} inferences each.`;
+    const times = `A takes ${milliseconds(one.ms)}, B ${milliseconds(other.ms)}: medians of ${count} inferences each.`;
+    return compiled ? `${times} ${compiled}: all times are longer meanwhile.` : times;
   }
   if (isSame(a.times.by, b.times.by)) return "The times follow.";
-  const compiled = compilation(model);
-  if (compiled) return `${compiled[0].toUpperCase()}${compiled.slice(1)}: the times follow.`;
+  if (compiled) return `${compiled}: the times follow.`;
   const each = [a, b].map((side) => `${side.name} was computed by ${backend(side.times.by)}`);
   return `${each.join(", ")}: their times cannot be compared.`;
 }
