@@ -32,7 +32,11 @@ _REPEATED = ("model", "cors_origin")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; gives its exit status."""
+    """Runs one command.
+
+    Returns:
+        Its exit status: 2 for a wrong setting, as argparse has it for a wrong flag.
+    """
     args = _parser().parse_args(argv)
     flags = {name: getattr(args, name, None) for name in Settings.model_fields}
     try:
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[args.command].run(settings, args)
     except (SettingsError, ServerError) as error:
         print(f"tome-server: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT  # the status that shells give to a process that Ctrl-C has ended
 

@@ -20,8 +20,9 @@ from server.config.model_set import ModelSet
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.device.models import LoadedModel
+from server.device.runner import pick_device
 from server.device.torch_backend import set_threads
-from server.dial import RSetting
+from server.dial import RSetting, text_of
 from server.documents import sentence
 from server.errors import InvalidError, ServerError, SettingsError
 from server.ipc.door import Door
@@ -31,7 +32,7 @@ from server.loader import ModelLoader
 from server.metrics import ENGINE_STARTS
 from server.settings import Settings
 from server.tracing.start import start_tracing
-from server.types import find_model
+from server.types import ModelInfo, find_model
 from server.unnamed import UnnamedFile
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def main(
     last_good: UnnamedFile,
     models: UnnamedFile,
     ready: UnnamedFile,
+    refused: UnnamedFile,
     pulse: Pulse,
 ) -> None:
     """Runs an engine process; writes into `ready` once it serves.
@@ -62,6 +64,7 @@ def main(
         last_good: Keeps the last good configuration over a restart of the engine.
         models: Keeps which models were loaded and unloaded, and tells the engines of a server of it.
         ready: Holds something from then on.
+        refused: Gets the message where a setting is wrong.
         pulse: Beats from then on.
     """
     configure_logging(settings.log_level, settings.log_format)
@@ -72,9 +75,13 @@ def main(
         open_config = functools.partial(open_store, otherwise=agreed_file, memory=last_good)
         engine = build_engine(settings, open_config, tracing, ModelSet(settings, models))
     except (SettingsError, ServerError) as error:
-        logger.error("%s", error)
+        if ready.read():  # it served before, and is started again
+            logger.error("%s", error)
+        refused.clear()
+        refused.write(str(error).encode())
         sys.exit(1)
-    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S))
+    place = pick_device(settings.device)
+    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S, place))
     if tracing is not None:
         tracing.close()
     sys.exit(status)
@@ -176,6 +183,13 @@ def _read(
     return read
 
 
+def _in_words(info: ModelInfo, r: RSetting, place: str) -> str:
+    """What serves, on what, and at which `r`."""
+    by = info.backend
+    how = f" by {by.name} in {by.precision} ({by.reason})" if by else ""
+    return f"{info.name} on {place}{how} at r={text_of(r)}"
+
+
 def _leave_out(name: str, error: Exception) -> None:
     """Tells why a model that was loaded live is not there after a restart: that is no reason not to start."""
     is_told = isinstance(error, SettingsError | ServerError)
@@ -186,7 +200,9 @@ def _leave_out(name: str, error: Exception) -> None:
     )
 
 
-async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float) -> int:
+async def _serve(
+    engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float, place: str
+) -> int:
     """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better).
 
     Told to end, it serves on until the HTTP processes have left, for so long at most: whoever signals a whole group of
@@ -202,7 +218,9 @@ async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pul
     take_turns_quickly()
     ENGINE_STARTS.inc()
     ready.write(b"1")
-    logger.info("serving %s", ", ".join(engine.catalog()))
+    configuration = await engine.configuration()
+    for name, info in engine.catalog().items():
+        logger.info("serving %s", _in_words(info, configuration.models[name], place))
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()

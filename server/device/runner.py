@@ -203,7 +203,7 @@ class Runner:
             logger.debug("%s cannot be warmed up", key.model, exc_info=True)
             raise EngineError(f"{key.model} cannot compute a black image: {sentence(error)}") from error
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
-        logger.info(
+        logger.debug(
             "%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, backend.info.precision, took_s
         )
 

@@ -202,7 +202,8 @@ class _Connection:
         self.frames.send(Reply(call_id, Failure.of(error)))
 
     def _withdraw_all(self) -> None:
-        logger.info("an HTTP process left; %d of its calls are withdrawn", len(self._calls))
+        if self._calls:
+            logger.info("an HTTP process left; %d of its calls are withdrawn", len(self._calls))
         for answering in list(self._calls.values()):
             answering.cancel()
         for number in list(self._unseen):

@@ -113,7 +113,7 @@ def test_without_the_package_torch_computes_and_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         backend = choose_backend(loaded(), CPU, "auto", BackendOptions("auto"), Lock())
     assert (backend.info.name, backend.info.precision) == ("torch", "fp32")
     assert "not installed" in backend.info.reason

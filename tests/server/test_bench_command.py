@@ -466,7 +466,7 @@ def test_the_command_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(photos if "." not in arguments.split() else tmp_path_of(tmp_path))
-    assert main(["bench", "--images", str(photos), *arguments.split()]) == 1
+    assert main(["bench", "--images", str(photos), *arguments.split()]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("tome-server: ") and named in shown.err and shown.out == ""
 
@@ -479,7 +479,7 @@ def tmp_path_of(tmp_path: Path) -> Path:
 
 def test_the_command_says_what_the_server_says(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with apart(lambda asked, number: BUSY) as (_, url):
-        assert main(["bench", "--url", url, "--images", str(photos), "--r", "8"]) == 1
+        assert main(["bench", "--url", url, "--images", str(photos), "--r", "8"]) == 2
     assert f"tome-server: {url} at r=8: 429 not now" in capsys.readouterr().err
 
 
@@ -487,7 +487,7 @@ def test_the_command_says_that_nobody_listens(photos: Path, capsys: pytest.Captu
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        assert main(["bench", "--url", url, "--images", str(photos)]) == 1
+        assert main(["bench", "--url", url, "--images", str(photos)]) == 2
     assert capsys.readouterr().err.startswith(f"tome-server: {url}: ")
 
 
@@ -495,5 +495,5 @@ def test_a_plot_without_matplotlib_says_so(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["bench", "--images", str(photos), "--plot", "x.png"]) == 1
+    assert main(["bench", "--images", str(photos), "--plot", "x.png"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err

@@ -157,7 +157,7 @@ def test_it_draws(folder: Path, photos: Path, tmp_path: Path, capsys: pytest.Cap
     labels = str(photos.parent / "labels.csv")
     assert main(command(folder, photos, "--r", "4", "--labels", labels, "--plot", str(picture))) == 0
     assert "<svg" in picture.read_text()
-    assert main(command(folder, photos, "--r", "4", "--plot", str(tmp_path / "curve.abc"))) == 1
+    assert main(command(folder, photos, "--r", "4", "--plot", str(tmp_path / "curve.abc"))) == 2
     assert "curve.abc" in capsys.readouterr().err
 
 
@@ -165,7 +165,7 @@ def test_without_matplotlib_the_command_to_install_it_is_said(
     folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(command(folder, photos, "--plot", "curve.svg")) == 1
+    assert main(command(folder, photos, "--plot", "curve.svg")) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
@@ -207,7 +207,7 @@ def test_what_is_wrong_is_said(
     Path("columns.csv").write_text("photo,class\n1.png,0\n")
     Path("classes.csv").write_text("file,label\n1.png,3\n")
     Path("others.csv").write_text("file,label\nmine.png,2\n")
-    assert main(command(folder, photos, *arguments)) == 1
+    assert main(command(folder, photos, *arguments)) == 2
     assert named in capsys.readouterr().err
     assert not (folder / "curve.json").exists()
 
@@ -215,7 +215,7 @@ def test_what_is_wrong_is_said(
 def test_only_a_curve_is_overwritten(folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, curve = folder / "model.safetensors", folder / "kept.json"
     before = weights.read_bytes()
-    assert main(command(folder, photos, "-o", str(weights))) == 1
+    assert main(command(folder, photos, "-o", str(weights))) == 2
     assert f"-o is {weights}, which holds no curve; it is not overwritten" in capsys.readouterr().err
     assert weights.read_bytes() == before
     for _ in range(2):

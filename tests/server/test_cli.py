@@ -79,7 +79,7 @@ def test_a_wrong_command_line_ends_with_usage(said: str, capsys: pytest.CaptureF
         (["classify", "--model", "local-dir:nothing", "photo.png"], "nothing"),
     ],
 )
-def test_a_bad_setting_is_a_message_and_status_1(
+def test_a_bad_setting_is_a_message_and_status_2(
     arguments: list[str],
     named: str,
     capsys: pytest.CaptureFixture[str],
@@ -87,17 +87,17 @@ def test_a_bad_setting_is_a_message_and_status_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("tome-server: ") and named in shown.err
     assert shown.out == "" and "Traceback" not in shown.err
 
 
-def test_an_unknown_variable_is_a_message_and_status_1(
+def test_an_unknown_variable_is_a_message_and_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TOME_COLOUR", "red")
-    assert main(["models"]) == 1
+    assert main(["models"]) == 2
     assert "colour" in capsys.readouterr().err
 
 
@@ -173,5 +173,5 @@ def test_classify_says_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     Path("broken.png").write_bytes(Path(photo).read_bytes()[:60])
     photos = [] if len(arguments) == 1 else [photo]
-    assert main(["classify", "--model", f"local-dir:{tiny_folder}", "--top-k", "1", *arguments, *photos]) == 1
+    assert main(["classify", "--model", f"local-dir:{tiny_folder}", "--top-k", "1", *arguments, *photos]) == 2
     assert named in capsys.readouterr().err

@@ -229,7 +229,7 @@ def test_check_says_in_one_line_what_a_folder_is(folder: Path, capsys: pytest.Ca
 
 def test_check_says_in_one_line_what_is_wrong_with_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(folder, put("pretrained_cfg.interpolation", "area"))
-    assert main(["models", "--check", str(folder)]) == 1
+    assert main(["models", "--check", str(folder)]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1
     assert shown.err.startswith("tome-server: model model: ") and "interpolation" in shown.err
@@ -242,5 +242,5 @@ def test_check_computes_an_image(
         raise RuntimeError("these shapes\ndo not multiply")
 
     monkeypatch.setattr("server.device.torch_backend.TorchBackend.outputs", fail)
-    assert main(["models", "--check", str(folder)]) == 1
+    assert main(["models", "--check", str(folder)]) == 2
     assert "cannot compute a black image: these shapes do not multiply" in capsys.readouterr().err

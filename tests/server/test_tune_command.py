@@ -200,7 +200,7 @@ def test_a_file_of_tuned_numbers_that_is_named_is_replaced_and_a_pipe_is_not_ope
     (kept,) = Tuned.load(output).bands
     assert (kept.low, kept.high) == (21, 22)
     os.mkfifo(pipe)
-    assert main(command(folder, images, "-o", str(pipe))) == 1
+    assert main(command(folder, images, "-o", str(pipe))) == 2
     assert f"-o is {pipe}, which holds no tuned numbers" in capsys.readouterr().err and pipe.is_fifo()
 
 
@@ -232,7 +232,7 @@ def test_the_bundled_model_is_tuned_in_the_state_folder(
     judged(SURE)
     monkeypatch.setattr(session, "CPU_RECIPE", Recipe(steps=1, batch_size=2))
     plain = ["--images", str(images), "--device", "cpu", "--r", "12..14", "--photos", "50"]
-    assert main(["tune", *plain, "--state-dir", "none"]) == 1
+    assert main(["tune", *plain, "--state-dir", "none"]) == 2
     assert (
         f"{BUNDLED_NAME} has no folder of its own, and there is no state folder; use -o FILE" in capsys.readouterr().err
     )
@@ -396,7 +396,7 @@ def test_a_model_whose_answer_is_not_one_class_is_refused(
 ) -> None:
     folder = random_vit(tmp_path / "other", change.get("num_classes", 50))
     edit(folder, lambda config: config.update(change))
-    assert main(command(folder, images)) == 1
+    assert main(command(folder, images)) == 2
     assert named in capsys.readouterr().err
 
 
@@ -404,7 +404,7 @@ def test_a_model_that_gives_no_numbers_is_said(
     folder: Path, images: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tuner, "step", lambda *args: torch.tensor(float("nan")))
-    assert main(command(folder, images)) == 1
+    assert main(command(folder, images)) == 2
     assert "tome-server: the loss is nan near step 2: this model cannot be tuned" in capsys.readouterr().err
 
 
@@ -445,7 +445,7 @@ def test_what_is_wrong_is_said_before_anything_is_learned(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(Tuner, "step", None)
-    assert main(command(folder, images, *arguments)) == 1
+    assert main(command(folder, images, *arguments)) == 2
     error = capsys.readouterr().err
     assert said in error and error.splitlines()[-1].startswith("tome-server: ")
     assert sorted(each.name for each in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -458,6 +458,6 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_learned(
     monkeypatch.setattr(Tuner, "step", None)
     (tmp_path / "tuned").write_text("")
     plain = ["--images", str(images), "--device", "cpu", "--state-dir", str(tmp_path), "--photos", "50"]
-    assert main(["tune", *plain]) == 1
+    assert main(["tune", *plain]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "tuned" / BUNDLED_NAME) in error and "cannot be written; use -o FILE" in error
