@@ -27,7 +27,7 @@ from server.documents import sentence
 from server.errors import InvalidError, ServerError, SettingsError
 from server.ipc.door import Door
 from server.ipc.server import EngineServer
-from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
+from server.lifetime import Pulse, configure_logging, end_with_parent, leave, spare_the_collector, take_turns_quickly
 from server.loader import ModelLoader
 from server.metrics import ENGINE_STARTS
 from server.settings import Settings
@@ -84,7 +84,7 @@ def main(
     status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S, place))
     if tracing is not None:
         tracing.close()
-    sys.exit(status)
+    leave(status)
 
 
 def build_engine(

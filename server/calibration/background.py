@@ -27,7 +27,7 @@ class Ladder:
 
     Args:
         info: The model.
-        schedules: r=0 first, then ever faster.
+        schedules: r=0 first.
         compile_later: Has schedules compiled; calls back after each.
         run: Computes a batch of so many images under a schedule.
         cost: The arithmetic of a schedule.
@@ -49,7 +49,8 @@ class Ladder:
         keep: Callable[[Mapping[Schedule, Line]], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._info, self._schedules, self._compile_later = info, schedules, compile_later
+        self._info, self._compile_later = info, compile_later
+        self._schedules = sorted(schedules, key=cost, reverse=True)
         self._run, self._cost, self._clock, self._keep = run, cost, clock, keep
         self._sizes = (1, min(LARGER_BATCH, max_batch_size))
         self._lines = dict(lines)

@@ -118,7 +118,7 @@ class OpenVINOBackend:
         self._compiler.keep(schedule)
         self._take_over()
         if schedule not in self._runs:
-            self._put({schedule: self._compile(schedule, (1,) if self._in_background else None)})
+            self._put({schedule: self._compile(schedule, () if self._in_background else None)})
 
     def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
         """Compiles on a thread what was warmed, for every batch size, and then these schedules, as many as there is

@@ -37,8 +37,8 @@ from server.device.openvino_graphs import (
     config_of,
     run_of,
 )
+from server.device.translation import translate_pickled
 from server.dial import Schedule, r_of, text_of
-from server.lifetime import end_with_parent
 from tome_core.openvino import save, to_openvino
 from tome_core.openvino_core import add_operator, core
 from tome_core.openvino_operator import build_operator, to_bfloat16
@@ -235,7 +235,7 @@ class Compiler:
         file, is_common = self._files.graph(name), name == self._common(schedule)
         if merged is None:
             with TRACING:
-                _translate(self._merged, schedule, is_common, self.input_size, file, self._operator)
+                translate(self._merged, schedule, is_common, self.input_size, file, self._operator)
             return
         args = (merged, schedule, is_common, self.input_size, file, self._operator)
         with self._aside:
@@ -243,7 +243,7 @@ class Compiler:
                 self._translate_aside(args)
 
     def _translate_aside(self, args: tuple[Any, ...]) -> None:
-        process = multiprocessing.get_context("spawn").Process(target=_translate_pickled, args=args, name="translation")
+        process = multiprocessing.get_context("spawn").Process(target=translate_pickled, args=args, name="translation")
         self._process = process
         if self._is_closed:
             raise RuntimeError("the server ends")
@@ -266,13 +266,8 @@ class Compiler:
         return operator
 
 
-def _translate_pickled(merged: bytes, *args: Any) -> None:
-    end_with_parent()
-    _translate(pickle.loads(merged), *args)
-
-
 @torch.no_grad()
-def _translate(
+def translate(
     merged: tome_core.MergedViT,
     schedule: Schedule,
     is_common: bool,
