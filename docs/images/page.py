@@ -13,7 +13,7 @@ import shutil
 import sys
 
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import FloatRect, expect, sync_playwright
 
 WIDTH, QUALITY = 1100, 82
 COMPILED_MS, MEASURED_MS = 600_000, 120_000
@@ -35,7 +35,7 @@ def picture(url: str, photo: str = "School bus") -> Image.Image:
         page.mouse.move(0, 0)
         boxes = [page.locator(part).bounding_box() for part in PARTS]
         end = max(box["y"] + box["height"] for box in boxes if box)
-        clip = {"x": 0, "y": 0, "width": WIDTH, "height": end + 16}
+        clip: FloatRect = {"x": 0, "y": 0, "width": WIDTH, "height": end + 16}
         taken = page.screenshot(full_page=True, clip=clip)
         browser.close()
     return Image.open(io.BytesIO(taken)).convert("RGB")
