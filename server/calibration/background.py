@@ -71,13 +71,10 @@ class Ladder:
             return
         unmerged = self._schedules[0]
         if unmerged not in self._lines:  # as far as it is compiled now; it is timed again once all of it is
-            seconds = self._measured([unmerged], on_device)
-            self._lines[unmerged] = line_of(self._sizes, seconds[unmerged])
-        seconds = self._measured([unmerged, schedule] if schedule != unmerged else [unmerged], on_device)
-        line = line_of(self._sizes, seconds[schedule])
+            self._lines[unmerged] = self._measured(unmerged, on_device)[0]
+        line, unmerged_s = self._measured(schedule, on_device)
         if schedule != unmerged:  # at the speed that the machine had when r=0 was timed
-            a, b = self._lines[unmerged]
-            pace = sum(a + b * size for size in self._sizes) / sum(seconds[unmerged])
+            pace = sum(self._lines[unmerged]) / unmerged_s
             line = pace * line[0], pace * line[1]
         self._lines[schedule] = line
         self._left.discard(schedule)
@@ -86,18 +83,12 @@ class Ladder:
         if not self._left:
             self._keep(self._lines)
 
-    def _measured(self, schedules: Sequence[Schedule], on_device: OnDevice) -> dict[Schedule, list[float]]:
-        """Seconds of a batch of each size under each schedule: medians of runs that took turns."""
-        took: dict[tuple[Schedule, int], list[float]] = {}
-        for _ in range(1 + RUNS):
-            for size in self._sizes:
-                for schedule in schedules:
-                    seconds = on_device(functools.partial(self._seconds, schedule, size))
-                    took.setdefault((schedule, size), []).append(seconds)
-        return {
-            schedule: [statistics.median(took[schedule, size][1:]) for size in self._sizes]  # the first warms up
-            for schedule in schedules
-        }
+    def _measured(self, schedule: Schedule, on_device: OnDevice) -> tuple[Line, float]:
+        """The line of a schedule, and the seconds of one image at r=0 that took turns with it: medians."""
+        turns = [(self._schedules[0], 1), *((schedule, size) for size in self._sizes)]
+        took = [[on_device(functools.partial(self._seconds, *turn)) for turn in turns] for _ in range(RUNS)]
+        unmerged_s, *seconds = (statistics.median(times) for times in zip(*took, strict=True))
+        return line_of(self._sizes, seconds), unmerged_s
 
     def _seconds(self, schedule: Schedule, images: int) -> float:
         start = self._clock()

@@ -162,7 +162,7 @@ def test_the_middle_of_a_ladder_is_compiled_first_then_its_end_then_what_lies_be
 
 def test_a_schedule_is_timed_in_turns_with_r_0_so_that_a_slow_minute_falls_on_both() -> None:
     true = falling((0.002, 0.04), [0.9] * 5)
-    runs = 2 * (1 + RUNS)  # of r=0 alone
+    runs = 3 * RUNS  # of r=0 alone
     server = Server(true, pace=[1.0] * runs + [3.0])
     server.compile((4, 4, 4))
     found = {key.schedule: line for key, line in server.told[-1].items()}
