@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,8 +12,9 @@ from server.dial import Schedule
 from server.types import ModelInfo
 
 LARGER_BATCH = 8
-RUNS = 3
-"""Times that a batch of one image and a larger one are timed."""
+TURNS, MOST_TURNS, QUIET = 3, 12, 1.2
+"""Each batch is timed in turns, until so many of them took no longer than `QUIET` times the fastest. A machine that does
+something else makes a batch take many times as long."""
 
 CompileLater = Callable[[Sequence[Schedule], Callable[[Schedule], None]], None]
 
@@ -84,16 +84,23 @@ class Ladder:
             self._keep(self._lines)
 
     def _measured(self, schedule: Schedule, on_device: OnDevice) -> tuple[Line, float]:
-        """The line of a schedule, and the seconds of one image at r=0 that took turns with it: medians."""
-        turns = [(self._schedules[0], 1), *((schedule, size) for size in self._sizes)]
-        took = [[on_device(functools.partial(self._seconds, *turn)) for turn in turns] for _ in range(RUNS)]
-        unmerged_s, *seconds = (statistics.median(times) for times in zip(*took, strict=True))
+        """The line of a schedule, and the seconds of one image at r=0 that took turns with it: the least disturbed."""
+        batches = [(self._schedules[0], 1), *((schedule, size) for size in self._sizes)]
+        turns: list[list[float]] = []
+        while len(turns) < MOST_TURNS and not (turns and all(map(_is_quiet, zip(*turns, strict=True)))):
+            turns.append([on_device(functools.partial(self._seconds, *batch)) for batch in batches])
+        unmerged_s, *seconds = map(min, zip(*turns, strict=True))
         return line_of(self._sizes, seconds), unmerged_s
 
     def _seconds(self, schedule: Schedule, images: int) -> float:
         start = self._clock()
         self._run(schedule, images)
         return self._clock() - start
+
+
+def _is_quiet(seconds: Sequence[float]) -> bool:
+    """Whether enough turns agree, by what the same batch took in each."""
+    return sum(each <= QUIET * min(seconds) for each in seconds) >= TURNS
 
 
 def bisected(schedules: Sequence[Schedule]) -> list[Schedule]:

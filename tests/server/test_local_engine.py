@@ -137,11 +137,9 @@ async def test_an_answer_says_what_computed_it_and_a_stand_in_teaches_nothing_of
     async with started(device, steps={"tiny": STEPS}) as engine:
         key = model_info().batch_key((4, 4, 4))
         before = engine._batcher.speed.own_line(key)
-        answers = [await engine.answer(classify(r=r)) for r in ((4, 4, 4), (8, 8, 8))]
-        assert [each.computed_by for each in answers] == [("torch", "fp32", True), ("openvino", "bf16", False)]
+        assert (await engine.answer(classify(r=(4, 4, 4)))).computed_by == ("torch", "fp32", True)
         assert engine._batcher.speed.own_line(key) == before != engine._batcher.speed.line(key)
-        several = await engine.answer(classify(b"a", r=(4, 4, 4)))
-        assert several.computed_by.stands_in
+        assert (await engine.answer(classify(r=(8, 8, 8)))).computed_by == ("openvino", "bf16", False)
         device.uncompiled = []
         assert (await engine.answer(classify(r=(4, 4, 4)))).computed_by == ("openvino", "bf16", False)
         assert engine._batcher.speed.own_line(key) == engine._batcher.speed.line(key) != before
