@@ -13,8 +13,8 @@ from server.types import ModelInfo
 
 LARGER_BATCH = 8
 TURNS, MOST_TURNS, QUIET = 3, 12, 1.2
-"""Each batch is timed in turns, until so many of them took no longer than `QUIET` times the fastest. A machine that does
-something else makes a batch take many times as long."""
+"""Each batch is timed in turns, until so many of them took no longer than `QUIET` times the fastest. On a machine that
+does something else a batch takes many times as long."""
 
 CompileLater = Callable[[Sequence[Schedule], Callable[[Schedule], None]], None]
 

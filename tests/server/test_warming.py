@@ -181,8 +181,13 @@ def test_a_machine_that_does_something_else_most_of_the_time_is_timed_until_it_i
 
 def test_a_machine_that_is_never_quiet_is_timed_for_so_many_turns() -> None:
     server = Server(falling((0.0, 0.04), [0.9] * 5), pace=[2.0**place for place in range(1000)])
-    ran: list[Schedule] = []
-    server.ladder._run = lambda schedule, images: ran.append(schedule) or server.run(schedule, images)
+    ran, run = list[Schedule](), server.run
+
+    def noting(schedule: Schedule, images: int) -> None:
+        ran.append(schedule)
+        run(schedule, images)
+
+    server.ladder._run = noting
     server.compile((4, 4, 4))
     assert ran.count((4, 4, 4)) == 2 * MOST_TURNS
 
