@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from server import __version__
 from server.caches import keep_caches_in
 from server.commands import Command, bench, calibrate, classify, explain, export, models, run, serve, tune
-from server.errors import ServerError, SettingsError
+from server.errors import InvalidError, ServerError, SettingsError
 from server.settings import Settings
 from server.settings_sources import load_settings
 from tome_core import quiet  # noqa: F401  # this process and its children report to nobody
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        Its exit status: 2 for a wrong setting, as argparse has it for a wrong flag.
+        Its exit status: 2 for a wrong setting or argument, as argparse has it.
     """
     args = _parser().parse_args(argv)
     flags = {name: getattr(args, name, None) for name in Settings.model_fields}
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[args.command].run(settings, args)
     except (SettingsError, ServerError) as error:
         print(f"tome-server: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
+        return 2 if isinstance(error, SettingsError | InvalidError) else 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT  # the status that shells give to a process that Ctrl-C has ended
 

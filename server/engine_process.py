@@ -200,9 +200,7 @@ def _leave_out(name: str, error: Exception) -> None:
     )
 
 
-async def _serve(
-    engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float, place: str
-) -> int:
+async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float, place: str) -> int:
     """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better).
 
     Told to end, it serves on until the HTTP processes have left, for so long at most: whoever signals a whole group of
