@@ -1,6 +1,6 @@
 """Top-1, agreement with r=0 and speed of a model at each `r`, over a folder of labelled photos.
 
-python -m benchmarks.accuracy --model NAME --weights FILE --data FOLDER --r 0,4,8,11,13,16
+python -m benchmarks.accuracy --model NAME --weights FILE --data FOLDER --r 0 4 8 11 13 16
 python -m benchmarks.accuracy ... --method tome,prune-attention,prune-random   # against pruning
 python -m benchmarks.accuracy ... --ablate                                     # the paper's choices, one at a time
 
@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="as for tome-server serve (default: bundled)")
     parser.add_argument("--weights", help="safetensors file for a timm name")
     parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
-    parser.add_argument("--r", help="values of r (default: 0,4,8,11,13,16; with --ablate 8,13,16)")
+    parser.add_argument(
+        "--r", type=int, nargs="+", metavar="R", help="values of r (default: 0 4 8 11 13 16; with --ablate 8 13 16)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--method", default="tome", help=f"one or more of {', '.join(METHODS)} (default: tome)")
     what.add_argument("--ablate", action="store_true", help=f"compare tome with {', '.join(CHOICES)}")
@@ -65,7 +67,7 @@ def main() -> None:
     unknown = [name for name in names if name not in METHODS | CHOICES]
     if unknown:
         parser.error(f"there is no method {unknown[0]!r}; there are: {', '.join(METHODS | CHOICES)}")
-    ladder = [int(r) for r in (args.r or ("8,13,16" if args.ablate else "0,4,8,11,13,16")).split(",")]
+    ladder = args.r or ([8, 13, 16] if args.ablate else [0, 4, 8, 11, 13, 16])
 
     # Parsed from a mapping, as a YAML file's would be, so that the name is filled in.
     loaded = load_model(ModelSpec.model_validate({"source": args.model, "weights": args.weights}))

@@ -319,7 +319,7 @@ def distance(given: Tensor, expected: Tensor) -> float:
 
 def miscounts(merged: MergedViT, image: Tensor, r: int = 5) -> str:
     """The fault in the number of tokens or their sizes; empty if there is none."""
-    tokens = merged.forward_features(image, r, track=True)
+    tokens = merged.forward_tokens(image, r, track=True)
     if tokens.size is None or tokens.source is None:
         return f"r={r} merges nothing"
     if tokens.x.shape[1] != merged.token_counts(r)[-1]:

@@ -1,6 +1,6 @@
 """Photos decoded a second by Pillow on all cores and by the engine on its device, and whether answers stay the same.
 
-python -m benchmarks.decoding --photos FOLDER --model NAME --weights FILE --device cuda --batch 32,128
+python -m benchmarks.decoding --images FOLDER --model NAME --weights FILE --device cuda --batch 32,128
 
 It measures the JPEGs that the engine decodes; the others are counted. Pillow decodes and resizes as in an HTTP process.
 The device first only decodes, by torchvision, for comparison; then it decodes, resizes and crops, like the engine's
@@ -43,7 +43,7 @@ ROUNDS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
     parser.add_argument("--limit", type=int, default=1000, help="the most photos to use")
     parser.add_argument("--model", default="bundled", help="as for tome-server serve")
     parser.add_argument("--weights", help="safetensors file for a timm name")
@@ -61,10 +61,10 @@ def main() -> None:
         engine_decodes("device", runner.device)
     except SettingsError as error:
         parser.error(str(error))
-    files = [file.read_bytes() for file in choose_photos(args.photos, args.limit, seed=0)]
+    files = [file.read_bytes() for file in choose_photos(args.images, args.limit, seed=0)]
     items = list(taken(loaded, files))
     if not items:
-        parser.error(f"the engine decodes none of the {len(files)} photos: {args.photos}")
+        parser.error(f"the engine decodes none of the {len(files)} photos: {args.images}")
     mean_kb, others = sum(len(item.image.data) for item in items) / len(items) / 1e3, len(files) - len(items)
     print(f"{len(items)} photos of {mean_kb:.0f} kB on average, on {runner.device}; {others} are left to Pillow")
     print(f"{'':<26} {'batch':>6} {'images/s':>9} {'CPU ms':>7}")

@@ -1,9 +1,9 @@
 """Speed of the forward pass: ours at each `r` beside timm, compiled timm, and the paper's maths in plain PyTorch.
 
-python -m benchmarks.forward --model vit_base_patch16_224 --batch 256 --r 0,4,8,11,13,16 --device cuda --dtype bf16
-python -m benchmarks.forward --model vit_base_patch16_224 --batch 1,8,32 --r 0,13 --device cuda --dtype bf16 --replay
+python -m benchmarks.forward --model vit_base_patch16_224 --batch 256 --r 0 4 8 11 13 16 --device cuda --dtype bf16
+python -m benchmarks.forward --model vit_base_patch16_224 --batch 1,8,32 --r 0 13 --device cuda --dtype bf16 --replay
 
-python -m benchmarks.forward --model vit_tiny_patch16_224 --batch 1,8,32 --r 0,13,16 --device cpu --dtype bf16 \\
+python -m benchmarks.forward --model vit_tiny_patch16_224 --batch 1,8,32 --r 0 13 16 --device cpu --dtype bf16 \\
     --impl timm,ours,timm-openvino,openvino
 
 All of them run in turn on the same random images, with random weights. Names that begin with "timm" are timm's own
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224", help="timm name")
     parser.add_argument("--batch", default="256", help="batch sizes")
-    parser.add_argument("--r", default="0,4,8,11,13,16", help="values of r")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 4, 8, 11, 13, 16], metavar="R", help="values of r")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--impl", default="timm,timm-compiled,unfused,ours", help=f"of {', '.join(NAMES)}")
@@ -72,7 +72,7 @@ def main() -> None:
 
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     model = timm.create_model(args.model).to(device, dtype).eval()
-    ladder, rows = [int(r) for r in args.r.split(",")], []
+    ladder, rows = args.r, []
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     how = "replayed" if args.replay else "launched"
     print(f"{args.model}, {args.dtype}, {how}, {machine}, torch {torch.__version__}")
@@ -135,7 +135,7 @@ def _timm_compiled(model: Any, r: int) -> Forward:
 
 def _unfused(model: Any, r: int) -> Forward:
     merged = Unfused(model)
-    return lambda images: merged.forward_head(merged.forward_features(images, r))  # all of the last block, as published
+    return lambda images: merged.forward_head(merged.forward_tokens(images, r))  # all of the last block, as published
 
 
 def _ours(model: Any, r: int) -> Forward:

@@ -1,6 +1,6 @@
 """The bare forward loop: full batches, one after the other, as in an engine, without a server.
 
-python -m benchmarks.forward_loop --model vit_base_patch16_224 --weights random --device cuda --precision bf16 --r 0,13
+python -m benchmarks.forward_loop --model vit_base_patch16_224 --weights random --device cuda --precision bf16 --r 0 13
 
 It is the upper bound of a server with this model; benchmarks.serving starts it as a separate process. Images are noise,
 because their content does not affect the time. The last line is JSON: {"model", "batch", "images_per_s": {r:
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="bundled", help="as for tome-server serve")
     parser.add_argument("--weights", help="safetensors file for a timm name, or random")
-    parser.add_argument("--r", default="0,13")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 13], metavar="R")
     parser.add_argument("--batch", type=int, default=32, help="images in a batch")
     parser.add_argument("--duration", type=float, default=3, help="seconds of each r")
     parser.add_argument("--device", default="auto")
@@ -49,8 +49,8 @@ def main() -> None:
     options = BackendOptions(args.backend, args.threads, None, args.batch)
     runner = Runner({spec.name: loaded}, args.device, args.precision, options)
     measured = {}
-    for r in args.r.split(","):
-        measured[r] = images_per_s(runner, loaded.info.batch_key(loaded.info.schedule(int(r))), args)
+    for r in args.r:
+        measured[r] = images_per_s(runner, loaded.info.batch_key(loaded.info.schedule(r)), args)
         print(f"bare forward loop, {args.model}, r={r}, batch {args.batch}: {measured[r]:,.1f} images/s", flush=True)
     print(json.dumps({"model": args.model, "batch": args.batch, "images_per_s": measured}))
 

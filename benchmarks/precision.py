@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="as for tome-server serve")
     parser.add_argument("--weights", help="safetensors file for a timm name")
     parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
-    parser.add_argument("--r", default="0,8,13,16", help="values of r")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 8, 13, 16], metavar="R", help="values of r")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--limit", type=int, help="use this many photos")
@@ -49,7 +49,7 @@ def main() -> None:
     images = stacked.view(-1, *preprocessing.input_size, 3).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(t)[:, None, None] for t in (preprocessing.mean, preprocessing.std))
     images = ((images - mean) / std).to(args.device)
-    rows = list(measure(loaded.merged.model, images, [int(r) for r in args.r.split(",")], DTYPES[args.dtype]))
+    rows = list(measure(loaded.merged.model, images, args.r, DTYPES[args.dtype]))
     print(f"{args.model}, {args.dtype} on {args.device}, {len(images)} photos")
     print(f"{'':>6} {'r':>3} {'error':>9} {'agree %':>8}")
     for row in rows:

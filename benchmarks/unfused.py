@@ -14,7 +14,7 @@ from benchmarks.variants import Variant
 from tome_core.families.attention import heads
 from tome_core.matching import MergePlan
 from tome_core.positions import Position
-from tome_core.vit import Tokens
+from tome_core.tokens import Tokens
 
 
 class Unfused(Variant):

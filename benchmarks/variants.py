@@ -18,7 +18,7 @@ from tome_core.families.attention import heads
 from tome_core.matching import MergePlan, match
 from tome_core.merging import gather_tokens, merge
 from tome_core.positions import Position
-from tome_core.vit import Tokens
+from tome_core.tokens import Tokens
 
 
 class Variant(MergedViT):

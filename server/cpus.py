@@ -1,9 +1,10 @@
-"""The number of CPUs that this process may use."""
+"""The number of CPUs that this process may use, and the name of the processor."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,3 +33,13 @@ def _shares(root: Path) -> Iterator[float]:
                 yield int(quota) / int(period)
         except (OSError, ValueError, ZeroDivisionError):  # no such file, as in the topmost cgroup, or no permission
             continue
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

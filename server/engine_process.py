@@ -20,18 +20,19 @@ from server.config.model_set import ModelSet
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.device.models import LoadedModel
+from server.device.runner import pick_device
 from server.device.torch_backend import set_threads
-from server.dial import RSetting
+from server.dial import RSetting, text_of
 from server.documents import sentence
 from server.errors import InvalidError, ServerError, SettingsError
 from server.ipc.door import Door
 from server.ipc.server import EngineServer
-from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
+from server.lifetime import Pulse, configure_logging, end_with_parent, leave, spare_the_collector, take_turns_quickly
 from server.loader import ModelLoader
 from server.metrics import ENGINE_STARTS
 from server.settings import Settings
 from server.tracing.start import start_tracing
-from server.types import find_model
+from server.types import ModelInfo, find_model
 from server.unnamed import UnnamedFile
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def main(
     last_good: UnnamedFile,
     models: UnnamedFile,
     ready: UnnamedFile,
+    refused: UnnamedFile,
     pulse: Pulse,
 ) -> None:
     """Runs an engine process.
@@ -62,6 +64,7 @@ def main(
         last_good: Keeps the last good configuration over a restart of the engine.
         models: Keeps loads and unloads of models, and shares them among the engines of a server.
         ready: Is written once the engine serves.
+        refused: Gets the message about a wrong setting.
         pulse: Beats from then on.
     """
     configure_logging(settings.log_level, settings.log_format)
@@ -72,12 +75,16 @@ def main(
         open_config = functools.partial(open_store, otherwise=agreed_file, memory=last_good)
         engine = build_engine(settings, open_config, tracing, ModelSet(settings, models))
     except (SettingsError, ServerError) as error:
-        logger.error("%s", error)
+        if ready.read():  # it served before, and is started again
+            logger.error("%s", error)
+        refused.clear()
+        refused.write(str(error).encode())
         sys.exit(1)
-    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S))
+    place = pick_device(settings.device)
+    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S, place))
     if tracing is not None:
         tracing.close()
-    sys.exit(status)
+    leave(status)
 
 
 def build_engine(
@@ -177,6 +184,13 @@ def _read(
     return read
 
 
+def _in_words(info: ModelInfo, r: RSetting, place: str) -> str:
+    """What serves, on what, and at which `r`."""
+    by = info.backend
+    how = f" by {by.name} in {by.precision} ({by.reason})" if by else ""
+    return f"{info.name} on {place}{how} at r={text_of(r)}"
+
+
 def _leave_out(name: str, error: Exception) -> None:
     """Logs why a live model is missing after a restart. The server starts without it."""
     is_told = isinstance(error, SettingsError | ServerError)
@@ -187,7 +201,7 @@ def _leave_out(name: str, error: Exception) -> None:
     )
 
 
-async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float) -> int:
+async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float, place: str) -> int:
     """Serves until SIGTERM (status 0) or until the engine is broken (status 1: a new process may succeed).
 
     After SIGTERM it serves until the HTTP processes have left, at most `drain_s`, because a signal to a process group
@@ -203,7 +217,9 @@ async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pul
     take_turns_quickly()
     ENGINE_STARTS.inc()
     ready.write(b"1")
-    logger.info("serving %s", ", ".join(engine.catalog()))
+    configuration = await engine.configuration()
+    for name, info in engine.catalog().items():
+        logger.info("serving %s", _in_words(info, configuration.models[name], place))
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()

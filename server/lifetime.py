@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from server.log_format import Format, arrange
 from server.log_stream import log_stream
@@ -74,6 +74,15 @@ def spare_the_collector() -> None:
     gc.freeze()
     atexit.register(gc.unfreeze)  # otherwise bindings such as Triton's report leaks at the end
     gc.set_threshold(_OBJECTS_A_COLLECTION)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once, whatever its threads do: one that compiles a graph cannot be broken off.
+
+    What is registered for the exit is done: logs are written, temporary folders removed.
+    """
+    atexit._run_exitfuncs()
+    os._exit(status)
 
 
 def end_with_parent() -> None:

@@ -42,6 +42,34 @@ class BackendInfo:
     reason: str
 
 
+class ComputedBy(NamedTuple):
+    """What computes an answer.
+
+    Attributes:
+        backend: "torch" or "openvino".
+        precision: "fp32", "bf16", "fp16" or "fp8".
+        stands_in: It computes in place of the model's own backend, which has not compiled this schedule yet.
+    """
+
+    backend: str
+    precision: str
+    stands_in: bool = False
+
+
+class Compiling(NamedTuple):
+    """How far a model's schedules are compiled while the server runs.
+
+    Attributes:
+        schedule: The one that is compiled now.
+        done: Schedules that are compiled, of those below.
+        total: Schedules of this round: those that are done, the one of now, and those that wait.
+    """
+
+    schedule: Schedule
+    done: int
+    total: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Facts about a loaded model that the HTTP side needs.

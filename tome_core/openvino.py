@@ -26,7 +26,8 @@ from tome_core.export import export_program
 from tome_core.matching import match
 from tome_core.merging import merge
 from tome_core.schedule import RLike, max_r
-from tome_core.vit import MergedViT, Tokens
+from tome_core.tokens import Tokens
+from tome_core.vit import MergedViT
 
 if TYPE_CHECKING:
     from tome_core.quiet import openvino

@@ -49,7 +49,7 @@ def backward_of(student: Student, gradients: Tensor, device: torch.device) -> Ba
     def backward(r: int, images: Tensor, *taught: Tensor) -> Tensor:
         gradients.zero_()
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            tokens = merged.forward_features(images, r, prefix_only=True)
+            tokens = merged.forward_tokens(images, r, prefix_only=True)
             answer = Answer(merged.forward_head(tokens), student.projector(tokens.x[:, 0]))
             loss = distance(answer, Answer(*taught))
         loss.backward()

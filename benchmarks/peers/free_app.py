@@ -20,7 +20,7 @@ from server.images.preprocessing import Preprocessing
 from server.ipc.door import Door
 from server.ipc.messages import Classify, Item, TopK
 from server.shared_values import Sheet, join
-from server.types import BatchKey, ModelInfo
+from server.types import BatchKey, Compiling, ComputedBy, ModelInfo
 
 SIDE = 32  # pixels
 
@@ -102,6 +102,18 @@ class _Free:
         requests = [item.request for item in work]
         ks = [request.top_k for request in requests if isinstance(request, Classify)]
         return [TopK(list(range(k)), [1 / k] * k) for k in ks]
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        return ComputedBy("torch", "fp32")
+
+    def compiling(self, info: ModelInfo) -> Compiling | None:
+        return None
+
+    def begin(self, info: ModelInfo, on_device: object, timed: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def check(self) -> None:
         pass

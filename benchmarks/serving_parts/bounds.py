@@ -90,7 +90,7 @@ def _free(bench: Bench, processes: int, decodes: int, requests: Sequence[Request
 def forward_loop(bench: Bench, model: str, weights: str | None, batch: int, ladder: Sequence[int]) -> dict[int, float]:
     """Images/s of a model at each r, by benchmarks.forward_loop."""
     args = bench.args
-    flags = ["--model", model, "--batch", str(batch), "--r", ",".join(map(str, ladder)), "--device", args.one_device]
+    flags = ["--model", model, "--batch", str(batch), "--r", *map(str, ladder), "--device", args.one_device]
     flags += ["--precision", args.precision, "--backend", args.backend, "--threads", str(args.threads)]
     flags += ["--duration", f"{min(args.duration, 3):g}", *(["--weights", weights] if weights else [])]
     told = {
@@ -103,6 +103,6 @@ def forward_loop(bench: Bench, model: str, weights: str | None, batch: int, ladd
 
 def _decoding(bench: Bench, model: str, weights: str | None, batch: str, precision: str) -> dict[str, Any]:
     args = bench.args
-    flags = ["--photos", str(args.photos), "--limit", str(max(args.limit, 500)), "--model", model, "--batch", batch]
+    flags = ["--images", str(args.images), "--limit", str(max(args.limit, 500)), "--model", model, "--batch", batch]
     flags += ["--device", args.one_device, "--precision", precision, "--threads", str(args.threads)]
     return bench.program("benchmarks.decoding", *flags, *(["--weights", weights] if weights else []))

@@ -9,7 +9,7 @@ from server.api.asking import EXPLAIN, Asking
 from server.api.body import OURS, read_request
 from server.api.described import asked
 from server.api.routes import classes
-from server.api.schemas import BlockGroups, Class, Merging, Seen, TimingsMs
+from server.api.schemas import BlockGroups, Class, ComputedBy, Merging, Seen, TimingsMs
 from server.dial import r_of
 
 router = APIRouter(responses=ERRORS)
@@ -30,6 +30,7 @@ async def explain(request: Request, service: ForUsers) -> Merging:
         r_source=terms.r_source,
         tuned=info.is_tuned(answered.schedule),
         config_version=answered.config_version,
+        computed_by=ComputedBy(backend=answered.computed_by.backend, precision=answered.computed_by.precision),
         filename=uploads[0].filename,
         top_k=[Class(**each) for each in classes(info, merges.top_k)],
         seen=Seen(input_size=seen.input_size, resize_size=seen.resize_size, crop_mode=seen.crop_mode),

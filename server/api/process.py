@@ -57,6 +57,7 @@ def main(
     """
     log = configure_logging(settings.log_level, settings.log_format)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns about each odd byte that a client sends
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the supervisor logs when processes start and end
     end_with_parent()
     allow_many_files()
     give_large_blocks_back()

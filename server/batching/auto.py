@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from server.batching.jobs import Open
 from server.batching.policy import Load, Rung, Stance, allows, highest, turn
@@ -18,7 +19,8 @@ class AutoDial:
 
     Args:
         key_of: Gives the batch key of a schedule.
-        steps: The ladder, r=0 first, each step faster than the one before.
+        steps: The ladder, r=0 first, each step faster than the one before. A step counts once its own backend computes
+            it, because a slower stand-in would increase the load.
         speed: The batcher's estimates. They start from the times of the steps.
         clock: Monotonic seconds.
     """
@@ -59,7 +61,11 @@ class AutoDial:
 
     def choose(self, load: Load, bounds: AutoR) -> Choice:
         """Turns the dial to the load and chooses its rung, or the highest rung within bounds."""
-        self._ladder = self._measured_ladder()
+        before, self._ladder = self._ladder[self._stance.rung].schedule, self._measured_ladder()
+        places = [rung.schedule for rung in self._ladder]
+        if self._stance.rung >= len(places) or places[self._stance.rung] != before:  # steps were added or removed
+            place = places.index(before) if before in places else min(self._stance.rung, len(places) - 1)
+            self._stance = replace(self._stance, rung=place)
         self._stance = turn(self._ladder, load, self._stance, self._clock())
         return self._choice(self._ladder[min(self._stance.rung, highest(self._ladder, bounds))].schedule, bounds)
 
@@ -80,5 +86,8 @@ class AutoDial:
         return 1.0 if max(schedule) == 0 else self._agreements.get(schedule)
 
     def _measured_ladder(self) -> list[Rung]:
-        lines = ((schedule, self._speed.line(key) or (0.0, 0.0)) for schedule, key in self._keys.items())
-        return [Rung(schedule, *line, self.expected_agreement(schedule)) for schedule, line in lines]
+        return [
+            Rung(schedule, *(self._speed.own_line(key) or (0.0, 0.0)), self.expected_agreement(schedule))
+            for schedule, key in self._keys.items()
+            if key == self._unmerged or not self._speed.stands_in(key)
+        ]

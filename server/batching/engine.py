@@ -7,12 +7,12 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from server.batching.batcher import Batcher
 from server.batching.drift import DriftWatch
 from server.batching.jobs import Batched, Open
-from server.batching.loader import Kept, Loader
+from server.batching.loader import Kept, Loader, OnDevice
 from server.batching.loading import Loading
 from server.batching.policy import Rung
 from server.batching.served import Served, ServedModels
@@ -22,12 +22,15 @@ from server.dial import AutoR, RSetting, Schedule
 from server.errors import ConflictError, NotFoundError, ServerError, UnavailableError
 from server.ipc.messages import Answered, Choice, Classify, Item, Request
 from server.metrics import BatchMetrics
-from server.types import BatchKey, Configuration, ModelInfo, ModelState, find_model
+from server.types import BatchKey, Compiling, ComputedBy, Configuration, ModelInfo, ModelState, find_model
 
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 T = TypeVar("T")
+
+Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
+"""Is told of lines: seconds of a batch of each key, and of each image in it."""
 
 CHECK_TIMEOUT_S = 10.0
 
@@ -51,6 +54,28 @@ class Device(Protocol):
         """Computes a batch under the key's model, schedule and operation: the result of each image, in order."""
         ...
 
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes a batch of this key now; right after `compute`, what computed it. Any thread may ask."""
+        ...
+
+    def compiling(self, info: ModelInfo) -> Compiling | None:
+        """Which schedules of a model are compiled in the background; None while none is. Any thread may ask."""
+        ...
+
+    def begin(self, info: ModelInfo, on_device: OnDevice, timed: Timed) -> None:
+        """Begins what is done for a model in the background, such as to compile and to time its schedules.
+
+        Args:
+            info: The model.
+            on_device: Does a piece of work on the thread that computes, between two batches.
+            timed: Is told what batches take; any thread may call it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what is done in the background; what cannot be broken off is left to itself."""
+        ...
+
     def check(self) -> None:
         """Raises if the device no longer works. Runs on the thread that computes."""
         ...
@@ -72,6 +97,13 @@ class Spans(Protocol):
     def batch_ran(self, key: BatchKey, items: Sequence[Item], outcomes: Sequence[Any], started: float) -> None:
         """A batch ran that was taken at `started`. The outcome of an image may be its ServerError."""
         ...
+
+
+class _Computed(NamedTuple):
+    """The result of one image, and what computed it."""
+
+    result: Any
+    by: ComputedBy
 
 
 class LocalEngine:
@@ -136,7 +168,11 @@ class LocalEngine:
             observer=BatchMetrics(),
             watch=None if spans is None else spans.batch_ran,
             idle=self._idle,
+            stands_in=lambda key: device.computed_by(key).stands_in,
+            stood_in=lambda computed: computed.by.stands_in,
         )
+        self._begun: set[tuple[str, str]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._max_batch_size, self._linger_s = max_batch_size, linger_s
         self._served = ServedModels(
             models, store, self._batcher.speed, self._drift, self._came_or_went, steps or {}, curves or {}
@@ -147,10 +183,12 @@ class LocalEngine:
 
     def start(self) -> None:
         """Begins to serve, and to follow the configuration; call it inside a running event loop."""
+        self._loop = asyncio.get_running_loop()
         self._following = asyncio.create_task(self._follow(), name="configuration")
         if self._loading is not None:
             self._loading.start()
         self._batcher.start().add_done_callback(lambda _: self._broken.set())
+        self._begin_background()
 
     async def broken(self) -> None:
         """Returns when this engine can serve no more: its device or batch loop has failed, or it was closed."""
@@ -158,6 +196,7 @@ class LocalEngine:
 
     async def close(self) -> None:
         """Answers all that wait, then stops."""
+        self._device.close()
         if self._loading is not None:
             await self._loading.close()
         if self._following is not None:
@@ -179,15 +218,17 @@ class LocalEngine:
         key, auto = self._key(served, r, request)
 
         def finish(batched: Batched[BatchKey, Any]) -> Answered[Any]:
+            results = [computed.result for computed in batched.results]
             if isinstance(request, Classify) and served.r is None:  # the drift of a retired model concerns nobody
-                self._drift.offer(batched.key, request.images, batched.results)
+                self._drift.offer(batched.key, request.images, results)
             return Answered(
-                results=batched.results,
+                results=results,
                 schedule=batched.key.schedule,
                 config_version=configuration.version,
                 batch_size=batched.batch_size,
                 queue_s=batched.wait_s,
                 inference_s=batched.run_s,
+                computed_by=_computed_by(batched.results),
                 auto=auto or batched.note,
             )
 
@@ -231,11 +272,14 @@ class LocalEngine:
             )
 
         def line(schedule: Schedule) -> tuple[float, float]:
-            known = self._batcher.speed.line(info.batch_key(schedule))
+            known = self._batcher.speed.own_line(info.batch_key(schedule))
             assert known is not None, "all rows are expected from the start"
             return known
 
         return curve.at(line, self._max_batch_size)
+
+    async def compiling(self, model: str) -> Compiling | None:
+        return self._device.compiling(find_model(self._models, model))
 
     async def configuration(self) -> Configuration:
         return self._store.configuration
@@ -273,7 +317,27 @@ class LocalEngine:
     def _came_or_went(self) -> None:
         self._forget_configuration()
         self._is_warming = True
+        self._begin_background()
         self._told()
+
+    def _begin_background(self) -> None:
+        """Begins what is done in the background for models that have come; nothing before the engine serves."""
+        if self._loop is None:
+            return
+        for info in self._models.values():
+            if (key := (info.name, info.revision)) not in self._begun:
+                self._begun.add(key)
+                self._device.begin(info, self._by_computing, self._timed)
+
+    def _timed(self, lines: Mapping[BatchKey, tuple[float, float]]) -> None:
+        """Takes note of what batches take, on whatever thread that was measured."""
+
+        def expect() -> None:
+            for key, line in lines.items():
+                self._batcher.speed.expect(key, *line)
+
+        assert self._loop is not None, "nothing is timed before the engine serves"
+        self._loop.call_soon_threadsafe(expect)
 
     async def _let_go(self, info: ModelInfo, free: Callable[[], None]) -> None:
         """Waits until nothing computes a retired model, then has the computing thread free it."""
@@ -281,6 +345,7 @@ class LocalEngine:
         self._served.forget(info)
         await self._batcher.finished(lambda item: item.request.model == info.name)
         await self._batcher.between_batches(functools.partial(self._in_time, self._computing, free))
+        self._begun.discard((info.name, info.revision))
         self._batcher.speed.forget(lambda key: (key.model, key.revision) == (info.name, info.revision))
 
     def _by_computing(self, work: Callable[[], A]) -> A:
@@ -323,8 +388,14 @@ class LocalEngine:
     async def _prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
         return await self._on_device(self._preparing, key, items, self._device.prepare)
 
-    async def _compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
-        return await self._on_device(self._computing, key, work, self._device.compute)
+    async def _compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[_Computed]:
+        return await self._on_device(self._computing, key, work, self._computed)
+
+    def _computed(self, key: BatchKey, work: Sequence[Any]) -> Sequence[_Computed]:
+        """Computes a batch; called on the thread that computes."""
+        results = self._device.compute(key, work)
+        by = self._device.computed_by(key)
+        return [_Computed(result, by) for result in results]
 
     async def _on_device(
         self,
@@ -363,6 +434,11 @@ class LocalEngine:
             logger.critical("the device no longer works", exc_info=error)
             self._broken.set()
             raise UnavailableError(f"the device no longer works: {error}", retry_after_s=1) from error
+
+
+def _computed_by(computed: Sequence[_Computed]) -> ComputedBy:
+    """What computed a request: where its images differ, what stood in for the model's own backend."""
+    return next((each.by for each in computed if each.by.stands_in), computed[0].by)
 
 
 def _plainly(work: Callable[[], A]) -> A:

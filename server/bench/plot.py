@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from server.bench.rows import LoadRow
+from server.bench.rows import LoadRow, name_of
 
 COLOURS = ("#0b6e99", "#d9730d", "#787774", "#6940a5", "#4d9e5f", "#ad1a72")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -25,7 +25,7 @@ def draw(rows: Sequence[LoadRow], title: str, file: Path) -> None:
         for i, r in enumerate(dict.fromkeys(row.r for row in rows)):
             mine = sorted((row for row in rows if row.r == r), key=_load)
             drawn: dict[str, Any] = {"color": COLOURS[i % 6], "marker": MARKERS[i % 6], "markersize": 5}
-            drawn["label"] = "the deployment's r" if r is None else f"r={r}"
+            drawn["label"] = name_of(r)
             axes[0].plot([_load(row) for row in mine], [row.goodput for row in mine], **drawn)
             known = [row for row in mine if row.p99_ms is not None]
             axes[1].plot([_load(row) for row in known], [row.p99_ms or 0.0 for row in known], **drawn)

@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from server import dial
 from server.bench.load import Reply, Run
+from server.dial import PlainR
+
+R = PlainR | Literal["auto"] | None
+"""`r` as asked: a number, a list of one per block, "auto", or None for the deployment's."""
 
 REFUSED = (429, 503)
 TOO_LATE = 504
@@ -40,7 +46,7 @@ class LoadRow:
         problems: An example message for each status except 200.
     """
 
-    r: int | str | None
+    r: R
     load: str
     per_s: float | None
     clients: int | None
@@ -68,10 +74,19 @@ class LoadRow:
         milliseconds = (f"{'' if ms is None else f'{ms:.1f}':>8}" for ms in (self.p50_ms, self.p90_ms, self.p99_ms))
         mean_r = "" if self.mean_r is None else f"{self.mean_r:.1f}"
         return (
-            f"{'' if self.r is None else self.r:>6} {self.load:>11} {self.sent:>7} {self.throughput:>9.1f} "
+            f"{text_of(self.r):>6} {self.load:>11} {self.sent:>7} {self.throughput:>9.1f} "
             f"{self.goodput:>9.1f} {100 * self.goodput_share:>9.1f} {' '.join(milliseconds)} {mean_r:>6} "
             f"{self.late:>6} {self.refused:>7} {self.failed:>6}"
         )
+
+
+def text_of(r: R) -> str:
+    """`r` as the command line and the query take it; nothing for the deployment's."""
+    return "" if r is None else r if isinstance(r, str) else dial.text_of(r)
+
+
+def name_of(r: R) -> str:
+    return "the deployment's r" if r is None else f"r={text_of(r)}"
 
 
 def percentile(rising: Sequence[float], share: float) -> float | None:
@@ -86,7 +101,7 @@ def is_good(reply: Reply, deadline_s: float | None) -> bool:
 
 def row_of(
     run: Run,
-    r: int | str | None,
+    r: R,
     *,
     per_s: float | None = None,
     clients: int | None = None,

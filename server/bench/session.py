@@ -11,9 +11,7 @@ import uvloop
 from server.bench.client import BrokenError, Connections, Target
 from server.bench.load import Request, Run, closed_loop, message_of, open_loop, poisson
 from server.bench.progress import Progress
-
-R = int | str | None
-"""The requested `r`: a number, "auto", or None for the deployment's."""
+from server.bench.rows import R, name_of, text_of
 
 TIMEOUT_S = 60.0
 
@@ -60,7 +58,7 @@ class Session:
         """Poisson arrivals, which do not wait for the server."""
         due = poisson(per_s, seconds, self._seed)
         self._seed += 1
-        progress = Progress(f"{_name(r)} at {per_s:.4g}/s", seconds)
+        progress = Progress(f"{name_of(r)} at {per_s:.4g}/s", seconds)
 
         async def send() -> Run:
             async with self._client() as client:
@@ -74,7 +72,7 @@ class Session:
 
     def with_clients(self, r: R, clients: int, seconds: float) -> Run:
         """Clients that wait for their answers."""
-        progress = Progress(f"{_name(r)}, {clients} clients", seconds)
+        progress = Progress(f"{name_of(r)}, {clients} clients", seconds)
 
         async def send() -> Run:
             async with self._client() as client:
@@ -93,9 +91,5 @@ class Session:
         return [Request(path, photo) for photo in self._photos]
 
     def _path(self, r: R) -> str:
-        said = {name: value for name, value in {"r": r, **self._said}.items() if value is not None}
+        said = {name: value for name, value in {"r": text_of(r) or None, **self._said}.items() if value is not None}
         return "/classify" + (f"?{urlencode(said)}" if said else "")
-
-
-def _name(r: R) -> str:
-    return "the deployment's r" if r is None else f"r={r}"

@@ -19,7 +19,7 @@ from server.curve import AgreementOf, CurveRow
 from server.device.models import LoadedModel
 from server.device.prepared import stacked
 from server.device.runner import Runner
-from server.dial import Schedule
+from server.dial import Schedule, r_of, text_of
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
 from tome_core.families.family import UnsupportedModelError
@@ -36,7 +36,7 @@ def measure(
     labels: Sequence[int | None],
     max_batch_size: int,
     of: AgreementOf = "top1",
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Callable[[float, str], None] = lambda share, what: None,
 ) -> list[CurveRow]:
     """Measures schedules.
 
@@ -48,10 +48,11 @@ def measure(
         labels: The class of each photo, if it is known.
         max_batch_size: Images of a full batch.
         of: The kind of agreement.
-        progress: Called with the share that is done.
+        progress: Called with the share that is done and the name of the current step.
     """
     assert max(schedules[0]) == 0, "agreement is with r=0"
-    for schedule in schedules:
+    for number, schedule in enumerate(schedules, start=1):
+        progress(0.0, f"warming up r={text_of(r_of(schedule))} ({number} of {len(schedules)})")
         runner.warm_up(loaded.info.batch_key(schedule))
     sized = [list(itertools.islice(itertools.cycle(photos), size)) for size in batch_sizes(max_batch_size)]
     whole = [photos[at : at + max_batch_size] for at in range(0, len(photos), max_batch_size)]
@@ -63,7 +64,7 @@ def measure(
         nonlocal done
         seen = {schedule: _answers(loaded, runner, of, schedule, batch) for schedule in schedules}
         done += len(batch)
-        progress(done / work)
+        progress(done / work, f"{done:,} of {work:,} images at each r")
         return seen
 
     parts: dict[Schedule, list[Tensor]] = {schedule: [] for schedule in schedules}

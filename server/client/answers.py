@@ -46,6 +46,14 @@ class AutoChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputedBy:
+    """What computed an answer: the name of the backend, and its precision."""
+
+    backend: str
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The classes of one image, and facts about the computation.
 
@@ -59,6 +67,7 @@ class Answer:
         batch_size: Images that were computed together.
         timings_ms: Times of the request, which may have had several images.
         tuned: Whether tuned numbers computed it; False for a server that does not say.
+        computed_by: The backend; None for a server that does not say.
     """
 
     filename: str | None
@@ -72,6 +81,7 @@ class Answer:
     config_version: int
     timings_ms: TimingsMs
     tuned: bool = False
+    computed_by: ComputedBy | None = None
 
     @property
     def top(self) -> Class:
@@ -116,12 +126,22 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True)
+class Compiling:
+    """How far a model's schedules are compiled: the `r` of now, those that are done, and all of them."""
+
+    r: PlainR
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Model(ModelSummary):
     """The full description of a served model.
 
     Attributes:
         backend: None before a device holds the model.
         classes: Name of each class, in class order.
+        compiling: None while nothing is compiled.
         input_size: Height and width in pixels.
         token_counts: For each r: tokens that enter the first block, then tokens that leave each block.
         function_to_apply: Default activation for its scores.
@@ -131,6 +151,7 @@ class Model(ModelSummary):
     """
 
     backend: Backend | None
+    compiling: Compiling | None = field(default=None, kw_only=True)
     num_classes: int
     classes: tuple[str, ...]
     function_to_apply: str = field(default="softmax", kw_only=True)
@@ -179,15 +200,33 @@ class ModelCurveRow:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeedFrom:
+    """What the speeds of a curve were measured on, and the date."""
+
+    device: str
+    backend: str
+    precision: str
+    measured: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementFrom:
+    """What agreement and top-1 of a curve were measured on, the date, and the number of photos."""
+
+    device: str
+    backend: str
+    precision: str
+    measured: str
+    photos: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCurve:
     """The cost and accuracy of each r of a model, r=0 first."""
 
     model: str
-    device: str
-    precision: str
-    backend: str
-    measured: str
-    photos: int
+    speed_from: SpeedFrom
+    agreement_from: AgreementFrom
     agreement_of: str = field(default="top1", kw_only=True)
     rows: tuple[ModelCurveRow, ...]
 
@@ -211,7 +250,7 @@ class Embedding:
 
 
 _ANSWER, _EMBEDDING = TypeAdapter(Answer), TypeAdapter(Embedding)
-_MODEL, _SUMMARIES, _CURVE = TypeAdapter(Model), TypeAdapter(list[ModelSummary]), TypeAdapter(ModelCurve)
+_MODEL, _SUMMARY, _CURVE = TypeAdapter(Model), TypeAdapter(ModelSummary), TypeAdapter(ModelCurve)
 
 
 def read_embeddings(body: Any) -> list[Embedding]:
@@ -234,7 +273,11 @@ def read_answers(body: Any, filenames: list[str | None]) -> list[Answer]:
 
 
 def read_models(body: Any) -> list[ModelSummary]:
-    return _SUMMARIES.validate_python(body["models"])
+    return [read_summary(each) for each in body["models"]]
+
+
+def read_summary(body: Any) -> ModelSummary:
+    return _SUMMARY.validate_python(body)
 
 
 def read_model(body: Any) -> Model:

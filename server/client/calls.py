@@ -21,6 +21,7 @@ from server.client.answers import (
     read_embeddings,
     read_model,
     read_models,
+    read_summary,
 )
 from server.client.errors import CutOffError, ForeignError, UnreachableError, error_of
 from server.client.images import Encoded, ImageLike, encode
@@ -185,13 +186,13 @@ def set_r(
     min_agreement: float | None,
     inflect: float | None,
     if_version: int | None,
-) -> Call[Model]:
+) -> Call[ModelSummary]:
     """The call that changes the `r` of a deployment."""
     said = {"r": _text(r), "max_r": max_r, "min_agreement": min_agreement, "inflect": inflect}
     extra: dict[str, Any] = {"json": {name: value for name, value in said.items() if value is not None}}
     if if_version is not None:
         extra["headers"] = {"if-match": f'"{if_version}"'}
-    return Call("PATCH", _path(name), read_model, extra=extra, is_idempotent=if_version is None)
+    return Call("PATCH", _path(name), read_summary, extra=extra, is_idempotent=if_version is None)
 
 
 def _path(name: str) -> str:

@@ -103,7 +103,7 @@ class Client:
         min_agreement: float | None = None,
         inflect: float | None = None,
         if_version: int | None = None,
-    ) -> Model:
+    ) -> ModelSummary:
         """Changes the deployment's `r`, for requests that name none.
 
         Args:
@@ -192,7 +192,7 @@ class AsyncClient:
         min_agreement: float | None = None,
         inflect: float | None = None,
         if_version: int | None = None,
-    ) -> Model:
+    ) -> ModelSummary:
         """Changes the deployment's `r`, for requests that name none; see `Client.set_r`."""
         return await self._ask(calls.set_r(name, r, max_r, min_agreement, inflect, if_version))
 

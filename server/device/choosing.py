@@ -67,5 +67,5 @@ def _refusal(device: torch.device, precision: str) -> str | None:
 
 def _told(loaded: LoadedModel, backend: Backend) -> Backend:
     info = backend.info
-    logger.info("%s runs on %s in %s: %s", loaded.info.name, info.name, info.precision, info.reason)
+    logger.debug("%s runs on %s in %s: %s", loaded.info.name, info.name, info.precision, info.reason)
     return backend

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from server.device.explainer import Explainer
@@ -14,11 +14,17 @@ from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.errors import ServerError
 from server.ipc.messages import Item, Merges, TopK, Vector
-from server.types import BatchKey
+from server.types import BatchKey, Compiling, ComputedBy
 
 logger = logging.getLogger(__name__)
 
 Result = TopK | Vector | Merges
+OnDevice = Callable[[Callable[[], Any]], Any]
+"""Does a piece of work on the thread that computes, between two batches, and gives its result."""
+
+Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
+"""Is told what a batch of each key takes in seconds, and each image in it."""
+
 Compute = Callable[[BatchKey, Sequence[Prepared]], Sequence[Result]]
 
 
@@ -29,10 +35,18 @@ class Device:
         runner: Computes a model's outputs.
         explainer: Finds what merged; None if nobody asks for it.
         preparer: Turns files into pixels in a separate stage; None if every image comes as pixels.
+        background: Begins the model's background work; None if there is none.
     """
 
-    def __init__(self, runner: Runner, explainer: Explainer | None, preparer: Preparer | None = None) -> None:
-        self._runner = runner
+    def __init__(
+        self,
+        runner: Runner,
+        explainer: Explainer | None,
+        preparer: Preparer | None = None,
+        background: Callable[[OnDevice, Timed], None] | None = None,
+    ) -> None:
+        self._background = background
+        self._runner, self._explainer = runner, explainer
         self._prepare = Fitting(preparer) if preparer is not None else None
         operations: dict[str, Compute] = {"forward": runner.forward}
         if explainer is not None:
@@ -68,6 +82,25 @@ class Device:
             batch = PixelBatch(joined(work, key.input_size, self._runner.device))
             work = [Prepared(item, batch, row) for row, item in enumerate(work)]
         return self._operations[key.operation](key, work)
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes a batch of this key now; right after `compute`, what computed it."""
+        if key.operation == "explain" and self._explainer is not None:
+            return self._explainer.computed_by(key)
+        return self._runner.computed_by(key)
+
+    def compiling(self, model: str) -> Compiling | None:
+        """What is compiled of the model in the background; None while nothing is."""
+        return self._runner.compiling(model)
+
+    def begin(self, on_device: OnDevice, timed: Timed) -> None:
+        """Begins what is done in the background."""
+        if self._background is not None:
+            self._background(on_device, timed)
+
+    def close(self) -> None:
+        """Ends what is done in the background."""
+        self._runner.close()
 
     def check(self) -> None:
         self._runner.check()

@@ -15,7 +15,7 @@ from server.device.prepared import Prepared, rows
 from server.device.runner import Runner, on
 from server.errors import InvalidError
 from server.ipc.messages import Merges, TopK
-from server.types import BatchKey
+from server.types import BatchKey, ComputedBy
 from tome_core import MergedViT
 from tome_core.visualize import groups, sources
 
@@ -36,6 +36,10 @@ class Explainer:
     def __init__(self, models: Mapping[str, LoadedModel], device: str = "auto") -> None:
         self._models = {name: replace(loaded, merged=_sharing(loaded.merged)) for name, loaded in models.items()}
         self._runner = Runner(self._models, device, "fp32")
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes the explanation."""
+        return self._runner.computed_by(key)
 
     @torch.inference_mode()
     def explain(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[Merges]:

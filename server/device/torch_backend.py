@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from server.device.graphs import Graphs, Record
 from server.device.models import LoadedModel
 from server.dial import Schedule
 from server.errors import SettingsError
-from server.types import BackendInfo
+from server.types import BackendInfo, Compiling, ComputedBy
 from tome_core import MergedViT, UnsupportedModelError
 
 CPU_PART = 16
@@ -80,6 +81,20 @@ class TorchBackend:
         """Whether the launch of a batch takes no time: never."""
         return False
 
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """Itself, whatever the schedule."""
+        return ComputedBy(self.info.name, self.info.precision)
+
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Nothing: any schedule runs as it is."""
+
+    def close(self) -> None:
+        """Nothing is done in the background."""
+
+    def compiling(self) -> Compiling | None:
+        """Nothing: torch runs any schedule as it is."""
+        return None
+
     def warm_further(self) -> bool:
         """Nothing is left."""
         return False
@@ -120,6 +135,20 @@ class RecordedBackend:
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
         """Whether the launch of a batch takes no time, because it is recorded."""
         return self._graphs.has(num_images, schedule)
+
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """Itself, whatever the schedule."""
+        return ComputedBy(self.info.name, self.info.precision)
+
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Nothing: any schedule runs as it is."""
+
+    def close(self) -> None:
+        """Nothing is done in the background."""
+
+    def compiling(self) -> Compiling | None:
+        """Nothing: what is not recorded is launched."""
+        return None
 
     @torch.inference_mode()
     def warm_further(self) -> bool:

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 from server.errors import SettingsError
 from server.keeping import keep, state_folder
+from server.model_config import TUNED_SUFFIX
 from server.model_spec import ModelSpec
 from tome_core import MergedViT
 from tome_core.tuned import Tuned, TunedError, fingerprint
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".tuned.safetensors"
+SUFFIX = TUNED_SUFFIX
 
 
 class TunedFile(NamedTuple):

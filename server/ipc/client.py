@@ -23,12 +23,14 @@ from server.ipc.messages import (
     Configure,
     Deployed,
     Failure,
+    GetCompiling,
     GetConfiguration,
     GetCurve,
     GetRepository,
     Load,
     Measured,
     Probe,
+    Progress,
     Reply,
     Repository,
     Request,
@@ -38,7 +40,7 @@ from server.ipc.messages import (
     reply_of,
 )
 from server.metrics import ENGINE_UP
-from server.types import Configuration, ModelInfo, ModelState
+from server.types import Compiling, Configuration, ModelInfo, ModelState
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,10 @@ class RemoteEngine:
     async def curve(self, model: str) -> Curve:
         measured: Measured = await self._call(GetCurve(model))
         return measured.curve
+
+    async def compiling(self, model: str) -> Compiling | None:
+        progress: Progress = await self._call(GetCompiling(model))
+        return progress.compiling
 
     async def configuration(self) -> Configuration:
         deployed: Deployed = await self._call(GetConfiguration())

@@ -16,7 +16,7 @@ from server.images.image import JpegFile
 from server.ipc.client import LostEngineError
 from server.ipc.engine import Engine
 from server.ipc.messages import Answered, Request
-from server.types import Configuration, ModelInfo, ModelState
+from server.types import Compiling, Configuration, ModelInfo, ModelState
 
 T = TypeVar("T")
 
@@ -121,6 +121,9 @@ class Devices:
 
     async def curve(self, model: str) -> Curve:
         return await self._read(lambda engine: engine.curve(model))
+
+    async def compiling(self, model: str) -> Compiling | None:
+        return await self._read(lambda engine: engine.compiling(model))
 
     async def configuration(self) -> Configuration:
         return await self._read(lambda engine: engine.configuration())

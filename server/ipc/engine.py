@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 from server.curve import Curve
 from server.dial import RSetting
 from server.ipc.messages import Answered, Request
-from server.types import Configuration, ModelInfo, ModelState
+from server.types import Compiling, Configuration, ModelInfo, ModelState
 
 T = TypeVar("T")
 
@@ -26,6 +26,10 @@ class Engine(Protocol):
 
     async def curve(self, model: str) -> Curve:
         """The model's curve with the present speeds. Raises NotFoundError if it has none."""
+        ...
+
+    async def compiling(self, model: str) -> Compiling | None:
+        """Which of the model's schedules are being compiled; None where none is."""
         ...
 
     async def configuration(self) -> Configuration:

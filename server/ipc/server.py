@@ -20,12 +20,14 @@ from server.ipc.messages import (
     Deployed,
     Done,
     Failure,
+    GetCompiling,
     GetConfiguration,
     GetCurve,
     GetRepository,
     Load,
     Measured,
     Probe,
+    Progress,
     Reply,
     Repository,
     Request,
@@ -154,8 +156,8 @@ class _Connection:
         return self._tell(ask)
 
     async def _tell(
-        self, ask: Probe | GetCurve | GetConfiguration | Configure | Load | Unload | GetRepository
-    ) -> Alive | Measured | Deployed | Done | Repository:
+        self, ask: Probe | GetCurve | GetCompiling | GetConfiguration | Configure | Load | Unload | GetRepository
+    ) -> Alive | Measured | Progress | Deployed | Done | Repository:
         engine = self._engine
         match ask:
             case Probe():
@@ -163,6 +165,8 @@ class _Connection:
                 return Alive()
             case GetCurve():
                 return Measured(await engine.curve(ask.model))
+            case GetCompiling():
+                return Progress(await engine.compiling(ask.model))
             case GetConfiguration():
                 return Deployed(await engine.configuration())
             case Configure():
@@ -198,7 +202,8 @@ class _Connection:
         self.frames.send(Reply(call_id, Failure.of(error)))
 
     def _withdraw_all(self) -> None:
-        logger.info("an HTTP process left; %d of its calls are withdrawn", len(self._calls))
+        if self._calls:
+            logger.info("an HTTP process left; %d of its calls are withdrawn", len(self._calls))
         for answering in list(self._calls.values()):
             answering.cancel()
         for number in list(self._unseen):

@@ -38,7 +38,7 @@ def parse(text: str, info: ModelInfo) -> Band:
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     most = _most(info)
     if not 1 <= low <= high <= most:
-        raise SettingsError(f"--r is {shown(text)}; it must be LOW..HIGH, between 1 and {most} for this model")
+        raise SettingsError(f"--band is {shown(text)}; it must be LOW..HIGH, between 1 and {most} for this model")
     return low, high
 
 

@@ -17,6 +17,7 @@ from server.device.prepared import stacked
 from server.errors import SettingsError
 from server.images.photos import choose_photos, read_photo
 from server.images.preprocessing import Preprocessing
+from server.tuning import FEWEST
 from server.types import ModelInfo
 
 MARGIN = 1.2
@@ -24,8 +25,6 @@ MARGIN = 1.2
 
 JUDGES = 0.4
 """Share of judging photos. With 1,000 photos the gain over all `r` is then known to about two points."""
-
-FEWEST = 50
 
 
 @dataclass(frozen=True)

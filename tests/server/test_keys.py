@@ -196,5 +196,5 @@ def test_the_command_says_in_one_sentence_why_it_does_not_start() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "server.cli", "serve"], env=environment, capture_output=True, text=True, timeout=50
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("tome-server: api_key: it is empty") and done.stderr.count("\n") == 1

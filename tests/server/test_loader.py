@@ -196,7 +196,7 @@ def test_a_model_that_is_no_folder_has_one_version() -> None:
 
 def test_a_repository_that_is_not_there_ends_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "missing"
-    assert main(["serve", "--model-repository", str(missing), "--state-dir", "none"]) == 1
+    assert main(["serve", "--model-repository", str(missing), "--state-dir", "none"]) == 2
     assert f"model repository {missing} cannot be read" in capsys.readouterr().err
     ModelLoader(load_settings({"model_repository": str(missing)}))  # an engine that starts again
 

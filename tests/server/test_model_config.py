@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from server.cli import main
 from server.errors import EngineError, SettingsError
+from server.model_config import OF_TIMM
 from tests.server.model_folders import classify, edit, load
 
 
@@ -229,7 +232,7 @@ def test_check_says_in_one_line_what_a_folder_is(folder: Path, capsys: pytest.Ca
 
 def test_check_says_in_one_line_what_is_wrong_with_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(folder, put("pretrained_cfg.interpolation", "area"))
-    assert main(["models", "--check", str(folder)]) == 1
+    assert main(["models", "--check", str(folder)]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1
     assert shown.err.startswith("tome-server: model model: ") and "interpolation" in shown.err
@@ -242,5 +245,9 @@ def test_check_computes_an_image(
         raise RuntimeError("these shapes\ndo not multiply")
 
     monkeypatch.setattr("server.device.torch_backend.TorchBackend.outputs", fail)
-    assert main(["models", "--check", str(folder)]) == 1
+    assert main(["models", "--check", str(folder)]) == 2
     assert "cannot compute a black image: these shapes do not multiply" in capsys.readouterr().err
+
+
+def test_the_arguments_that_no_model_takes_are_those_of_timm() -> None:
+    assert OF_TIMM == set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
