@@ -156,7 +156,7 @@ def check_files(spec: ModelSpec) -> None:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file of a model folder: model.safetensors, or the only other safetensors file, not counting tuned numbers.
+    """The weights file of a model folder: model.safetensors, or the only other one besides tuned numbers.
 
     Raises:
         SettingsError: There is none, or there are several.
