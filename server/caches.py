@@ -24,8 +24,8 @@ def keep_caches_in(state_dir: Path | None) -> None:
         return
     try:
         folder = _temporary_folder() if state_dir is None else state_dir.expanduser()
-    except (OSError, RuntimeError):  # # no folder for temporary files is writable, or the user has no home
-        return  # # not every command needs a cache; a command that needs the state folder reports the error
+    except (OSError, RuntimeError):  # no folder for temporary files is writable, or the user has no home
+        return  # not every command needs a cache; a command that needs the state folder reports the error
     for variable, name in _FOLDERS.items():
         os.environ.setdefault(variable, str(folder / name))
 

@@ -104,13 +104,13 @@ def read_config(file: Path) -> Described:
             )
         raise SettingsError(f"{file} names no 'architecture'; {NEEDED}")
     if config.get("pretrained_cfg") is None:
-        if "mean" not in config:  # # old versions of timm put all fields into one mapping
+        if "mean" not in config:  # old versions of timm put all fields into one mapping
             raise SettingsError(
                 f"{file} has no 'pretrained_cfg', which says how images are prepared: input_size, mean, std, "
                 "interpolation, crop_pct"
             )
         config = {**config, "pretrained_cfg": config, "label_names": config.get("label_names", config.get("labels"))}
-    if isinstance(config["pretrained_cfg"], dict):  # # it may have another type
+    if isinstance(config["pretrained_cfg"], dict):  # it may have another type
         inner = {name: config["pretrained_cfg"].get(name) for name in _EITHER_PLACE}
         config = inner | _without_null(config)
     read = checked(_File, config, str(file))
@@ -201,7 +201,7 @@ def _content(file: Path) -> dict[str, Any]:
             content = opened.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise SettingsError(f"there is no {file}; {NEEDED}") from None
-    except (OSError, ValueError) as error:  # # ValueError: an invalid path
+    except (OSError, ValueError) as error:  # ValueError: an invalid path
         raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from None
     if len(content) > MOST_BYTES:
         raise SettingsError(f"{file} has more than {MOST_BYTES} bytes")

@@ -24,7 +24,7 @@ def _r(value: object) -> RSetting:
 
 
 def _version(value: object) -> object:
-    return str(value) if type(value) is int else value  # # YAML gives an integer
+    return str(value) if type(value) is int else value  # YAML gives an integer
 
 
 def _source_at_home(source: str) -> str:

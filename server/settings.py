@@ -289,7 +289,7 @@ class Settings(BaseModel):
                 told = {"weights": spec.weights or self.weights, "tuned": spec.tuned or self.tuned}
                 return spec.model_copy(update=told | {"r": self._bounded(spec.r)})
         if self.model_repository is not None and name in models_in(self.model_repository):
-            tuned = self.tuned if self.tuned in ("auto", "none") else "auto"  # # a file is for one --model
+            tuned = self.tuned if self.tuned in ("auto", "none") else "auto"  # a file is for one --model
             source = f"local-dir:{self.model_repository / name}"
             return ModelSpec(source=source, name=name, tuned=tuned, r=self._bounded(None))
         known = ", ".join(self.known_models())

@@ -52,7 +52,7 @@ def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settin
         SettingsError: Something is unknown, missing or out of range.
     """
     variables = {name[len(PREFIX) :].lower(): text for name, text in os.environ.items() if name.startswith(PREFIX)}
-    # # An empty variable counts as missing. Variables that Kubernetes sets for a Service named tome or tome-server are
+    # An empty variable counts as missing. Variables that Kubernetes sets for a Service named tome or tome-server are
     # skipped.
     variables = {
         name: text
@@ -81,9 +81,9 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
         return {}
     try:
         content = read_yaml(Path(os.path.expanduser(path)).read_bytes())
-    except (OSError, ValueError, InvalidError) as error:  # # ValueError: an invalid path
+    except (OSError, ValueError, InvalidError) as error:  # ValueError: an invalid path
         raise SettingsError(f"config file {path}: {error}") from None
-    if content is None:  # # an empty file
+    if content is None:  # an empty file
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise SettingsError(f"config file {path}: it must hold one setting a line, like 'port: 8000'")
@@ -93,7 +93,7 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
 def _line(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        name = re.split(r"[^\w.-]", where)[0]  # # the rest may be a key: YAML reads {api_key:KEY} as one name
+        name = re.split(r"[^\w.-]", where)[0]  # the rest may be a key: YAML reads {api_key:KEY} as one name
         return f"there is no setting {name!r}; 'tome-server serve --help' lists them"
     message: str = problem["msg"].removeprefix("Value error, ")
     if not where:

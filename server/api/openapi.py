@@ -53,7 +53,7 @@ def _complete(described: dict[str, Any], routes: list[APIRoute], settings: Setti
         for operation in operations.values():
             for status, response in operation["responses"].items():
                 if status >= "400" and "application/json" not in response.get("content", {}):
-                    response["content"] = _ERROR  # # its content is text, as of /metrics
+                    response["content"] = _ERROR  # its content is text, as of /metrics
     wants_key: dict[object, str | None] = {
         for_users: settings.api_key,
         for_admins: settings.api_key or settings.admin_key,

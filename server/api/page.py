@@ -16,7 +16,7 @@ _FILES = StaticFiles(directory=Path(__file__).parents[1] / "static")
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
-    "cache-control": "no-cache",  # # browsers revalidate it by its ETag, so an update shows at once
+    "cache-control": "no-cache",  # browsers revalidate it by its ETag, so an update shows at once
 }
 
 
