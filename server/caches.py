@@ -1,4 +1,4 @@
-"""Makes packages keep their caches in the state folder, and not in the user's home."""
+"""Moves the caches of packages to the state folder, out of the user's home."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _FOLDERS = {"TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda", "MPLCONFIGD
 def keep_caches_in(state_dir: Path | None) -> None:
     """Sets the cache folders of Triton, CUDA and matplotlib, unless the user has set them.
 
-    They read them from the environment, which child processes inherit, and create a folder when they first use it.
-    Where no folder can be had, the packages choose.
+    They read them from the environment, which child processes inherit, and create a folder at its first use. If no
+    folder is available, the packages choose.
 
     Args:
         state_dir: The state folder; None uses a temporary folder, which is removed when this process ends.
@@ -24,8 +24,8 @@ def keep_caches_in(state_dir: Path | None) -> None:
         return
     try:
         folder = _temporary_folder() if state_dir is None else state_dir.expanduser()
-    except (OSError, RuntimeError):  # no folder for temporary files can be written; this user has no home
-        return  # not every command needs a cache, and one that needs the state folder says what is wrong
+    except (OSError, RuntimeError):  # no folder for temporary files is writable, or the user has no home
+        return  # not every command needs a cache; a command that needs the state folder reports the error
     for variable, name in _FOLDERS.items():
         os.environ.setdefault(variable, str(folder / name))
 

@@ -19,7 +19,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 FILE = "config.json"
 NEEDED = "a model folder holds config.json with 'architecture', a name of timm's, and model.safetensors"
 MOST_BYTES = 16 << 20
-"""Of a config.json: 22,000 classes with their descriptions take 2 MB."""
+"""Largest config.json: 22,000 classes with their descriptions take 2 MB."""
 
 _EITHER_PLACE = ("num_classes", "label_names", "label_descriptions", "problem_type", "function_to_apply")
 _MOST_BLOCKS = 1000
@@ -41,7 +41,7 @@ Read = TypeVar("Read", bound=BaseModel)
 
 
 class ImageConfig(BaseModel):
-    """How a model wants its images; the names and the defaults are those of timm's `pretrained_cfg`."""
+    """How a model's images are prepared; names and defaults are those of timm's `pretrained_cfg`."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -55,7 +55,7 @@ class ImageConfig(BaseModel):
 
 
 class _File(BaseModel):
-    """What is read of config.json."""
+    """The fields of config.json that are read."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -71,14 +71,14 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class Described:
-    """What timm is to build.
+    """The description of a model for timm.
 
     Attributes:
-        architecture: A name of timm's.
-        args: What the model is built with.
-        pretrained_cfg: What goes with its weights; None for what timm itself has under that name.
-        label_names, label_descriptions: Of the classes, as they are written; None where nothing is said.
-        activation: What makes scores of the model's logits.
+        architecture: timm's name of it.
+        args: Arguments of the model.
+        pretrained_cfg: The configuration of its weights; None for timm's own configuration of that name.
+        label_names, label_descriptions: Those of the classes, unparsed; None without.
+        activation: Turns the model's logits into scores.
     """
 
     architecture: str
@@ -104,13 +104,13 @@ def read_config(file: Path) -> Described:
             )
         raise SettingsError(f"{file} names no 'architecture'; {NEEDED}")
     if config.get("pretrained_cfg") is None:
-        if "mean" not in config:  # timm once wrote all in one mapping
+        if "mean" not in config:  # old versions of timm put all fields into one mapping
             raise SettingsError(
                 f"{file} has no 'pretrained_cfg', which says how images are prepared: input_size, mean, std, "
                 "interpolation, crop_pct"
             )
         config = {**config, "pretrained_cfg": config, "label_names": config.get("label_names", config.get("labels"))}
-    if isinstance(config["pretrained_cfg"], dict):  # what may stand there too
+    if isinstance(config["pretrained_cfg"], dict):  # it may have another type
         inner = {name: config["pretrained_cfg"].get(name) for name in _EITHER_PLACE}
         config = inner | _without_null(config)
     read = checked(_File, config, str(file))
@@ -136,7 +136,7 @@ def read_config(file: Path) -> Described:
 
 
 def check_files(spec: ModelSpec) -> None:
-    """Checks the local files of a model as far as that needs no torch.
+    """Checks the local files of a model, as far as possible without torch.
 
     Raises:
         SettingsError: A file or folder is missing, or config.json is wrong.
@@ -156,10 +156,10 @@ def check_files(spec: ModelSpec) -> None:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file of a model folder: model.safetensors, or the only one that ends so; tuned numbers are none.
+    """The weights file of a model folder: model.safetensors, or the only other one besides tuned numbers.
 
     Raises:
-        SettingsError: There is none, or nobody can tell which.
+        SettingsError: There is none, or there are several.
     """
     if (folder / WEIGHTS_FILE).exists():
         return folder / WEIGHTS_FILE
@@ -177,15 +177,15 @@ def weights_in(folder: Path) -> Path:
 
 
 def checked(kind: type[Read], values: Mapping[str, Any], where: str) -> Read:
-    """Values in their types and ranges; null counts as not said.
+    """Validates types and ranges of values; null counts as missing.
 
     Args:
         kind: Names, types and ranges.
-        values: What was written.
-        where: What the message calls the place.
+        values: The values in the file.
+        where: The place, for the message.
 
     Raises:
-        SettingsError: One of them is wrong.
+        SettingsError: A value is wrong.
     """
     try:
         return kind.model_validate(_without_null(values))
@@ -201,7 +201,7 @@ def _content(file: Path) -> dict[str, Any]:
             content = opened.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise SettingsError(f"there is no {file}; {NEEDED}") from None
-    except (OSError, ValueError) as error:  # ValueError: a path that can be none
+    except (OSError, ValueError) as error:  # ValueError: an invalid path
         raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from None
     if len(content) > MOST_BYTES:
         raise SettingsError(f"{file} has more than {MOST_BYTES} bytes")
@@ -210,7 +210,7 @@ def _content(file: Path) -> dict[str, Any]:
     except InvalidError as error:
         raise SettingsError(f"{file} cannot be read: {error.message}") from None
     if not isinstance(config, dict):
-        raise SettingsError(f"{file} holds no mapping but {shown(config)}")
+        raise SettingsError(f"{file} is {shown(config)}; it must be a mapping")
     return config
 
 
@@ -219,7 +219,7 @@ def _without_null(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_args(args: Mapping[str, Any], file: str) -> None:
-    """Refuses what would have timm read other files, or build for ever."""
+    """Refuses arguments that make timm read other files, or build without end."""
     for name, value in args.items():
         where = f"{file}: model_args.{name}"
         if name in OF_TIMM:

@@ -1,4 +1,4 @@
-"""One model to serve, as a flag or a YAML mapping names it: where it comes from, its weights, tuned numbers and `r`."""
+"""One model to serve, from a flag or a YAML mapping: its source, weights, tuned numbers and `r`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _r(value: object) -> RSetting:
 
 
 def _version(value: object) -> object:
-    return str(value) if type(value) is int else value  # as YAML has it
+    return str(value) if type(value) is int else value  # YAML gives an integer
 
 
 def _source_at_home(source: str) -> str:
@@ -34,15 +34,15 @@ def _source_at_home(source: str) -> str:
 
 R = Annotated[RSetting, BeforeValidator(_r)]
 AtHome = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path that may begin with `~`, which a shell knows at the beginning of a word only."""
+"""A path that may begin with `~`, which a shell expands only at the beginning of a word."""
 
 
 class ModelSpec(BaseModel):
-    """One model to serve: `SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R][,version=N]`, or as a YAML mapping.
+    """One model to serve: `SOURCE[,weights=FILE][,tuned=FILE][,name=NAME][,r=R][,version=N]`, or a YAML mapping.
 
     SOURCE is `bundled`, a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER` (the Hugging Face layout). FOLDER and
-    FILE may begin with `~`, and may hold blanks and commas: only a comma before `word=` ends them. `tuned` may also be
-    `auto` or `none`. `version` names one of the numbered folders in FOLDER; without it the newest is served.
+    FILE may begin with `~`, and may contain blanks and commas: only a comma before `word=` ends them. `tuned` may also
+    be `auto` or `none`. `version` names one of the numbered folders in FOLDER; without it, the newest is served.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,7 +75,7 @@ class ModelSpec(BaseModel):
         return self
 
     def in_its_version(self) -> ModelSpec:
-        """The same model by the folder of its version: the one that is named, else the newest.
+        """The same model in the folder of its version: the given version, or the newest.
 
         Raises:
             SettingsError: There is no such version.

@@ -1,6 +1,6 @@
-"""Where settings come from: flags, TOME_* variables and a YAML file. The only reader of TOME_* variables.
+"""The sources of settings: flags, TOME_* variables and a YAML file. Only this file reads TOME_* variables.
 
-A flag wins over a variable, a variable over the file. What is unknown or out of range stops the start.
+A flag wins over a variable, and a variable over the file. An unknown name or a value out of range stops the start.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _OF_KUBERNETES = re.compile(
     r"^(\w+_)?service_(host|port)|^(\w+_)?port(_\d+_(tcp|udp)\w*)?=(tcp|udp)://|_(tcp|udp)_(proto|addr|port)="
 )
 _SECRET = {*KEYS, "shared_config"}
-"""What no message shows: the URL of Redis may hold a password."""
+"""Never shown in messages: a URL of Redis may contain a password."""
 _NEVER_EMPTY = {*KEYS, *(f"{key}_file" for key in KEYS)}
-"""Variables that may not be empty: a secret that has not arrived would open the service without a word."""
+"""Variables that must not be empty: a missing secret would open the service silently."""
 
 
 _OF_PLATFORMS = {
@@ -36,21 +36,24 @@ _OF_PLATFORMS = {
     },
     "sagemaker": {"SAGEMAKER_BIND_TO_PORT": "port"},
 }
-"""Variables by which a platform tells its containers a setting, for each protocol. Whatever else says it wins."""
+"""Variables by which a platform sets a setting in its containers, for each protocol. All other sources win over
+them.
+"""
 
 
 def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
     """Joins flags, `TOME_*` variables and a YAML file into one checked object.
 
     Args:
-        flags: What the command line said, by field name; None counts as not said.
-        config: A YAML file; `TOME_CONFIG` names one too.
+        flags: The flags by field name; None counts as missing.
+        config: A YAML file; `TOME_CONFIG` also names one.
 
     Raises:
         SettingsError: Something is unknown, missing or out of range.
     """
     variables = {name[len(PREFIX) :].lower(): text for name, text in os.environ.items() if name.startswith(PREFIX)}
-    # An empty variable is one not set; and what Kubernetes sets for a Service named tome or tome-server is not for us.
+    # An empty variable counts as missing. Variables that Kubernetes sets for a Service named tome or tome-server are
+    # skipped.
     variables = {
         name: text
         for name, text in variables.items()
@@ -68,7 +71,7 @@ def load_settings(flags: Mapping[str, Any], config: str | None = None) -> Settin
 
 
 def _of_platforms(protocols: Sequence[str]) -> dict[str, str]:
-    """What the platforms of these protocols say, by field name."""
+    """The settings from the platforms of these protocols, by field name."""
     names = [pair for protocol in protocols for pair in _OF_PLATFORMS.get(protocol, {}).items()]
     return {field: os.environ[variable] for variable, field in names if os.environ.get(variable)}
 
@@ -78,7 +81,7 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
         return {}
     try:
         content = read_yaml(Path(os.path.expanduser(path)).read_bytes())
-    except (OSError, ValueError, InvalidError) as error:  # ValueError: a path that can be none
+    except (OSError, ValueError, InvalidError) as error:  # ValueError: an invalid path
         raise SettingsError(f"config file {path}: {error}") from None
     if content is None:  # an empty file
         return {}
@@ -90,7 +93,7 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
 def _line(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        name = re.split(r"[^\w.-]", where)[0]  # what follows may be a key: {api_key:KEY} is one name to YAML
+        name = re.split(r"[^\w.-]", where)[0]  # the rest may be a key: YAML reads {api_key:KEY} as one name
         return f"there is no setting {name!r}; 'tome-server serve --help' lists them"
     message: str = problem["msg"].removeprefix("Value error, ")
     if not where:

@@ -70,10 +70,10 @@ def export_program(
     if any(module.training for module in merged.model.modules()):
         raise ExportError("the model is in training mode, and dropout would be exported too; call eval() first")
     weight = next(merged.parameters())
-    # # torch always takes a size of 1 for a constant, so the example has 2.
+    # torch always takes a size of 1 for a constant, so the example has 2.
     images = torch.zeros(batch_size or 2, 3, *input_size, dtype=weight.dtype, device=weight.device)
     batch = {0: Dim("batch", min=1)} if batch_size is None else None
-    # # Fused operations would need this package at run time.
+    # Fused operations would need this package at run time.
     return torch.export.export(FixedR(merged.at(r).plain(), r), (images,), dynamic_shapes={"images": batch})
 
 
@@ -131,11 +131,11 @@ def export_onnx(
     written.model.metadata_props.update({name: json.dumps(fact) for name, fact in facts.items()})
     with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
         unchecked = Path(folder) / file.name
-        # # torch still writes a second file when the weights are near protobuf's 2 GB
+        # torch still writes a second file when the weights are near protobuf's 2 GB
         written.save(unchecked, external_data=False)
         onnx.checker.check_model(unchecked, full_check=True)
         difference = _difference(unchecked, fixed, input_size, (1, 8) if batch_size is None else (batch_size,) * 2)
-        parts = sorted(Path(folder).iterdir(), reverse=True)  # # the file itself moves last
+        parts = sorted(Path(folder).iterdir(), reverse=True)  # the file itself moves last
         num_bytes = sum(part.stat().st_size for part in parts)
         for part in parts:
             part.replace(file.with_name(part.name))
@@ -154,20 +154,20 @@ def to_onnx(program: ExportedProgram, opset: int, inputs: Sequence[str], outputs
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     with warnings.catch_warnings():
-        # # torch.onnx of torch 2.11 uses functions that torch.utils of that version deprecates.
+        # torch.onnx of torch 2.11 uses functions that torch.utils of that version deprecates.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         written = torch.onnx.export(
             program,
             input_names=inputs,
             output_names=outputs,
             opset_version=opset,
-            # # sets only the name: the program knows which dimensions are dynamic
+            # sets only the name: the program knows which dimensions are dynamic
             dynamic_shapes={name: {0: "batch"} for name in inputs},
             custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             dynamo=True,
             verbose=False,
         )
-    assert written is not None  # # None only if torch.onnx.export itself writes a file
+    assert written is not None  # None only if torch.onnx.export itself writes a file
     ClearMetadataAndDocStringPass()(written.model)
     return written
 
@@ -176,7 +176,7 @@ def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bo
     """aten::sort.stable, which torch.onnx lacks: TopK of all elements, which breaks ties by the lower index."""
     from onnxscript import opset18
 
-    op: Any = opset18  # # its annotations do not cover tracing
+    op: Any = opset18  # its annotations do not cover tracing
     length = op.Constant(value_ints=[values.shape[dim]])
     return op.TopK(values, length, axis=dim, largest=int(descending), sorted=1)
 
@@ -202,7 +202,7 @@ def _difference(file: Path, fixed: FixedR, input_size: tuple[int, int], batch_si
         (logits,) = session.run(None, {"images": images.numpy()})
         differences.append((torch.from_numpy(logits) - expected[-1]).abs().amax(dim=1))
     *others, largest = torch.cat(differences).sort().values.tolist()
-    # # Two token pairs that differ only by rounding may merge in either order. Both are right, but the logits move:
+    # Two token pairs that differ only by rounding may merge in either order. Both are right, but the logits move:
     # this may happen to one image of all.
     allowed = TOLERANCE * torch.cat(expected).abs().max().item()
     if not others[-1] <= allowed:

@@ -129,7 +129,7 @@ def _product(weight: Tensor, largest_input: float, like: Product8 | None) -> Pro
         return None
     if not math.isfinite(largest_input):
         raise UnsupportedModelError(NOT_FINITE)
-    # # A shared matrix keeps its scale: the weights may have changed since.
+    # A shared matrix keeps its scale: the weights may have changed since.
     quantised, scale = _scaled(weight) if like is None else (like.weight, 1 / (like.multiplier * like.factor))
     multiplier = LARGEST / max(largest_input, SMALLEST)
     scales = tuple(torch.tensor(1 / s, dtype=torch.float32, device=weight.device) for s in (multiplier, scale))

@@ -108,7 +108,7 @@ def run_blocks(
         num_queries = P if prefix_only and i == len(blocks) - 1 else None
         position = family.position(model, positions, i)
         y, groups = _attention(block.attn, tokens, position, r, P, num_queries, float8[i])
-        # # Read them while a GPU is busy with the first block.
+        # Read them while a GPU is busy with the first block.
         endings = endings or _endings([parts_of(block) for block in blocks], norm_of(family.norm(model)), float8)
         if num_queries is not None:
             tokens = _Tokens(tokens.x[:, :P].contiguous(), tokens.n)
@@ -189,7 +189,7 @@ def _end(tokens: _Tokens, y: Tensor, ending: _Ending, groups: Groups | None = No
         added = linear(y)
     form = (x.dtype, 1.0) if ending.multiplier is None else (FLOAT8, ending.multiplier)
     if groups is not None:
-        assert ending.norm is not None  # # merges come before the norm of an MLP
+        assert ending.norm is not None  # merges come before the norm of an MLP
         merged = merge_add_norm(groups, x, added, tokens.size, scale, offset, ending.norm, *form)
         return _Tokens(*merged, None if tokens.places is None else merge_sums(groups, tokens.places))
     if ending.norm is None:

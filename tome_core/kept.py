@@ -26,7 +26,7 @@ def kept(function: Callable[..., R]) -> Callable[..., R]:
         if torch.compiler.is_compiling():
             return function(*args)
         if args not in known:
-            with torch.inference_mode(False):  # # the tensors may meet gradients later
+            with torch.inference_mode(False):  # the tensors may meet gradients later
                 made = function(*args)
             parts = made if isinstance(made, tuple) else (made,)
             if any(isinstance(part, Tensor) and type(part) is not Tensor for part in parts):

@@ -63,7 +63,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
     if r == 0:
         return MergePlan(positions, positions[:, :0], positions[:, :0])
 
-    # # Parity counts from the start of the sequence, so a class token shifts patches as in the paper.
+    # Parity counts from the start of the sequence, so a class token shifts patches as in the paper.
     first_src = num_prefix_tokens + num_prefix_tokens % 2
     first_dst = num_prefix_tokens + 1 - num_prefix_tokens % 2
     with full_precision(metric.device):

@@ -34,7 +34,7 @@ def merge(plan: MergePlan, x: Tensor, size: Tensor | None = None) -> tuple[Tenso
         gains = joins * size.gather(1, plan.src)[:, None, :]
         kept_size = size.gather(1, plan.keep)
         merged_size = kept_size + gains.sum(dim=-1)
-        # # Weights of at most 1, in float32 or wider: summing first and dividing later would overflow float16.
+        # Weights of at most 1, in float32 or wider: summing first and dividing later would overflow float16.
         kept, lost = widened(gather_tokens(x, plan.keep)), widened(gather_tokens(x, plan.src))
         kept = kept * (kept_size / merged_size)[..., None]
         merged = torch.baddbmm(kept, (gains / merged_size[..., None]).to(kept.dtype), lost)

@@ -13,7 +13,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
     It does not change `torch.set_float32_matmul_precision`: with "high" or "medium", its products are rounded.
     """
-    # # it has no autocast, and asking torch for the devices with autocast would break torch.compile's graph
+    # it has no autocast, and asking torch for the devices with autocast would break torch.compile's graph
     if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -100,7 +100,7 @@ class Tuned(NamedTuple):
         }
         facts = {"bands": [[b.low, b.high] for b in self.bands], "weights": self.weights, "about": self.about}
         content = save(tensors, {"format": FORMAT} | {name: json.dumps(fact) for name, fact in facts.items()})
-        write_whole(Path(file), content)  # # safetensors' own writing raises no OSError
+        write_whole(Path(file), content)  # safetensors' own writing raises no OSError
 
     @staticmethod
     def load(file: Path | str) -> Tuned:
@@ -111,13 +111,13 @@ class Tuned(NamedTuple):
             OSError: The file cannot be read.
         """
         with open(file, "rb"):
-            pass  # # safetensors' error hides the reason
+            pass  # safetensors' error hides the reason
         try:
             with safe_open(file, framework="pt") as opened:
-                # # Clones do not lie in the mapped file, which may be truncated while they are in use.
+                # Clones do not lie in the mapped file, which may be truncated while they are in use.
                 tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
                 return _parsed(opened.metadata() or {}, tensors)
-        except (SafetensorError, ValueError, RecursionError) as error:  # # RecursionError: JSON with too many levels
+        except (SafetensorError, ValueError, RecursionError) as error:  # RecursionError: JSON with too many levels
             raise TunedError(f"{file} holds no tuned numbers: {error}") from None
 
 
@@ -157,7 +157,7 @@ def _sharing(module: nn.Module, replaced: Mapping[int, Tensor], twins: dict[int,
     twin = module
     if _differ(parameters, module._parameters) or _differ(children, module._modules):
         twin = copy(module)
-        # # Both have the same dicts of hooks, so later hooks reach both. For a full backward hook torch also sets a
+        # Both have the same dicts of hooks, so later hooks reach both. For a full backward hook torch also sets a
         # flag, which only the module itself would get.
         full = module._is_full_backward_hook is not False
         twin.__dict__ |= {"_parameters": parameters, "_modules": children, "_is_full_backward_hook": full}

@@ -66,7 +66,7 @@ class Tuner:
         still = {name: parameter.detach() for name, parameter in self._teacher.model.named_parameters()}
         learning = tunable(self._teacher.model, merged.family) if names is None else names
         self._numbers = {name: nn.Parameter(still[name].clone()) for name in learning}
-        # # The other parameters are detached, so that no gradient is computed for them.
+        # The other parameters are detached, so that no gradient is computed for them.
         self._student = self._teacher.with_tensors(still | self._numbers)
         self._optimizer = torch.optim.AdamW(self._numbers.values(), lr=self.recipe.learning_rate, weight_decay=0.0)
         self._device = next(iter(still.values())).device
@@ -101,7 +101,7 @@ class Tuner:
             except torch.OutOfMemoryError:
                 if self._part == 1:
                     raise
-            # # After the except clause, because the error keeps the tensors of the failed step alive.
+            # After the except clause, because the error keeps the tensors of the failed step alive.
             self._part = -(-self._part // 2)
             torch.cuda.empty_cache()
         for group in self._optimizer.param_groups:
@@ -129,7 +129,7 @@ class Tuner:
         """Continues from a `state`."""
         self.take({name: state[f"number {name}"] for name in self._numbers})
         for name, number in self._numbers.items():
-            known = {"step": state[f"step {name}"].clone()}  # # AdamW counts steps on the CPU
+            known = {"step": state[f"step {name}"].clone()}  # AdamW counts steps on the CPU
             known |= {kind: state[f"{kind} {name}"].to(number, copy=True) for kind in ("exp_avg", "exp_avg_sq")}
             self._optimizer.state[number] = known
 

@@ -1,6 +1,6 @@
-"""Mosec: a stage that decodes, a process a core, and a stage that batches, for up to 10 ms, its default.
+"""Mosec: a stage that decodes, with a process for each core, and a stage that batches for up to 10 ms, its default.
 
-The program takes its own flags: `--port N --address 127.0.0.1 --timeout MS`.
+The program has its own flags: `--port N --address 127.0.0.1 --timeout MS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The API's description: FastAPI describes the routes, and this file adds the keys and our own schemas."""
+"""The API's OpenAPI description: FastAPI describes the routes, and this file adds the keys and our own schemas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 @router.get("/openapi.json")
 async def get_openapi(request: Request) -> JSONResponse:
-    """The description, with the path under which a proxy has put this server."""
+    """The description, including the path prefix of a proxy."""
     described = describe(request.app)
     prefix = request.scope.get("root_path") or request.headers.get("x-forwarded-prefix", "")
     if _PREFIX.fullmatch(prefix.rstrip("/")):
@@ -34,7 +34,7 @@ async def get_openapi(request: Request) -> JSONResponse:
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """The description of an application. It is made once, at the first request."""
+    """Describes an application, once, at the first request."""
     if not hasattr(app.state, "described"):
         app.state.described = _complete(app.openapi(), app.state.routes, app.state.service.settings)
         app.state.described["tags"] = [
@@ -53,7 +53,7 @@ def _complete(described: dict[str, Any], routes: list[APIRoute], settings: Setti
         for operation in operations.values():
             for status, response in operation["responses"].items():
                 if status >= "400" and "application/json" not in response.get("content", {}):
-                    response["content"] = _ERROR  # of text, as the metrics are
+                    response["content"] = _ERROR  # its content is text, as of /metrics
     wants_key: dict[object, str | None] = {
         for_users: settings.api_key,
         for_admins: settings.api_key or settings.admin_key,
@@ -71,7 +71,7 @@ def _complete(described: dict[str, Any], routes: list[APIRoute], settings: Setti
 
 
 def _hoisted(part: Any, schemas: dict[str, Any]) -> Any:
-    """A part of the description whose schemas point to the common ones: pydantic puts a schema's own beside it."""
+    """Points the schemas of a part to the common ones, because pydantic embeds them in each schema."""
     if isinstance(part, list):
         return [_hoisted(each, schemas) for each in part]
     if not isinstance(part, dict):

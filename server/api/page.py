@@ -1,4 +1,4 @@
-"""The pages at `/` and `/docs`: static files that need no key and may load nothing from elsewhere."""
+"""The pages at `/` and `/docs`: static files that need no key and may load nothing from other origins."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _FILES = StaticFiles(directory=Path(__file__).parents[1] / "static")
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
-    "cache-control": "no-cache",  # kept, and asked for again by its ETag: an update shows at once
+    "cache-control": "no-cache",  # browsers revalidate it by its ETag, so an update shows at once
 }
 
 
 @router.get("/")
 async def page(request: Request, service: ForAll) -> Response:
-    """The page for browsers. Other clients of KServe v1 ask here whether the server lives."""
+    """The page for browsers. Clients of KServe v1 use this path to check that the server is alive."""
     if "kserve" in service.settings.protocol and "text/html" not in request.headers.get("accept", ""):
         response: Response = JSONResponse({"status": "alive"})
     else:

@@ -1,4 +1,4 @@
-"""Where the curve of a model lies: beside weights that have a place of their own, else in the state folder."""
+"""Where the curve of a model is stored: beside its weights if they are local, otherwise in the state folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "curve.json"
 
 
 def beside(spec: ModelSpec) -> Path | None:
-    """The place beside the model; None for one whose weights come from a hub."""
+    """The place beside the model; None if its weights come from a hub."""
     if spec.weights:
         return Path(f"{spec.weights}.{FILE}")
     if spec.source == "bundled":
@@ -26,7 +26,7 @@ def beside(spec: ModelSpec) -> Path | None:
 
 
 def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
-    """The place in the state folder, for these weights alone; None where nothing is kept."""
+    """The place in the state folder for exactly these weights; None without a state folder."""
     folder = state_folder(state_dir, "curves")
     return folder / f"{name}-{weights[:12]}.json" if folder else None
 
@@ -35,10 +35,10 @@ def save(curve: Curve, spec: ModelSpec, state_dir: Path | None) -> tuple[Path, s
     """Writes a curve to its place.
 
     Returns:
-        The file, and why it is not beside the model where it should be.
+        The file, and the reason if it could not be written beside the model.
 
     Raises:
-        SettingsError: There is no place that can be written.
+        SettingsError: No place is writable.
     """
     own = None if spec.source == "bundled" and not spec.weights else beside(spec)
     kept = in_state(spec.name, curve.facts.weights, state_dir)
@@ -46,15 +46,15 @@ def save(curve: Curve, spec: ModelSpec, state_dir: Path | None) -> tuple[Path, s
 
 
 def write(curve: Curve, file: Path) -> None:
-    """Writes the file as a whole: who reads it meanwhile sees the old one or the new one."""
+    """Replaces the file as a whole: a reader sees the old file or the new one."""
     write_whole(file, curve.to_json().encode())
 
 
 def find(spec: ModelSpec, info: ModelInfo, facts: Facts, state_dir: Path | None) -> tuple[Curve | None, list[str]]:
-    """The curve that holds for a model as it is served: with speeds of this device before without, new before old.
+    """Finds the curve of a model as it is served. A curve with speeds of this device comes first, then the newest.
 
     Returns:
-        The curve, or None; and what is wrong with those that are there and do not hold.
+        The curve or None, and the faults of the curves that do not fit.
     """
     curves, refusals = [], []
     for file in (beside(spec), in_state(spec.name, facts.weights, state_dir)):
@@ -76,7 +76,7 @@ def find(spec: ModelSpec, info: ModelInfo, facts: Facts, state_dir: Path | None)
 
 
 def _misfit(curve: Curve, info: ModelInfo) -> str | None:
-    """Why a curve cannot be of this model, whose weights it names: another image size, say, or other answers."""
+    """Why a curve that names this model's weights does not fit, for example another image size or other answers."""
     now = "labels" if info.activation == "sigmoid" else "top1"
     if curve.agreement_of not in ("neighbours", now):
         return f"made with agreement of {curve.agreement_of}, not of {now}"

@@ -1,4 +1,4 @@
-"""The commands of `tome-server`, one file each; what they load, they load when they run, so that `--help` is quick."""
+"""The commands of `tome-server`, one file each. They import their modules when they run, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from server.settings import Settings
 
 
 class Command(Protocol):
-    """What a command's file offers.
+    """The protocol of a command's file.
 
     Attributes:
-        HELP: What it does, in a line.
+        HELP: The command's purpose, in a line.
         SETTINGS: Names of the settings that it takes as flags.
     """
 
@@ -20,9 +20,9 @@ class Command(Protocol):
     SETTINGS: tuple[str, ...]
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declares the arguments that are not settings."""
+        """Adds the arguments that are not settings."""
         ...
 
     def run(self, settings: Settings, args: argparse.Namespace) -> int:
-        """Runs it; gives the exit status."""
+        """Runs the command; returns the exit status."""
         ...

@@ -1,4 +1,4 @@
-"""How a long command is asked to stop and keep what it has."""
+"""The request to a long command to stop and keep its results."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from server.commands.output import tell
 
 
 class Stop:
-    """Within it, the first Ctrl-C or SIGTERM asks to stop; the next one ends the process as ever.
+    """Inside, the first Ctrl-C or SIGTERM requests a stop; the next one ends the process as usual.
 
     Args:
-        message: What is told then.
+        message: Printed at the request.
 
     Attributes:
-        number: The signal that asked; None before.
+        number: The signal of the request; None before it.
     """
 
     def __init__(self, message: str) -> None:

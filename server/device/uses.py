@@ -1,4 +1,4 @@
-"""Counts of recent uses, so that a thing in frequent use is not dropped for one that is used a few times."""
+"""Counts of recent uses, so that an item in frequent use is not dropped for one with a few uses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 HALVED_AFTER = 1024
-"""Uses after which all counts are halved: the past fades, and no more than twice as many keys are counted."""
+"""Uses after which all counts are halved. So the past fades, and at most twice as many keys are counted."""
 
 
 class Uses(Generic[K]):
-    """Counts uses of keys; any client may name others."""
+    """Counts uses of keys, which clients choose freely."""
 
     def __init__(self) -> None:
         self._counts: dict[K, int] = {}
@@ -22,7 +22,7 @@ class Uses(Generic[K]):
         return len(self._counts)
 
     def note(self, key: K) -> int:
-        """Counts one more use; gives the count."""
+        """Counts one more use; returns the count."""
         self._since += 1
         if self._since >= HALVED_AFTER:
             self._since = 0
@@ -31,9 +31,9 @@ class Uses(Generic[K]):
         return count
 
     def of(self, key: K) -> int:
-        """How often it was used lately."""
+        """The recent uses of a key."""
         return self._counts.get(key, 0)
 
     def least(self, keys: Iterable[K]) -> K:
-        """The one of some keys that was used least; of several, the first."""
+        """The least used of some keys; of several, the first."""
         return min(keys, key=self.of)

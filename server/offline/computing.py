@@ -131,7 +131,7 @@ class Computing:
         key = self.served.info.batch_key(schedule_of(ask))
         try:
             return stage(key, work)
-        except Exception as error:  # # the device may raise anything
+        except Exception as error:  # the device may raise anything
             logger.debug("a batch of %d has failed", len(work), exc_info=error)
 
         async def run(part: Sequence[Any]) -> Sequence[Any]:
@@ -143,7 +143,7 @@ class Computing:
             raise EngineError(f"{self._runner.device} does not work any more: {error}") from error
         outcomes = asyncio.run(run_split(run, work))
         failed = [each for each in outcomes if isinstance(each, ServerError) and not isinstance(each, OF_A_FILE)]
-        if len(failed) == len(work) > 1:  # # then the images are not the reason
+        if len(failed) == len(work) > 1:  # then the images are not the reason
             raise failed[0]
         return outcomes
 

@@ -32,7 +32,7 @@ def open_devices(settings: Settings) -> Computes:
     """
     if len(settings.devices()) > 1:
         return Devices(settings)
-    from server.offline.computing import Computing  # # needs torch
+    from server.offline.computing import Computing  # needs torch
 
     return Computing(settings)
 
@@ -89,7 +89,7 @@ class _Process:
         theirs.close()
 
     def send(self, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # # `receive` raises the reason
+        with contextlib.suppress(BrokenPipeError):  # `receive` raises the reason
             self._connection.send(message)
 
     def receive(self) -> Any:

@@ -91,7 +91,7 @@ def receive_file(connection: socket.socket, size: int) -> bytes | None:
             return None
         if not more:
             return None
-        content = content + more if content else more  # # normally all bytes at once; a signal may interrupt
+        content = content + more if content else more  # normally all bytes at once; a signal may interrupt
     return content
 
 
@@ -111,7 +111,7 @@ def _fill(memory: memoryview, connection: socket.socket) -> bool:
 
 def main() -> None:
     """Reads the files that are requested through the socket of standard input, until that is closed."""
-    # # Both signals may reach all processes of the command. The command ends this process when it is done.
+    # Both signals may reach all processes of the command. The command ends this process when it is done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     give_large_blocks_back()

@@ -75,7 +75,7 @@ class ReaderProcesses:
         """Ends the processes, even if they are busy."""
         for process in self._processes:
             process.kill()
-        self._receiving.shutdown(cancel_futures=True)  # # a pending receive ends with its process
+        self._receiving.shutdown(cancel_futures=True)  # a pending receive ends with its process
         for process in self._processes:
             process.wait()
             process.connection.close()
@@ -88,7 +88,7 @@ class _Process:
         self.connection, theirs = socket.socketpair()
         with contextlib.ExitStack() as unless_started, theirs:
             unless_started.callback(self.connection.close)
-            # # Its own process group: Ctrl-C must not reach it while it loads.
+            # Its own process group: Ctrl-C must not reach it while it loads.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM],
                 stdin=theirs.fileno(),
@@ -103,7 +103,7 @@ class _Process:
         self._send(os.fsencode(SEPARATOR.join(files)))
 
     def _send(self, message: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # # `receive` raises the reason
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` raises the reason
             send(self.connection, message)
 
     def follow(self, image: Following) -> JpegFile:

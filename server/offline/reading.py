@@ -49,7 +49,7 @@ class Reader:
     def __init__(self, preprocessing: Preprocessing, decodes_jpeg: bool, max_pixels: int, processes: int = 1) -> None:
         self._preprocessing, self._decodes_jpeg, self._max_pixels = preprocessing, decodes_jpeg, max_pixels
         self._decoders = Decoders(max_pixels, processes)
-        self._loop = asyncio.new_event_loop()  # # only for images that are decoded in another process
+        self._loop = asyncio.new_event_loop()  # only for images that are decoded in another process
         self._thread = threading.Thread(target=self._loop.run_forever, name="decode apart", daemon=True)
         self._thread.start()
 
@@ -66,7 +66,7 @@ class Reader:
             return error.message
         except OSError as error:
             return error.strerror or str(error)
-        except ValueError as error:  # # not a valid path
+        except ValueError as error:  # not a valid path
             return str(error)
         except MemoryError:
             return "it does not fit into memory"

@@ -62,7 +62,7 @@ class Unfinished:
         except SettingsError:
             self.close()
             raise
-        # # KeyError and TypeError: JSON or CSV with other contents
+        # KeyError and TypeError: JSON or CSV with other contents
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.close()
             raise SettingsError(f"{self.folder} cannot be read ({error}); remove it to begin anew") from None

@@ -106,5 +106,5 @@ def test_origins_come_from_flags_a_variable_and_a_file(monkeypatch: pytest.Monke
     "origin", ["app.example.org", "https://a.org/", "https://a.org/path", "null", "https://*.a.org", ""]
 )
 def test_what_is_no_origin_stops_the_start(origin: str) -> None:
-    with pytest.raises(SettingsError, match="cors_origin: .* no origin; write SCHEME"):
+    with pytest.raises(SettingsError, match="cors_origin: .* not an origin; write SCHEME"):
         load_settings({"cors_origin": [origin]})

@@ -95,8 +95,8 @@ WRONG: list[tuple[str, object, str]] = [
     ("model_args.embed_dim", 900_000, "cannot build|do not fit"),  # 10 TB, of which nothing is taken
     ("model_args.embed_dim", 10**12, "embed_dim is 1000000000000"),
     ("model_args.num_heads", 7, "cannot build"),
-    ("model_args.pretrained", True, "no argument of a model"),
-    ("model_args.checkpoint_path", "/etc/passwd", "no argument of a model"),
+    ("model_args.pretrained", True, "not an argument of a model"),
+    ("model_args.checkpoint_path", "/etc/passwd", "not an argument of a model"),
     ("model_args.colour", "red", "cannot build"),
     ("model_args.global_pool", "most", "cannot build"),
     ("model_args.num_classes", 5, "3 classes; the model has 5"),
@@ -134,7 +134,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "another encoding": ('{"architecture": "vit", "é": 1}'.encode("latin-1"), "cannot be read"),
     "brackets without end": (b"[" * 100_000, "cannot be read"),
     "digits without end": (b'{"num_classes": ' + b"9" * 10_000 + b"}", "cannot be read"),
-    "a list": (b"[1, 2]", "holds no mapping"),
+    "a list": (b"[1, 2]", "it must be a mapping"),
     "of 20 MB": (b'"' + b" " * (20 << 20) + b'"', "more than 16777216 bytes"),
     "of transformers": (
         json.dumps(TRANSFORMERS).encode(),

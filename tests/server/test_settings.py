@@ -257,7 +257,7 @@ def test_tuned_numbers_go_to_the_one_model_and_auto_and_none_to_all() -> None:
 
 @pytest.mark.parametrize("models", [["one", "two"], ["one,tuned=b.safetensors"]])
 def test_a_file_of_tuned_numbers_beside_several_models_or_another_file_stops_the_start(models: list[str]) -> None:
-    with pytest.raises(SettingsError, match="--tuned FILE goes with one --model"):
+    with pytest.raises(SettingsError, match="--tuned FILE is for one --model"):
         load_settings({"model": models, "tuned": "a.safetensors"})
 
 

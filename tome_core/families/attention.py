@@ -34,7 +34,7 @@ def attention(
     q, k, v = heads(q, attn.num_heads), heads(k, num_kv_heads), heads(v, num_kv_heads)
     if hasattr(attn, "k_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
-    keys = k  # # unrotated: rotated keys of equal patches would differ
+    keys = k  # unrotated: rotated keys of equal patches would differ
     if position.rope is not None:
         q, k = _rotate(attn, q, position.rope).type_as(v), _rotate(attn, k, position.rope).type_as(v)
     if k.shape[1] < q.shape[1]:  # grouped-query attention
@@ -139,6 +139,6 @@ def _biases(attn: Any) -> tuple[Tensor, Tensor, Tensor] | None:
 def _rotate(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
     """Rotates all but the prefix tokens of x (B, num_heads, N, D), by sin and cos (..., N, 2D)."""
     prefix, patches = x[:, :, : attn.num_prefix_tokens], x[:, :, attn.num_prefix_tokens :]
-    if not patches.shape[2]:  # # only prefix queries are required
+    if not patches.shape[2]:  # only prefix queries are required
         return prefix
     return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=getattr(attn, "rotate_half", False))], dim=2)

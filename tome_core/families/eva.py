@@ -13,7 +13,7 @@ from tome_core.positions import Position
 
 
 class EvaFamily(Family):
-    """Adapter to `Eva`; its rotary table is one for all blocks, or ("mixed") one for each block and head."""
+    """Adapter to `Eva`; all blocks share one rotary table, or ("mixed") each block and head has its own."""
 
     model_classes: tuple[type[nn.Module], ...] = (Eva,)
     positional = True

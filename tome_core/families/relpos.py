@@ -13,7 +13,7 @@ from tome_core.positions import Position
 
 
 class RelPosFamily(Family):
-    """Adapter to `VisionTransformerRelPos`; the bias is one for all blocks, or each block has its own."""
+    """Adapter to `VisionTransformerRelPos`; all blocks share one bias, or each block has its own."""
 
     model_classes: tuple[type[nn.Module], ...] = (VisionTransformerRelPos,)
     positional = True
