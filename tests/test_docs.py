@@ -93,7 +93,7 @@ def anchors_of(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "server/bundled/README.md"])
 def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / page).read_text())
+    links = re.findall(r"(?:\]\(|(?:href|src)=\")(?!https?:)([^)\s\"]+)[)\"]", (ROOT / page).read_text())
     for link in links:
         name, _, anchor = link.partition("#")
         target = (ROOT / page).parent / name if name else ROOT / page
