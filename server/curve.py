@@ -14,7 +14,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
 AgreementOf = Literal["top1", "labels", "neighbours"]
-"""What is compared with r=0: the likeliest class, all labels of a model with several, or the nearest photos."""
+"""The compared answer: the likeliest class, all labels of a multi-label model, or the nearest photos."""
 
 
 class CurveError(ValueError):
@@ -31,7 +31,7 @@ class _Frozen(BaseModel):
 
 
 class Facts(_Frozen):
-    """What a measurement depends on.
+    """The facts that a measurement depends on.
 
     Attributes:
         weights: sha256 of the weights' file.
@@ -164,7 +164,7 @@ class Curve(_Frozen):
         """Reads the stored form.
 
         Raises:
-            CurveError: The text is no curve.
+            CurveError: The text is not a curve.
         """
         try:
             return Curve.model_validate_json(text)
@@ -181,7 +181,7 @@ class Curve(_Frozen):
         Args:
             line: Seconds of a batch and of each image in it, for a schedule.
             max_batch_size: Images of a full batch.
-            timed: Where the speeds come from; None if that stays as it is.
+            timed: Where the speeds come from; None keeps it.
         """
         rows = tuple(row.at(line(row.r), max_batch_size) for row in self.rows)
         update = {"rows": rows, "max_batch_size": max_batch_size, "timed": timed or self.timed}

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 Step = Callable[[Callable[[], Any]], Any]
-"""Does a piece of work on the device, and gives its result."""
+"""Runs a function on the device, and returns its result."""
 
 
 class ModelLoader:
@@ -81,7 +81,7 @@ class ModelLoader:
         """A model with its weights, before a device has it.
 
         Raises:
-            SettingsError: As `load_model`.
+            SettingsError: See `load_model`.
         """
         loaded = load_model(self._spec(found.name, found.version), self._settings.state_dir)
         return replace(loaded, info=replace(loaded.info, version=found.version, revision=found.revision))
@@ -118,7 +118,7 @@ class ModelLoader:
             beside: Other models compute meanwhile.
 
         Raises:
-            SettingsError: Its backend or its precision cannot be had.
+            SettingsError: Its backend or its precision is not available.
             InvalidError: `r` is out of its range.
             EngineError: It gives no numbers in this precision.
         """
@@ -197,7 +197,7 @@ class ModelLoader:
         steps: Sequence[Schedule],
         lines: Mapping[Schedule, Line],
     ) -> Ladder:
-        """What is compiled and timed in the background: the schedules of the curve, else those of `auto`."""
+        """The schedules to compile and time in the background: those of the curve, otherwise those of `auto`."""
 
         def keep(lines: Mapping[Schedule, Line]) -> None:
             facts = facts_of(loaded, runner)
@@ -254,7 +254,7 @@ def _lines_of(curve: Curve) -> dict[Schedule, Line]:
 
 
 def _run(runner: Runner, loaded: LoadedModel) -> Run:
-    """Computes a batch of so many black images."""
+    """Computes a batch of black images, of the given size."""
     info = loaded.info
     largest = torch.zeros(LARGER_BATCH, *info.preprocessing.input_size, 3, dtype=torch.uint8, device=runner.device)
 

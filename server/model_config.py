@@ -223,7 +223,7 @@ def _check_args(args: Mapping[str, Any], file: str) -> None:
     for name, value in args.items():
         where = f"{file}: model_args.{name}"
         if name in OF_TIMM:
-            raise SettingsError(f"{where}: it is no argument of a model")
+            raise SettingsError(f"{where}: it is not an argument of a model")
         least, most = (1, _MOST_BLOCKS) if name.startswith("depth") else (-_LARGEST, _LARGEST)
         for number in _numbers(value):
             if not math.isfinite(number) or not least <= number <= most:

@@ -37,7 +37,7 @@ _SHORT_LIFE_S = 5.0
 _LONGEST_PAUSE_S = 10.0
 _DRAIN_S = 30.0
 _SILENCE_S = 15.0
-"""Without a beat for so long a process hangs: long enough for a compiler that holds Python's lock."""
+"""A process without a beat for this time hangs. It is long enough for a compiler that holds Python's lock."""
 
 
 class Child:
@@ -85,7 +85,7 @@ class Child:
             self.process.kill()
 
     def bury(self) -> int:
-        """Takes note of the process's death, plans the next start, and gives its exit status."""
+        """Records the process's death, plans the next start, and returns its exit status."""
         assert self.process is not None and self.process.pid is not None and self.process.exitcode is not None
         status, now = self.process.exitcode, time.monotonic()
         lived_long = now - self._started_at > _SHORT_LIFE_S
@@ -101,7 +101,7 @@ class Child:
             self.process.terminate()
 
     def kill(self) -> None:
-        """Ends the process at once, whatever it does."""
+        """Ends the process at once, even if it is busy."""
         if self.process is not None:
             self.process.kill()
 
@@ -141,7 +141,7 @@ def _with_grpc_port(settings: Settings, stack: contextlib.ExitStack) -> Settings
         return settings
     try:
         found = all(map(importlib.util.find_spec, ("grpc", "google.protobuf")))
-    except ModuleNotFoundError:  # there is no package google at all
+    except ModuleNotFoundError:  # there is no package google
         found = False
     if not found:
         raise SettingsError("grpc_port needs the packages grpcio and protobuf: pip install 'tome-server[grpc]'")
@@ -277,9 +277,9 @@ def _unreachable_for_the_terminal() -> Iterator[None]:
 
 
 def _on_signals(children: Sequence[Child]) -> list[int]:
-    """A list that holds the signal once the service is told to end; a second Ctrl-C ends its processes at once.
+    """A list that receives the signal that ends the service; a second Ctrl-C ends its processes at once.
 
-    The end of a terminal (SIGHUP) tells it too, but for a service that was started to outlive it, as by nohup.
+    The end of a terminal (SIGHUP) also ends it, unless it was started to outlive the terminal, as by nohup.
     """
     received: list[int] = []
 

@@ -205,7 +205,7 @@ class MergedViT(AsTimm):
         return self.take_tuned(tuned)
 
     def take_tuned(self, tuned: Tuned | None) -> Self:
-        """As `load_tuned`, with numbers that are known to fit this model; None removes them."""
+        """Like `load_tuned`, with numbers that are known to fit this model; None removes them."""
         self.tuned = tuned
         self._in_bands = (None, [])
         if tuned is not None:

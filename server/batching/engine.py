@@ -30,7 +30,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
-"""Is told of lines: seconds of a batch of each key, and of each image in it."""
+"""Receives the lines of keys: seconds of a batch, and of each image in it."""
 
 CHECK_TIMEOUT_S = 10.0
 
@@ -55,25 +55,25 @@ class Device(Protocol):
         ...
 
     def computed_by(self, key: BatchKey) -> ComputedBy:
-        """What computes a batch of this key now; right after `compute`, what computed it. Any thread may ask."""
+        """The backend that would compute a batch of this key now; right after `compute`, the one that did."""
         ...
 
     def compiling(self, info: ModelInfo) -> Compiling | None:
-        """Which schedules of a model are compiled in the background; None while none is. Any thread may ask."""
+        """The progress of a model's background compilation; None without one. Thread-safe."""
         ...
 
     def begin(self, info: ModelInfo, on_device: OnDevice, timed: Timed) -> None:
-        """Begins what is done for a model in the background, such as to compile and to time its schedules.
+        """Starts the background work for a model: it compiles and times its schedules.
 
         Args:
             info: The model.
             on_device: Does a piece of work on the thread that computes, between two batches.
-            timed: Is told what batches take; any thread may call it.
+            timed: Receives the times of batches, on any thread.
         """
         ...
 
     def close(self) -> None:
-        """Ends what is done in the background; what cannot be broken off is left to itself."""
+        """Ends the background work; work that cannot be interrupted is abandoned."""
         ...
 
     def check(self) -> None:
@@ -321,7 +321,7 @@ class LocalEngine:
         self._told()
 
     def _begin_background(self) -> None:
-        """Begins what is done in the background for models that have come; nothing before the engine serves."""
+        """Starts the background work of new models, but not before the engine serves."""
         if self._loop is None:
             return
         for info in self._models.values():
@@ -330,7 +330,7 @@ class LocalEngine:
                 self._device.begin(info, self._by_computing, self._timed)
 
     def _timed(self, lines: Mapping[BatchKey, tuple[float, float]]) -> None:
-        """Takes note of what batches take, on whatever thread that was measured."""
+        """Records the times of batches, from any thread."""
 
         def expect() -> None:
             for key, line in lines.items():
@@ -437,7 +437,7 @@ class LocalEngine:
 
 
 def _computed_by(computed: Sequence[_Computed]) -> ComputedBy:
-    """What computed a request: where its images differ, what stood in for the model's own backend."""
+    """The backend of a request's results; if they differ, the one that stood in for the model's own."""
     return next((each.by for each in computed if each.by.stands_in), computed[0].by)
 
 

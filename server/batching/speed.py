@@ -17,7 +17,7 @@ from server.recent import Recent
 K = TypeVar("K", bound=Hashable)
 
 FORGET = 0.97
-"""What each new batch leaves of the weight of those before it: the last thirty or so count."""
+"""The factor by which each new batch lowers the weight of earlier ones: about the last thirty count."""
 
 MOST_LEARNED = 256
 """Keys whose lines were learned from batches alone: any client may name another list of `r`."""
@@ -153,7 +153,7 @@ class Speed(Generic[K]):
         self._stand_ins = Recent[K, _Line](MOST_LEARNED)
 
     def expect(self, key: K, a: float, b: float) -> None:
-        """Tells the line of a key as it was measured, in seconds."""
+        """Sets the measured line of a key, in seconds."""
         self._known[key] = (a, b)
         self._factors.pop(key, None)
         self._learned.pop(key, None)
@@ -165,7 +165,7 @@ class Speed(Generic[K]):
                 del of_key[key]
 
     def observe(self, key: K, n: int, seconds: float, stood_in: bool = False) -> None:
-        """Learns that a batch of n took so long, computed by the key's backend or by what stood in for it."""
+        """Learns the time of a batch of n, computed by the key's backend or by one that stood in."""
         if stood_in:
             _learn(self._stand_ins, key, n, seconds)
         elif key in self._known:
@@ -191,13 +191,13 @@ class Speed(Generic[K]):
             self._learned[key].doubt()
 
     def line(self, key: K) -> tuple[float, float] | None:
-        """a and b in seconds of what computes the key at this moment, or None where nothing is known of it."""
+        """a and b in seconds for the backend that computes the key now, or None if unknown."""
         if self.stands_in(key) and key in self._stand_ins:
             return self._stand_ins[key].line()
         return self.own_line(key)
 
     def own_line(self, key: K) -> tuple[float, float] | None:
-        """a and b in seconds of the key's own backend, whatever computes it at this moment; None if it is not known."""
+        """a and b in seconds for the key's own backend, even if another stands in now; None if unknown."""
         if key in self._known:
             factor = self._factor(key)
             return self._known[key][0] * factor, self._known[key][1] * factor
@@ -214,7 +214,7 @@ class Speed(Generic[K]):
     def _factor(self, key: K) -> float:
         """By how much the device is off the known line of a key at this moment."""
         own, at = self._factors.get(key, (self._overall, -math.inf))
-        if key == self._latest and at > -math.inf:  # all keys tell nothing newer
+        if key == self._latest and at > -math.inf:  # no key has anything newer
             return own.value
         overall = self._overall.value
         return overall + (own.value - overall) * math.exp((at - self._clock()) / FADE_S)

@@ -29,11 +29,11 @@ class Ladder:
         info: The model.
         schedules: r=0 first.
         compile_later: Has schedules compiled; calls back after each.
-        run: Computes a batch of so many images under a schedule.
+        run: Computes a batch of the given size under a schedule.
         cost: The arithmetic of a schedule.
         max_batch_size: Most images in a batch.
         lines: Lines that were measured before, on this device.
-        keep: Is told the lines of all schedules once each was timed.
+        keep: Receives the lines of all schedules after each was timed.
         clock: Monotonic seconds.
     """
 
@@ -61,7 +61,7 @@ class Ladder:
 
         Args:
             on_device: Does a piece of work on the thread that computes, between two batches.
-            timed: Is told the lines of all schedules whenever one was timed.
+            timed: Receives the lines of all schedules whenever one was timed.
         """
         self._compile_later(bisected(self._schedules), lambda schedule: self._time(schedule, on_device, timed))
 

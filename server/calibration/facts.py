@@ -14,7 +14,7 @@ from server.device.runner import Runner
 
 
 def facts_of(loaded: LoadedModel, runner: Runner) -> Facts | None:
-    """What a curve of this model would depend on here; None for random weights, which have none.
+    """The facts that a curve of this model depends on here; None for random weights, which have none.
 
     Args:
         loaded: The model.

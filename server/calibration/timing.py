@@ -19,7 +19,7 @@ from tome_core.families.family import UnsupportedModelError
 from tome_core.schedule import resolve
 
 Run = Callable[[Schedule, int], None]
-"""Computes a batch of so many images under a schedule."""
+"""Computes a batch of the given size under a schedule."""
 
 Line = tuple[float, float]
 """Seconds of a batch, and of each image in it."""
@@ -39,7 +39,7 @@ def schedules(loaded: LoadedModel) -> list[Schedule]:
 
 
 def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
-    """What a schedule costs: in operations, or in tokens that leave blocks where operations cannot be counted."""
+    """The cost of a schedule: in operations, or in tokens that leave blocks if operations cannot be counted."""
     try:
         sizes = dimensions(loaded.merged)
     except UnsupportedModelError:
@@ -66,7 +66,7 @@ def timed_steps(
     Args:
         loaded: The model.
         ladder: Schedules, r=0 first and then ever faster.
-        run: Computes a batch of so many images under a schedule.
+        run: Computes a batch of the given size under a schedule.
         max_batch_size: Most images in a batch.
         roughly: One image is run once: all steps are timed later, in the background.
     """

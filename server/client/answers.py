@@ -47,7 +47,7 @@ class AutoChoice:
 
 @dataclass(frozen=True, slots=True)
 class ComputedBy:
-    """What computed an answer: the name of the backend, and its precision."""
+    """The backend that computed an answer, and its precision."""
 
     backend: str
     precision: str
@@ -127,7 +127,7 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Compiling:
-    """How far a model's schedules are compiled: the `r` of now, those that are done, and all of them."""
+    """The progress of compiling a model's schedules: the current `r`, the finished ones, and all."""
 
     r: PlainR
     done: int
@@ -201,7 +201,7 @@ class ModelCurveRow:
 
 @dataclass(frozen=True, slots=True)
 class SpeedFrom:
-    """What the speeds of a curve were measured on, and the date."""
+    """The hardware, backend and precision of a curve's speeds, and the date."""
 
     device: str
     backend: str
@@ -211,7 +211,7 @@ class SpeedFrom:
 
 @dataclass(frozen=True, slots=True)
 class AgreementFrom:
-    """What agreement and top-1 of a curve were measured on, the date, and the number of photos."""
+    """The hardware, backend and precision of a curve's agreement and top-1, the date, and the number of photos."""
 
     device: str
     backend: str

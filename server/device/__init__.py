@@ -1,4 +1,4 @@
-"""What computes. The room that needs torch.
+"""Computes batches. This is the room that needs torch.
 
 `Device` (device.py) has the computation of each operation, behind the stage that prepares. Where the engine decodes,
 `Preparer` makes pixels of JPEG files in a thread and a stream of its own, and the batch is launched at once behind the

@@ -1,4 +1,4 @@
-"""What computes a model's outputs on the device, as the runner sees it, and what may be said of it."""
+"""The protocol of a backend, which computes a model's outputs on the device, and its options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tome_core import MergedViT
 
 
 class Backend(Protocol):
-    """What computes one model's outputs: logits and pooled features, side by side.
+    """Computes one model's outputs: logits and pooled features, side by side.
 
     Attributes:
         info: Its name, precision, and why it was chosen.
@@ -31,7 +31,7 @@ class Backend(Protocol):
         ...
 
     def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
-        """Does what is done once for a schedule; where it is not likely to be asked for soon, a part of that."""
+        """Does the one-time work for a schedule; only a part of it if the schedule is unlikely to be requested soon."""
         ...
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
@@ -39,11 +39,11 @@ class Backend(Protocol):
         ...
 
     def computed_by(self, schedule: Schedule) -> ComputedBy:
-        """What computes a batch of this schedule now; right after `outputs`, what computed it. Any thread may ask."""
+        """The backend that would compute a batch of this schedule now; right after `outputs`, the one that did."""
         ...
 
     def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
-        """Has schedules compiled in the background, in this order; nothing where any schedule runs as it is.
+        """Compiles schedules in the background, in this order; does nothing if the backend compiles none.
 
         Args:
             schedules: Those that `auto` and the curve have.
@@ -52,11 +52,11 @@ class Backend(Protocol):
         ...
 
     def compiling(self) -> Compiling | None:
-        """What is compiled in the background; None while nothing is. Any thread may ask."""
+        """The progress of the background compilation; None without one. Thread-safe."""
         ...
 
     def close(self) -> None:
-        """Ends what is done in the background."""
+        """Ends the background work."""
         ...
 
     def warm_further(self) -> bool:
@@ -66,7 +66,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What the settings say of backends.
+    """The settings of backends.
 
     Attributes:
         name: "torch", "openvino", or "auto": OpenVINO on the CPU where it is installed and takes the model.
@@ -74,7 +74,7 @@ class BackendOptions:
         cache_dir: Where compiled models are kept; None keeps none.
         max_batch_size: Most images in a batch.
         beside: Other models compute while this one is made ready.
-        in_background: `compile_later` will come: what is warmed is compiled for a lone image until then.
+        in_background: Whether `compile_later` follows; until then, warm-up compiles only for a lone image.
         memory_bytes: What graphs may take that are compiled while the server runs; a quarter of the memory that the
             container may use. Its models share it.
     """

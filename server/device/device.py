@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 Result = TopK | Vector | Merges
 OnDevice = Callable[[Callable[[], Any]], Any]
-"""Does a piece of work on the thread that computes, between two batches, and gives its result."""
+"""Runs a function on the thread that computes, between two batches, and returns its result."""
 
 Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
-"""Is told what a batch of each key takes in seconds, and each image in it."""
+"""Receives the seconds of a batch of each key, and of each image in it."""
 
 Compute = Callable[[BatchKey, Sequence[Prepared]], Sequence[Result]]
 
@@ -84,22 +84,22 @@ class Device:
         return self._operations[key.operation](key, work)
 
     def computed_by(self, key: BatchKey) -> ComputedBy:
-        """What computes a batch of this key now; right after `compute`, what computed it."""
+        """The backend that would compute a batch of this key now; right after `compute`, the one that did."""
         if key.operation == "explain" and self._explainer is not None:
             return self._explainer.computed_by(key)
         return self._runner.computed_by(key)
 
     def compiling(self, model: str) -> Compiling | None:
-        """What is compiled of the model in the background; None while nothing is."""
+        """The progress of the model's background compilation; None without one."""
         return self._runner.compiling(model)
 
     def begin(self, on_device: OnDevice, timed: Timed) -> None:
-        """Begins what is done in the background."""
+        """Starts the background work."""
         if self._background is not None:
             self._background(on_device, timed)
 
     def close(self) -> None:
-        """Ends what is done in the background."""
+        """Ends the background work."""
         self._runner.close()
 
     def check(self) -> None:

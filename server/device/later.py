@@ -1,4 +1,4 @@
-"""What takes long to make is made later, on a thread of its own, and handed to the one thread that asks for it."""
+"""Makes slow things on a separate thread, and hands them to the one thread that requests them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.recent import Recent
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 64
-"""Things asked for that wait: any client may name others. While so many wait, a new one must be asked for again."""
+"""Most requested things that wait, because clients name them freely. Beyond, a new one must be requested again."""
 
 RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
 """How long after a failure it is not tried again. The time doubles with every further failure: a full disk or a killed
@@ -41,14 +41,14 @@ class Progress(NamedTuple, Generic[K]):
 
 
 class Later(Generic[K, V]):
-    """Makes one thing at a time: first what was asked for, the most often asked first; then what is planned, in order.
+    """Makes one thing at a time: first the requested ones, the most requested first; then the planned ones, in order.
 
     Nothing that waits is given up for another. The thread touches nothing but what stands under the lock here; what it
     made belongs to the thread that takes it. The thread is a daemon: a process that ends does not wait for it.
 
     Args:
         make: Makes the value of a key, on the thread here.
-        told: What a key is called in the log.
+        told: Gives the name of a key in the log.
         name: Of the thread.
         clock: Monotonic seconds.
     """
@@ -79,7 +79,7 @@ class Later(Generic[K, V]):
             return len(self._asked) + (self._making is not None and self._making not in self._made) + len(self._made)
 
     def ask(self, key: K) -> None:
-        """Has a thing made before what is only planned; nothing where it was made, or has failed a short while ago."""
+        """Requests a thing, which is made before planned ones; does nothing if it was made, or has just failed."""
         with self._lock:
             if self._is_known(key):
                 return
@@ -97,11 +97,11 @@ class Later(Generic[K, V]):
             self._begin()
 
     def then(self, made: Callable[[K], None]) -> None:
-        """Has a function called with every key that was made, on the thread here, before the next one is begun."""
+        """Sets a function to call with every finished key, on this object's thread, before the next one begins."""
         self._on_made = made
 
     def take(self) -> dict[K, V]:
-        """What was made since the last call, in its order."""
+        """The things made since the last call, in order."""
         if not self._made:  # most calls; a value that comes at this moment is taken by the next
             return {}
         with self._lock:
@@ -128,13 +128,13 @@ class Later(Generic[K, V]):
         return self._is_closed or key == self._making or key in self._made or self._clock() < not_before
 
     def _begin(self) -> None:
-        """Starts the thread where there is none and something waits; called under the lock."""
+        """Starts the thread if none runs and something waits; called under the lock."""
         if self.thread is None and (first := self._next()) is not None:
             self.thread = threading.Thread(target=self._work, args=(first,), name=self._name, daemon=True)
             self.thread.start()
 
     def _next(self) -> K | None:
-        """Takes what is made next out of those that wait; called under the lock."""
+        """Removes the next thing to make from the waiting ones; called under the lock."""
         self._making = None
         if self._asked:
             self._making = max(self._asked, key=self._asked.__getitem__)  # of equals the first

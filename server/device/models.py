@@ -89,7 +89,7 @@ class _Source:
         return _Source(source)
 
     def describe(self) -> Described:
-        """What timm is to build."""
+        """The description of a model for timm."""
         if self.folder is not None or self.repo:
             file = self._config_file()
             described = read_config(file)
@@ -153,7 +153,7 @@ def load_model(spec: ModelSpec, state_dir: Path | None = None) -> LoadedModel:
         state_dir: Where tuned numbers are kept that have no place beside the weights.
 
     Raises:
-        SettingsError: The source is unknown, its weights are not to be had or do not fit, tokens cannot merge in it, or
+        SettingsError: The source is unknown, its weights are not available or do not fit, tokens cannot merge in it, or
             the tuned numbers that it names cannot be used. The message is one line.
     """
     try:

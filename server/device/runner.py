@@ -33,7 +33,7 @@ class Launched:
 
     Args:
         name: What computes it.
-        columns: What is wanted of its outputs, as `gathered` gives it, where it will be.
+        columns: The requested columns of its outputs, as from `gathered`; filled later.
         num_classes: Of the model.
         wanted: What that is.
         pixels: What it is computed from, and so must stay.
@@ -50,7 +50,7 @@ class Launched:
             self._done.record()
 
     def result(self) -> Found:
-        """What was wanted, once it is there.
+        """Waits for the requested columns and returns them.
 
         Raises:
             EngineError: The model gives no numbers.
@@ -72,10 +72,10 @@ class Runner:
         backend: What computes on the device; torch where nothing is said.
 
     Attributes:
-        alone: Whoever works on the device from another thread than the one that computes holds it meanwhile.
+        alone: A lock; other threads than the one that computes hold it while they work on the device.
 
     Raises:
-        SettingsError: There is no such device, or the backend or precision that was asked for cannot be had.
+        SettingsError: There is no such device, or the requested backend or precision is not available.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[TopK | Vector]:
-        """What the request of each image wants of the model's outputs under the key's schedule.
+        """The requested columns of the model's outputs for each image, under the key's schedule.
 
         Raises:
             EngineError: The model gives no numbers.
@@ -148,15 +148,15 @@ class Runner:
         return self._backends[key.model].is_quick(num_images, key.schedule)
 
     def backend(self, model: str) -> BackendInfo:
-        """What computes a model's answers here, and why."""
+        """The backend of a model, and the reason."""
         return self._backends[model].info
 
     def computed_by(self, key: BatchKey) -> ComputedBy:
-        """What computes a batch of this key now; right after a batch, what computed it."""
+        """The backend that would compute a batch of this key now; right after a batch, the one that did."""
         return self._backends[key.model].computed_by(key.schedule)
 
     def compile_later(self, model: str, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
-        """Has schedules of a model compiled in the background, where it must be compiled; as of `Backend`."""
+        """Compiles schedules of a model in the background, if its backend compiles; see `Backend`."""
         self._backends[model].compile_later(schedules, compiled)
 
     def compiles(self, model: str) -> bool:
@@ -164,12 +164,12 @@ class Runner:
         return self._backends[model].info.name == "openvino"
 
     def close(self) -> None:
-        """Ends what is done in the background."""
+        """Ends the background work."""
         for backend in self._backends.values():
             backend.close()
 
     def compiling(self, model: str) -> Compiling | None:
-        """What is compiled of a model in the background; None while nothing is."""
+        """The progress of a model's background compilation; None without one."""
         return self._backends[model].compiling()
 
     def merged(self, model: str) -> MergedViT:
@@ -186,7 +186,7 @@ class Runner:
         check(self._device)
 
     def warm_up(self, key: BatchKey, is_likely: bool = True) -> None:
-        """Compiles where that is needed, and computes one black image: no request pays for what is done once.
+        """Compiles if needed and computes one black image, so that no request pays for one-time work.
 
         Args:
             key: Model and schedule.

@@ -82,17 +82,17 @@ class TorchBackend:
         return False
 
     def computed_by(self, schedule: Schedule) -> ComputedBy:
-        """Itself, whatever the schedule."""
+        """This backend, for every schedule."""
         return ComputedBy(self.info.name, self.info.precision)
 
     def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
-        """Nothing: any schedule runs as it is."""
+        """Does nothing: any schedule runs uncompiled."""
 
     def close(self) -> None:
         """Nothing is done in the background."""
 
     def compiling(self) -> Compiling | None:
-        """Nothing: torch runs any schedule as it is."""
+        """Does nothing: torch runs any schedule uncompiled."""
         return None
 
     def warm_further(self) -> bool:
@@ -137,17 +137,17 @@ class RecordedBackend:
         return self._graphs.has(num_images, schedule)
 
     def computed_by(self, schedule: Schedule) -> ComputedBy:
-        """Itself, whatever the schedule."""
+        """This backend, for every schedule."""
         return ComputedBy(self.info.name, self.info.precision)
 
     def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
-        """Nothing: any schedule runs as it is."""
+        """Does nothing: any schedule runs uncompiled."""
 
     def close(self) -> None:
         """Nothing is done in the background."""
 
     def compiling(self) -> Compiling | None:
-        """Nothing: what is not recorded is launched."""
+        """Does nothing: schedules that are not recorded are launched."""
         return None
 
     @torch.inference_mode()

@@ -37,7 +37,7 @@ def read_weights(file: Path, model: Any) -> dict[str, Tensor]:
         model: A timm model. Its shapes count alone: its tensors may be on the meta device.
 
     Raises:
-        SettingsError: It is no such file, or its weights do not fit the model.
+        SettingsError: It is not such a file, or its weights do not fit the model.
     """
     if not file.is_file():
         raise SettingsError(f"there is no weights file {file}")
@@ -64,7 +64,7 @@ def read_weights(file: Path, model: Any) -> dict[str, Tensor]:
 
 
 def _prefix(file: Path, names: Collection[str], wanted: Collection[str]) -> str:
-    """What stands before the model's names in a file: the same for most of them."""
+    """The common prefix of most names in a file."""
     if set(wanted) <= set(names):
         return ""
     found = Counter(
@@ -82,7 +82,7 @@ def _prefix(file: Path, names: Collection[str], wanted: Collection[str]) -> str:
 
 
 def _compare(file: Path, ours: Shapes, wanted: Mapping[str, Tensor], model: Any) -> bool:
-    """Refuses a file whose names and shapes are not the model's; says whether only its positions differ."""
+    """Refuses a file whose names and shapes differ from the model's; returns whether only its positions differ."""
     differences = []
     if missing := [name for name in wanted if name not in ours]:
         differences.append(f"they lack {_some(missing)}")

@@ -1,4 +1,4 @@
-"""What merging needs to know of a family of timm models. Most of it is the same for all."""
+"""The interface between merging and a family of timm models. Most of it is the same for all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class UnsupportedModelError(TypeError):
 
 
 class Embedded(NamedTuple):
-    """What images become.
+    """The result of embedding images.
 
     Attributes:
         x: Tokens, (B, N, C), prefix tokens first; a norm may follow (`Family.norm_pre`).
@@ -174,7 +174,7 @@ class Family:
         return norm
 
     def position(self, model: Any, positions: Tensor | None, i: int) -> Position:
-        """What the attention of block i must know of where the original tokens are.
+        """The positions of the original tokens that the attention of block i needs.
 
         Args:
             model: The timm model.
