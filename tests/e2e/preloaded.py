@@ -23,7 +23,7 @@ from typing import Any
 
 from server import supervisor
 
-MODULES = ["tome_core", "timm", "safetensors.torch", "fastapi", "uvicorn", "uvloop", "httptools", "PIL.Image", "server.settings"]
+MODULES = ["tome_core", "timm", "safetensors.torch", "fastapi", "uvicorn", "httptools", "uvloop", "server.settings"]
 """All but what makes metrics, which each process shares with its own supervisor."""
 
 

@@ -104,7 +104,7 @@ def test_a_server_sends_nothing_and_writes_nothing_elsewhere(
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    service = Service("--backend", backend, "--max-batch-size", "1", state_dir=tmp_path / "state")
+    service = Service("--backend", backend, "--max-batch-size", "1", state_dir=tmp_path / "state", preloaded=False)
     try:
         service.wait_until_ready()
         bench = ["bench", "--url", service.url, "--images", str(SAMPLES), "--duration", "1", "--warmup", "0"]
