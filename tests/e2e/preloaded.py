@@ -10,7 +10,6 @@ standard error of the supervisor; only the imports, most of the time of a start,
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import runpy
 import signal
@@ -18,26 +17,26 @@ import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver, reduction, resource_tracker
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import SpawnProcess
+from multiprocessing.popen_forkserver import Popen
 from typing import Any
-
-from server import supervisor
 
 MODULES = ["tome_core", "timm", "safetensors.torch", "fastapi", "uvicorn", "httptools", "uvloop", "server.settings"]
 """All but what makes metrics, which each process shares with its own supervisor."""
 
 
 @functools.cache
-def address() -> str:
-    """The address of this process's fork server, which ends with this process."""
+def _fork_server() -> Any:
+    """The fork server of this process, with which it ends."""
     server: Any = forkserver.ForkServer()
     server.set_forkserver_preload(MODULES)
     server.ensure_running()
-    kept.append(server)
-    return str(server._forkserver_address)
+    return server
 
 
-kept: list[Any] = []
+def address() -> str:
+    """Where this process's fork server listens."""
+    return str(_fork_server()._forkserver_address)
 
 
 class _Remote(forkserver.ForkServer):
@@ -56,40 +55,58 @@ class _Remote(forkserver.ForkServer):
         resource_tracker.ensure_running()
 
 
-class _Stderr:
-    """Unpickled in the new process it is a duplicate of this process's standard error."""
+class _Stream:
+    """Unpickled in the new process it is a duplicate of this process's file descriptor.
+
+    Args:
+        fd: The descriptor.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
 
     def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
-        return _detached, (reduction.DupFd(sys.__stderr__.fileno()),)  # type: ignore[union-attr]
+        return _detached, (reduction.DupFd(self._fd),)
 
 
 def _detached(fd: Any) -> int:
     return int(fd.detach())
 
 
-class _Context:
-    """Stands in for the spawn context of the supervisor."""
+def _popen(process: Any) -> Popen:
+    """Starts a process by the fork server instead of a new interpreter."""
+    target, args = process._target, process._args
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    process._target, process._args = _as_spawned, (dict(os.environ), mask, _Stream(1), _Stream(2), target, *args)
+    try:
+        return Popen(process)
+    finally:
+        process._target, process._args = target, args
 
-    def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], name: str) -> ForkServerProcess:
-        args = (dict(os.environ), _Stderr(), target, *args)
-        return multiprocessing.get_context("forkserver").Process(target=_as_spawned, args=args, name=name)
 
-
-def _as_spawned(environment: dict[str, str], stderr: Any, target: Callable[..., None], *args: Any) -> None:
-    """Runs a target with what a new interpreter inherits from the supervisor."""
+def _as_spawned(
+    environment: dict[str, str],
+    mask: set[int],
+    stdout: int,
+    stderr: int,
+    target: Callable[..., None],
+    *args: Any,
+) -> None:
+    """Runs a target with what a new interpreter inherits from the process that starts it."""
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(stderr, 2)
-    os.close(stderr)
+    for ours, theirs in ((1, stdout), (2, stderr)):
+        os.dup2(theirs, ours)
+        os.close(theirs)
     tempfile.tempdir = None
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     target(*args)
 
 
 def main(address: str, module: str, *arguments: str) -> None:
     """Runs the module with these arguments."""
     forkserver.connect_to_new_process = _Remote(address).connect_to_new_process  # type: ignore[assignment]
-    supervisor._spawn = _Context()  # type: ignore[assignment]
+    SpawnProcess._Popen = staticmethod(_popen)  # type: ignore[assignment,method-assign]
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
