@@ -24,6 +24,7 @@ class Faulty:
     def __init__(self, folder: Path, *flags: str) -> None:
         self._folder = folder / "faults"
         self._folder.mkdir()
+        flags = ("--deadline-s", "60", *flags)  # on a busy machine a deadline would make batches smaller
         self.service = Service(*flags, state_dir=folder / "state", faults=self._folder)
         self.service.wait_until_ready()
         self._batches_before, self._queued_before, self._metrics_before = 0, 0, dict[str, float]()
@@ -63,7 +64,7 @@ class Faulty:
                 (self._folder / "hold").unlink()
 
     def until_queued(self, images: int) -> None:
-        """Returns once so many images, the one that holds the device among them, are or were in a queue of an engine."""
+        """Returns once so many images have come into an engine's queue, the one that holds the device among them."""
         self.service.until(lambda: len(self._lines("queued")) - self._queued_before == images)
 
     def room(self, images: int | None) -> None:

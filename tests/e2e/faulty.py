@@ -15,20 +15,22 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from server import cli, supervisor
 from server.dial import Schedule
 from server.shared_values import Sheet, join
 from tests.e2e.clients import DEADLY_GREY
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def run_engine(folder: Path, sheets: Sequence[Sheet], sheet: int, *args: Any) -> None:
     """Runs the engine process, with a model that minds the folder."""
     join(sheets, sheet)
+    import torch
+
     from server import engine_process as process  # which has metrics
     from server.batching.queues import Queues
     from server.device.torch_backend import TorchBackend
