@@ -4,16 +4,26 @@ BIN := $(VENV)/bin
 ARGS ?=
 DOCKER_BUILD_OPTIONS ?=
 
-.PHONY: install serve test test-docker test-ray lint type bench soak docker clean
+.PHONY: install install-serve serve test test-docker test-ray lint type bench soak docker clean
 
+# Two sets of packages in one environment, each with a stamp file: what serving needs, and all that tests need.
 install: $(VENV)/installed
+install-serve: $(VENV)/serves
 
+$(VENV)/serves: pyproject.toml constraints.txt
+	$(call install_extra,serve)
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	$(call install_extra,dev)
+	touch $(VENV)/serves
 
-serve: install
+define install_extra
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing packages into $(VENV); torch comes in gigabytes, so the first time takes minutes."
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(1)]'
+	touch $@
+endef
+
+serve: install-serve
 	$(BIN)/tome-server serve $(ARGS)
 
 test: install

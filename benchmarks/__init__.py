@@ -1,1 +1,1 @@
-"""What the project claims, measured: each module prints a table for people and, last, one JSON line."""
+"""Measurements behind the project's claims. Each module prints a table for people and, last, one JSON line."""

@@ -1,13 +1,13 @@
 """Top-1, agreement with r=0 and speed of a model at each `r`, over a folder of labelled photos.
 
-python -m benchmarks.accuracy --model NAME --weights FILE --data FOLDER --r 0,4,8,11,13,16
+python -m benchmarks.accuracy --model NAME --weights FILE --data FOLDER --r 0 4 8 11 13 16
 python -m benchmarks.accuracy ... --method tome,prune-attention,prune-random   # against pruning
 python -m benchmarks.accuracy ... --ablate                                     # the paper's choices, one at a time
 
-FOLDER holds `labels.csv` (columns `file` and `label`, a class index) and `images/`. Photos are decoded and
-preprocessed by the server's own code, and run by it. The last line is JSON: {"rows": [{"method", "r", "top1",
-"agreement", "to_tome", "images", ...}]}; `to_tome` is the difference in top-1 to token merging at the same `r`, with
-the ends of its 95 % interval.
+FOLDER holds `labels.csv` (columns `file` and `label`, a class index) and `images/`. The server's own code decodes,
+preprocesses and runs the photos. The last line is JSON: {"rows": [{"method", "r", "top1", "agreement", "to_tome",
+"images", ...}]}; `to_tome` is the difference in top-1 to token merging at the same `r`, with the ends of its 95 %
+interval.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_PIXELS = 89_000_000
 
 
 class Case(NamedTuple):
-    """One thing that is measured; at r=0 there is nothing to do, and the method is "none"."""
+    """A measured combination; at r=0 nothing merges, and the method is "none"."""
 
     method: str
     r: int
@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="as for tome-server serve (default: bundled)")
     parser.add_argument("--weights", help="safetensors file for a timm name")
     parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
-    parser.add_argument("--r", help="values of r (default: 0,4,8,11,13,16; with --ablate 8,13,16)")
+    parser.add_argument(
+        "--r", type=int, nargs="+", metavar="R", help="values of r (default: 0 4 8 11 13 16; with --ablate 8 13 16)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--method", default="tome", help=f"one or more of {', '.join(METHODS)} (default: tome)")
     what.add_argument("--ablate", action="store_true", help=f"compare tome with {', '.join(CHOICES)}")
@@ -65,7 +67,7 @@ def main() -> None:
     unknown = [name for name in names if name not in METHODS | CHOICES]
     if unknown:
         parser.error(f"there is no method {unknown[0]!r}; there are: {', '.join(METHODS | CHOICES)}")
-    ladder = [int(r) for r in (args.r or ("8,13,16" if args.ablate else "0,4,8,11,13,16")).split(",")]
+    ladder = args.r or ([8, 13, 16] if args.ablate else [0, 4, 8, 11, 13, 16])
 
     # Parsed from a mapping, as a YAML file's would be, so that the name is filled in.
     loaded = load_model(ModelSpec.model_validate({"source": args.model, "weights": args.weights}))
@@ -98,13 +100,13 @@ def read_photos(folder: Path, info: ModelInfo, limit: int | None = None) -> tupl
 
 
 class Bench:
-    """One model's weights under several methods, each run as the server would run it.
+    """One model's weights under several methods, each run as in the server.
 
     Args:
         loaded: The model.
         methods: The same model wrapped in other ways, by name.
-        device: As for `Runner`.
-        precision: As for `Runner`.
+        device: See `Runner`.
+        precision: See `Runner`.
     """
 
     def __init__(self, loaded: LoadedModel, methods: Mapping[str, MergedViT], device: str, precision: str) -> None:
@@ -117,9 +119,9 @@ class Bench:
     def measure(
         self, pixels: Sequence[bytes], labels: Sequence[int], ladder: Sequence[int], batch_size: int
     ) -> list[dict[str, Any]]:
-        """One row for each `r` and method; r=0 is measured too where it is not asked for, since agreement needs it.
+        """One row for each `r` and method; r=0 is always measured, because agreement needs it.
 
-        Every batch runs in every case in turn, so that whatever else the machine does falls on all of them alike.
+        Every batch runs in every case in turn, so that other load of the machine affects all of them alike.
         """
         cases = [Case(name, r) for r in dict.fromkeys(ladder) if r for name in self._methods if name != "none"]
         guesses: dict[Case, list[int]] = {case: [] for case in (UNMERGED, *cases)}
@@ -148,7 +150,7 @@ class Bench:
         ]
 
     def _run(self, case: Case, images: Sequence[bytes], first: int) -> list[int]:
-        """The likeliest class of each image; `first` is the place of the first of them among all."""
+        """The likeliest class of each image; `first` is the place of the first image among all."""
         info, model = self._infos[case.method], self._runner.merged(case.method)
         if isinstance(model, Variant):
             model.first_image = first
@@ -169,12 +171,12 @@ class Bench:
 
 
 def share(guesses: Sequence[int], truth: Sequence[int]) -> float:
-    """The part of the guesses that is true."""
+    """The share of the guesses that is true."""
     return sum(guess == label for guess, label in zip(guesses, truth, strict=True)) / len(truth)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows for people; speed-up is over the first."""
+    """The table of the rows; the speed-up is over the first row."""
     width = max(len(row["method"]) for row in rows)
     lines = [
         f"{'method':<{width}} {'r':>4} {'tokens left':>12} {'top-1 %':>8} {'agree %':>8} {'to tome, 95 %':>22} "

@@ -1,25 +1,25 @@
-"""Every model name of timm: merged rightly, refused by name, or wrong; on any device, in any precision.
+"""Checks every model name of timm: merged correctly, refused by name, or wrong; on any device, in any precision.
 
 python -m benchmarks.coverage [--names PATTERN]
 python -m benchmarks.coverage --device cuda --dtype bf16 [--names PATTERN]
 
-A supported model is built small with random parameters and must pass three checks: at r=0 its logits are timm's; with
-r > 0 as many tokens leave as promised and sizes add up; and with positions taken away, an image whose patches are all
-alike gives the same logits at any r, which no fault in a family's use of sizes, in attention or in pooling, survives.
-(Matching and merging, which all families share, have tests of their own.) The last line is JSON: {"names",
-"supported", "equal_at_r0", "merged", "refused", "crashed", "wrong"}.
+A supported model is built small with random parameters and must pass three checks. At r=0 its logits are timm's. With r
+> 0 the promised number of tokens leaves, and sizes add up. Without positions, an image of identical patches gives the
+same logits at any r; a fault in a family's use of sizes, in attention or in pooling would change them. (Matching and
+merging, which all families share, have their own tests.) The last line is JSON: {"names", "supported", "equal_at_r0",
+"merged", "refused", "crashed", "wrong"}.
 
 With a device or a dtype the question is another: do the models run there, and lose no more than timm's own do? Each
-runs as users run it (on the CPU by the fused loop where it can) at r=0, a middle r and the largest. Its logits are
-compared with float32 on the CPU, over the parameters as the dtype rounded them: at r=0 with timm's model, else with
-ours, run plain and under the same matching, since another choice of pairs is no error. A model that raises is
-"crashed". It is "wrong" where the difference, relative to the largest logit, is above 3 times what timm's own model
-loses in that dtype on that device at r=0, plus a floor. That loss says how well-conditioned a model is; the floor, the
-last bit of a logit in half precision, allows for a model that lost little by luck. All that ran on an H200 came to less
-than half of the limit; attention that forgets sizes exceeds it in all of 70 names in fp16, in all but one in bf16.
-Where timm's own model cannot run it is taken to lose the floor. Names of classes that no family serves count as
-refused without being built: the first command asks `wrap`. The JSON gains "device", "dtype" and "fused", how many ran
-so; "equal_at_r0" counts those right at r=0, "merged" those right at both others.
+runs as users run it (on the CPU by the fused loop if possible) at r=0, a middle r and the largest. Its logits are
+compared with float32 on the CPU, with the parameters rounded to the dtype: at r=0 with timm's model, otherwise with
+ours, run plain and under the same matching, because another choice of pairs is no error. A model that raises is
+"crashed". It is "wrong" if the difference, relative to the largest logit, exceeds 3 times the loss of timm's own model
+in that dtype on that device at r=0, plus a floor. That loss shows how well-conditioned a model is. The floor, the last
+bit of a logit in half precision, covers models with a small loss by chance. All differences on an H200 were below half
+of the limit; attention that ignores sizes exceeds it for all of 70 names in fp16, and for all but one in bf16. If
+timm's own model cannot run, its loss counts as the floor. Names of classes that no family serves count as refused
+without being built; the first command asks `wrap`. The JSON gains "device", "dtype" and "fused", the number that ran
+so. "equal_at_r0" counts correct names at r=0, "merged" correct names at both others.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ COARSE = ("patch32", "_s32_", "_r_s16_", "_mci_")  # patches, or strides of a st
 STEM_DECIDES_WIDTH = ("vitamin_", "vit_base_mci_")
 TOLERANCE = 1e-4  # of the largest logit
 FLOORS = {"fp32": TOLERANCE, "bf16": 2**-7, "fp16": 2**-10}  # of the largest logit; in half precision its last bit
-MARGIN = 3  # times what timm's own model loses
+MARGIN = 3  # times the loss of timm's own model
 
 
 class Verdict(NamedTuple):
-    """What became of one name.
+    """The result of one name.
 
     Attributes:
         name: timm's name.
         cls: The model's class.
         equal: Whether r=0 gives timm's logits.
-        merged: Whether r > 0 merges, and does it rightly.
+        merged: Whether r > 0 merges correctly.
         reason: Why it was refused, or what went wrong; empty for a supported model.
         refused: Whether `wrap` refuses it.
-        crashed: Whether it raised on the device that was asked for.
-        implementation: "fused" or "plain" on that device; empty where it never ran.
+        crashed: Whether it raised on the requested device.
+        implementation: "fused" or "plain" on that device; empty if it never ran.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run on the device that was asked for: its r, its logits in float32 on the CPU, and what merged."""
+    """A run on the requested device: its r, its logits in float32 on the CPU, and its merges."""
 
     r: int
     logits: Tensor
@@ -104,11 +104,11 @@ def main() -> None:
 
 
 def report(verdicts: list[Verdict], how: dict[str, str]) -> None:
-    """Prints what became of all names: a table by class, what is to be repaired, and JSON.
+    """Prints the results: a table by class, the names to repair, and JSON.
 
     Args:
-        verdicts: One a name.
-        how: "device" and "dtype", where they were asked for.
+        verdicts: One for each name.
+        how: "device" and "dtype", if they were requested.
     """
     supported = [v for v in verdicts if v.equal and v.merged]
     refused = [v for v in verdicts if v.refused]
@@ -144,7 +144,7 @@ def report(verdicts: list[Verdict], how: dict[str, str]) -> None:
 
 @torch.inference_mode()
 def examine(name: str) -> Verdict:
-    """Builds one model, small where it may be supported, and checks it."""
+    """Builds one model, small if it may be supported, and checks it."""
     admitted = admit(name)
     if isinstance(admitted, Verdict):
         return admitted
@@ -167,11 +167,11 @@ def examine(name: str) -> Verdict:
 
 
 def examine_on(name: str, device: str, dtype: str) -> Verdict:
-    """Builds one model, small, and compares what it computes on a device in a dtype with float32 on the CPU.
+    """Builds one small model, and compares its results on a device in a dtype with float32 on the CPU.
 
     Args:
         name: timm's name.
-        device: As torch names it.
+        device: torch's name of the device.
         dtype: A key of `DTYPES`.
     """
     if not says_supported(name):
@@ -212,7 +212,7 @@ def examine_on(name: str, device: str, dtype: str) -> Verdict:
 
 
 def as_users_do(model: nn.Module, device: str) -> MergedViT:
-    """Wraps a model; for the CPU, which has no kernels, so that the loop that uses them runs all the same."""
+    """Wraps a model as users do; on the CPU, which has no kernels, in the fused loop all the same."""
     try:
         return wrap(model, "fused" if device == "cpu" else "auto")
     except UnsupportedModelError:
@@ -221,7 +221,7 @@ def as_users_do(model: nn.Module, device: str) -> MergedViT:
 
 @torch.inference_mode()
 def loss_of_timm(narrow: nn.Module, wide: nn.Module, images: Tensor, device: str) -> float | None:
-    """What timm's own model loses, as a share of the largest logit; None where it cannot run, or gives no numbers."""
+    """The loss of timm's own model, as a share of the largest logit; None if it cannot run or is not finite."""
     try:
         lost = distance(narrow(images.to(device)).float().cpu(), wide(images.float()))
     except Exception:
@@ -231,7 +231,7 @@ def loss_of_timm(narrow: nn.Module, wide: nn.Module, images: Tensor, device: str
 
 @torch.inference_mode()
 def fault(run: Run, wide: nn.Module, images: Tensor, tolerance: float) -> str:
-    """What is wrong with a run, beside the float32 model under the same matching; empty if nothing."""
+    """The fault of a run, compared with the float32 model under the same matching; empty if there is none."""
     try:
         with replayed(run.plans):
             expected = wrap(wide, "plain")(images, run.r) if run.r else wide(images)
@@ -241,14 +241,14 @@ def fault(run: Run, wide: nn.Module, images: Tensor, tolerance: float) -> str:
 
 
 def said(error: Exception) -> str:
-    """The first line of an error, and where it was raised, which is all that an assertion says."""
+    """The first line of an error, and its place, because an assertion has nothing else."""
     first_line, _, _ = str(error).partition("\n")
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {first_line} ({Path(place.filename).name}:{place.lineno})"
 
 
 def admit(name: str) -> Verdict | tuple[nn.Module, int]:
-    """What `build` gives; a verdict instead where the model cannot be built, or `wrap` refuses it."""
+    """The result of `build`; a verdict if the model cannot be built, or `wrap` refuses it."""
     try:
         model, side = build(name)
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -261,8 +261,9 @@ def admit(name: str) -> Verdict | tuple[nn.Module, int]:
 
 
 def build(name: str) -> tuple[nn.Module, int]:
-    """A model of that name and the side of its images: small, with random parameters that all matter, or, of a class
-    that no family serves, as it is but without memory."""
+    """A model of that name and the side of its images: small, with random parameters that all matter. A model of a
+    class that no family serves is built in full size but without memory.
+    """
     if not says_supported(name):
         with torch.device("meta"):
             return timm.create_model(name), 0
@@ -271,8 +272,8 @@ def build(name: str) -> tuple[nn.Module, int]:
     if name.startswith(STEM_DECIDES_WIDTH):
         del overrides["embed_dim"], overrides["num_heads"]
     if "sapiens2" in name:
-        overrides["num_kv_heads"] = 1  # else a list of one for each of its many blocks
-    if name.startswith("naflexvit_"):  # counts its tokens at the size that its weights were trained at
+        overrides["num_kv_heads"] = 1  # otherwise a list of one for each of its many blocks
+    if name.startswith("naflexvit_"):  # counts its tokens at the size of its training
         model: Any = timm.create_model(name, **overrides)
         side = model.pretrained_cfg["input_size"][-1]
     else:
@@ -288,14 +289,14 @@ def says_supported(name: str) -> bool:
 
 
 def declared(name: str) -> str:
-    """The class that timm says the name gives."""
+    """The class that timm declares for the name."""
     annotation = inspect.signature(timm.models.model_entrypoint(name)).return_annotation
     return str(getattr(annotation, "__name__", annotation))
 
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Gives weights the scale of their fan-in, and no bias, norm or LayerScale its trivial start."""
+    """Gives weights the scale of their fan-in, and biases, norms and LayerScale non-trivial values."""
     for name, parameter in model.named_parameters():
         if "gamma" in name:
             parameter.uniform_(0.5, 1.5)
@@ -306,7 +307,7 @@ def randomise(model: nn.Module) -> None:
 
 
 def differs(given: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> tuple[bool, str]:
-    """Whether two tensors of logits are the same, and what to say if not."""
+    """Whether two tensors of logits are equal, and the message if not."""
     error = distance(given, expected)
     return (True, "") if error <= tolerance else (False, f"{what}: logits differ by {error:.1e} of the largest")
 
@@ -317,8 +318,8 @@ def distance(given: Tensor, expected: Tensor) -> float:
 
 
 def miscounts(merged: MergedViT, image: Tensor, r: int = 5) -> str:
-    """What is wrong with the tokens left and their sizes; empty if nothing."""
-    tokens = merged.forward_features(image, r, track=True)
+    """The fault in the number of tokens or their sizes; empty if there is none."""
+    tokens = merged.forward_tokens(image, r, track=True)
     if tokens.size is None or tokens.source is None:
         return f"r={r} merges nothing"
     if tokens.x.shape[1] != merged.token_counts(r)[-1]:
@@ -329,7 +330,7 @@ def miscounts(merged: MergedViT, image: Tensor, r: int = 5) -> str:
 
 
 def neutralise(merged: MergedViT) -> None:
-    """Takes positions away: embeddings and biases become zero, rotations nothing."""
+    """Removes positions: embeddings and biases become zero, rotations the identity."""
     model: Any = merged.model
     for name, parameter in model.named_parameters():
         if "pos_embed" in name or "rel_pos" in name or "relative_position" in name:
@@ -342,7 +343,7 @@ def neutralise(merged: MergedViT) -> None:
 
 
 def still(get_embed: Any) -> Any:
-    """A rotary table that turns by nothing: sines 0, cosines 1."""
+    """A rotary table without rotation: sines 0, cosines 1."""
 
     def turned(*args: Any, **kwargs: Any) -> Tensor:
         sin, cos = get_embed(*args, **kwargs).chunk(2, dim=-1)

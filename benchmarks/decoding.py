@@ -1,12 +1,12 @@
-"""Decoding: photos a second by Pillow on all cores and by the engine on its device, and whether answers stay the same.
+"""Photos decoded a second by Pillow on all cores and by the engine on its device, and whether answers stay the same.
 
-python -m benchmarks.decoding --photos FOLDER --model NAME --weights FILE --device cuda --batch 32,128
+python -m benchmarks.decoding --images FOLDER --model NAME --weights FILE --device cuda --batch 32,128
 
-Of the JPEGs that the engine takes as they come; the others are counted. Pillow decodes and resizes as an HTTP process
-does. The device decodes alone, by torchvision, which is there to compare; and then decodes, resizes and crops, as the
-engine's first stage does. CPU ms are those of all threads for one photo. Agreement is of the likeliest class at r=0,
-"same" the share of photos whose pixels are all the same. The last line is JSON: {"rows": [{"path", "batch",
-"images_per_s", "cpu_ms"}], "photos", "left_to_pillow", "agreement", "same"}.
+It measures the JPEGs that the engine decodes; the others are counted. Pillow decodes and resizes as in an HTTP process.
+The device first only decodes, by torchvision, for comparison; then it decodes, resizes and crops, like the engine's
+first stage. CPU ms are those of all threads for one photo. Agreement is of the likeliest class at r=0; "same" is the
+share of photos whose pixels are all equal. The last line is JSON: {"rows": [{"path", "batch", "images_per_s",
+"cpu_ms"}], "photos", "left_to_pillow", "agreement", "same"}.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROUNDS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
     parser.add_argument("--limit", type=int, default=1000, help="the most photos to use")
     parser.add_argument("--model", default="bundled", help="as for tome-server serve")
     parser.add_argument("--weights", help="safetensors file for a timm name")
@@ -61,10 +61,10 @@ def main() -> None:
         engine_decodes("device", runner.device)
     except SettingsError as error:
         parser.error(str(error))
-    files = [file.read_bytes() for file in choose_photos(args.photos, args.limit, seed=0)]
+    files = [file.read_bytes() for file in choose_photos(args.images, args.limit, seed=0)]
     items = list(taken(loaded, files))
     if not items:
-        parser.error(f"the engine takes none of the {len(files)} photos as they come: {args.photos}")
+        parser.error(f"the engine decodes none of the {len(files)} photos: {args.images}")
     mean_kb, others = sum(len(item.image.data) for item in items) / len(items) / 1e3, len(files) - len(items)
     print(f"{len(items)} photos of {mean_kb:.0f} kB on average, on {runner.device}; {others} are left to Pillow")
     print(f"{'':<26} {'batch':>6} {'images/s':>9} {'CPU ms':>7}")
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def taken(loaded: LoadedModel, files: Sequence[bytes]) -> Iterator[Item]:
-    """The files that an engine which decodes gets as they came."""
+    """The files that an engine with a decoder gets."""
     info = loaded.info
     for file in files:
         image = read(file, info.preprocessing, MAX_PIXELS, decodes_jpeg=True)
@@ -124,7 +124,7 @@ def measure(
 
 
 def _speed(work: Callable[[], None], images: int) -> dict[str, float]:
-    """Medians over rounds, the first apart."""
+    """Medians over rounds, without the first."""
     work()
     seconds, of_cpu = [], []
     for _ in range(ROUNDS):

@@ -1,12 +1,12 @@
-"""What the dial is for: a fixed r=0, a fixed r=max and auto under loads of 0.5 to 3 times what r=0 can serve.
+"""The value of the dial: r=0, r=max and auto under loads of 0.5 to 3 times the capacity of r=0.
 
 python -m benchmarks.dial --model vit_tiny_patch16_224 --weights FILE --data FOLDER --backend torch --precision fp32
 
-FOLDER is as for benchmarks.accuracy; its photos are sent as JPEG. A real server, one request a photo, Poisson arrivals
-that do not wait for answers, a deadline for each. "goodput" is the share of requests that were answered in time,
-"top-1" that of the answers that are right. Beside them is what the simulator says of the same arrivals, by the speeds
-that the server knows of; it leaves out HTTP and decoding. The last line is JSON: {"rows": [{"policy", "load",
-"goodput", "top1", "mean_r", "p99_ms", "simulated": {"goodput", "mean_r", "p99_ms"}}]}.
+FOLDER is as for benchmarks.accuracy; its photos are sent as JPEG. It runs a real server, with one request a photo,
+Poisson arrivals that do not wait for answers, and a deadline for each. "goodput" is the share of requests that were
+answered in time, "top-1" the share of those answers that are right. Beside them are the simulator's results for the
+same arrivals, by the speeds that the server knows; it leaves out HTTP and decoding. The last line is JSON: {"rows":
+[{"policy", "load", "goodput", "top1", "mean_r", "p99_ms", "simulated": {"goodput", "mean_r", "p99_ms"}}]}.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
                 row["simulated"] = simulated(address, name, due, args.deadline_ms / 1000, setting)
                 rows.append({"policy": policy.replace(f"r={args.max_r}", "r=max"), "load": load} | row)
                 print(line(rows[-1]), flush=True)
-                time.sleep(args.deadline_ms / 1000)  # nothing of this load is left for the next
+                time.sleep(args.deadline_ms / 1000)  # so that nothing of this load is left for the next
     if args.plot:
         from benchmarks.plot import draw_dial
 
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
-    """What `serving` and `read_photos` are told, but for the most that auto may take (max_r)."""
+    """Adds the arguments of `serving` and `read_photos`, except max_r."""
     parser.add_argument("--model", default="bundled", help="as for tome-server serve")
     parser.add_argument("--weights", help="safetensors file for a timm name")
     parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
@@ -115,7 +115,7 @@ async def measure_capacity(address: tuple[str, int], path: str, photos: Sequence
 
 
 async def send(address: tuple[str, int], path: str, photos: Sequence[bytes], due: Sequence[float]) -> list[Reply]:
-    """The replies to requests that come when they are due, each with the JSON that it says."""
+    """Sends requests when they are due; each reply has its JSON."""
 
     def read(answer: HttpAnswer) -> Any:
         return json.loads(answer.body)
@@ -125,7 +125,7 @@ async def send(address: tuple[str, int], path: str, photos: Sequence[bytes], due
 
 
 def judge(replies: Sequence[Reply], labels: Sequence[int], deadline_s: float) -> dict[str, Any]:
-    """What the clients got."""
+    """The results of the clients."""
     good = [reply for reply in replies if is_good(reply, deadline_s)]
     bodies = [(reply.said, labels[reply.number]) for reply in good]
     right = [body["results"][0]["top_k"][0]["index"] == label for body, label in bodies]
@@ -143,7 +143,7 @@ def judge(replies: Sequence[Reply], labels: Sequence[int], deadline_s: float) ->
 def simulated(
     address: tuple[str, int], name: str, due: Sequence[float], deadline_s: float, setting: dict[str, Any]
 ) -> dict[str, float] | None:
-    """What the simulator says of the same arrivals; None without a curve that holds this `r`."""
+    """The simulator's results for the same arrivals; None without a curve with this `r`."""
     try:
         rows = _get(address, f"/v1/models/{name}/curve")["rows"]
     except urllib.error.HTTPError:
@@ -158,7 +158,7 @@ def simulated(
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table, what was simulated beside what was measured."""
+    """A row of the table, with simulated values beside the measured ones."""
     said = row["simulated"] or dict.fromkeys(("goodput", "mean_r", "p99_ms"), math.nan)
     return (
         f"{row['load']:>4} {row['policy']:>6} {100 * row['goodput']:>7.1f} {100 * said['goodput']:>7.1f} "
@@ -173,7 +173,7 @@ def _mean_r(r: int | list[int]) -> float:
 
 @contextmanager
 def serving(args: argparse.Namespace) -> Iterator[tuple[tuple[str, int], str]]:
-    """A server of its own, ready; its address, and the model's name."""
+    """Runs a server until it is ready; yields its address and the model's name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address: tuple[str, int] = free.getsockname()

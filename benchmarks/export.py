@@ -1,6 +1,6 @@
 """Exported ONNX files in onnxruntime against torch: the same top-1 on every photo, and the speed of both.
 
-python -m benchmarks.export --model NAME --weights FILE --data FOLDER --r 0,8,13,16
+python -m benchmarks.export --model NAME --weights FILE --data FOLDER --r 0 8 13 16
 
 FOLDER is as for benchmarks.accuracy. Both run in float32 on the CPU with torch's number of threads, batch by batch in
 turn. The last line is JSON: {"rows": [{"r", "batch_size", "same_top1", "images", "largest_difference", ...}]}.
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="as for tome-server serve (default: bundled)")
     parser.add_argument("--weights", help="safetensors file for a timm name")
     parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
-    parser.add_argument("--r", default="0,8,13,16", help="values of r (default: 0,8,13,16)")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 8, 13, 16], metavar="R", help="values of r")
     parser.add_argument("--batch-sizes", default="8,32", help="images in a batch (default: 8,32)")
     parser.add_argument("--limit", type=int, help="use this many photos")
     args = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
     print(f"{'':>20} {'largest':>11} {'top-1 %':>15} {'images/s':>15}")
     print(f"{'r':>4} {'batch':>5} {'same':>9} {'difference':>11} {'torch':>7} {'onnx':>7} {'torch':>7} {'onnx':>7}")
     rows = []
-    for r in map(int, args.r.split(",")):
+    for r in args.r:
         runners = {"torch": torch_runner(loaded, r), "onnx": onnx_runner(loaded, r)}
         for batch_size in map(int, args.batch_sizes.split(",")):
             row = {"r": r, "batch_size": batch_size}
@@ -90,7 +90,7 @@ def measure(
     preprocessing: Preprocessing,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Runs every batch through both, in turn, so that whatever else the machine does falls on both alike."""
+    """Runs every batch through both, in turn, so that other load of the machine affects both alike."""
     guesses: dict[str, list[int]] = {name: [] for name in runners}
     per_image_s: dict[str, list[float]] = {name: [] for name in runners}
     differences = []
@@ -114,7 +114,7 @@ def measure(
 
 
 def normalised(pixels: Sequence[bytes], preprocessing: Preprocessing) -> Tensor:
-    """RGB bytes to images (B, 3, H, W) float32, by the facts that an exported file holds."""
+    """RGB bytes to images (B, 3, H, W) float32, by the metadata of an exported file."""
     mean, std = (np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
     packed = np.frombuffer(b"".join(pixels), np.uint8).reshape(len(pixels), *preprocessing.input_size, 3)
     images = (packed / np.float32(255) - mean) / std

@@ -1,13 +1,14 @@
-"""How many machines a load takes at each r, and what a fleet does when a zone of it is lost: by a measured curve.
+"""The machines that a load takes at each r, and a fleet that loses a zone: computed from a measured curve.
 
 python -m benchmarks.fleet --curve CURVE.json --photos-per-s 100000 --price 0.10
 
-CURVE.json is what `tome-server calibrate` keeps for a model on a machine; --price is what an hour of that machine
-costs, in whatever currency. The first table is arithmetic: machines at `--busy` of their capacity, and the cost of a
-million photos. The second replays the load in virtual time by the server's own batcher and policy: three zones that are
-sized for r=0, of which one is lost for half a minute, so that every machine left gets half as much again. Arrivals at a
-machine are Poisson, as behind a balancer that knows nothing; `--machines` of them are replayed, and stand for all. The
-last line is JSON: {"sizing": [...], "zone_lost": [{"policy", "phase", "goodput", "p99_ms", "mean_r", "agreement"}]}.
+CURVE.json is the curve of `tome-server calibrate` for a model on a machine; --price is the cost of an hour of that
+machine, in any currency. The first table is arithmetic: machines at `--busy` of their capacity, and the cost of a
+million photos. The second replays the load in virtual time by the server's own batcher and policy: three zones are
+sized for r=0, and one is lost for half a minute, so that every other machine gets half as much again. Arrivals at a
+machine are Poisson, as behind a balancer without knowledge of load; `--machines` of them are replayed and stand for
+all. The last line is JSON: {"sizing": [...], "zone_lost": [{"policy", "phase", "goodput", "p99_ms", "mean_r",
+"agreement"}]}.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
             f"{row['r']:>4} {row['images_per_s']:>9.1f} {row['machines']:>9,} {row['cost_per_million']:>13.3f} "
             f"{100 * row['agreement']:>8.1f} {top1:>8}"
         )
-    rate = args.busy * sizing[0]["images_per_s"]  # of each machine, while all zones are there
+    rate = args.busy * sizing[0]["images_per_s"]  # of each machine, while all zones are up
     print(f"\nsized for r=0, {sizing[0]['machines']:,} machines; a zone lost for {PHASE_S:g} s")
     print(f"{'policy':>7} {'':>12} {'in time %':>10} {'p99 ms':>8} {'mean r':>7} {'agree %':>8}")
     rows = []
@@ -87,7 +88,7 @@ def size(curve: Curve, per_s: float, busy: float, price: float) -> Iterator[dict
 def lose_a_zone(
     curve: Curve, rate: float, setting: Schedule | AutoR, args: argparse.Namespace
 ) -> list[list[Served | None]]:
-    """What becomes of the requests of each phase, over all machines that are replayed."""
+    """The results of the requests of each phase, over all replayed machines."""
     phases: list[list[Served | None]] = [[] for _ in PHASES]
     for machine in range(args.machines):
         arrivals = list(wave(rate, machine))
@@ -110,7 +111,7 @@ def wave(rate: float, seed: int) -> Iterator[float]:
 
 
 def judge(served: Sequence[Served | None]) -> dict[str, float]:
-    """What the clients of a phase got."""
+    """The results of the clients of a phase."""
     answers = [answer for answer in served if answer is not None]
     latencies = sorted(answer.latency_s for answer in answers)
     return {

@@ -1,15 +1,15 @@
-"""What `tome-server run` makes of a folder, beside what bounds it: the forward loop alone and decoding alone.
+"""The rate of `tome-server run` on a folder, beside its bounds: the forward loop and decoding alone.
 
-python -m benchmarks.folders --photos FOLDER --model vit_tiny_patch16_224 --weights FILE --r 0,13 --images 1000
+python -m benchmarks.folders --images FOLDER --model vit_tiny_patch16_224 --weights FILE --r 0 13 --limit 1000
 
-A folder of so many links to the photos is computed. `forward` is the loop of full batches whose pixels are there
-(benchmarks.forward_loop); `reading` is all that threads or processes do with the files before the device gets them,
-which on a CPU is decoding; `decoding` is what the device does with JPEG files that are read, where it decodes; `run` is
-the rate that the command itself tells. All four run in each round, in this process, and medians are told.
+It computes a folder of `--images` links to the photos. `forward` is the loop of full batches with prepared pixels
+(benchmarks.forward_loop). `reading` is all work of threads or processes on the files before the device, which on a CPU
+includes decoding. `decoding` is the device's work on JPEG files in memory, if it decodes. `run` is the rate that the
+command itself reports. All four run in each round, in this process; the table has medians.
 
-`bound` is what they allow: on a GPU the least of them, for they use different parts of the machine; on a CPU, where
-they share the cores, the rate of one after the other. The last line is JSON: {"model", "images", "rows": [{"r",
-"forward", "reading", "decoding", "run", "bound", "of_bound", "of_forward"}]}.
+`bound` is the limit that they set: on a GPU the least of them, because they use different parts of the machine; on a
+CPU, where they share the cores, the rate of one after the other. The last line is JSON: {"model", "images", "rows":
+[{"r", "forward", "reading", "decoding", "run", "bound", "of_bound", "of_forward"}]}.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ MAX_PIXELS = 50_000_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
-    parser.add_argument("--images", type=int, default=1000, help="files to compute: links to the photos, in turn")
+    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--limit", type=int, default=1000, help="files to compute: links to the photos, in turn")
     parser.add_argument("--model", default="bundled", help="as for tome-server serve")
     parser.add_argument("--weights", help="safetensors file for a timm name, or random")
-    parser.add_argument("--r", default="0,13")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 13], metavar="R")
     parser.add_argument("--batch", type=int, default=32, help="images in a batch")
     parser.add_argument("--duration", type=float, default=3, help="seconds of a forward loop")
     parser.add_argument("--rounds", type=int, default=3)
@@ -69,13 +69,13 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        files = linked(photos_in(args.photos), args.images, Path(folder) / "photos")
+        files = linked(photos_in(args.images), args.limit, Path(folder) / "photos")
         rows = measure(args, files, Path(folder))
-    print(json.dumps({"model": args.model, "images": args.images, "batch": args.batch, "rows": rows}))
+    print(json.dumps({"model": args.model, "images": args.limit, "batch": args.batch, "rows": rows}))
 
 
 def linked(photos: Sequence[Path], count: int, folder: Path) -> list[str]:
-    """So many links to the photos."""
+    """Makes `count` links to the photos."""
     folder.mkdir()
     files = [folder / f"{index:07}{photo.suffix}" for index, photo in zip(range(count), itertools.cycle(photos))]
     for file, photo in zip(files, itertools.cycle(photos), strict=False):
@@ -84,7 +84,7 @@ def linked(photos: Sequence[Path], count: int, folder: Path) -> list[str]:
 
 
 def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> list[dict[str, float]]:
-    """A row for each `r`, printed as it is there."""
+    """A row for each `r`, printed when it is measured."""
     set_threads(args.threads)
     spec = ModelSpec.model_validate({"source": args.model, "weights": args.weights})
     loaded = load_model(spec)
@@ -100,8 +100,8 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
     names = ("forward", "reading", "decoding", "run", "bound", "of bound", "of forward")
     print(f"{'r':>4} " + " ".join(f"{name:>10}" for name in names))
     rows = []
-    for r in args.r.split(","):
-        key = info.batch_key(info.schedule(int(r)))
+    for r in args.r:
+        key = info.batch_key(info.schedule(r))
         rounds: list[tuple[float, ...]] = []
         for _ in range(args.rounds):
             reading, images = read(info, files, args.batch)
@@ -111,14 +111,14 @@ def measure(args: argparse.Namespace, files: Sequence[str], folder: Path) -> lis
         parts = [rate for rate in (forward, reading, decoding) if rate]
         bound = 1 / sum(1 / rate for rate in parts) if is_shared else min(parts)
         row = {"forward": forward, "reading": reading, "decoding": decoding, "run": computed, "bound": bound}
-        rows.append({"r": int(r), **row, "of_bound": computed / bound, "of_forward": computed / forward})
+        rows.append({"r": r, **row, "of_bound": computed / bound, "of_forward": computed / forward})
         told = " ".join(f"{value:>10,.1f}" for value in row.values())
         print(f"{r:>4} {told} {computed / bound:>10.2f} {computed / forward:>10.2f}", flush=True)
     return rows
 
 
 def read(info: ModelInfo, files: Sequence[str], size: int) -> tuple[float, list[Image | str]]:
-    """Files a second by the threads or processes that the command has, and the images."""
+    """Files a second by the threads or processes of the command, and the images."""
     with contextlib.closing(open_readers(info, MAX_PIXELS)) as readers:
         for part in readers.read([files[0]] * FILES_OF_A_PROCESS * available_cpus()):  # until all have started
             part.result()
@@ -150,9 +150,9 @@ def decoded(preparer: Preparer, key: BatchKey, images: Sequence[Image | str], si
     return len(images) / (time.perf_counter() - began)
 
 
-def run(args: argparse.Namespace, r: str, folder: Path) -> float:
-    """Images a second, as the command tells them: without loading the model."""
-    command = ["run", str(folder / "photos"), "-o", str(folder / f"table{args.suffix}"), "--overwrite", "--r", r]
+def run(args: argparse.Namespace, r: int, folder: Path) -> float:
+    """Images a second as the command reports them, without loading the model."""
+    command = ["run", str(folder / "photos"), "-o", str(folder / f"table{args.suffix}"), "--overwrite", "--r", str(r)]
     for flag in ("model", "weights", "device", "precision", "backend", "decode", "threads"):
         if getattr(args, flag) is not None:
             command += [f"--{flag}", str(getattr(args, flag))]

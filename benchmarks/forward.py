@@ -1,18 +1,18 @@
 """Speed of the forward pass: ours at each `r` beside timm, compiled timm, and the paper's maths in plain PyTorch.
 
-python -m benchmarks.forward --model vit_base_patch16_224 --batch 256 --r 0,4,8,11,13,16 --device cuda --dtype bf16
-python -m benchmarks.forward --model vit_base_patch16_224 --batch 1,8,32 --r 0,13 --device cuda --dtype bf16 --replay
+python -m benchmarks.forward --model vit_base_patch16_224 --batch 256 --r 0 4 8 11 13 16 --device cuda --dtype bf16
+python -m benchmarks.forward --model vit_base_patch16_224 --batch 1,8,32 --r 0 13 --device cuda --dtype bf16 --replay
 
-python -m benchmarks.forward --model vit_tiny_patch16_224 --batch 1,8,32 --r 0,13,16 --device cpu --dtype bf16 \\
+python -m benchmarks.forward --model vit_tiny_patch16_224 --batch 1,8,32 --r 0 13 16 --device cpu --dtype bf16 \\
     --impl timm,ours,timm-openvino,openvino
 
-All of them run in turn on the same random images, weights are random too. What begins with "timm" is timm's model as
-it is; "unfused" merges by the paper's maths in plain PyTorch, "plain" and "ours" by tome_core without and with its
-kernels, "ours-pixels" is "ours" from uint8 pixels, "ours-fp8" in float8; what ends with "-recorded" is replayed by
-`tome_core.Recorded`, its copies included; "openvino" and "onnxruntime" are our model in those runtimes. "speed-up" is
-over the same one's r=0, "ideal" is what the arithmetic saved would give. `--replay` runs each as a recorded CUDA graph,
-without its launches; `--profile` shows where the time goes, of OpenVINO by one thread. The last line is JSON: {"rows":
-[{"impl", "r", "batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
+All of them run in turn on the same random images, with random weights. Names that begin with "timm" are timm's own
+model. "unfused" merges by the paper's maths in plain PyTorch, "plain" and "ours" by tome_core without and with its
+kernels, "ours-pixels" is "ours" from uint8 pixels, "ours-fp8" in float8. Names that end with "-recorded" are replayed
+by `tome_core.Recorded`, including its copies. "openvino" and "onnxruntime" are our model in those runtimes. "speed-up"
+is over r=0 of the same implementation; "ideal" is the speed-up of the saved arithmetic. `--replay` runs each as a
+recorded CUDA graph, without its launches; `--profile` shows the time of each kernel (for OpenVINO by one thread). The
+last line is JSON: {"rows": [{"impl", "r", "batch", "images_per_s", "ms", "speedup", "flop_ideal", "tflops"}], ...}.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Forward = Callable[[Tensor], Any]
 
 
 class Contender(NamedTuple):
-    """What is timed: a name, an `r`, a forward pass, and the images for it."""
+    """A timed combination: a name, an `r`, a forward pass, and its images."""
 
     impl: str
     r: int
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224", help="timm name")
     parser.add_argument("--batch", default="256", help="batch sizes")
-    parser.add_argument("--r", default="0,4,8,11,13,16", help="values of r")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 4, 8, 11, 13, 16], metavar="R", help="values of r")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--impl", default="timm,timm-compiled,unfused,ours", help=f"of {', '.join(NAMES)}")
@@ -72,7 +72,7 @@ def main() -> None:
 
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     model = timm.create_model(args.model).to(device, dtype).eval()
-    ladder, rows = [int(r) for r in args.r.split(",")], []
+    ladder, rows = args.r, []
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     how = "replayed" if args.replay else "launched"
     print(f"{args.model}, {args.dtype}, {how}, {machine}, torch {torch.__version__}")
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def contenders(model: Any, names: Sequence[str], ladder: Sequence[int], images: Tensor) -> Iterator[Contender]:
-    """One a name and `r`; those without merging under r=0 alone."""
+    """One for each name and `r`; those without merging only at r=0."""
     for name in names:
         if name not in NAMES:
             raise SystemExit(f"--impl names {name!r}; it must be of {', '.join(NAMES)}")
@@ -120,7 +120,7 @@ def contenders(model: Any, names: Sequence[str], ladder: Sequence[int], images: 
 
 
 def pixels_like(images: Tensor) -> Tensor:
-    """Random pixels, (B, H, W, 3) in uint8, of as many images of the same size."""
+    """Random pixels, (B, H, W, 3) in uint8, of the same number and size of images."""
     B, channels, H, W = images.shape
     return torch.randint(0, 256, (B, H, W, channels), dtype=torch.uint8, device=images.device)
 
@@ -135,7 +135,7 @@ def _timm_compiled(model: Any, r: int) -> Forward:
 
 def _unfused(model: Any, r: int) -> Forward:
     merged = Unfused(model)
-    return lambda images: merged.forward_head(merged.forward_features(images, r))  # all of the last block, as published
+    return lambda images: merged.forward_head(merged.forward_tokens(images, r))  # all of the last block, as published
 
 
 def _ours(model: Any, r: int) -> Forward:
@@ -179,7 +179,7 @@ NAMES = (*IMPLEMENTATIONS, "timm-openvino", "openvino", "timm-onnxruntime", "onn
 
 @torch.inference_mode()
 def measure(model: nn.Module, entered: Sequence[Contender], runs: int, replay: bool) -> Iterator[dict[str, Any]]:
-    """One row each. They take turns, so that a disturbance, or a warm chip, falls on all alike."""
+    """One row each. They run in turn, so that a disturbance, or a warm chip, affects all alike."""
     calls: list[Callable[[], object]] = [partial(contender.forward, contender.images) for contender in entered]
     if replay:
         record = CudaRecorder()
@@ -207,7 +207,7 @@ def measure(model: nn.Module, entered: Sequence[Contender], runs: int, replay: b
 
 
 def work(model: nn.Module, contender: Contender) -> int:
-    """Floating-point operations for an image; ours alone leaves out what the head does not read."""
+    """Floating-point operations for an image; only ours leaves out what the head does not read."""
     merged = tome_core.wrap(model)
     try:
         sizes = dimensions(merged)
@@ -221,7 +221,7 @@ def work(model: nn.Module, contender: Contender) -> int:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, on a GPU by its own clock."""
+    """Seconds of a call, on a GPU by its own clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()

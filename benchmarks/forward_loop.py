@@ -1,9 +1,10 @@
-"""The bare forward loop: full batches, one after the other, as an engine runs them, with no server around it.
+"""The bare forward loop: full batches, one after the other, as in an engine, without a server.
 
-python -m benchmarks.forward_loop --model vit_base_patch16_224 --weights random --device cuda --precision bf16 --r 0,13
+python -m benchmarks.forward_loop --model vit_base_patch16_224 --weights random --device cuda --precision bf16 --r 0 13
 
-It is what bounds a server with this model; benchmarks.serving starts it as a process of its own. Images are noise: what
-is in them changes nothing about the time. The last line is JSON: {"model", "batch", "images_per_s": {r: images/s}}.
+It is the upper bound of a server with this model; benchmarks.serving starts it as a separate process. Images are noise,
+because their content does not affect the time. The last line is JSON: {"model", "batch", "images_per_s": {r:
+images/s}}.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="bundled", help="as for tome-server serve")
     parser.add_argument("--weights", help="safetensors file for a timm name, or random")
-    parser.add_argument("--r", default="0,13")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 13], metavar="R")
     parser.add_argument("--batch", type=int, default=32, help="images in a batch")
     parser.add_argument("--duration", type=float, default=3, help="seconds of each r")
     parser.add_argument("--device", default="auto")
@@ -48,14 +49,14 @@ def main() -> None:
     options = BackendOptions(args.backend, args.threads, None, args.batch)
     runner = Runner({spec.name: loaded}, args.device, args.precision, options)
     measured = {}
-    for r in args.r.split(","):
-        measured[r] = images_per_s(runner, loaded.info.batch_key(loaded.info.schedule(int(r))), args)
+    for r in args.r:
+        measured[r] = images_per_s(runner, loaded.info.batch_key(loaded.info.schedule(r)), args)
         print(f"bare forward loop, {args.model}, r={r}, batch {args.batch}: {measured[r]:,.1f} images/s", flush=True)
     print(json.dumps({"model": args.model, "batch": args.batch, "images_per_s": measured}))
 
 
 def images_per_s(runner: Runner, key: BatchKey, args: argparse.Namespace) -> float:
-    """Of one schedule, with pixels that are on the device already; a batch is launched before the last one's result."""
+    """Images/s of one schedule, with pixels on the device; a batch is launched before the result of the last one."""
     images = [os.urandom(math.prod(key.input_size) * 3) for _ in range(args.batch)]
     pixels = stacked(images, key.input_size, runner.device)
     runner.warm_up(key)

@@ -1,11 +1,10 @@
-"""Time of each operation of a block, beside the least that its arithmetic and its memory traffic allow.
+"""Time of each operation of a block, beside the least that its arithmetic and memory traffic allow.
 
 python -m benchmarks.kernels --model vit_base_patch16_224 --batch 256 --tokens 197,184,119,54 --r 13 --dtype bf16
 
-Each runs alone, as a recorded CUDA graph of many repetitions. "floor" is the longer of its floating-point operations
-over the rate of a large product (twice that in float8), and its bytes over that of a large copy, both measured in the
-same run. The last line
-is JSON: {"rows": [{"op", "tokens", "us", "floor_us"}]}.
+Each runs alone, as a recorded CUDA graph of many repetitions. "floor" is the longer of two times: its floating-point
+operations over the rate of a large product (twice that in float8), and its bytes over the rate of a large copy. Both
+rates are measured in the same run. The last line is JSON: {"rows": [{"op", "tokens", "us", "floor_us"}]}.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from tome_core import kernels
 from tome_core.kernels import reference
 from tome_core.recorded import CudaRecorder
 
-REPETITIONS = 20  # in a recording, so that its own start counts for little
+REPETITIONS = 20  # in a recording, so that its start counts for little
 
 
 class Operation(NamedTuple):
-    """What is timed, with its floating-point operations and the bytes that it must read and write."""
+    """A timed operation, with its floating-point operations and the bytes that it must read and write."""
 
     name: str
     call: Callable[[], Any]
@@ -66,7 +65,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def operations(model: Any, B: int, N: int, r: int, device: torch.device, dtype: torch.dtype) -> Iterator[Operation]:
-    """Those of a block that N tokens enter, and M = N - r leave after the merge."""
+    """The operations of a block that N tokens enter and M = N - r leave after the merge."""
     block, (C, H, hidden) = model.blocks[0], (model.embed_dim, model.blocks[0].attn.num_heads, 4 * model.embed_dim)
     M, width = N - r, dtype.itemsize
     x, y, merged = (torch.randn(B, n, C, device=device, dtype=dtype) for n in (N, N, M))

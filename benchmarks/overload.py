@@ -1,11 +1,11 @@
-"""What is left of a server under far more than it can do: goodput, latency and memory, second by second.
+"""A server far above its capacity: goodput, latency and memory over time.
 
 python -m benchmarks.overload --data FOLDER --seconds 60
 
 Measures the capacity of a fixed r with closed loops of 32 clients, then sends `--load` times as much in an open loop of
-Poisson arrivals, each photo with a deadline. "goodput" is how many images a second were answered in time; its target is
-90 % of the capacity. The table has a row for each tenth of the run: a queue that grows, latency that creeps or memory
-that leaks would show. The last line is JSON: {"capacity", "goodput", "share", "statuses", "rows": [{"second",
+Poisson arrivals, each photo with a deadline. "goodput" is the number of images answered in time a second; its target is
+90 % of the capacity. The table has a row for each tenth of the run, which would show a growing queue, creeping latency
+or leaking memory. The last line is JSON: {"capacity", "goodput", "share", "statuses", "rows": [{"second",
 "offered_per_s", "goodput_per_s", "p50_ms", "p99_ms", "resident_mb"}]}.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--deadline-ms", type=float, default=2000)
     parser.add_argument("--limit", type=int, default=200, help="use this many photos")
     args = parser.parse_args()
-    args.max_r = args.r  # what `serving` lets auto take, which is not used here
+    args.max_r = args.r  # `serving` wants it for auto, which is not used here
 
     photos, _ = read_photos(args.data, args.limit)
     path = f"/classify?top_k=1&deadline_ms={args.deadline_ms:g}"
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 async def send(target: Target, path: str, photos: Sequence[bytes], due: Sequence[float]) -> list[tuple[float, Reply]]:
-    """Sends photos when they are due; gives each reply with the second in which it was due."""
+    """Sends photos when they are due; returns each reply with the second in which it was due."""
     start = time.perf_counter()
     replies: list[tuple[float, Reply]] = []
 
@@ -122,7 +122,7 @@ def judge(
 
 @contextmanager
 def _watched(seconds: float) -> Iterator[list[float]]:
-    """Resident memory of all processes of the server, noted a hundred times in the run."""
+    """Samples the resident memory of all the server's processes, a hundred times in the run."""
     noted: list[float] = []
     is_over = threading.Event()
 
@@ -140,7 +140,7 @@ def _watched(seconds: float) -> Iterator[list[float]]:
 
 
 def _resident_mb() -> float:
-    """Of our children and theirs, from /proc."""
+    """Resident memory of our children and theirs, from /proc."""
     children: dict[int, list[int]] = {}
     resident: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/status"):

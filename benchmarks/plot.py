@@ -1,4 +1,4 @@
-"""Rows of benchmarks as pictures: methods over `r`, what each choice is worth, the dial under load, speed over `r`."""
+"""Charts of benchmark rows: methods over `r`, the effect of each choice, the dial under load, speed over `r`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def draw_methods(rows: Rows, file: Path) -> None:
-    """Top-1 and agreement with r=0 over `r`, one line a method; all of them start from the row of r=0."""
+    """Top-1 and agreement with r=0 over `r`, one line a method; all start from the row of r=0."""
     unmerged, *others = rows
     methods = list(dict.fromkeys(row["method"] for row in others))
     with matplotlib.rc_context(STYLE):
@@ -60,7 +60,7 @@ def draw_differences(rows: Rows, file: Path) -> None:
 
 
 def draw_dial(rows: Rows, file: Path) -> None:
-    """Goodput and delivered top-1 over the load, one line a policy; what was simulated is dotted."""
+    """Goodput and top-1 of the answers over the load, one line a policy; simulated values are dotted."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
@@ -82,7 +82,9 @@ def draw_dial(rows: Rows, file: Path) -> None:
 
 
 def draw_forward(rows: Rows, file: Path) -> None:
-    """Images/s over `r`, one line an implementation, one panel a batch size; those that do not merge are dashed."""
+    """Images/s over `r`, one line an implementation, one panel a batch size; implementations without merging are
+    dashed.
+    """
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     names = list(dict.fromkeys(row["impl"] for row in rows))
     ladder = sorted({row["r"] for row in rows})
@@ -110,5 +112,5 @@ def by_r(row: Mapping[str, Any]) -> int:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Writes the same bytes for the same rows: an SVG would carry the time of day."""
+    """Writes the same bytes for the same rows: otherwise an SVG would hold the time of day."""
     figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -1,10 +1,10 @@
-"""What half precision costs: the error against float64 under the same matching, and answers that change.
+"""The cost of half precision: the error against float64 under the same matching, and changed answers.
 
 python -m benchmarks.precision --model vit_tiny_patch16_224 --weights FILE --data FOLDER --device cuda --dtype bf16
 
 FOLDER is as for benchmarks.accuracy. The error is that of the logits, over their length, on the first photos; the
-float64 model merges the pairs that the other chose. Agreement is with float32 at the same `r`, which chooses its own.
-"float8" is ours with its products in float8, where the model and dtype allow it. The last line is JSON: {"rows":
+float64 model merges the pairs that the other one chose. Agreement is with float32 at the same `r`, with its own choice
+of pairs. "float8" is ours with its products in float8, if the model and dtype allow it. The last line is JSON: {"rows":
 [{"impl", "r", "error", "agreement"}]}.
 """
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="as for tome-server serve")
     parser.add_argument("--weights", help="safetensors file for a timm name")
     parser.add_argument("--data", type=Path, required=True, help="folder with labels.csv and images/")
-    parser.add_argument("--r", default="0,8,13,16", help="values of r")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 8, 13, 16], metavar="R", help="values of r")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--limit", type=int, help="use this many photos")
@@ -49,7 +49,7 @@ def main() -> None:
     images = stacked.view(-1, *preprocessing.input_size, 3).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(t)[:, None, None] for t in (preprocessing.mean, preprocessing.std))
     images = ((images - mean) / std).to(args.device)
-    rows = list(measure(loaded.merged.model, images, [int(r) for r in args.r.split(",")], DTYPES[args.dtype]))
+    rows = list(measure(loaded.merged.model, images, args.r, DTYPES[args.dtype]))
     print(f"{args.model}, {args.dtype} on {args.device}, {len(images)} photos")
     print(f"{'':>6} {'r':>3} {'error':>9} {'agree %':>8}")
     for row in rows:
@@ -59,12 +59,12 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(model: Any, images: Tensor, ladder: list[int], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """timm's own model first, then ours at each r, and ours in float8 where it can be."""
+    """timm's own model first, then ours at each r, and ours in float8 if possible."""
     wide = copy.deepcopy(model).to(images.device)
     narrow = copy.deepcopy(wide).to(dtype)
     ours, exact = tome_core.wrap(narrow, "fused"), tome_core.wrap(wide, "plain")
     some = images[:IN_FLOAT64].to(dtype)
-    in_float64 = tome_core.wrap(copy.deepcopy(narrow).double().cpu(), "fused")  # the weights as they were rounded
+    in_float64 = tome_core.wrap(copy.deepcopy(narrow).double().cpu(), "fused")  # the weights after rounding
     models: dict[str, Any] = {"timm": lambda x, _: narrow(x), "ours": ours}
     try:
         models["float8"] = ours.in_float8()

@@ -1,4 +1,4 @@
-"""timm's model and ours in the runtimes that people use on a CPU, with as many threads as torch has."""
+"""timm's model and ours in the usual runtimes for CPUs, with torch's number of threads."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ WARM_UP = 5
 
 
 def openvino_ours(model: Any, r: int, images: Tensor) -> Run:
-    """The merging model as the server runs it."""
+    """The merging model as in the server."""
     merged = tome_core.wrap(_float32(model))
     compiler = Compiler(merged, _size(images), torch.get_num_threads())
     return compiler.any_batch((r,) * merged.num_blocks, len(images), _precision(images))
 
 
 def openvino_timm(model: Any, r: int, images: Tensor) -> Run:
-    """timm's own model, converted by OpenVINO as it is; large batches run in parts, side by side, as ours do."""
+    """timm's own model, converted by OpenVINO; large batches run in parts, side by side, like ours."""
     threads = torch.get_num_threads()
     converted = openvino.convert_model(_float32(model), example_input=images[:1].float())
 
@@ -50,7 +50,7 @@ def onnxruntime_ours(model: Any, r: int, images: Tensor) -> Run:
 
 
 def onnxruntime_timm(model: Any, r: int, images: Tensor) -> Run:
-    """timm's own model, exported by torch as it is."""
+    """timm's own model, exported by torch."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(_float32(model), (images.float(),), path, dynamo=True, input_names=["images"])
@@ -107,5 +107,5 @@ def _size(images: Tensor) -> tuple[int, int]:
 
 
 def _float32(model: Any) -> Any:
-    """Runtimes take float32, and compute in the precision that they are told."""
+    """Runtimes take float32 models, and compute in their configured precision."""
     return copy.deepcopy(model).float()

@@ -1,8 +1,7 @@
-"""The same matching in two models: what merged in one is noted, and merges again in the other.
+"""The same matching in two models: the merges of one are recorded, and repeated in the other.
 
-A model that rounds chooses other pairs where similarities nearly tie, and then answers differ by more than rounding.
-Under the same matching what is left between two models is their arithmetic. Either may run fused or plain, on any
-device.
+A model that rounds chooses other pairs if similarities nearly tie; answers then differ by more than rounding. Under the
+same matching two models differ only by their arithmetic. Either may run fused or plain, on any device.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from tome_core.matching import MergePlan
 
 @contextmanager
 def recorded() -> Iterator[list[MergePlan]]:
-    """Notes what merges, in the order of the blocks that merge.
+    """Records merges, in the order of the blocks that merge.
 
     Yields:
-        The plans, on the CPU: empty at first, and longer with every block that merges.
+        The plans, on the CPU: a list that grows with every block that merges.
     """
     plans: list[MergePlan] = []
     match_fused, match_plain = vars(fused_loop)["attend_match"], vars(plain_loop)["match"]
@@ -47,20 +46,20 @@ def recorded() -> Iterator[list[MergePlan]]:
 
 @contextmanager
 def replayed(plans: list[MergePlan]) -> Iterator[None]:
-    """Merges what was noted, once, in place of what a model would choose.
+    """Repeats recorded merges, once, instead of a model's own choice.
 
     Raises:
-        ValueError: The model merges in more blocks or in fewer than were noted, or other numbers of tokens.
+        ValueError: The model merges in more or fewer blocks than recorded, or other numbers of tokens.
     """
     left = list(plans)
 
     def plain(metric: Tensor, r: int, num_prefix_tokens: int) -> MergePlan:
         if not left:
-            raise ValueError(f"one more block merges than the {len(plans)} that were noted")
+            raise ValueError(f"one more block merges than the {len(plans)} that were recorded")
         plan, wanted = left.pop(0), (*metric.shape[:2], r)
         noted = (len(plan.src), plan.keep.shape[1] + plan.src.shape[1], plan.src.shape[1])
         if noted != wanted:
-            raise ValueError(f"images, tokens and r are {wanted}; what was noted merges {noted}")
+            raise ValueError(f"images, tokens and r are {wanted}; the recorded ones are {noted}")
         return _on(plan, metric.device)
 
     def fused(q: Tensor, *others: Any) -> tuple[Tensor, Groups]:
@@ -71,12 +70,12 @@ def replayed(plans: list[MergePlan]) -> Iterator[None]:
     with _matching(fused, plain):
         yield
     if left:
-        raise ValueError(f"{len(left)} of {len(plans)} blocks that were noted did not merge")
+        raise ValueError(f"{len(left)} of {len(plans)} recorded blocks did not merge")
 
 
 @contextmanager
 def _matching(fused: Callable[..., tuple[Tensor, Groups]], plain: Callable[..., MergePlan]) -> Iterator[None]:
-    """Lets both loops choose what merges by these functions."""
+    """Replaces the matching of both loops by these functions."""
     with mock.patch.object(fused_loop, "attend_match", fused), mock.patch.object(plain_loop, "match", plain):
         yield
 

@@ -4,9 +4,10 @@ python -m benchmarks.schedule --model NAME --weights FILE --tuned none --images 
 python -m benchmarks.schedule ... --cost latency    # faster in milliseconds on this device, not in arithmetic
 
 It finds how many tokens each block should merge, the same for every image, so that answers differ least from those at
-r=0. It needs no labels: half of the photos serve to choose, the other half to report. The last line is JSON: {"rows":
-[{"speedup", "kind", "r", "cost", "agreement", "interval", "distance", "gain"}]}; `gain` is the agreement of the found
-list less this one's, with the ends of its 95 % interval.
+r=0. It needs no labels: half of the photos serve to choose, the other half to report. It ends with a verdict for each
+speed-up: the list is recommended only where it gains agreement beyond its 95 % interval, else the constant r. The last
+line is JSON: {"rows": [{"speedup", "kind", "r", "cost", "agreement", "interval", "distance", "gain"}], "verdicts":
+[{"speedup", "take", "why"}]}; `gain` is the agreement of the found list less this one's, with the ends of its interval.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from benchmarks.schedule_parts.calibration import Calibration
 from benchmarks.schedule_parts.latency import Latency, measure
+from benchmarks.schedule_parts.rows import Kind, ScheduleRow, judge, print_table
 from benchmarks.schedule_parts.search import Space, search
 from server.calibration.photos import read_photos
 from server.commands.output import tell
 from server.device.models import LoadedModel, load_model
 from server.device.runner import Runner
 from server.device.torch_backend import set_threads
-from server.dial import Schedule, r_of, text_of
+from server.dial import Schedule, text_of
 from server.errors import ServerError, SettingsError
 from server.images.photos import choose_photos
 from server.intervals import paired_difference, wilson
@@ -42,29 +43,6 @@ PARTS = 4  # a trial looks at a quarter of the photos to choose on
 LEAST_PHOTOS = 2 * PARTS
 
 
-@dataclass(frozen=True)
-class ScheduleRow:
-    """One schedule, as judged on the photos that it was not chosen on.
-
-    Attributes:
-        kind: Found by the search, merging spread evenly at the same cost, or the least constant r within it.
-        cost: GFLOPs of one image, or milliseconds of a batch.
-        agreement: Share of photos whose likeliest class is that at r=0.
-        interval: Its 95 % interval.
-        distance: Mean Hellinger distance of its answers from those at r=0, which the search makes small.
-        gain: Agreement of the found schedule less this one's, and its 95 % interval; nothing for the found one itself.
-    """
-
-    speedup: float
-    kind: Literal["found", "even", "constant"]
-    r: Schedule
-    cost: float
-    agreement: float
-    interval: tuple[float, float]
-    distance: float
-    gain: tuple[float, float, float] | None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos like those to be served")
@@ -72,7 +50,7 @@ def main() -> None:
         "--speedup", required=True, type=float, nargs="+", metavar="X", help="times faster than timm's model; several"
     )
     parser.add_argument("--cost", choices=("flops", "latency"), default="flops", help="what to be faster in")
-    parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
+    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of the search (default: 3)")
     parser.add_argument("--trials", type=int, default=64, metavar="N", help="schedules tried a round (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the halves and the search (default: 0)")
@@ -91,13 +69,13 @@ def main() -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> None:
     """Searches at each speed-up, and prints what was found."""
-    for name, least in (("photos", LEAST_PHOTOS), ("rounds", 1), ("trials", PARTS)):
+    for name, least in (("limit", LEAST_PHOTOS), ("rounds", 1), ("trials", PARTS)):
         if getattr(args, name) < least:
             raise SettingsError(f"--{name} is {getattr(args, name)}; it must be {least} or more")
     set_threads(settings.threads)
     loaded = load_model(settings.specs()[0], settings.state_dir)
     info = loaded.info
-    files = choose_photos(args.images, args.photos, args.seed, LEAST_PHOTOS)
+    files = choose_photos(args.images, args.limit, args.seed, LEAST_PHOTOS)
     photos = read_photos(files, info, settings.max_image_pixels)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)
     calibration = Calibration(runner, loaded, photos, settings.max_batch_size)
@@ -105,13 +83,16 @@ def run(settings: Settings, args: argparse.Namespace) -> None:
     tell(f"{info.name}: {len(choose_on)} photos to choose on, {len(report_on)} to report on")
 
     cost, timm_cost = _flops(loaded) if args.cost == "flops" else _latency(calibration, info, args.seed)
-    rows = []
+    rows, verdicts = [], []
     for speedup in args.speedup:
         budget = timm_cost / speedup
         kinds = _schedules(loaded, calibration, choose_on, cost, budget, speedup, args)
-        rows += _judge(kinds, speedup, calibration, report_on, cost if args.cost == "flops" else None)
+        measured = _rows(kinds, speedup, calibration, report_on, cost if args.cost == "flops" else None)
+        verdicts.append(judge(*measured))
+        rows += measured
     unit = "GFLOPs" if args.cost == "flops" else f"ms/{min(settings.max_batch_size, len(photos))}"
-    _print_table(rows, unit)
+    print_table(rows, unit)
+    print(*verdicts, sep="\n")
     result = {
         "model": info.name,
         "cost": unit,
@@ -120,6 +101,7 @@ def run(settings: Settings, args: argparse.Namespace) -> None:
         "photos_to_report_on": len(report_on),
         "seed": args.seed,
         "rows": [asdict(row) for row in rows],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
     }
     if args.output:
         try:
@@ -155,7 +137,7 @@ def _schedules(
     budget: float,
     speedup: float,
     args: argparse.Namespace,
-) -> dict[Literal["found", "even", "constant"], Schedule]:
+) -> dict[Kind, Schedule]:
     """The schedule found within a budget, and the two that it must beat."""
     info = loaded.info
     space = Space(cost, budget, info.num_blocks, info.num_tokens, info.num_prefix_tokens)
@@ -180,8 +162,8 @@ def _schedules(
     return {"found": found, "even": even, "constant": constant}
 
 
-def _judge(
-    kinds: dict[Literal["found", "even", "constant"], Schedule],
+def _rows(
+    kinds: dict[Kind, Schedule],
     speedup: float,
     calibration: Calibration,
     report_on: Sequence[int],
@@ -206,18 +188,6 @@ def _judge(
             )
         )
     return rows
-
-
-def _print_table(rows: Sequence[ScheduleRow], unit: str) -> None:
-    measures = f"{unit:>8} {'agree % (95 %)':>20} {'distance':>8} {'found gains, points':>22}"
-    print(f"{'speed-up':>8}  {'schedule':<9} {measures}  r")
-    for row in rows:
-        low, high = row.interval
-        agree = f"{100 * row.agreement:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-        gain = "" if row.gain is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * part for part in row.gain))
-        speedup = f"{row.speedup:.2f}x" if row.kind == "found" else ""
-        measures = f"{row.cost:>8.3f} {agree:>20} {row.distance:>8.4f} {gain:>22}"
-        print(f"{speedup:>8}  {row.kind:<9} {measures}  {text_of(r_of(row.r))}")
 
 
 if __name__ == "__main__":

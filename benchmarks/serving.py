@@ -1,12 +1,12 @@
-"""Our server under load, beside its goals, other servers, and what bounds it: forward loop, decoding, HTTP.
+"""Our server under load, beside its goals, other servers, and its bounds: forward loop, decoding, HTTP.
 
-python -m benchmarks.serving --device cuda --photos FOLDER --model vit_base_patch16_224 --weights random
-python -m benchmarks.serving --device cpu --photos FOLDER --model vit_tiny_patch16_224 --weights FILE --backend openvino
+python -m benchmarks.serving --device cuda --images FOLDER --model vit_base_patch16_224 --weights random
+python -m benchmarks.serving --device cpu --images FOLDER --model vit_tiny_patch16_224 --weights FILE --backend openvino
 
-It comes in parts (--part), which by default are those that make sense on the device. One server runs at a time; several
-load generators, processes of their own, send to it. Servers are started by their command lines and seen through HTTP
-and /proc. Whatever fails, or is not installed, is left out by name, and the other parts go on; SIGTERM ends the loads,
-and what is known by then is told. The last line is JSON: {"rows": [{"key", "title", "before", "goal", "figure", "met",
+It has parts (--part); the default are those that make sense on the device. One server runs at a time, and several load
+generators, each a process, send to it. Servers are started by their command lines and observed through HTTP and /proc.
+A part that fails, or is not installed, is reported by name, and the other parts go on. SIGTERM ends the loads and
+reports the results so far. The last line is JSON: {"rows": [{"key", "title", "before", "goal", "figure", "met",
 "note"}], "loads": [{"name", "load", "images_per_s", "p50_ms", "p99_ms", "failed", "lagged", "generator_us"}], "speeds":
 {name: per second}, "left_out": {part: reason}}.
 """
@@ -34,14 +34,14 @@ DEFAULT_PARTS = {
     "cpu": "ready,throughput,mixed,spread,kill,forward,free,bare,litserve,bentoml,ray,mosec",
 }
 DEFAULTS = {  # by device: precision, r, HTTP processes, batch, clients, clients of peers, seconds
-    "cuda": ("bf16", "13", 8, 128, 640, 256, 6.0),
-    "cpu": ("fp32", "0,13", 1, 32, 64, 64, 10.0),
+    "cuda": ("bf16", [13], 8, 128, 640, 256, 6.0),
+    "cpu": ("fp32", [0, 13], 1, 32, 64, 64, 10.0),
 }
 
 
 def main() -> None:
     args = read_arguments()
-    photos = [file.read_bytes() for file in choose_photos(args.photos, args.limit, seed=0)]
+    photos = [file.read_bytes() for file in choose_photos(args.images, args.limit, seed=0)]
     mean_kb = sum(map(len, photos)) / len(photos) / 1e3
     print(f"{args.model} on {args.device}, {len(photos)} photos of {mean_kb:.0f} kB, {args.generators} generators")
     print(f"{'':<36} {'load':>12} {'images/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'failed':>6}", flush=True)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def run(bench: Bench, names: list[str], most_s: float) -> dict[str, str]:
-    """Measures parts in their order; gives those that are left out, each with the reason."""
+    """Measures parts in their order; returns those that were left out, each with the reason."""
     left_out: dict[str, str] = {}
     start = time.monotonic()
     for name, part in PARTS.items():
@@ -90,7 +90,7 @@ def run(bench: Bench, names: list[str], most_s: float) -> dict[str, str]:
 def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line, with the defaults of its device filled in."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
     parser.add_argument("--limit", type=int, default=200, help="the most photos to use")
     parser.add_argument("--part", help=f"some of {', '.join(PARTS)}, with commas (default: by device)")
     parser.add_argument("--most-s", type=float, default=480, help="no part begins after so many seconds")
@@ -103,7 +103,13 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     served = parser.add_argument_group("ours, as for tome-server serve; the peers get the same model")
     served.add_argument("--model", default="bundled")
     served.add_argument("--weights", help="safetensors file for a timm name, or random")
-    served.add_argument("--r", help="values of r; the goals are of the last (default: 13 on cuda, else 0,13)")
+    served.add_argument(
+        "--r",
+        type=int,
+        nargs="+",
+        metavar="R",
+        help="values of r; the goals are of the last (default: 13 on cuda, else 0 13)",
+    )
     served.add_argument("--device", default="auto")
     served.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on cuda, else fp32")
     served.add_argument("--backend", default="torch")
@@ -127,8 +133,8 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     for name, value in zip(names, DEFAULTS[kind], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.ladder = [int(r) for r in args.r.split(",")]
-    args.r = args.ladder[-1]  # the deployment's: what our server records before it is ready
+    args.ladder = args.r
+    args.r = args.ladder[-1]  # the deployment's, which our server records before it is ready
     if args.max_queue_size is None:
         clients = max(args.concurrency, args.spread_clients, 2 * args.large_clients)
         args.max_queue_size = max(256, 2 * clients)
@@ -141,7 +147,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def gpus() -> int:
-    """How many GPUs there are, without torch, which would hold memory of one."""
+    """The number of GPUs, without torch, which would hold memory of one."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len(visible.split(",")) if visible else 0
     try:

@@ -1,16 +1,16 @@
-"""Whether a server stays as it is under traffic of every kind: memory, descriptors, threads, the disk, and its answers.
+"""Whether a server stays stable under mixed traffic: memory, descriptors, threads, the disk, and its answers.
 
 python -m benchmarks.soak --minutes 60
 make soak                                 # ten minutes
 
-Starts a server, sends it numbers, lists, auto, explain, changes, bad files, clients that leave, slow ones and HEAD, at
-`--rate` requests a second, and looks at each process every ten seconds. The slopes count after `--settle-minutes`, each
-with its 95 % interval. It passes where no slope of memory or of the disk is shown to be above the goal, no process was
-started again, the log holds no traceback, and every answer was one that its request may get. A 504 may be answered to
-those who named a deadline, a 429 to all; any other 5xx is wrong.
+It starts a server and sends it numbers, lists, auto, explain, changes, bad files, clients that leave, slow ones and
+HEAD, at `--rate` requests a second. Every ten seconds it samples each process. The slopes count after
+`--settle-minutes`, each with its 95 % interval. The run passes if no slope of memory or disk is significantly above the
+goal, no process was restarted, the log has no traceback, and every answer is one that its request may get. Requests
+with a deadline may get a 504, all may get a 429; any other 5xx is wrong.
 
 The last line is JSON: {"passed", "is_sure", "reasons", "minutes", "answers", "wrong", "slopes": {NAME:
-{"percent_an_hour", "low", "high"}}, "processes": {NAME: {"first", "last", "most"}}}. The exit status is 1 where it does
+{"percent_an_hour", "low", "high"}}, "processes": {NAME: {"first", "last", "most"}}}. The exit status is 1 if it does
 not pass.
 """
 
@@ -36,7 +36,7 @@ from server.bench.load import Request
 from server.model_spec import BUNDLED_NAME
 
 GOAL = 1.0
-"""Percent an hour that memory and disk may grow."""
+"""Largest growth of memory and disk, in percent an hour."""
 
 EVERY_S = 10.0
 MOST_AT_ONCE = 200
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--settle-minutes", type=float, help="do not count (default: 10, at most half of all)")
     parser.add_argument("--rate", type=float, default=10, help="requests a second, Poisson arrivals")
     parser.add_argument("--every", type=float, default=EVERY_S, help="seconds between two looks at the processes")
-    parser.add_argument("--backend", default="auto", help="as of tome-server serve")
+    parser.add_argument("--backend", default="auto", help="as for tome-server serve")
     parser.add_argument("--http-workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--serve", default="", help="more flags of tome-server serve, in one string")
@@ -105,7 +105,7 @@ async def send(target: Target, seconds: float, rate: float, seed: int) -> Answer
 
 
 def slopes_of(watched: Watched, settle_s: float) -> dict[str, Growth]:
-    """How fast the memory of each process grows, and the disk; of a process that was there all the time."""
+    """Growth of each process's memory, and of the disk. Only processes that ran all the time count."""
     first = sum(at < settle_s for at in watched.times_s)
     times_s = watched.times_s[first:]
     series: dict[str, Sequence[float]] = {DISK: watched.disk_mb[first:]}
@@ -119,14 +119,14 @@ def slopes_of(watched: Watched, settle_s: float) -> dict[str, Growth]:
 
 
 def judge(slopes: dict[str, Growth], answers: Answers, restarted: Sequence[str], log: str) -> dict[str, Any]:
-    """The verdict: whether it passes, why not, and whether the run was long enough to be sure of the slopes."""
+    """The verdict: whether the run passes, why not, and whether it was long enough to be sure of the slopes."""
     reasons = [
         f"{name} grows by {growth.percent_an_hour:.1f} % an hour, at least {growth.low:.1f}"
         for name, growth in slopes.items()
         if growth.is_above(GOAL)
     ]
     reasons += [f"{kind}: {count} x {status}" for (kind, status), count in sorted(answers.wrong.items())]
-    reasons += [f"{name} was started again" for name in restarted]
+    reasons += [f"{name} was restarted" for name in restarted]
     if "Traceback" in log:
         reasons.append(f"{log.count('Traceback')} tracebacks in the log")
     is_sure = bool(slopes) and all(growth.is_sure(GOAL) for growth in slopes.values())
@@ -141,7 +141,7 @@ def summary_of(watched: Watched, name: str) -> dict[str, Any]:
 
 
 def show(watched: Watched, slopes: dict[str, Growth], answers: Answers, verdict: dict[str, Any]) -> None:
-    """The table for people."""
+    """Prints the table."""
     kinds = sorted({kind for kind, _ in answers.counts})
     for kind in kinds:
         statuses = {status: count for (each, status), count in sorted(answers.counts.items()) if each == kind}

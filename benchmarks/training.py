@@ -1,6 +1,6 @@
 """Training speed: a step of the plain timm model, and of ours at each `r`.
 
-python -m benchmarks.training --model vit_small_patch16_224 --batch-size 256 --r 0,8,13,16
+python -m benchmarks.training --model vit_small_patch16_224 --batch-size 256 --r 0 8 13 16
 
 A step is forward, backward and AdamW on random images and labels, eager, under bfloat16 autocast on a GPU and in
 float32 on the CPU. The last line is JSON: {"rows": [{"impl", "r", "images_per_s", "ms", "speedup"}]}.
@@ -27,7 +27,7 @@ WARM_UP = 3  # steps of each
 
 
 class Contender(NamedTuple):
-    """What is timed: a name, an `r`, and images to logits."""
+    """A timed combination: a name, an `r`, and images to logits."""
 
     impl: str
     r: int
@@ -38,14 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224", help="timm name")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--r", default="0,8,13,16", help="values of r (default: 0,8,13,16)")
+    parser.add_argument("--r", type=int, nargs="+", default=[0, 8, 13, 16], metavar="R", help="values of r")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each")
     args = parser.parse_args()
 
     device = torch.device(args.device)
     model = timm.create_model(args.model).to(device).train()
-    rows = measure(model, contenders(model, [int(r) for r in args.r.split(",")]), args.batch_size, args.steps)
+    rows = measure(model, contenders(model, args.r), args.batch_size, args.steps)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{args.model}, training, batch {args.batch_size}, {machine}, torch {torch.__version__}")
     print(f"{'':>6} {'r':>4} {'ms a step':>10} {'images/s':>9} {'speed-up':>9}")
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def contenders(model: nn.Module, ladder: Sequence[int]) -> list[Contender]:
-    """The plain model, which is the baseline, and ours under each `r`; they share their weights."""
+    """The plain model, which is the baseline, and ours at each `r`; they share their weights."""
     merged = tome_core.wrap(model)
 
     def under(r: int) -> Callable[[Tensor], Tensor]:
@@ -65,7 +65,7 @@ def contenders(model: nn.Module, ladder: Sequence[int]) -> list[Contender]:
 
 
 def measure(model: Any, all_of: Sequence[Contender], batch_size: int, steps: int) -> list[dict[str, Any]]:
-    """One row for each contender, the baseline first; they take turns, so that a disturbance falls on all alike."""
+    """One row for each contender, the baseline first; they run in turn, so that a disturbance affects all alike."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
     images = torch.randn(batch_size, *resolve_model_data_config(model)["input_size"], device=device)

@@ -1,11 +1,11 @@
-"""What tuning gives back: agreement and top-1 at each `r` before and after, on photos that were not tuned on.
+"""The gain of tuning: agreement and top-1 at each `r` before and after, on held-out photos.
 
 python -m benchmarks.tuning --model NAME --weights FILE --data FOLDER                  # the product's own recipe
 python -m benchmarks.tuning ... --variant 'product; not mixed' --jobs 2                   # against other choices
 
-FOLDER holds `labels.csv` (columns `file` and `label`, a class index) and `images/`. The photos are cut into five
-folds; each is judged by numbers that were tuned on the four others. On a machine with GPUs the folds and variants run
-side by side, `--jobs` on each. The last line is JSON: {"rows": [{"variant", "r", "top1", "agreement", "gain",
+FOLDER holds `labels.csv` (columns `file` and `label`, a class index) and `images/`. The photos are split into five
+folds; each is judged by parameters that were tuned on the four others. On a machine with GPUs the folds and variants
+run side by side, `--jobs` on each. The last line is JSON: {"rows": [{"variant", "r", "top1", "agreement", "gain",
 "top1_gain", "seconds"}]}; the gains are points over the same model untuned, with the ends of their 95 % intervals.
 """
 
@@ -48,12 +48,12 @@ class Variant:
     """One way to tune.
 
     Attributes:
-        bands: Lowest and highest `r` of each set of numbers.
-        recipe: How they learn.
-        learned: Which numbers: "norms and biases", one of the two, "with tokens", "with head" or "whole".
-        mixed: Every so many batches are mixed; 0 for none.
-        photos: The most to learn from; 0 for all of the four folds.
-        more: Whether the images of `--more` are learned from too.
+        bands: Lowest and highest `r` of each set of parameters.
+        recipe: The recipe.
+        learned: The learned parameters: "norms and biases", one of the two, "with tokens", "with head" or "whole".
+        mixed: Every `mixed`-th batch is mixed; 0 for none.
+        photos: Most photos to learn from; 0 for all of the four folds.
+        more: Whether to learn from the images of `--more` too.
     """
 
     bands: tuple[tuple[int, int], ...] = ((12, 18),)
@@ -87,7 +87,7 @@ VARIANTS = {
 
 
 def learned_names(kind: str, loaded: LoadedModel) -> list[str]:
-    """The names of what a variant moves."""
+    """The names of a variant's learned parameters."""
     model = loaded.merged.model
     own, every = list(tunable(model, loaded.merged.family)), dict(model.named_parameters())
     return {
@@ -101,7 +101,9 @@ def learned_names(kind: str, loaded: LoadedModel) -> list[str]:
 
 
 class Judged(NamedTuple):
-    """A fold at one `r`: whether each photo keeps the answer of r=0, whether it is right, and the nats between them."""
+    """A fold at one `r`: whether each photo keeps the answer of r=0, whether it is right, and the divergence in
+    nats.
+    """
 
     agreed: list[bool]
     right: list[bool]
@@ -114,7 +116,7 @@ Found = dict[int, tuple[Judged, Judged]]
 
 @dataclass(frozen=True)
 class Data:
-    """Photos as they are learned from and as they are judged by, their classes, and further images."""
+    """Photos to learn from, the same photos for judging, their classes, and further images."""
 
     squares: Tensor
     seen: Tensor
@@ -169,7 +171,7 @@ def main() -> None:
 
 
 def _work(args: argparse.Namespace, device: str, tasks: Any, done: Any, end: float) -> None:
-    """Does tasks until there are no more, and then says None, also where it fails."""
+    """Does tasks until there are no more, and then sends None, also after a failure."""
     try:
         _judge_folds(args, device, tasks, done, end)
     finally:
@@ -197,7 +199,7 @@ def _judge_folds(args: argparse.Namespace, device: str, tasks: Any, done: Any, e
 
 
 def judged_fold(variant: Variant, loaded: LoadedModel, data: Data, fold: int) -> tuple[float, Found]:
-    """Tunes on all folds but one, and judges on that one; gives the seconds of tuning, and what was found."""
+    """Tunes on all folds but one, and judges on that one; returns the seconds of tuning, and the results."""
     device = data.squares.device
     order = torch.randperm(len(data.squares), generator=torch.Generator().manual_seed(0)).to(device)
     unseen = order[fold::FOLDS]
@@ -232,7 +234,7 @@ def _judged(logits: Tensor, unmerged: Tensor, true: Tensor) -> Judged:
 
 
 def learn(tuner: Tuner, band: tuple[int, int], photos: Tensor, loaded: LoadedModel, mixed: int) -> None:
-    """The whole recipe, without a glance at what it gives."""
+    """The whole recipe, without judgements."""
     recipe = tuner.recipe
     for step in range(recipe.steps):
         images, r = drawn(step, photos, recipe.batch_size, loaded.info.preprocessing, band, mixed)

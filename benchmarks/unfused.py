@@ -1,6 +1,6 @@
-"""The paper's maths as it is usually written, in plain PyTorch: the baseline of what merging costs without kernels.
+"""The paper's maths in its usual form, in plain PyTorch: the baseline for the cost of merging without kernels.
 
-Attention is a product, a softmax and a product; the merge is a scatter. The numbers are those of `tome_core`.
+Attention is a product, a softmax and a product; the merge is a scatter. The results equal those of `tome_core`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from benchmarks.variants import Variant
 from tome_core.families.attention import heads
 from tome_core.matching import MergePlan
 from tome_core.positions import Position
-from tome_core.vit import Tokens
+from tome_core.tokens import Tokens
 
 
 class Unfused(Variant):
-    """Token merging by matrices that lie in memory."""
+    """Token merging with matrices in memory."""
 
     def _attend(self, block: Any, tokens: Tokens, position: Position, num_queries: int | None) -> tuple[Tensor, Tensor]:
         attn = block.attn

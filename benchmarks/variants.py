@@ -1,7 +1,7 @@
-"""Rivals of token merging, and of the paper's choices one at a time, each as small as its idea.
+"""Alternatives to token merging, and to the paper's choices one at a time, in minimal form.
 
-They wrap a timm model as `tome_core.wrap` does, remove as many tokens in the same place, and share the short cut of the
-last block. They are there to be measured by `benchmarks.accuracy`, not to serve.
+They wrap a timm model like `tome_core.wrap`, remove as many tokens in the same place, and share the shortcut of the
+last block. They are for `benchmarks.accuracy`, not for serving.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tome_core.families.attention import heads
 from tome_core.matching import MergePlan, match
 from tome_core.merging import gather_tokens, merge
 from tome_core.positions import Position
-from tome_core.vit import Tokens
+from tome_core.tokens import Tokens
 
 
 class Variant(MergedViT):
-    """Token merging in three parts, of which a variant replaces one; with none replaced it is the library's.
+    """Token merging in three parts, of which a variant replaces one; without replacement it is the library's.
 
     Attributes:
-        first_image: Place of the batch's first image among all: what is random depends on the image, not on its batch.
+        first_image: Place of the batch's first image among all: randomness depends on the image, not on its batch.
 
     Raises:
         ValueError: The model is not a `VisionTransformer` of plain blocks with a class token.
@@ -47,11 +47,11 @@ class Variant(MergedViT):
         return Tokens(*self.combine(self.plan(self.metric(tokens, keys), r), tokens))
 
     def metric(self, tokens: Tokens, keys: Tensor) -> Tensor:
-        """What tokens are compared by, (B, N, D), from the keys (B, num_heads, N, D)."""
+        """The metric of tokens, (B, N, D), from the keys (B, num_heads, N, D)."""
         return keys.mean(dim=1, dtype=torch.float32)
 
     def plan(self, metric: Tensor, r: int) -> MergePlan:
-        """Which r tokens merge with which."""
+        """The plan of r merges."""
         return match(metric, r, self.num_prefix_tokens)
 
     def combine(self, plan: MergePlan, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class Variant(MergedViT):
         return merge(plan, tokens.x, tokens.size)
 
     def random(self, like: Tensor) -> Tensor:
-        """A number between 0 and 1 for each token of `like` (B, N, ...), by image and number of tokens: (B, N)."""
+        """A random number from 0 to 1 for each token of `like` (B, N, ...), by image and number of tokens: (B, N)."""
         B, N = like.shape[:2]
         seeds = ((self.first_image + b) * 2**16 + N for b in range(B))
         rows = [torch.rand(N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -96,7 +96,7 @@ class PruneRandom(Variant):
 
 
 class MetricX(Variant):
-    """Compares features instead of keys: those after attention, which are what merges."""
+    """Compares features instead of keys: those after attention, which merge."""
 
     def metric(self, tokens: Tokens, keys: Tensor) -> Tensor:
         return tokens.x
@@ -134,8 +134,8 @@ class DotProduct(Variant):
 
     def metric(self, tokens: Tokens, keys: Tensor) -> Tensor:
         metric = super().metric(tokens, keys)
-        # Every token is brought to the longest one's length by a feature that the tokens it is compared with lack: a
-        # cosine is then the dot product over that length squared.
+        # An extra feature, which the compared tokens lack, brings every token to the longest one's length. A cosine is
+        # then the dot product over that length squared.
         squared = metric.square().sum(dim=-1, keepdim=True)
         missing = (squared.amax(dim=1, keepdim=True) - squared).sqrt()
         is_src = (torch.arange(metric.shape[1], device=metric.device) % 2 == 0)[:, None]
@@ -149,7 +149,7 @@ class SequentialPartition(Variant):
         return self.partitioned(metric, r, torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[:2]))
 
     def partitioned(self, metric: Tensor, r: int, order: Tensor) -> MergePlan:
-        """The plan where the first patches in `order` (B, N) are src and the others dst."""
+        """The plan with the first patches in `order` (B, N) as src and the others as dst."""
         N, prefix = metric.shape[1], self.num_prefix_tokens
         places = torch.arange(N, device=metric.device)
         odd_last = (places % 2).masked_fill(places < prefix, -1).argsort(stable=True)  # the places of src, then of dst
@@ -175,7 +175,7 @@ class PlainMean(Variant):
 
 
 class KeepDst(Variant):
-    """Keeps dst as it was: src is dropped, but attention still counts it."""
+    """Keeps dst unchanged: src is dropped, but attention still counts it."""
 
     def combine(self, plan: MergePlan, tokens: Tokens) -> tuple[Tensor, Tensor]:
         return gather_tokens(tokens.x, plan.keep), merge(plan, tokens.x, tokens.size)[1]
@@ -195,7 +195,7 @@ METHODS: dict[str, type[MergedViT]] = {
     "prune-attention": PruneAttention,
     "prune-random": PruneRandom,
 }
-"""Ways to have r tokens fewer after every block."""
+"""Methods that remove r tokens after every block."""
 
 CHOICES: dict[str, type[MergedViT]] = {
     "metric-x": MetricX,
@@ -209,7 +209,7 @@ CHOICES: dict[str, type[MergedViT]] = {
     "keep-dst": KeepDst,
     "plain-attention": PlainAttention,
 }
-"""Token merging with one choice of the paper made otherwise."""
+"""Token merging with one of the paper's choices replaced."""
 
 
 def project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""The curve of a model: what each `r` costs and keeps, as it was measured, and for what it holds."""
+"""The curve of a model: the speed and the agreement of each `r`, and what each of the two was measured on."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
@@ -11,12 +12,18 @@ from server.dial import Schedule
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
 AgreementOf = Literal["top1", "labels", "neighbours"]
-"""What is the same at r=0: the likeliest class; all labels, of a model with several; or the photos that lie nearest."""
+"""What is compared with r=0: the likeliest class, all labels of a model with several, or the nearest photos."""
 
 
 class CurveError(ValueError):
-    """What should be a curve is none; the message says where."""
+    """A file holds no curve; the message says where it is wrong."""
+
+
+def today() -> str:
+    """The date in UTC, as curves write it: YYYY-MM-DD."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 class _Frozen(BaseModel):
@@ -24,7 +31,7 @@ class _Frozen(BaseModel):
 
 
 class Facts(_Frozen):
-    """What a curve depends on.
+    """What a measurement depends on.
 
     Attributes:
         weights: sha256 of the weights' file.
@@ -45,11 +52,23 @@ class Facts(_Frozen):
     tuned: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
 
-class Neighbours(_Frozen):
-    """What is left of a search by vectors, beside the agreement: its queries have this `r`, and its index r=0.
+class Timed(_Frozen):
+    """Where the speeds of a curve come from, if its agreement was measured elsewhere.
 
     Attributes:
-        same_index: Share of the ten nearest at r=0 that are found where the index has this `r`, too.
+        facts: What the speeds were measured on and with.
+        measured: The date of the speeds.
+    """
+
+    facts: Facts
+    measured: Date
+
+
+class Neighbours(_Frozen):
+    """A search by vectors: more than the agreement, which has queries at this `r` and an index at r=0.
+
+    Attributes:
+        same_index: Share of the ten nearest at r=0 that are found if the index has this `r`, too.
         cosine: Between a photo's vectors at this `r` and at r=0, on average.
     """
 
@@ -63,14 +82,14 @@ class CurveRow(_Frozen):
     Attributes:
         r: Of each block.
         tokens: Left after the last block.
-        gflops: Of one image; None where they cannot be counted.
-        images_per_s: In full batches; None, as the two below, where speed was not measured.
-        overhead_s: Seconds of a batch, whatever its size.
+        gflops: Of one image; None if they cannot be counted.
+        images_per_s: In full batches; None, as the two below, if speed was not measured.
+        overhead_s: Seconds of a batch of any size.
         image_s: Seconds for each image of it.
         agreement: Share of photos that keep the answer of r=0, or of their nearest neighbours that are those of r=0.
         agreement_interval: Its 95 % interval.
-        top1: Share of the labelled photos that are answered rightly; None without labels.
-        neighbours: More of a search by vectors; None where agreement is of classes.
+        top1: Share of the labelled photos that get the right answer; None without labels.
+        neighbours: More of a search by vectors; None if agreement is of classes.
     """
 
     r: Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -86,7 +105,7 @@ class CurveRow(_Frozen):
 
     @property
     def line(self) -> tuple[float, float] | None:
-        """Seconds of a batch and of each image in it, where they were measured."""
+        """Seconds of a batch and of each image in it; None if they were not measured."""
         return None if self.overhead_s is None or self.image_s is None else (self.overhead_s, self.image_s)
 
     def at(self, line: tuple[float, float], max_batch_size: int) -> CurveRow:
@@ -103,19 +122,21 @@ class Curve(_Frozen):
 
     Attributes:
         model: Its name.
-        facts: What was measured on and with.
-        measured: The date, YYYY-MM-DD.
-        photos: How many the agreement was measured on.
+        facts: What the agreement was measured on and with, and the speeds too unless `timed` says otherwise.
+        measured: The date of that measurement.
+        photos: Number of photos for the agreement.
         max_batch_size: Images of a full batch.
-        agreement_of: What agreement is of.
+        agreement_of: What is compared with r=0.
+        timed: Where the speeds come from, if they were measured apart from the agreement.
     """
 
     model: str
     facts: Facts
-    measured: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
+    measured: Date
     photos: Annotated[int, Field(ge=1)]
     max_batch_size: Annotated[int, Field(ge=1)]
     agreement_of: AgreementOf = "top1"
+    timed: Timed | None = None
     rows: Annotated[tuple[CurveRow, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -127,18 +148,23 @@ class Curve(_Frozen):
             raise ValueError("each r must stand there once, and list as many blocks as the others")
         return self
 
+    @property
+    def speed_from(self) -> Timed:
+        """Where the speeds come from."""
+        return self.timed or Timed(facts=self.facts, measured=self.measured)
+
     def to_json(self) -> str:
-        """As it is stored, one row a line."""
-        head = self.model_dump_json(exclude={"rows"}).removesuffix("}")
+        """The stored form, with one row a line."""
+        head = self.model_dump_json(exclude={"rows"}, exclude_none=True).removesuffix("}")
         rows = ",\n".join(f"  {row.model_dump_json(exclude_none=True)}" for row in self.rows)
         return f'{head},"rows":[\n{rows}\n]}}\n'
 
     @staticmethod
     def from_json(text: str | bytes) -> Curve:
-        """Reads what `to_json` wrote.
+        """Reads the stored form.
 
         Raises:
-            CurveError: It did not write this.
+            CurveError: The text is no curve.
         """
         try:
             return Curve.model_validate_json(text)
@@ -147,17 +173,26 @@ class Curve(_Frozen):
             place = ".".join(map(str, problem["loc"]))
             raise CurveError(f"it is no curve: {f'{place}: ' if place else ''}{problem['msg']}") from None
 
-    def at(self, line: Callable[[Schedule], tuple[float, float]], max_batch_size: int) -> Curve:
-        """The same curve at other speeds: seconds of a batch and of each image in it, for a schedule."""
+    def at(
+        self, line: Callable[[Schedule], tuple[float, float]], max_batch_size: int, timed: Timed | None = None
+    ) -> Curve:
+        """The same curve at other speeds.
+
+        Args:
+            line: Seconds of a batch and of each image in it, for a schedule.
+            max_batch_size: Images of a full batch.
+            timed: Where the speeds come from; None if that stays as it is.
+        """
         rows = tuple(row.at(line(row.r), max_batch_size) for row in self.rows)
-        return self.model_copy(update={"rows": rows, "max_batch_size": max_batch_size})
+        update = {"rows": rows, "max_batch_size": max_batch_size, "timed": timed or self.timed}
+        return self.model_copy(update=update)
 
 
 def staleness(curve: Curve, facts: Facts) -> str | None:
-    """Why the agreement of a curve does not hold here, or None where it does: weights count, tuned numbers, and float8.
+    """Why the agreement of a curve does not hold here; None if it holds.
 
-    Both the answers at `r` and those at r=0 are of one precision; in bfloat16 they agree as in float32 to half a point.
-    Float8 rounds so much more that its agreement is its own.
+    It depends on the weights, the tuned numbers and float8. The answers at `r` and at r=0 have one precision, and in
+    bfloat16 they agree as in float32 to half a point. Float8 rounds so much more that it has an agreement of its own.
     """
     made = curve.facts
     if made.weights != facts.weights:
@@ -172,8 +207,8 @@ def staleness(curve: Curve, facts: Facts) -> str | None:
 
 
 def speed_staleness(curve: Curve, facts: Facts) -> str | None:
-    """Why the speed of a curve does not hold here, in words, or None where it does: all facts count."""
-    made = curve.facts
+    """Why the speeds of a curve do not hold here; None if they hold. They depend on all facts."""
+    made = curve.speed_from.facts
     if stale := staleness(curve, facts):
         return stale
     if any(row.line is None for row in curve.rows):

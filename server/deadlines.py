@@ -1,4 +1,4 @@
-"""One timer for many deadlines: the event loop keeps the next of them alone."""
+"""One timer for many deadlines: the event loop holds only the nearest one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 
 class Deadlines:
-    """Calls a function when the next of its deadlines is there.
+    """Calls a function at the nearest of its deadlines.
 
     Args:
-        expire: Ends what is due at a moment; gives the next deadline, infinity where there is none.
-        clock: The seconds that deadlines are told in.
+        expire: Ends what is due at a time and returns the next deadline; infinity if there is none.
+        clock: The clock of the deadlines, in seconds.
     """
 
     def __init__(self, expire: Callable[[float], float], clock: Callable[[], float] = time.monotonic) -> None:
@@ -22,7 +22,7 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, deadline: float) -> None:
-        """Has the function called at a deadline, too."""
+        """Adds a deadline."""
         if deadline >= self._next:
             return
         if self._timer is not None:

@@ -1,4 +1,4 @@
-"""The dial as callers write it: text, JSON or YAML for `r`, checked against a model and turned into a schedule."""
+"""`r` in text, JSON or YAML: parsed, checked against a model, and turned into a schedule."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from server.errors import InvalidError, shown
 from tome_core.schedule import Ramp, resolve
 
 Schedule = tuple[int, ...]
-"""`r` for each block of a model."""
+"""`r` of each block of a model."""
 
 PlainR = int | Schedule
-"""An `r` that stands: a number for all blocks, or a list of one per block."""
+"""A fixed `r`: a number for all blocks, or a list with one for each block."""
 
 
 @dataclass(frozen=True, slots=True)
 class AutoR:
-    """`r=auto`: the smallest that keeps deadlines under the load of the moment, within bounds.
+    """`r=auto`: the smallest `r` that keeps deadlines under the present load, within bounds.
 
     Attributes:
-        max_r: The most tokens that any block may merge, or None for any number.
-        min_agreement: The least expected agreement with r=0, or None for any.
+        max_r: Most tokens that a block may merge; None for any number.
+        min_agreement: Least expected agreement with r=0; None for any.
     """
 
     max_r: int | None = None
@@ -31,17 +31,19 @@ class AutoR:
 
 
 MOST_MAX_R = 2**31 - 1
-"""The highest bound of `auto`. It is stored whatever the model merges, and Python writes no integer of any length."""
+"""The highest bound of `auto`. It is stored whatever the model can merge, and Python limits the digits of an
+integer.
+"""
 
 RSetting = PlainR | AutoR
 """A deployment's `r` as people set it."""
 
 
 def parse_setting(value: object, max_r: object = None, min_agreement: object = None) -> RSetting:
-    """Reads what `parse_r` reads, or "auto" with its bounds.
+    """Parses an `r` like `parse_r`, or "auto" with its bounds.
 
     Raises:
-        InvalidError: It is none of these, a bound is out of range, or there are bounds beside a fixed `r`.
+        InvalidError: It is neither, a bound is out of range, or a fixed `r` has bounds.
     """
     if value != "auto":
         if max_r is not None or min_agreement is not None:
@@ -64,10 +66,10 @@ def setting_to_json(r: RSetting) -> int | list[int] | dict[str, Any]:
 
 
 def setting_from_json(value: Any) -> RSetting:
-    """What `setting_to_json` wrote.
+    """Parses a setting that `setting_to_json` wrote.
 
     Raises:
-        InvalidError: It did not write this.
+        InvalidError: It is something else.
     """
     if isinstance(value, dict):
         return parse_setting("auto", value.get("max_r"), value.get("min_agreement"))
@@ -75,10 +77,10 @@ def setting_from_json(value: Any) -> RSetting:
 
 
 def parse_r(value: object) -> PlainR:
-    """Reads `8`, `"8"`, `[16, 14]`, `"[16,14]"` or `"16,14"`.
+    """Parses `8`, `"8"`, `[16, 14]`, `"[16,14]"` or `"16,14"`.
 
     Raises:
-        InvalidError: It is none of these, or holds a negative number.
+        InvalidError: It is something else, or holds a negative number.
     """
     said = value
     if isinstance(value, str):
@@ -97,7 +99,7 @@ def parse_r(value: object) -> PlainR:
 
 @functools.lru_cache(4096)
 def schedule_of(r: PlainR, num_blocks: int, max_r: int, inflect: float | None = None) -> Schedule:
-    """The `r` of each block, for a model with so many blocks.
+    """The `r` of each block of a model with `num_blocks` blocks.
 
     Raises:
         InvalidError: A number is above `max_r`, the list is too long, or `inflect` does not fit.
@@ -111,12 +113,12 @@ def schedule_of(r: PlainR, num_blocks: int, max_r: int, inflect: float | None = 
         return resolve(r, num_blocks)
     if not isinstance(r, int) or not -1 <= inflect <= 1:
         raise InvalidError(f"inflect is {inflect:g}; it must lie between -1 and 1, beside a single r")
-    # The steep end of a ramp may pass what a block can merge: it is clipped, as the paper does.
+    # The steep end of a ramp may exceed what a block can merge. It is clipped, as in the paper.
     return tuple(min(number, max_r) for number in Ramp(r, inflect).per_block(num_blocks))
 
 
 def r_of(schedule: Schedule) -> PlainR:
-    """The shortest way to say a schedule: one number where all blocks merge alike."""
+    """The shortest form of a schedule: one number if all blocks merge alike."""
     return schedule[0] if len(set(schedule)) == 1 else schedule
 
 
@@ -128,6 +130,6 @@ def text_of(r: RSetting) -> str:
 
 
 def label_of(schedule: Schedule) -> str:
-    """A metric label from a closed set: the number where all blocks merge alike, else "schedule"."""
+    """A metric label from a closed set: the number if all blocks merge alike, else "schedule"."""
     r = r_of(schedule)
     return str(r) if isinstance(r, int) else "schedule"

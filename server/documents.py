@@ -1,4 +1,4 @@
-"""Documents that people and other programs write, in YAML or JSON: read, or refused in a sentence."""
+"""YAML and JSON documents that people and other programs write. An error is one sentence."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import yaml
 from server.errors import InvalidError
 
 MOST_MERGED = 10_000
-"""Entries of a mapping that `<<` joins. A few lines would otherwise fill any memory: each may take the last twice."""
+"""Most entries of a mapping after `<<` merges. Without a limit, a few lines could fill any memory, because each line
+may double the last.
+"""
 
 _LONGEST = 300
 _QUOTED = re.compile(r"""(['"])(?!(utf-\d+|<[a-z ]+>|\\?.)\1).*\1""")
-"""What a parser quotes of a document, which may be a key; but for single characters, and its own names of things."""
+"""Text of a document that a parser quotes, which may be a key. Single characters and the parser's own names are no such
+text.
+"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,36 +29,36 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(content: str | bytes) -> object:
-    """What a YAML document holds.
+    """Parses a YAML document.
 
     Raises:
-        InvalidError: It is none.
+        InvalidError: It is not YAML.
     """
     try:
         return yaml.load(content, _Loader)
-    except Exception as error:  # besides its own errors PyYAML lets out what int(), date() and the like say of a value
-        raise InvalidError(f"it is no YAML: {_without_quotes(error)}") from error
+    except Exception as error:  # PyYAML also lets out errors of int(), date() and the like
+        raise InvalidError(f"it is not YAML: {_without_quotes(error)}") from error
 
 
 def read_json(content: str | bytes) -> object:
-    """What a JSON document holds.
+    """Parses a JSON document.
 
     Raises:
-        InvalidError: It is none.
+        InvalidError: It is not JSON.
     """
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InvalidError(f"it is no JSON: {_without_quotes(error)}") from error
+        raise InvalidError(f"it is not JSON: {_without_quotes(error)}") from error
 
 
 def sentence(error: Exception) -> str:
-    """What an error of somebody else's says, in a line that is not long."""
+    """The text of a foreign error as one short line."""
     return " ".join((str(error) or type(error).__name__).split())[:_LONGEST]
 
 
 def _without_quotes(error: Exception) -> str:
     text = sentence(error)
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:  # whose text quotes the line
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:  # its text quotes the line
         text = f"{error.problem}, line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
     return _QUOTED.sub("...", text)

@@ -1,4 +1,4 @@
-"""The engine process: loads the models, warms them, and serves the local socket until it is told to end."""
+"""The engine process: loads and warms the models, and serves the local socket until SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from server.config.model_set import ModelSet
 from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.device.models import LoadedModel
+from server.device.runner import pick_device
 from server.device.torch_backend import set_threads
-from server.dial import RSetting
+from server.dial import RSetting, text_of
 from server.documents import sentence
 from server.errors import InvalidError, ServerError, SettingsError
 from server.ipc.door import Door
 from server.ipc.server import EngineServer
-from server.lifetime import Pulse, configure_logging, end_with_parent, spare_the_collector, take_turns_quickly
+from server.lifetime import Pulse, configure_logging, end_with_parent, leave, spare_the_collector, take_turns_quickly
 from server.loader import ModelLoader
 from server.metrics import ENGINE_STARTS
 from server.settings import Settings
 from server.tracing.start import start_tracing
-from server.types import find_model
+from server.types import ModelInfo, find_model
 from server.unnamed import UnnamedFile
 
 if TYPE_CHECKING:
@@ -51,17 +52,19 @@ def main(
     last_good: UnnamedFile,
     models: UnnamedFile,
     ready: UnnamedFile,
+    refused: UnnamedFile,
     pulse: Pulse,
 ) -> None:
-    """Runs an engine process; writes into `ready` once it serves.
+    """Runs an engine process.
 
     Args:
-        settings: What it serves, on one device.
-        door: Where its clients come from.
-        agreed_file: By which the engines of a server that keeps no state agree on the live configuration.
+        settings: Its models, on one device.
+        door: Brings its clients.
+        agreed_file: Shares the live configuration among the engines of a server that keeps no state.
         last_good: Keeps the last good configuration over a restart of the engine.
-        models: Keeps which models were loaded and unloaded, and tells the engines of a server of it.
-        ready: Holds something from then on.
+        models: Keeps loads and unloads of models, and shares them among the engines of a server.
+        ready: Is written once the engine serves.
+        refused: Gets the message about a wrong setting.
         pulse: Beats from then on.
     """
     configure_logging(settings.log_level, settings.log_format)
@@ -72,12 +75,16 @@ def main(
         open_config = functools.partial(open_store, otherwise=agreed_file, memory=last_good)
         engine = build_engine(settings, open_config, tracing, ModelSet(settings, models))
     except (SettingsError, ServerError) as error:
-        logger.error("%s", error)
+        if ready.read():  # it served before, and is started again
+            logger.error("%s", error)
+        refused.clear()
+        refused.write(str(error).encode())
         sys.exit(1)
-    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S))
+    place = pick_device(settings.device)
+    status = uvloop.run(_serve(engine, door, ready, pulse, settings.drain_delay_s + _DRAIN_S, place))
     if tracing is not None:
         tracing.close()
-    sys.exit(status)
+    leave(status)
 
 
 def build_engine(
@@ -87,19 +94,20 @@ def build_engine(
     models: ModelSet | None = None,
     changes_models: bool = True,
 ) -> LocalEngine:
-    """Loads and warms every model, and puts queue and device together.
+    """Loads and warms every model, and connects queue and device.
 
     Args:
-        settings: What to load, and how it runs.
-        open_config: Gives the keeper of the live configuration.
+        settings: The models, and how they run.
+        open_config: Opens the store of the live configuration.
         tracing: Makes the spans of requests and batches; None for none.
-        models: What was loaded and unloaded over the models of the settings.
-        changes_models: Models may come and go while it serves.
+        models: The loads and unloads since the start.
+        changes_models: Whether models may be loaded and unloaded at run time.
 
     Raises:
-        SettingsError: A model cannot be loaded, its backend or decoder cannot be had, or the state file cannot be read.
+        SettingsError: A model cannot be loaded, its backend or decoder is not available, or the state file cannot be
+            read.
         InvalidError: A deployment `r` is out of its model's range.
-        EngineError: A model gives no numbers in this precision.
+        EngineError: A model computes no finite numbers in this precision.
     """
     loader = ModelLoader(settings)
     changed = models.entries() if models is not None else {}
@@ -108,7 +116,7 @@ def build_engine(
 
     def check(said: Mapping[str, RSetting]) -> None:
         for name, r in said.items():
-            if name in infos or not _may_be_loaded(settings, name):  # else it is checked when it is loaded
+            if name in infos or not _may_be_loaded(settings, name):  # other models are checked when they are loaded
                 find_model(infos, name).check(r)
 
     store = open_config(settings, check)
@@ -123,7 +131,7 @@ def build_engine(
         try:
             ready[name] = loader.make_ready(found, loaded, store.configuration.models[name])
             infos[name] = ready[name].info
-        except Exception as error:  # whatever torch raises, such as too little memory
+        except Exception as error:  # any error of torch, such as too little memory
             if name not in changed:
                 raise
             _leave_out(name, error)
@@ -141,13 +149,13 @@ def build_engine(
         drift_sample=settings.drift_sample,
         loader=loader if changes_models else None,
         kept=models,
-        linger_s=settings.deadline_s,  # later no answer is worth anything
+        linger_s=settings.deadline_s,  # an answer after the deadline is useless
         spans=None if tracing is None else tracing.of_engine(infos),
     )
 
 
 def _may_be_loaded(settings: Settings, name: str) -> bool:
-    """Whether a name is one of the settings or of the repository; of one that cannot be read now, any may be."""
+    """Whether the settings or the repository have a model of this name. An unreadable repository may have any."""
     try:
         return name in settings.known_models()
     except InvalidError:
@@ -157,9 +165,9 @@ def _may_be_loaded(settings: Settings, name: str) -> bool:
 def _read(
     settings: Settings, loader: ModelLoader, changed: Mapping[str, str | None]
 ) -> list[tuple[Found, LoadedModel]]:
-    """The models of the settings but those that were unloaded live, and those that were loaded live.
+    """The models of the settings that were not unloaded live, and the models that were loaded live.
 
-    One of the latter that is no longer to be had is left out.
+    A live model that can no longer be loaded is left out.
     """
     read = []
     for name in dict.fromkeys([*(spec.name for spec in settings.model), *changed]):
@@ -169,28 +177,37 @@ def _read(
         try:
             found = loader.find(name, changed.get(name))
             read.append((found, loader.read(found)))
-        except Exception as error:  # whatever torch, timm or the disk raise
+        except Exception as error:  # any error of torch, timm or the disk
             if name not in changed:
                 raise
             _leave_out(name, error)
     return read
 
 
+def _in_words(info: ModelInfo, r: RSetting, place: str) -> str:
+    """What serves, on what, and at which `r`."""
+    by = info.backend
+    how = f" by {by.name} in {by.precision} ({by.reason})" if by else ""
+    return f"{info.name} on {place}{how} at r={text_of(r)}"
+
+
 def _leave_out(name: str, error: Exception) -> None:
-    """Tells why a model that was loaded live is not there after a restart: that is no reason not to start."""
+    """Logs why a live model is missing after a restart. The server starts without it."""
     is_told = isinstance(error, SettingsError | ServerError)
     logger.error(
-        "%s; it is not loaded, though it was before the restart",
+        "%s; it was loaded before the restart, and is not loaded now",
         error if is_told else f"model {name} cannot be loaded: {sentence(error)}",
         exc_info=None if is_told else error,
     )
 
 
-async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float) -> int:
-    """Serves until told to end (status 0), or until the engine is broken (status 1: a new process may do better).
+async def _serve(
+    engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float, place: str
+) -> int:
+    """Serves until SIGTERM (status 0) or until the engine is broken (status 1: a new process may succeed).
 
-    Told to end, it serves on until the HTTP processes have left, for so long at most: whoever signals a whole group of
-    processes tells them at the same time.
+    After SIGTERM it serves until the HTTP processes have left, at most `drain_s`, because a signal to a process group
+    reaches all of them at once.
     """
     told_to_end = asyncio.Event()
     beating = asyncio.create_task(pulse.beat())
@@ -202,7 +219,9 @@ async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pul
     take_turns_quickly()
     ENGINE_STARTS.inc()
     ready.write(b"1")
-    logger.info("serving %s", ", ".join(engine.catalog()))
+    configuration = await engine.configuration()
+    for name, info in engine.catalog().items():
+        logger.info("serving %s", _in_words(info, configuration.models[name], place))
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()

@@ -1,20 +1,20 @@
-"""What can go wrong: with a request, in one table of codes and statuses, and with a setting.
+"""The errors of requests, in one table of codes and statuses, and the error of a setting.
 
 ServerError
 ├── UndecodableError      400  the body or an image in it cannot be read
 ├── UnauthorizedError     401  no valid key
 ├── ForbiddenError        403  the admin key is needed
 ├── NotFoundError         404  no such model
-├── TooSlowError          408  the body stopped arriving, or comes too slowly
+├── TooSlowError          408  the body stopped arriving, or arrives too slowly
 ├── ConflictError         409  the configuration changed meanwhile
 ├── TooLargeError         413  too many bytes, pixels or images
 ├── UnsupportedError      415  not an allowed format
 ├── InvalidError          422  a parameter is out of range
-├── ClientGoneError       499  the client hung up; seen in metrics alone
+├── ClientGoneError       499  the client hung up; only metrics show it
 ├── EngineError           500  the model failed on this batch
-├── QueueFullError        429  come back after `retry_after_s`
+├── QueueFullError        429  retry after `retry_after_s`
 ├── UnavailableError      503  not ready, draining, or the engine is down
-└── DeadlineError         504  the deadline passed before the answer was there
+└── DeadlineError         504  the deadline passed before the answer
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _LONGEST = 200
 
 
 def shown(value: object) -> str:
-    """What a client sent, as a message may quote it: printable, and never long."""
+    """A client's value as a message may quote it: printable and short."""
     try:
         text = _quote.repr(value)
-    except ValueError:  # an integer of more digits than Python writes, as YAML makes of a long hexadecimal one
+    except ValueError:  # an integer with more digits than Python writes, for example a long hexadecimal number of YAML
         return "a number that is too long to be shown"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class ServerError(Exception):
-    """A request that gets an error for an answer.
+    """A request whose answer is an error.
 
     Args:
-        message: What is wrong, with the value (through `shown`) and the allowed range; clients see it.
-        retry_after_s: When it is worth asking again.
-        details: Machine-readable facts of ours for the client: never what it sent, which may not be JSON.
+        message: The error, with the value (through `shown`) and the allowed range. Clients see it.
+        retry_after_s: Seconds after which a retry makes sense.
+        details: Machine-readable facts for the client. Never the client's own data, which may not be valid JSON.
     """
 
     code: ClassVar[str] = "server_error"
@@ -58,7 +58,7 @@ class ServerError(Exception):
 
     @staticmethod
     def of(code: str, message: str, retry_after_s: float | None, details: Mapping[str, Any]) -> ServerError:
-        """The error of a code, as another process tells of it."""
+        """Makes the error of a code that another process sent."""
         kind = next((kind for kind in ServerError.__subclasses__() if kind.code == code), ServerError)
         return kind(message, retry_after_s=retry_after_s, **details)
 
@@ -120,4 +120,4 @@ class DeadlineError(ServerError):
 
 
 class SettingsError(ValueError):
-    """A setting is unknown or wrong; the message names it, and the service does not start."""
+    """A setting is unknown or wrong. The message names it, and the service does not start."""

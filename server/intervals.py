@@ -1,4 +1,4 @@
-"""How sure a share of photos is: 95 % intervals, unless said otherwise."""
+"""Confidence intervals of shares, 95 % by default."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def wilson(hits: float, count: float, z: float = Z) -> tuple[float, float]:
 def of_mean(shares: Sequence[float]) -> tuple[float, float]:
     """The interval of the mean of numbers from 0 to 1.
 
-    It is that of a share of so many yes and no that its mean would vary as much as theirs: never fewer than there are
-    numbers, and no more where all are 0 or all are 1.
+    It is the interval of a share whose mean varies as much: never of fewer trials than there are numbers, and of
+    exactly as many if all numbers are 0 or all are 1.
     """
     count: float = len(shares)
     mean = sum(shares) / count
@@ -34,9 +34,9 @@ def of_mean(shares: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
-    """The share of `ours` less that of `theirs` on the same photos, and the ends of its interval.
+    """The share of `ours` minus that of `theirs` on the same photos, and the ends of its interval.
 
-    Only photos on which one holds and the other does not count; half a photo is added to each of the four cells.
+    Only photos on which the two differ count; half a photo is added to each of the four cells.
 
     Source: Agresti and Min, Simple improved confidence intervals for comparing matched proportions, 2005.
     """

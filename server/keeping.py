@@ -1,4 +1,4 @@
-"""What a command makes of a model is kept beside its weights, else in the state folder."""
+"""Keeps files that a command makes for a model: beside its weights, else in the state folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from server.errors import SettingsError
 
 
 def state_folder(state_dir: Path | None, kind: str) -> Path | None:
-    """The folder of one kind of files in the state folder.
+    """The folder for one kind of files in the state folder.
 
     Returns:
-        None where nothing is kept, or the state folder lies in a home folder that this user does not have.
+        None if nothing is kept, or if this user does not have the home folder of the path.
     """
     try:
         return state_dir.expanduser() / kind if state_dir else None
@@ -21,19 +21,19 @@ def state_folder(state_dir: Path | None, kind: str) -> Path | None:
 
 
 def keep(write: Callable[[Path], None], name: str, own: Path | None, kept: Path | None) -> tuple[Path, str | None]:
-    """Writes a file to the first place that can be written.
+    """Writes a file to the first place that is writable.
 
     Args:
-        write: Writes it.
-        name: Of the model.
+        write: Writes the file.
+        name: Name of the model.
         own: The place beside the weights, or None.
         kept: The place in the state folder, or None.
 
     Returns:
-        The file, and why it is not beside the weights where it should be.
+        The file, and why it is not beside the weights if it should be.
 
     Raises:
-        SettingsError: There is no place that can be written.
+        SettingsError: No place is writable.
     """
     refusal = None
     if own is not None:

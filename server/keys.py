@@ -1,20 +1,20 @@
-"""The keys of the service: what one may look like, and the file that one is read from. No message here shows a key."""
+"""Checks the service's keys, and reads key files. No message here shows a key."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 KEYS = ("api_key", "admin_key", "metrics_key")
-"""The settings that hold a key. For each of them there is one that names a file, as in `api_key_file`."""
+"""The settings that hold a key. Each has a setting that names a file, such as `api_key_file`."""
 
 _LONGEST = 4096
 
 
 def checked_key(key: object) -> str:
-    """A key that every client can send in a header.
+    """Checks that every client can send a key in a header.
 
     Raises:
-        ValueError: It is empty, or holds what a header cannot carry.
+        ValueError: It is empty, or has characters that a header cannot carry.
     """
     if key is None or key == "":
         raise ValueError("it is empty, which would open the service; give a key, or leave the setting out")
@@ -28,19 +28,19 @@ def checked_key(key: object) -> str:
 
 
 def read_key(path: object) -> str:
-    """The key in a file that holds nothing else but a line break at its end.
+    """Reads a key from a file that holds only the key and at most one line break at its end.
 
     Raises:
-        ValueError: The file cannot be read, or holds no key.
+        ValueError: The file cannot be read, or holds no valid key.
     """
     if not path or not isinstance(path, str | Path):
         raise ValueError("it is empty; name a file, or leave the setting out")
     try:
         with Path(path).expanduser().open(encoding="utf-8") as file:
             content = file.read(_LONGEST + 2)
-    except (OSError, ValueError, RuntimeError) as error:  # of no UTF-8, of a path that can be none, of no such home
-        reason = error.strerror if isinstance(error, OSError) else "it is no text file"
-        raise ValueError(f"{str(path)!r} cannot be read: {reason}") from None  # pydantic takes UTF-8 only
+    except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, not a possible path, or no such home folder
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise ValueError(f"{str(path)!r} cannot be read: {reason}") from None  # pydantic takes only UTF-8
     try:
         return checked_key(content.removesuffix("\n"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What every process of the service does: logs alike, leaves Ctrl-C to the supervisor, has a pulse, ends with it."""
+"""Common to all processes of the service: logging, a pulse, SIGINT left to the supervisor, and an end with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from server.log_format import Format, arrange
 from server.log_stream import log_stream
@@ -24,7 +24,7 @@ _OBJECTS_A_COLLECTION = 20_000
 
 
 class Pulse:
-    """Shows the supervisor that a process's event loop turns: a count in shared memory that the loop moves on."""
+    """Shows the supervisor that a process's event loop turns: the loop increments a count in shared memory."""
 
     def __init__(self) -> None:
         self._count = SharedNumbers("Q", [0])
@@ -35,21 +35,21 @@ class Pulse:
         return self._count[0]
 
     def reset(self) -> None:
-        """Forgets the beats of a process that is gone."""
+        """Forgets the beats of a process that has ended."""
         self._count[0] = 0
 
     async def beat(self) -> None:
-        """Beats for as long as it is awaited."""
+        """Beats until it is cancelled."""
         while True:
             self._count[0] += 1
             await asyncio.sleep(_BEAT_S)
 
 
 def configure_logging(level: str, form: Format = "text") -> TextIO:
-    """One line an event, on standard error, with the process it comes from; what repeats is counted.
+    """Logs one line an event to standard error, with the name of the process. Repeated lines are counted.
 
     Returns:
-        Where the lines go. To write there never blocks.
+        The stream of the log. A write to it never blocks.
     """
     stream = log_stream()
     handler = CountingHandler(stream)
@@ -59,24 +59,36 @@ def configure_logging(level: str, form: Format = "text") -> TextIO:
 
 
 def take_turns_quickly() -> None:
-    """Has threads of Python take turns ten times as often: one that feeds a GPU waits for each turn."""
+    """Lets Python's threads switch ten times as often, because a thread that feeds a GPU waits for each turn."""
     sys.setswitchinterval(0.0005)
 
 
 def spare_the_collector() -> None:
-    """Keeps the garbage collector off what lives as long as the process, once it is loaded, and has it come less often.
+    """Excludes objects that live as long as the process from garbage collection, and makes collections rarer. Call it
+    after loading.
 
-    Every request makes some dozens of objects, and the collector would go through all of torch for a few thousand
-    requests: it took two thirds of an engine's event loop.
+    A request makes some dozens of objects, so the collector would walk all of torch every few thousand requests. That
+    took two thirds of an engine's event loop.
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # else bindings such as Triton's report leaks at the end
+    atexit.register(gc.unfreeze)  # otherwise bindings such as Triton's report leaks at the end
     gc.set_threshold(_OBJECTS_A_COLLECTION)
 
 
+def leave(status: int) -> NoReturn:
+    """Ends this process at once, whatever its threads do: one that compiles a graph cannot be broken off.
+
+    What is registered for the exit is done: logs are written, temporary folders removed.
+    """
+    atexit._run_exitfuncs()
+    os._exit(status)
+
+
 def end_with_parent() -> None:
-    """In a child process: leaves Ctrl-C to the supervisor (uvicorn minds it too), and ends when that is gone."""
+    """In a child process: ignores SIGINT, which is the supervisor's (uvicorn handles it too), and ends when the
+    supervisor does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:

@@ -1,4 +1,4 @@
-"""The socket that the service listens on, and the address under which a user finds it."""
+"""The listening socket of the service, and its URL for users."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Opens a listening socket.
 
     Args:
-        host: An address, of IPv6 with brackets or without, or a name. `::` takes clients of IPv4 too, where the system
-            can do that. A name that has addresses of both kinds stands for its IPv4 one.
-        port: 0 takes a free one.
+        host: An address (IPv6 with or without brackets) or a name. `::` also accepts IPv4 clients if the system
+            supports that. A name with addresses of both kinds stands for its IPv4 address.
+        port: 0 takes a free port.
 
     Raises:
         SettingsError: The address cannot be listened on.
@@ -30,22 +30,22 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         both = address[0] == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
-    except (OSError, ValueError) as error:  # ValueError: a text that can be no name
+    except (OSError, ValueError) as error:  # ValueError: not a possible name
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"cannot listen on {host} port {port}: {reason}") from None
 
 
 def reserve(host: str, port: int) -> socket.socket:
-    """A socket that keeps a port for processes which each listen on it with SO_REUSEPORT, and gets no clients itself.
+    """Reserves a port for processes that each listen on it with SO_REUSEPORT. The socket itself gets no clients.
 
     Args:
-        host: As of `listen`.
-        port: 0 takes a free one.
+        host: See `listen`.
+        port: 0 takes a free port.
 
     Raises:
-        SettingsError: The address cannot be listened on, or somebody does.
+        SettingsError: The address cannot be listened on, or is in use.
     """
-    with listen(host, port) as alone:  # without the option: with it, another server would get its share of the clients
+    with listen(host, port) as alone:  # without the option, because with it another server would share the clients
         family, address = alone.family, alone.getsockname()
     reserved = socket.socket(family, socket.SOCK_STREAM)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -58,12 +58,12 @@ def reserve(host: str, port: int) -> socket.socket:
 
 
 def address_of(host: str, port: int) -> str:
-    """HOST:PORT, with brackets around an address of IPv6."""
+    """HOST:PORT, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def url_of(listener: socket.socket) -> str:
-    """The address of a listening socket as a client on this machine can use it."""
+    """The URL of a listening socket for a client on this machine."""
     address, port = listener.getsockname()[:2]
     address = _EVERY_INTERFACE.get(address, address)
     if isinstance(ip_address(address), IPv6Address):

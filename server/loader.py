@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,11 @@ import torch
 
 from server.batching.ladder import steps_of
 from server.batching.loader import Found, Loaded, OnDevice
+from server.calibration import speeds
+from server.calibration.background import Ladder
 from server.calibration.facts import facts_of
 from server.calibration.places import find
-from server.calibration.timing import LARGER_BATCH, schedules, timed, timed_steps
+from server.calibration.timing import LARGER_BATCH, Line, Run, arithmetic, schedules, timed, timed_steps
 from server.curve import Curve, speed_staleness
 from server.device.backend import BackendOptions
 from server.device.by_model import ByModel
@@ -136,16 +139,22 @@ class ModelLoader:
                 step(lambda: preparer.warm_up(key))
 
         warm_up(info.schedule(0))
-        curve = self._curve(found, loaded, runner, step)
         run, largest = _run(runner, loaded), settings.max_batch_size
-        steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest))
-        for schedule in [each.schedule for each in steps] if isinstance(r, AutoR) else [info.schedule(r)]:
+        curve, lines = self._curve(found, loaded, runner, step)
+        later = runner.compiles(info.name)
+        steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest, later))
+        if not isinstance(r, AutoR):
+            wanted = [info.schedule(r)]
+        else:  # on a CPU they are compiled in the background, and `auto` takes those that are
+            wanted = [each.schedule for each in steps] if self._place.type == "cuda" else []
+        for schedule in wanted:
             if max(schedule) > 0:
                 warm_up(schedule, is_likely=not isinstance(r, AutoR))
         while beside and step(runner.warm_further):  # what at the start is done in one piece
             pass
         ready = replace(info, backend=runner.backend(info.name), decodes_jpeg=self.device.prepares)
-        self.device.add(ready, Device(runner, explainer, preparer))
+        ladder = self._ladder(found, loaded, runner, curve, [each.schedule for each in steps], lines)
+        self.device.add(ready, Device(runner, explainer, preparer, ladder.begin))
         return Loaded(ready, found.r, steps, curve)
 
     def free(self, info: ModelInfo) -> None:
@@ -169,16 +178,54 @@ class ModelLoader:
     def _options(self, beside: bool) -> BackendOptions:
         settings = self._settings
         options = BackendOptions(
-            settings.backend, settings.threads, settings.cache_dir(), settings.max_batch_size, beside=beside
+            settings.backend,
+            settings.threads,
+            settings.cache_dir(),
+            settings.max_batch_size,
+            beside=beside,
+            in_background=True,
         )
         num_models = max(len(settings.model), len(self.device) + 1)
         return replace(options, memory_bytes=options.memory_bytes // num_models)
 
-    def _curve(self, found: Found, loaded: LoadedModel, runner: Runner, step: Step) -> Curve | None:
-        """The curve that `auto` goes by, with this device's speeds; None where none holds, and the log says why."""
+    def _ladder(
+        self,
+        found: Found,
+        loaded: LoadedModel,
+        runner: Runner,
+        curve: Curve | None,
+        steps: Sequence[Schedule],
+        lines: Mapping[Schedule, Line],
+    ) -> Ladder:
+        """What is compiled and timed in the background: the schedules of the curve, else those of `auto`."""
+
+        def keep(lines: Mapping[Schedule, Line]) -> None:
+            facts = facts_of(loaded, runner)
+            if curve is not None and facts is not None:
+                speeds.keep(found.name, curve, lines, facts, self._settings.state_dir)
+
+        return Ladder(
+            loaded.info,
+            [row.r for row in curve.rows] if curve else steps,
+            functools.partial(runner.compile_later, loaded.info.name),
+            _run(runner, loaded),
+            arithmetic(loaded),
+            self._settings.max_batch_size,
+            lines,
+            keep,
+        )
+
+    def _curve(
+        self, found: Found, loaded: LoadedModel, runner: Runner, step: Step
+    ) -> tuple[Curve | None, Mapping[Schedule, Line]]:
+        """The curve that `auto` goes by, and the speeds in it that this device was found to have.
+
+        Where no curve holds it is None, and the log says why. Speeds that were not measured here follow the arithmetic,
+        from the time of r=0.
+        """
         facts = facts_of(loaded, runner)
         if facts is None:
-            return None
+            return None, {}
         name = found.name
         curve, refusals = find(self._spec(name, found.version), loaded.info, facts, self._settings.state_dir)
         for refusal in refusals:
@@ -190,15 +237,23 @@ class ModelLoader:
                     "tome-server calibrate measures it",
                     name,
                 )
-            return None
+            return None, {}
         if stale := speed_staleness(curve, facts):
-            logger.info("%s: the curve of %s was %s: speeds are timed now", name, curve.measured, stale)
+            if (kept := speeds.kept(name, curve, facts, self._settings.state_dir)) is not None:
+                return kept, _lines_of(kept)
+            later = runner.compiles(loaded.info.name)
+            when = "while it serves" if later else "now"
+            logger.info("%s: the curve of %s was %s: speeds are timed %s", name, curve.measured, stale, when)
             old, run, largest = curve, _run(runner, loaded), self._settings.max_batch_size
-            curve = step(lambda: timed(old, loaded, run, largest))
-        return curve.model_copy(update={"facts": facts})
+            return step(lambda: timed(old, loaded, run, largest, facts, roughly=later)), {}
+        return curve, _lines_of(curve)
 
 
-def _run(runner: Runner, loaded: LoadedModel) -> Callable[[Schedule, int], None]:
+def _lines_of(curve: Curve) -> dict[Schedule, Line]:
+    return {row.r: row.line for row in curve.rows if row.line is not None}
+
+
+def _run(runner: Runner, loaded: LoadedModel) -> Run:
     """Computes a batch of so many black images."""
     info = loaded.info
     largest = torch.zeros(LARGER_BATCH, *info.preprocessing.input_size, 3, dtype=torch.uint8, device=runner.device)

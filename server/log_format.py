@@ -1,4 +1,4 @@
-"""How the log reads: lines of text, or lines of JSON that name the request which they belong to."""
+"""The formats of the log: text, or JSON lines that name their request."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TEXT = "%(asctime)s %(levelname)s %(processName)s: %(message)s"
 
 
 def time_of(seconds: float) -> str:
-    """A moment of the clock of the wall as JSON lines have it: UTC, in milliseconds."""
+    """A wall-clock time as JSON lines have it: UTC, in milliseconds."""
     whole = int(seconds)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int(1e3 * (seconds - whole)):03d}Z"
 
 
 def arrange(handler: logging.Handler, form: Format) -> None:
-    """Has a handler write in a format."""
+    """Sets the format of a handler."""
     if form == "json":
         handler.addFilter(_named)
         handler.setFormatter(_JsonFormatter())
@@ -31,7 +31,7 @@ def arrange(handler: logging.Handler, form: Format) -> None:
 
 
 def _named(record: logging.LogRecord) -> bool:
-    """Notes the request that a record belongs to, where it is made: a repetition that is counted belongs to none."""
+    """Adds the present request to a record. The count of repeated lines belongs to no request."""
     context = CURRENT.get()
     if context is not None:
         record.request_id, record.trace_id = context.request_id, context.trace_id
@@ -39,7 +39,7 @@ def _named(record: logging.LogRecord) -> bool:
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object a record; a traceback is one of its texts."""
+    """Formats a record as a JSON object; a traceback is one of its fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -58,5 +58,5 @@ class _JsonFormatter(logging.Formatter):
 
 
 def _printable(text: str) -> str:
-    """Text as JSON can hold it: a path's bytes that are no UTF-8 become escapes, as in lines of text."""
+    """Text that JSON can hold: bytes of a path that are not UTF-8 become escapes, as in text lines."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Standard error for a log that stops nothing: whoever reads it may be slow, stand still, or be gone."""
+"""Standard error for a log that never blocks, even if its reader is slow, stopped or gone."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from typing import TextIO, cast
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 1 << 20
-"""Bytes that wait for a slow reader; what comes beyond is lost, and counted."""
+"""Most bytes that wait for a slow reader. Lines beyond that are lost and counted."""
 
 _PIECE = select.PIPE_BUF
-"""A pipe that is ready to be written takes so much at once, and from several processes without mixing it."""
+"""A pipe that is ready takes this much at once, and does not mix the writes of several processes."""
 
 _FINISH_S = 1.0
 _STDERR = 2
 
 
 class LogStream(io.TextIOBase):
-    """Writes to a file descriptor as long as that blocks nobody. What must wait is left to a thread.
+    """Writes to a file descriptor without blocking; a thread writes what must wait.
 
-    Text that is written at once leaves at once, in this thread, where the descriptor is ready. The rest, and what comes
-    meanwhile, leaves in order by a thread that ends when nothing waits any more.
+    If the descriptor is ready, text is written at once, in the calling thread. The rest, and later text, is written in
+    order by a thread that ends when nothing waits.
 
     Args:
         fd: The descriptor.
@@ -65,7 +65,7 @@ class LogStream(io.TextIOBase):
         return True
 
     def flush(self) -> None:
-        """Does nothing: it might wait."""
+        """Does nothing, because it might block."""
 
     def _put(self, piece: bytes) -> None:
         with contextlib.suppress(OSError):  # its reader is gone
@@ -73,31 +73,31 @@ class LogStream(io.TextIOBase):
                 piece = piece[os.write(self._fd, piece) :]
 
     def _write_waiting(self) -> None:
-        ready = _poll(self._fd)  # of its own: two threads cannot share one
+        ready = _poll(self._fd)  # its own, because two threads cannot share one
         while True:
             with self._lock:
                 if not self._waiting:
                     self._thread, lost, self._num_lost = None, self._num_lost, 0
                     break
-                piece = self._waiting[0]  # it stays there, so that nothing overtakes it
+                piece = self._waiting[0]  # it stays in the queue, so that nothing overtakes it
             ready.poll()
-            self._put(piece)  # without the lock: another process may have filled the pipe meanwhile
+            self._put(piece)  # without the lock, because another process may have filled the pipe meanwhile
             with self._lock:
                 self._waiting.popleft()
                 self._num_waiting -= len(piece)
         if lost:
-            logger.warning("%d lines of the log are lost: whoever reads it was too slow", lost)
+            logger.warning("%d lines of the log are lost: its reader was too slow", lost)
 
     def _finish(self) -> None:
-        """Gives what waits some time at the end of the process."""
+        """Waits a limited time for the rest of the log at the end of the process."""
         thread = self._thread
         if thread is not None:
             thread.join(_FINISH_S)
 
 
 def log_stream() -> TextIO:
-    """Where the log of this process goes: standard error, unless a program has put something else in its place."""
-    if sys.stderr is None:  # closed before the process began; its descriptor may be that of something else by now
+    """The log of this process: standard error, unless a program has replaced `sys.stderr`."""
+    if sys.stderr is None:  # closed before the process began; its descriptor may belong to another file now
         return open(os.devnull, "w")
     if sys.stderr is not sys.__stderr__:
         return sys.stderr
@@ -111,7 +111,7 @@ def _poll(fd: int) -> select.poll:
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:
-    """Pieces that a pipe takes whole, whole lines where those are short enough."""
+    """Splits data into pieces that a pipe takes at once, at line ends where possible."""
     while len(data) > _PIECE:
         end = data.rfind(b"\n", 0, _PIECE) + 1 or _PIECE
         yield data[:end]

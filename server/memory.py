@@ -1,4 +1,4 @@
-"""How much memory this process may use, and how it returns free memory to the system."""
+"""The memory that this process may use, and how it returns free memory to the system."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LARGE = 4 << 20
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may use: the machine's, and no more than each of its cgroups allows.
+    """Bytes of memory that this process may use: the machine's, limited by each of its cgroups.
 
     Args:
-        root: Where `proc` and `sys` lie.
+        root: The folder of `proc` and `sys`.
     """
     return min([_machine(root), *_limits(root)])
 
@@ -41,12 +41,12 @@ def _machine(root: Path) -> int:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
-    except (OSError, ValueError, IndexError, StopIteration):  # no Linux
+    except (OSError, ValueError, IndexError, StopIteration):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _limits(root: Path) -> Iterator[int]:
-    """The limit of each cgroup over this process. Version 1 writes a huge number where there is none."""
+    """The memory limit of each cgroup of this process. Without a limit, version 1 yields a huge number."""
     for folder in cgroups("memory", root):
         for name in _LIMITS:
             try:

@@ -1,7 +1,6 @@
-"""Every metric of the service, and how they are written out. Labels come from closed sets.
+"""All metrics of the service, and their text format. Labels come from closed sets.
 
-The processes of a server keep their numbers in memory that they share (`shared_values.py`), so that a scrape of one
-process shows them all.
+The processes of a server share the memory of their values (`shared_values.py`), so that a scrape of one shows all.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ CONFIG_VERSION = Gauge("tome_config_version", "Version of the live configuration
 CONFIG_SOURCE_UP = Gauge(
     "tome_config_source_up", "Whether the shared configuration can be read", multiprocess_mode="livemin"
 )
-CONFIG_SOURCE_UP.set(1)  # for a process that reads none: the least of all counts
+CONFIG_SOURCE_UP.set(1)  # for a process without a source, because the least value counts
 CONFIG_REFUSED = Gauge(
     "tome_config_refused",
-    "Whether what the source of a shared configuration said last is refused",
+    "Whether the newest content of the shared configuration is refused",
     multiprocess_mode="livemax",
 )
 CONFIG_STALE = Gauge(
     "tome_config_stale",
-    "Whether the last good configuration serves because its source is gone, cannot be read, or is refused",
+    "Whether the last good configuration serves because its source is missing, unreadable or refused",
     multiprocess_mode="livemax",
 )
 DRIFT_CHECKED = Counter("tome_drift_checked", "Answered images computed again at r=0", ["model", "r"])
@@ -72,7 +71,7 @@ DRIFT = Gauge(
 
 
 class BatchMetrics:
-    """The batcher's observer: its batches and drops as metrics."""
+    """The batcher's observer: turns batches and drops into metrics."""
 
     def batch_ran(self, key: Hashable, waits_s: Sequence[float], run_s: float) -> None:
         if not isinstance(key, BatchKey) or key.operation != "forward":
@@ -87,7 +86,9 @@ class BatchMetrics:
 
 
 def _observe_all(histogram: Histogram, values: Sequence[float]) -> None:
-    """Observes each value. To add them up first takes a tenth of the time: a value is written to a shared file."""
+    """Observes each value. Adding up first takes a tenth of the time, because each observation writes to shared
+    memory.
+    """
     counts = Counts(bisect.bisect_left(histogram._upper_bounds, value) for value in values)
     histogram._sum.inc(sum(values))
     for place, count in counts.items():

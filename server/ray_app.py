@@ -1,7 +1,7 @@
-"""The service on Ray Serve: every replica holds the application and the engine, in one process that Ray watches.
+"""The service on Ray Serve: every replica is one process with the application and the engine.
 
 `build` makes Ray's application from settings, for `serve run`, `serve deploy` and their config files. The deployment's
-`r` comes by `user_config`, which Ray brings to all replicas while they serve.
+`r` comes from `user_config`, which Ray sends to all replicas while they serve.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAME = "tome"
-"""The deployment, as config files name it."""
+"""The deployment's name in config files."""
 
 _OF_RAY = {"host", "port", "http_workers", "drain_delay_s"}
 
@@ -49,10 +49,10 @@ def build(args: dict[str, Any]) -> Application:
     """The application for Ray Serve.
 
     Args:
-        args: Settings by name, as in the YAML file of `tome-server serve`; they win over TOME_* variables.
+        args: Settings by name, as in the YAML file of `tome-server serve`; they override TOME_* variables.
 
     Raises:
-        SettingsError: One is unknown, out of range, or Ray's to decide.
+        SettingsError: A setting is unknown, out of range, or decided by Ray.
     """
     if theirs := sorted(_OF_RAY & args.keys()):
         raise SettingsError(f"Ray Serve decides about {', '.join(theirs)}: see its http_options and num_replicas")
@@ -61,13 +61,13 @@ def build(args: dict[str, Any]) -> Application:
         raise SettingsError(f"device is {settings.device!r}; a replica has one, and num_replicas makes more of them")
     if settings.grpc_port is not None:
         raise SettingsError("grpc_port goes with 'tome-server serve'; a replica of Ray Serve has no port of its own")
-    from ray import serve  # heavy, and of no use to settings that are wrong
+    from ray import serve  # heavy, so only after the settings are checked
 
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name=NAME,
-        # Admission refuses what is too much, at once and saying when to come back. With fewer places here requests
-        # would wait in Ray's proxy, where no deadline is kept.
+        # Admission refuses excess requests at once and says when to retry. With fewer places here, requests would wait
+        # in Ray's proxy, which keeps no deadline.
         max_ongoing_requests=2 * settings.max_queue_size,
         graceful_shutdown_timeout_s=settings.deadline_s + 5,
     )
@@ -78,15 +78,15 @@ class Replica:
     """One replica, as Ray Serve calls it.
 
     Args:
-        settings: As `build` read them.
+        settings: From `build`.
 
     Raises:
-        SettingsError, InvalidError, EngineError: As `build_engine`; Ray shows it as the deployment's status.
+        SettingsError, InvalidError, EngineError: See `build_engine`. Ray shows the error as the deployment's status.
     """
 
     def __init__(self, settings: Settings) -> None:
         from server.device.torch_backend import set_threads
-        from server.engine_process import build_engine  # imports torch: here, and not where `build` runs
+        from server.engine_process import build_engine  # imports torch, so not where `build` runs
 
         _log_as_serve_does(settings.log_level)
         keep_caches_in(settings.state_dir)
@@ -99,7 +99,7 @@ class Replica:
         self._has_served = False
 
     def _open_config(self, settings: Settings, check: Check) -> ConfigStore:
-        """What all replicas have in common: `user_config`, or else what the settings name as shared."""
+        """The configuration of all replicas: `user_config`, or the source that the settings name."""
         if settings.shared_config is not None:
             return open_store(settings, check)
         start = {spec.name: spec.r or 0 for spec in settings.specs()}
@@ -107,7 +107,7 @@ class Replica:
         return self._config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        # Without an access log: Ray has one of its own.
+        # Without an access log, because Ray has its own.
         app = create_app(self._settings, self._engine, self._lifespan, instead=[_instead], tracing=self._tracing)
         app.add_middleware(_NamedByRay)
         return app
@@ -128,26 +128,26 @@ class Replica:
             tracing.close()
 
     async def check_health(self) -> None:
-        """Raises where the batch loop does not answer; after some failures Ray replaces the replica."""
+        """Raises if the batch loop does not answer. After some failures Ray replaces the replica."""
         await self._engine.check()
         self._has_served = True
 
     async def reconfigure(self, user_config: Any) -> None:
-        """Takes the deployment's `r` from `user_config`; the next request has it.
+        """Takes the deployment's `r` from `user_config`, for the next request.
 
-        Ray stops a replica whose `reconfigure` raises, and starts others, which fail alike. So one that serves goes on
-        with the `r` that it has, and says so in its log and by `tome_config_refused`; one that starts does fail.
+        Ray stops a replica whose `reconfigure` raises and starts others, which fail alike. So a replica that has served
+        keeps its `r`, and reports the error in its log and by `tome_config_refused`. A replica that is starting raises.
 
         Raises:
-            InvalidError, NotFoundError: It cannot be what it says, and this replica has not served yet.
+            InvalidError, NotFoundError: `user_config` is wrong, and this replica has not served yet.
         """
         try:
             models = read_user_config(user_config, self._engine.catalog())
             if self._config is not None:
                 self._config.take_over(models)
             elif models:
-                raise InvalidError("r is kept where shared_config says; user_config must say nothing of it")
-        except Exception as error:  # ServerError, and what nobody has foreseen
+                raise InvalidError("shared_config sets r; user_config must not name it")
+        except Exception as error:  # ServerError, and unexpected errors
             if not self._has_served:
                 raise
             if self._config is not None:
@@ -160,11 +160,11 @@ def read_user_config(user_config: Any, catalog: Mapping[str, ModelInfo]) -> dict
     """The `r` of the models that `user_config` names.
 
     Args:
-        user_config: What `PATCH /v1/models/{name}` takes, for the default model; and `models` of `PATCH /v1/config`.
+        user_config: The body of `PATCH /v1/models/{name}`, for the default model, and `models` of `PATCH /v1/config`.
         catalog: The loaded models, the default first.
 
     Raises:
-        InvalidError: It is not that, or a model cannot merge like that.
+        InvalidError: It has another form, or a model cannot merge by its `r`.
         NotFoundError: It names a model that is not served.
     """
     if not isinstance(user_config, dict):
@@ -177,7 +177,7 @@ def read_user_config(user_config: Any, catalog: Mapping[str, ModelInfo]) -> dict
 
 
 _instead = APIRouter(include_in_schema=False)
-"""What would tell of one replica, whichever, and look like all of them."""
+"""Endpoints that would describe one arbitrary replica as if it were all of them."""
 
 
 @_instead.get("/metrics")
@@ -186,7 +186,7 @@ async def get_metrics() -> None:
 
 
 class _NamedByRay:
-    """Leaves x-request-id to Ray's proxy, which sets the same one that ours would be."""
+    """Leaves x-request-id to Ray's proxy, which sets the same id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -201,14 +201,14 @@ class _NamedByRay:
 
 
 def _assigned_cpus() -> int:
-    """CPU threads that this replica may use: what its `num_cpus` says, and one at least."""
+    """CPU threads that this replica may use: its `num_cpus`, at least one."""
     import ray
 
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
 
 
 def _log_as_serve_does(level: str) -> None:
-    """Our lines go where Serve's own of this replica go: its log file, and standard error."""
+    """Sends our log lines to the handlers of Serve's own log of this replica: its log file, and standard error."""
     ours = logging.getLogger("server")
     ours.setLevel(level.upper())
     ours.handlers[:] = logging.getLogger("ray.serve").handlers

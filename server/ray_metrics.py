@@ -1,7 +1,7 @@
-"""The metrics of a replica among Ray's own, since behind Ray's proxy a scrape would meet one replica, whichever.
+"""Copies a replica's metrics to Ray's, because a scrape behind Ray's proxy would reach one arbitrary replica.
 
-Every sample becomes a gauge of Ray's, `ray_tome_*`, with the tags that Serve puts on its own (application, deployment,
-replica). Buckets and counts of a histogram are samples too: `rate` and `histogram_quantile` work on them as ever.
+Every sample becomes a gauge `ray_tome_*` of Ray, with Serve's own tags (application, deployment, replica). Buckets and
+counts of a histogram are samples too, so `rate` and `histogram_quantile` work as usual.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from ray.serve.metrics import Gauge
 
 EVERY_S = 5.0
-"""Between two copies; Ray itself reports every 10 s by default."""
+"""Seconds between two copies. Ray itself reports every 10 s by default."""
 
 
 async def export_forever() -> None:

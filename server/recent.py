@@ -1,4 +1,4 @@
-"""A dict that holds so many entries: for what is kept by keys that anybody may name."""
+"""A dict of limited size, for entries whose keys clients choose."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ V = TypeVar("V")
 
 
 class Recent(OrderedDict[K, V]):
-    """The entries that were set last; setting one more removes the one that was set longest ago.
+    """Keeps the entries that were set last; a new entry removes the oldest.
 
     Args:
-        most: Entries that it holds.
+        most: Most entries.
     """
 
     def __init__(self, most: int) -> None:

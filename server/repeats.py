@@ -15,7 +15,7 @@ _MOST_COUNTED = 1000
 
 @dataclass
 class _Line:
-    """A line that was written, and how often it has come again since."""
+    """A line that was written, and its repetitions since."""
 
     record: logging.LogRecord
     until: float
@@ -26,11 +26,11 @@ class CountingHandler(logging.StreamHandler[TextIO]):
     """Writes a line once a minute, and counts it for the rest of that minute.
 
     The count is written with the first line after that minute, or at the end of the process. Two tracebacks are the
-    same where they end at the same place with the same class of error: their messages often name a request.
+    same if they end at the same place with the same class of error, because their messages often name a request.
 
     Args:
-        stream: Where lines go; standard error by default.
-        clock: Seconds that never go back.
+        stream: The log; standard error by default.
+        clock: Monotonic seconds.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +39,7 @@ class CountingHandler(logging.StreamHandler[TextIO]):
         self._lines: dict[Hashable, _Line] = {}  # the oldest first
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a record or counts it; a handler has its lock here."""
+        """Writes or counts a record; the handler's lock is held."""
         now = self._clock()
         self._tell_counts(now)
         key = _key(record)
@@ -51,7 +51,7 @@ class CountingHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
     def close(self) -> None:
-        """Writes the counts that are left."""
+        """Writes the remaining counts."""
         self.acquire()
         try:
             self._tell_counts(float("inf"))

@@ -1,8 +1,8 @@
-"""The values of metrics, in memory that all processes of a server share: a scrape of one process shows them all.
+"""The values of metrics in memory that all processes of a server share: a scrape of one process shows all.
 
-A `Sheet` is the memory of one supervised process, and of whoever comes after it in its place. Its totals (counters,
-histograms) go on where the last one left them; its gauges are forgotten with the process. No folder can be full or
-swept, and nothing piles up with restarts. A process that has joined (`join`) writes on its own sheet and reads all.
+A `Sheet` is the memory of one supervised process and of its successors. Its totals (counters, histograms) continue over
+a restart; its gauges are forgotten with the process. There is no folder that could be full or cleaned, and nothing
+accumulates over restarts. A process that has joined (`join`) writes to its own sheet and reads all.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from server.unnamed import UnnamedFile
 
 _USED = struct.Struct("<Q")
 _ENTRY = struct.Struct("<dI")
-"""A value and the length of its name, which follows; all entries begin at multiples of eight bytes."""
+"""A value and the length of its name, which follows. All entries begin at multiples of eight bytes."""
 _FIRST_BYTES = 1 << 16
 _MERGED: dict[str, Callable[[list[float]], float]] = {"livemin": min, "livemax": max, "livesum": sum}
-"""How a gauge of several processes is one, by prometheus_client's name for it."""
+"""How to merge a gauge of several processes, by the names of prometheus_client."""
 
 
 class Sheet:
-    """The values of one process, for all to read. A process gets it as an argument."""
+    """The values of one process, readable by all. A process gets it as an argument."""
 
     def __init__(self) -> None:
         self.totals, self.gauges = UnnamedFile(), UnnamedFile()
 
     def forget_gauges(self) -> None:
-        """Forgets the gauges of a process that is dead; its counters stay."""
+        """Forgets the gauges of a process that has died; its counters stay."""
         self.gauges.clear()
 
     def values(self) -> Iterator[tuple[str, float]]:
-        """All values by their names."""
+        """All values by name."""
         for file in (self.totals, self.gauges):
             try:
                 entries = list(_entries(file.read()))
-            except ValueError:  # it has grown between the two calls that read it
+            except ValueError:  # it has grown between the two calls of the read
                 entries = list(_entries(file.read()))
             yield from ((name, value) for name, value, _ in entries)
 
@@ -54,11 +54,11 @@ _sheets: Sequence[Sheet] = ()
 
 
 def join(sheets: Sequence[Sheet], index: int) -> None:
-    """Has all metrics that this process makes from now on keep their values on its sheet.
+    """Keeps all metrics that this process makes from now on in its sheet.
 
     Args:
-        sheets: Those of all processes.
-        index: Which is that of this one.
+        sheets: The sheets of all processes.
+        index: The place of this process's sheet.
     """
     global _sheets
     if "server.metrics" in sys.modules:
@@ -68,7 +68,7 @@ def join(sheets: Sequence[Sheet], index: int) -> None:
 
 
 def joined() -> Sequence[Sheet]:
-    """The sheets of all processes; none where this process stands alone."""
+    """The sheets of all processes; empty if this process has not joined any."""
     return _sheets
 
 
@@ -76,7 +76,7 @@ class Collector:
     """All values of all processes as metrics, for a registry of prometheus_client.
 
     Args:
-        sheets: Those of all processes.
+        sheets: The sheets of all processes.
     """
 
     def __init__(self, sheets: Sequence[Sheet]) -> None:
@@ -88,7 +88,7 @@ class Collector:
             for name, value in sheet.values():
                 found.setdefault(name, []).append(value)
         metrics: dict[str, Metric] = {}
-        buckets: dict[str, dict[float, float]] = {}  # of each histogram and its labels
+        buckets: dict[str, dict[float, float]] = {}  # for each histogram and its labels
         for name, each in found.items():
             family, kind, mode, text, sample, labels = json.loads(name)
             metric = metrics.setdefault(family, Metric(family, text, kind))
@@ -114,13 +114,13 @@ def _written(bound: float) -> str:
 
 
 class _Writer:
-    """Named values in a file, which grows with them. What a dead process has left there goes on."""
+    """Named values in a file that grows with them. The values of a dead process continue."""
 
     def __init__(self, file: UnnamedFile) -> None:
         self._file = file
         try:
             self._places = {name: place for name, _, place in _entries(file.read())}
-        except ValueError:  # it died in the middle of a new name
+        except ValueError:  # the process died while it added a name
             file.clear()
             self._places = {}
         self._map(max(os.fstat(file.fileno()).st_size, _FIRST_BYTES))
@@ -130,7 +130,7 @@ class _Writer:
         self.memory = mmap.mmap(self._file.fileno(), size)
 
     def place(self, name: str) -> int:
-        """Where the value of that name stands in `memory`, a double; 0 at first."""
+        """Place of a named value (a double, 0 at first) in `memory`."""
         if name not in self._places:
             used = _USED.unpack_from(self.memory)[0] or _USED.size
             encoded = name.encode()
@@ -145,12 +145,12 @@ class _Writer:
 
 
 def _entries(content: bytes) -> Iterator[tuple[str, float, int]]:
-    """Name, value and place of each entry; raises ValueError where the content is no such list."""
+    """Name, value and place of each entry. Raises ValueError if the content is incomplete."""
     if len(content) < _USED.size:
-        return  # of a process that has not begun
+        return  # a process that has not begun
     place, used = _USED.size, _USED.unpack_from(content)[0]
     if used > len(content):
-        raise ValueError("it is not whole")
+        raise ValueError("it is incomplete")
     while place < used:
         value, length = _ENTRY.unpack_from(content, place)
         start = place + _ENTRY.size
@@ -159,7 +159,7 @@ def _entries(content: bytes) -> Iterator[tuple[str, float, int]]:
 
 
 def _value_class(totals: _Writer, gauges: _Writer) -> type:
-    """What prometheus_client makes of each value of a metric."""
+    """The value class that prometheus_client uses for each value of a metric."""
     lock, double = Lock(), struct.Struct("<d")
 
     class Value:
@@ -194,13 +194,14 @@ def _value_class(totals: _Writer, gauges: _Writer) -> type:
 
         def _write(self, value: float) -> None:
             self._value = value
-            self._writer.memory[self._place : self._place + 8] = double.pack(value)  # at once, so that none reads half
+            # in one piece, so that no reader sees half of it
+            self._writer.memory[self._place : self._place + 8] = double.pack(value)
 
         def get(self) -> float:
             return self._value
 
         def set_exemplar(self, exemplar: Any) -> None:
-            """None are kept."""
+            """Exemplars are not kept."""
 
         def get_exemplar(self) -> None:
             return None

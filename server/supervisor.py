@@ -121,10 +121,10 @@ def serve(settings: Settings) -> int:
     """Runs the service until SIGTERM or Ctrl-C.
 
     Returns:
-        The exit status: 0 after a drain, 1 when the service cannot run as it is told to, or ends without one.
+        The exit status: 0 after a drain, 1 when the service cannot start or ends without a drain.
 
     Raises:
-        SettingsError: The address cannot be listened on.
+        SettingsError: The address cannot be listened on, or an engine refuses a setting at its first start.
     """
     configure_logging(settings.log_level, settings.log_format)
     with _unreachable_for_the_terminal():
@@ -168,12 +168,13 @@ def _supervise(settings: Settings, listener: socket.socket, doors: Sequence[Door
     told_to_end = _on_signals(children)
     devices = settings.devices()
     names = [f"engine-{index}" for index in range(len(devices))] if len(devices) > 1 else ["engine"]
-    last_good, models = UnnamedFile(), UnnamedFile()
+    last_good, models, refused = UnnamedFile(), UnnamedFile(), UnnamedFile()
     sheets = [Sheet() for _ in range(len(devices) + settings.http_workers)]
     engines: dict[Child, UnnamedFile] = {}  # each with what holds something once it has ever been ready
     for index, (name, device, door) in enumerate(zip(names, devices, doors, strict=True)):
         ready, its_settings = UnnamedFile(), settings.model_copy(update={"device": device})
-        child = Child(name, _run_engine, sheets, index, its_settings, door, agreed_file, last_good, models, ready)
+        kept = (last_good, models, ready, refused)
+        child = Child(name, _run_engine, sheets, index, its_settings, door, agreed_file, *kept)
         engines[child] = ready
     places = Places(settings.http_workers)
     workers = {
@@ -204,7 +205,8 @@ def _supervise(settings: Settings, listener: socket.socket, doors: Sequence[Door
                         places.leave(workers[child])
                         has_been_ready = places.was_ever_open(workers[child])
                     if not has_been_ready and not told_to_end:
-                        logger.error("the service ends: what has never been ready is not started again")
+                        if not refused.read():
+                            logger.error("the service ends: what has never been ready is not started again")
                         told_to_end.append(signal.SIGTERM)
                         status = 1
                 elif child.process is None and time.monotonic() >= child.restart_at:
@@ -214,6 +216,8 @@ def _supervise(settings: Settings, listener: socket.socket, doors: Sequence[Door
         listener.close()  # the HTTP processes have it too, and close it when they accept no more
         _end(list(workers), settings.drain_delay_s + _DRAIN_S)
         _end(list(engines), _DRAIN_S)  # after the HTTP processes: they answer what those still hold
+    if status and (refusal := refused.read()):
+        raise SettingsError(refusal.decode())
     return 1 if _is_hurried(told_to_end) else status
 
 

@@ -1,4 +1,4 @@
-"""Models and their configuration, as every process knows them."""
+"""Models and their configuration, for every process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from server.images.preprocessing import Preprocessing
 from tome_core.schedule import mean_r, token_counts
 
 Activation = Literal["softmax", "sigmoid", "none"]
-"""What makes scores of logits: softmax of classes of which one is right, sigmoid of labels that hold each by itself."""
+"""Turns logits into scores: softmax over classes of which one is right, sigmoid for labels that apply independently."""
 
 LABEL_THRESHOLD = 0.5
-"""The least score of a label that holds, where nobody names another."""
+"""The default score from which a label applies."""
 
 DEFAULT_TOP_K = 5
 
@@ -24,7 +24,7 @@ _token_counts = functools.lru_cache(4096)(token_counts)
 
 
 class BatchKey(NamedTuple):
-    """Images that share it may share a batch: the same model, `r` in every block, input size and operation."""
+    """Images with the same key may share a batch: the same model, `r` of every block, input size and operation."""
 
     model: str
     schedule: Schedule
@@ -35,27 +35,56 @@ class BatchKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BackendInfo:
-    """What computes a model's answers: "torch" or "openvino", in which precision, and why this one."""
+    """The backend of a model ("torch" or "openvino"), its precision, and the reason for this choice."""
 
     name: str
     precision: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What the HTTP side must know of a loaded model.
+class ComputedBy(NamedTuple):
+    """What computes an answer.
 
     Attributes:
-        labels: Words for each class, in class order; none for a model without a classifier.
-        max_r: The most tokens that one block can merge.
-        backend: What computes its answers; None before a device holds it.
-        decodes_jpeg: The engine takes JPEG files as they came, and decodes them itself.
+        backend: "torch" or "openvino".
+        precision: "fp32", "bf16", "fp16" or "fp8".
+        stands_in: It computes in place of the model's own backend, which has not compiled this schedule yet.
+    """
+
+    backend: str
+    precision: str
+    stands_in: bool = False
+
+
+class Compiling(NamedTuple):
+    """How far a model's schedules are compiled while the server runs.
+
+    Attributes:
+        schedule: The one that is compiled now.
+        done: Schedules that are compiled, of those below.
+        total: Schedules of this round: those that are done, the one of now, and those that wait.
+    """
+
+    schedule: Schedule
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about a loaded model that the HTTP side needs.
+
+    Attributes:
+        labels: Name of each class, in class order; empty for a model without a classifier.
+        max_r: Most tokens that one block can merge.
+        backend: Computes its answers; None before a device holds the model.
+        decodes_jpeg: Whether the engine decodes JPEG files itself.
         tuned: Bands of `r` that it has tuned numbers for, (lowest, highest).
         num_features: Channels of its pooled features.
-        activation: What makes scores of its logits where a request does not say.
-        version: Which of its versions is served.
-        revision: Which files it was loaded from: two loads of one name differ in it.
+        activation: Default activation for its scores.
+        version: The served version.
+        revision: Identifies the files that it was loaded from. It differs between two loads of one name if the files
+            do.
     """
 
     name: str
@@ -76,38 +105,38 @@ class ModelInfo:
     revision: str = ""
 
     def schedule(self, r: RSetting, inflect: float | None = None) -> Schedule:
-        """The `r` of each block; raises InvalidError when this model cannot merge like that."""
+        """The `r` of each block. Raises InvalidError if this model cannot merge so."""
         if isinstance(r, AutoR):
             raise InvalidError("r is 'auto', which goes by the load of a server; here it must be a number or a list")
         return schedule_of(r, self.num_blocks, self.max_r, inflect)
 
     def check(self, r: RSetting) -> None:
-        """Raises InvalidError when this model cannot merge like that; any bounds of `auto` will do."""
+        """Raises InvalidError if this model cannot merge so; any bounds of `auto` are fine."""
         if not isinstance(r, AutoR):
             self.schedule(r)
 
     def named(self, indices: Sequence[int], scores: Sequence[float]) -> list[dict[str, Any]]:
-        """Classes as they are told: label, index and score of each."""
+        """Classes in the form of an answer: label, index and score of each."""
         return [
             {"label": self.labels[index], "index": index, "score": score}
             for index, score in zip(indices, scores, strict=True)
         ]
 
     def most_classes(self, activation: Activation, top_k: int | None = None, threshold: float | None = None) -> int:
-        """How many classes are named of an image, at most.
+        """Most classes in the answer for an image.
 
         Args:
-            activation: What makes scores of logits.
-            top_k: As asked; None for `DEFAULT_TOP_K`, or all where there are fewer.
-            threshold: The least score of a class that is named, in the place of `top_k`.
+            activation: Turns logits into scores.
+            top_k: The request's value; None for `DEFAULT_TOP_K`, or all classes if there are fewer.
+            threshold: Least score of the classes in the answer, instead of `top_k`.
 
         Raises:
-            InvalidError: It is out of range, or they do not go together.
+            InvalidError: A value is out of range, or they exclude each other.
         """
         num_classes = len(self.labels)
         if not num_classes:
             if (top_k, threshold) != (None, None):
-                raise InvalidError(f"model {self.name} has no classifier: top_k and threshold do not go with it")
+                raise InvalidError(f"model {self.name} has no classifier; top_k and threshold do not apply")
             return 0
         if threshold is not None:
             if top_k is not None:
@@ -124,18 +153,18 @@ class ModelInfo:
         return top_k
 
     def token_counts(self, schedule: Schedule) -> tuple[int, ...]:
-        """Tokens entering the first block, then leaving each block."""
+        """Tokens that enter the first block, then tokens that leave each block."""
         return _token_counts(schedule, self.num_tokens, self.num_prefix_tokens)
 
     def is_tuned(self, schedule: Schedule) -> bool:
-        """Whether tuned numbers compute it: those of the band that holds its mean, as in `MergedViT.at`."""
+        """Whether tuned numbers compute a schedule: those of the band that holds its mean, as in `MergedViT.at`."""
         if not self.tuned:
             return False
         mean = mean_r(schedule)
         return any(low <= mean <= high for low, high in self.tuned)
 
     def batch_key(self, schedule: Schedule, operation: str = "forward") -> BatchKey:
-        """What images for this model under this schedule are batched by."""
+        """The batch key of images for this model under a schedule."""
         return BatchKey(self.name, schedule, self.preprocessing.input_size, operation, self.revision)
 
 
@@ -144,9 +173,10 @@ class ModelState:
     """A model that is loaded or may be loaded.
 
     Attributes:
-        name, version: Which one.
-        state: READY serves; LOADING is made ready; UNLOADING answers what it has; UNAVAILABLE is not in memory.
-        reason: Why it is not available.
+        name, version: The model and its version.
+        state: READY serves; LOADING is being loaded; UNLOADING still answers its requests; UNAVAILABLE is not in
+            memory.
+        reason: Why it is unavailable.
     """
 
     name: str
@@ -156,7 +186,7 @@ class ModelState:
 
 
 def find_model(catalog: Mapping[str, ModelInfo], name: str | None) -> ModelInfo:
-    """A model by name, or the first one; raises NotFoundError when there is none of that name."""
+    """A model by name, or the first one. Raises NotFoundError if there is no such model."""
     if not catalog:
         raise NotFoundError("no model is loaded; POST /v2/repository/models/NAME/load loads one", models=[])
     if name is None:
@@ -168,16 +198,16 @@ def find_model(catalog: Mapping[str, ModelInfo], name: str | None) -> ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What can be changed while the service runs.
+    """The part of the configuration that can change while the service runs.
 
     Attributes:
-        version: Grows with every change, and never goes back.
-        models: Each model's deployment `r`: what requests get which name none.
+        version: Increases with every change, and never decreases.
+        models: Each model's deployment `r`, for requests that name none.
     """
 
     version: int
     models: Mapping[str, RSetting]
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored."""
+        """The form in which it is stored."""
         return {"version": self.version, "models": {name: setting_to_json(r) for name, r in self.models.items()}}

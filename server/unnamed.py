@@ -1,6 +1,6 @@
-"""Files without a name, in memory: what processes share that no full disk and no cleaner of folders can take away.
+"""Unnamed files in memory. Processes share them, and no full disk or cleaned folder can remove them.
 
-multiprocessing's own shared memory is made in /dev/shm, which may be full, read-only, or swept when a user logs out.
+multiprocessing's own shared memory lies in /dev/shm, which may be full, read-only, or cleaned when a user logs out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class UnnamedFile:
     """Bytes that a process and its children share. A child gets it as an argument of its `Process`.
 
     Args:
-        descriptor: Of one that another process has made; None makes a new one, which is empty.
+        descriptor: The descriptor of an existing file from another process; None makes a new, empty file.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
@@ -34,15 +34,15 @@ class UnnamedFile:
         return self._descriptor
 
     def read(self) -> bytes:
-        """All that it holds."""
+        """The whole content."""
         return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
 
     def write(self, content: bytes) -> None:
-        """Overwrites its beginning, in one call."""
+        """Overwrites the beginning, in one call."""
         os.pwrite(self._descriptor, content, 0)
 
     def clear(self) -> None:
-        """Empties it. Nobody may have it mapped who still writes."""
+        """Empties the file. No process that still writes may have it mapped."""
         os.ftruncate(self._descriptor, 0)
 
 
@@ -50,10 +50,10 @@ Format = Literal["b", "i", "Q"]
 
 
 class SharedNumbers:
-    """So many integers that processes share. A child gets them as an argument.
+    """A fixed number of integers that processes share. A child gets them as an argument.
 
     Args:
-        format: Of `array`: "i" for a C int, "Q" for 64 bits without a sign, "b" for a byte.
+        format: Type code of `array`: "i" for a C int, "Q" for 64 bits unsigned, "b" for a byte.
         numbers: The first values.
     """
 
@@ -76,7 +76,7 @@ class SharedNumbers:
         self._numbers[index] = number
 
     def all(self) -> list[int]:
-        """All at once."""
+        """All values."""
         return self._numbers.tolist()
 
 
@@ -89,7 +89,7 @@ def _opened(file: UnnamedFile, format: Format) -> SharedNumbers:
 def _new() -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create("tome-server")
-    descriptor, path = tempfile.mkstemp()  # where the system has no such files, one whose name is removed at once
+    descriptor, path = tempfile.mkstemp()  # without memfd_create: a file whose name is removed at once
     os.unlink(path)
     return descriptor
 

@@ -1,4 +1,4 @@
-"""Model folders with versions, `FOLDER/1`, `FOLDER/2`, and folders of model folders. It knows nothing of models."""
+"""Model folders with versions, `FOLDER/1`, `FOLDER/2`, and folders of model folders. Models are not read here."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 UNVERSIONED = "1"
-"""The version of a model that has no numbered folders."""
+"""The version of a model without numbered folders."""
 
 
 def versions_in(folder: Path) -> list[str]:
-    """The numbered folders that hold a model, oldest first; the one version of a folder that is a model itself."""
+    """The numbered folders that hold a model, oldest first. A folder that is a model itself has one version."""
     if (folder / _CONFIG).exists():
         return [UNVERSIONED]
     try:
         names = [each.name for each in folder.iterdir() if _NUMBER.fullmatch(each.name)]
-    except OSError:  # there is no such folder, or nobody may look into it
+    except OSError:  # there is no such folder, or it cannot be read
         return []
     return sorted((name for name in names if (folder / name / _CONFIG).exists()), key=int)
 
 
 def find_version(folder: Path, version: str | None = None) -> tuple[Path, str]:
-    """The folder of a version, and which one it is: the newest where none is named.
+    """The folder and number of a version; the newest if `version` is None.
 
-    A folder that holds no model is given as it is, for whoever reads it to say what is missing.
+    A folder without a model is returned as it is, so that its reader can say what is missing.
 
     Raises:
         InvalidError: There is no such version.
@@ -48,7 +48,7 @@ def models_in(folder: Path) -> list[str]:
     """The names of the models in a folder of model folders, sorted.
 
     Raises:
-        InvalidError: It cannot be read.
+        InvalidError: The folder cannot be read.
     """
     try:
         names = sorted(each.name for each in folder.iterdir() if _NAME.fullmatch(each.name))

@@ -40,7 +40,7 @@ def model() -> Any:
 def test_the_program_ends_with_one_row_for_the_baseline_and_one_for_each_r(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--model", "test_vit", "--batch-size", "2", "--r", "0,8,8", "--steps", "1", "--device", "cpu"]
+    arguments = ["--model", "test_vit", "--batch-size", "2", "--r", "0", "8", "8", "--steps", "1", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["training", *arguments])
     training.main()
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]

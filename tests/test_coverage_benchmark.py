@@ -151,7 +151,7 @@ def test_a_name_of_which_float32_merges_otherwise_is_wrong(monkeypatch: pytest.M
     monkeypatch.setattr(MergedViT, "forward", shy)
     verdict = examine_on(VIT, "cpu", "bf16")
     assert (verdict.equal, verdict.merged, verdict.crashed) == (True, False, False)
-    assert "images, tokens and r are (2, 50, 11); what was noted merges (2, 50, 12)" in verdict.reason
+    assert "images, tokens and r are (2, 50, 11); the recorded ones are (2, 50, 12)" in verdict.reason
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +189,13 @@ def test_what_merged_is_not_replayed_where_it_does_not_fit(model: nn.Module, ker
     merged = wrap(model, kernels)
     with recorded() as plans:
         merged(images, 3)
-    with pytest.raises(ValueError, match="2 of 2 blocks that were noted did not merge"), replayed(plans):
+    with pytest.raises(ValueError, match="2 of 2 recorded blocks did not merge"), replayed(plans):
         merged(images, 0)
-    with pytest.raises(ValueError, match="one more block merges than the 1 that were noted"), replayed(plans[:1]):
+    with pytest.raises(ValueError, match="one more block merges than the 1 that were recorded"), replayed(plans[:1]):
         merged(images, 3)
-    with pytest.raises(ValueError, match=r"are \(2, 17, 2\); what was noted merges \(2, 17, 3\)"), replayed(plans):
+    with pytest.raises(ValueError, match=r"are \(2, 17, 2\); the recorded ones are \(2, 17, 3\)"), replayed(plans):
         merged(images, 2)
-    with pytest.raises(ValueError, match=r"are \(1, 17, 3\); what was noted merges \(2, 17, 3\)"), replayed(plans):
+    with pytest.raises(ValueError, match=r"are \(1, 17, 3\); the recorded ones are \(2, 17, 3\)"), replayed(plans):
         merged(images[:1], 3)
 
 

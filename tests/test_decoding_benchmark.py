@@ -25,7 +25,7 @@ def test_it_tells_speeds_and_that_answers_stay_the_same(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(decoding, "ROUNDS", 1)
-    command = ["decoding", "--photos", str(photos), "--device", "cpu", "--batch", "2,4"]
+    command = ["decoding", "--images", str(photos), "--device", "cpu", "--batch", "2,4"]
     monkeypatch.setattr("sys.argv", command)
     decoding.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -42,7 +42,7 @@ def test_photos_of_which_the_engine_takes_none_are_told_of(
 ) -> None:
     for index in range(2):
         Image.new("RGB", (20, 20)).save(tmp_path / f"{index}.png")
-    monkeypatch.setattr("sys.argv", ["decoding", "--photos", str(tmp_path), "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", ["decoding", "--images", str(tmp_path), "--device", "cpu"])
     with pytest.raises(SystemExit):
         decoding.main()
-    assert "takes none of the 2 photos" in capsys.readouterr().err
+    assert "decodes none of the 2 photos" in capsys.readouterr().err

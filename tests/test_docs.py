@@ -1,4 +1,4 @@
-"""What the documentation shows runs: every command is accepted, and the Python of a page runs block after block."""
+"""The documentation: its commands are accepted, its Python runs, its links lead somewhere, and it stays short."""
 
 from __future__ import annotations
 
@@ -57,3 +57,45 @@ def test_every_command_of_a_page_is_accepted(page: str, tmp_path: Path, monkeypa
     for arguments in commands:
         assert main(arguments) == 0, arguments
     assert ran == [arguments[0] for arguments in commands]
+
+
+def source_of(module: str) -> str:
+    return (ROOT / f"{module.replace('.', '/')}.py").read_text()
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_every_flag_of_a_benchmark_is_one(page: str) -> None:
+    quoted = re.findall(r"`+([^`]+)`+", (ROOT / page).read_text())
+    commands = [part.split() for text in quoted for part in re.split(r"python -m\s+", text)[1:]]
+    for module, *words in commands:
+        source = source_of(module)
+        source += "".join(map(source_of, re.findall(r"^from (benchmarks\.\w+) import", source, flags=re.MULTILINE)))
+        flags = {word for word in words if word.startswith("--")}
+        settings = {f"--{name.replace('_', '-')}" for name in Settings.model_fields if "SETTINGS" in source}
+        assert {flag for flag in flags if f'"{flag}"' not in source} <= settings, module
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_the_map_of_the_architecture_is_two_screens() -> None:
+    lines = (DOCS / "architecture.md").read_text().splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 120
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "server/bundled/README.md"])
+def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / page).read_text())
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link

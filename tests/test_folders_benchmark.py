@@ -16,7 +16,7 @@ def test_it_tells_the_run_beside_what_bounds_it(
     decode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, photos = random_vit(tmp_path / "model"), noise_photos(tmp_path / "photos", 3)
-    command = ["folders", "--photos", str(photos), "--images", "7", "--model", f"local-dir:{model}", "--r", "0,4"]
+    command = ["folders", "--images", str(photos), "--limit", "7", "--model", f"local-dir:{model}", "--r", "0", "4"]
     command += ["--batch", "2", "--duration", "0", "--rounds", "1", "--device", "cpu", "--backend", "torch"]
     monkeypatch.setattr("sys.argv", [*command, "--decode", decode])
     folders.main()

@@ -223,15 +223,15 @@ def test_without_a_length_an_answer_ends_with_its_connection() -> None:
 
 def test_defaults_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "gpus", lambda: 2)
-    args = serving.read_arguments(["--photos", "x"])
+    args = serving.read_arguments(["--images", "x"])
     assert (args.device, args.precision, args.ladder, args.r) == ("cuda", "bf16", [13], 13)
     assert args.two_devices == "cuda:0,cuda:1" and args.max_queue_size == 1280 and "two" in args.parts
-    args = serving.read_arguments(["--photos", "x", "--device", "cpu", "--r", "0,8", "--part", "kill,ready"])
+    args = serving.read_arguments(["--images", "x", "--device", "cpu", "--r", "0", "8", "--part", "kill,ready"])
     assert (args.ladder, args.r, args.two_devices, args.parts) == ([0, 8], 8, "cpu,cpu", ["kill", "ready"])
     assert all(set(parts.split(",")) <= set(PARTS) for parts in serving.DEFAULT_PARTS.values())
 
 
 def test_a_part_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        serving.read_arguments(["--photos", "x", "--device", "cpu", "--part", "ready,tea"])
+        serving.read_arguments(["--images", "x", "--device", "cpu", "--part", "ready,tea"])
     assert "no part 'tea'" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_a_process_that_comes_later_has_no_slope_and_one_that_comes_again_is_tol
     [
         ({"engine": Growth(5, 2, 8)}, {}, [], "", "engine grows by 5.0 % an hour, at least 2.0"),
         ({}, {("classify", "500"): 3}, [], "", "classify: 3 x 500"),
-        ({}, {}, ["http-0"], "", "http-0 was started again"),
+        ({}, {}, ["http-0"], "", "http-0 was restarted"),
         ({}, {}, [], "Traceback (most recent call last)", "1 tracebacks in the log"),
     ],
 )

@@ -31,7 +31,7 @@ from benchmarks.variants import (
 )
 from tome_core import MergedViT, MergePlan, wrap
 from tome_core.positions import NOWHERE
-from tome_core.vit import Tokens
+from tome_core.tokens import Tokens
 
 ALL: dict[str, Any] = METHODS | CHOICES
 PATCHES, PREFIX = 36, 1

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from tome_core.fixed import FixedR
     from tome_core.matching import MergePlan, match
     from tome_core.merging import merge, track_source, unmerge
+    from tome_core.names import list_models
+    from tome_core.patching import patch
     from tome_core.recorded import Recorded
     from tome_core.schedule import Ramp
-    from tome_core.vit import MergedViT, Tokens, wrap
+    from tome_core.tokens import Tokens
+    from tome_core.vit import MergedViT, wrap
 
 _HOME = {
     "ExportError": "export",
@@ -24,12 +27,14 @@ _HOME = {
     "MergedViT": "vit",
     "Ramp": "schedule",
     "Recorded": "recorded",
-    "Tokens": "vit",
+    "Tokens": "tokens",
     "UnsupportedModelError": "families",
     "export_onnx": "export",
     "export_program": "export",
+    "list_models": "names",
     "match": "matching",
     "merge": "merging",
+    "patch": "patching",
     "track_source": "merging",
     "unmerge": "merging",
     "wrap": "vit",
@@ -46,8 +51,10 @@ __all__ = [
     "UnsupportedModelError",
     "export_onnx",
     "export_program",
+    "list_models",
     "match",
     "merge",
+    "patch",
     "track_source",
     "unmerge",
     "wrap",

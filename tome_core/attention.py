@@ -1,4 +1,4 @@
-"""Proportional attention: a token that stands for s tokens is attended to as s tokens would be."""
+"""Proportional attention: a token of size s is attended to as s tokens would be."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def proportional_attention(
         q: Queries of the leading M tokens, (B, num_heads, M, D).
         k: Keys, (B, num_heads, N, D).
         v: Values, (B, num_heads, N, D).
-        size: Size s of each key's token, (B, N) float32; None means one each, and is plain attention.
+        size: Size s of each key's token, (B, N) float32; None means sizes of 1, which is plain attention.
         bias: Relative position bias, (1 or B, num_heads, N, N), or None.
-        dropout: Probability with which an attention weight is dropped.
+        dropout: Probability of dropping an attention weight.
 
     Returns:
         (B, num_heads, M, D) in q's dtype.

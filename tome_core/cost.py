@@ -1,4 +1,4 @@
-"""What a schedule costs in arithmetic, from a model's dimensions alone. Pure Python, no torch."""
+"""The arithmetic that a schedule costs, from a model's dimensions alone. Pure Python, no torch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tome_core.schedule import clip
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that decide how much arithmetic one image takes.
+    """The sizes that decide the arithmetic of one image.
 
     Attributes:
-        num_tokens: Tokens that enter the first block, prefix included.
+        num_tokens: Tokens that enter the first block, including prefix tokens.
         num_prefix_tokens: Leading tokens that never merge.
         num_blocks: Transformer blocks, all alike.
         width: Features of a token, C.
         attention_width: Features of its query, num_heads * D.
-        head_width: Features of one head, D; the metric has as many.
-        mlp_weights: Weights of the matrices in one block's MLP; 2 * C * hidden where there are two.
+        head_width: Features of one head, D, and of the metric.
+        mlp_weights: Weights of the matrices in one block's MLP: 2 * C * hidden if there are two matrices.
         patch_inputs: Values of one patch that the embedding reads: channels * height * width.
         head_weights: Weights of the classifier's matrices, which see one pooled token.
-        prefix_only_last: Whether the head reads prefix tokens alone, so that the last block merges nothing and
-            computes no more than keys and values of the others.
+        prefix_only_last: Whether the head reads only prefix tokens. Then the last block merges nothing, and computes
+            only keys and values of the other tokens.
     """
 
     num_tokens: int
@@ -39,17 +39,17 @@ class Dimensions:
 
 
 def flops(dimensions: Dimensions, schedule: Sequence[int]) -> int:
-    """Floating-point operations for one image under a schedule; a multiplication and its addition count as two.
+    """Floating-point operations for one image under a schedule. A multiplication and its addition count as two.
 
-    All matrix products and convolutions count, those that match and merge tokens too; norms, activations and sorting
-    do not. `torch.utils.flop_counter.FlopCounterMode` counts the same.
+    All matrix products and convolutions count, including those that match and merge tokens. Norms, activations and
+    sorting do not. `torch.utils.flop_counter.FlopCounterMode` counts the same.
 
     Args:
-        dimensions: The model.
-        schedule: `r` of each block; what a block cannot merge is clipped.
+        dimensions: The model's dimensions.
+        schedule: `r` of each block, clipped to what the block can merge.
 
     Raises:
-        ValueError: The schedule lists more or fewer blocks than the model has.
+        ValueError: The length of the schedule is not the number of blocks.
     """
     d = dimensions
     if len(schedule) != d.num_blocks:
@@ -66,7 +66,7 @@ def flops(dimensions: Dimensions, schedule: Sequence[int]) -> int:
 
 
 def _block(d: Dimensions, queries: int, keys: int, leaving: int) -> int:
-    """Products of queries, keys, values and projection, of the two halves of attention, and of the MLP."""
+    """Products of the projections, of both halves of attention, and of the MLP."""
     linear = 2 * (queries + keys) * d.width * d.attention_width
     return linear + 2 * queries * keys * d.attention_width + leaving * d.mlp_weights
 

@@ -77,7 +77,7 @@ def embed(
     weight, norm_pre = family.projection(model, image_size), family.norm_pre(model)
     channels = images.shape[3 if pixels else 1]
     if weight is None or weight.shape[1] != channels:  # timm says what is wrong with the channels
-        x, positions = family.embed(model, images if normalisation is None else normalisation(images, dtype))
+        x, positions, _ = family.embed(model, images if normalisation is None else normalisation(images, dtype))
         x = norm_pre(x).contiguous()
         return x, norm(x, None, parts_of(family.blocks(model)[0]).norm1), positions
     # The largest piece of work is launched first: a GPU is busy with it while the host gets ahead.
@@ -89,7 +89,7 @@ def embed(
     weight = weight.flatten(1)
     padding = rows.shape[2] - weight.shape[1]
     y = F.linear(rows, F.pad(weight, (0, padding)) if padding else weight)
-    table, positions = family.embed_colour(model, colour, image_size)
+    table, positions, _ = family.embed_colour(model, colour, image_size)
     first, before = parts_of(family.blocks(model)[0]).norm1, norm_of(norm_pre)
     x, n = add_norm(table.contiguous(), y, None, None, before or first)
     if type(norm_pre) is nn.Identity:

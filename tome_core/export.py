@@ -1,7 +1,7 @@
-"""A model at one `r` as a graph that needs none of this code: a `torch.export` program, or an ONNX file.
+"""A model at one `r` as a graph that runs without this package: a `torch.export` program or an ONNX file.
 
-Every shape but the batch's is fixed by the schedule, and merging uses no scatter, which runtimes support badly or get
-wrong. So the graph is made of plain operators and any runtime gives torch's answer.
+The schedule fixes every shape but the batch size. Merging uses no scatter, because runtimes support it badly or compute
+it wrong. So the graph has plain operators only, and any runtime gives torch's answer.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 OPSETS = range(18, 23)
-"""ONNX operator sets to choose from: before, torch has no translation; after, onnxruntime's attention refuses log s."""
+"""ONNX operator sets to choose from. torch translates to none before; after, onnxruntime's attention refuses log s."""
 
 TOLERANCE = 1e-3
-"""By how much an exported logit may differ from torch's, as a part of the largest logit."""
+"""Largest allowed difference of an exported logit from torch's, relative to the largest logit."""
 
 
 class ExportError(RuntimeError):
-    """The model cannot be exported as asked; the message says why. No file is left behind, and no old one changed."""
+    """The model cannot be exported; the message says why. No file is left behind, and an old file is unchanged."""
 
 
 class OnnxFile(NamedTuple):
-    """An ONNX file that has been written and checked.
+    """A written and checked ONNX file.
 
     Attributes:
-        path: Where it is. Weights of more than 1.5 GB lie beside it, in `path` with `.data` behind it.
-        num_bytes: Its size, with that of the weights beside it.
-        difference: Largest absolute difference from torch's logits on random images; None where onnxruntime is not
-            installed, and nothing could be compared.
+        path: Its path. Weights of more than 1.5 GB are in a second file, `path` plus `.data`.
+        num_bytes: Its size, including the second file.
+        difference: Largest absolute difference from torch's logits on random images; None if onnxruntime is not
+            installed.
     """
 
     path: Path
@@ -58,10 +58,10 @@ def export_program(
         merged: The merging model, in eval mode.
         r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
         input_size: Height and width of its images, in pixels.
-        batch_size: The one batch size that the program takes; None lets it take any.
+        batch_size: The one batch size of the program; None allows any.
 
     Returns:
-        A program of `images` (B, 3, H, W), in the dtype and on the device of the model, that gives logits (B, K).
+        A program from `images` (B, 3, H, W), in the model's dtype and on its device, to logits (B, K).
 
     Raises:
         ExportError: The model is in training mode.
@@ -70,10 +70,10 @@ def export_program(
     if any(module.training for module in merged.model.modules()):
         raise ExportError("the model is in training mode, and dropout would be exported too; call eval() first")
     weight = next(merged.parameters())
-    # torch takes a size of 1 for a constant, whatever is said about it: the example has 2.
+    # # torch always takes a size of 1 for a constant, so the example has 2.
     images = torch.zeros(batch_size or 2, 3, *input_size, dtype=weight.dtype, device=weight.device)
     batch = {0: Dim("batch", min=1)} if batch_size is None else None
-    # Fused operations would need this code wherever the graph runs.
+    # # Fused operations would need this package at run time.
     return torch.export.export(FixedR(merged.at(r).plain(), r), (images,), dynamic_shapes={"images": batch})
 
 
@@ -89,22 +89,22 @@ def export_onnx(
 ) -> OnnxFile:
     """Writes the model at one `r` as an ONNX file, and checks it.
 
-    Its input is `images` (batch, 3, H, W), float32, normalised as the model wants them; its output `logits` (batch, K),
-    or `features` (batch, C) of a model without a classifier. The file appears only when `onnx` finds it valid and
-    onnxruntime, where installed, gives torch's numbers.
+    Its input is `images` (batch, 3, H, W), float32, normalised as the model expects. Its output is `logits` (batch, K),
+    or `features` (batch, C) for a model without a classifier. The file appears only if `onnx` finds it valid and
+    onnxruntime, if installed, gives torch's numbers.
 
     Args:
         merged: The merging model, in eval mode and float32.
         r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
         input_size: Height and width of its images, in pixels.
-        file: Where to write; a file that is there is replaced.
-        batch_size: The one batch size that the file takes; None lets it take any.
-        opset: Version of the ONNX operators, of `OPSETS`.
-        metadata: Facts to put into the file's `metadata_props`, each as JSON, beside the `schedule`.
+        file: Path to write; an existing file is replaced.
+        batch_size: The one batch size of the file; None allows any.
+        opset: Version of the ONNX operators, from `OPSETS`.
+        metadata: Facts for the file's `metadata_props`, each as JSON, in addition to the `schedule`.
 
     Raises:
-        ExportError: A package is missing, the model is not in eval mode and float32, `opset` is out of range, there is
-            no such folder, or the graph does not compute what torch does.
+        ExportError: A package is missing, the model is not in eval mode and float32, `opset` is out of range, the
+            folder does not exist, or the graph does not compute torch's numbers.
         ValueError: r is negative, or lists more blocks than there are.
         OSError: The file cannot be written.
     """
@@ -131,10 +131,11 @@ def export_onnx(
     written.model.metadata_props.update({name: json.dumps(fact) for name, fact in facts.items()})
     with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
         unchecked = Path(folder) / file.name
-        written.save(unchecked, external_data=False)  # torch still puts them beside it where protobuf's 2 GB are near
+        # # torch still writes a second file when the weights are near protobuf's 2 GB
+        written.save(unchecked, external_data=False)
         onnx.checker.check_model(unchecked, full_check=True)
         difference = _difference(unchecked, fixed, input_size, (1, 8) if batch_size is None else (batch_size,) * 2)
-        parts = sorted(Path(folder).iterdir(), reverse=True)  # the file itself last
+        parts = sorted(Path(folder).iterdir(), reverse=True)  # # the file itself moves last
         num_bytes = sum(part.stat().st_size for part in parts)
         for part in parts:
             part.replace(file.with_name(part.name))
@@ -142,10 +143,10 @@ def export_onnx(
 
 
 def to_onnx(program: ExportedProgram, opset: int, inputs: Sequence[str], outputs: Sequence[str]) -> ONNXProgram:
-    """Translates a program to ONNX operators, without the source lines and paths that torch notes beside them.
+    """Translates a program to ONNX operators, without the source lines and paths that torch adds.
 
     Args:
-        program: What to translate; a first dimension that is dynamic in all inputs gets the name "batch".
+        program: The program; a first dimension that is dynamic in all inputs gets the name "batch".
         opset: Version of the ONNX operators.
         inputs: Names of the inputs.
         outputs: Names of the outputs.
@@ -153,28 +154,29 @@ def to_onnx(program: ExportedProgram, opset: int, inputs: Sequence[str], outputs
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     with warnings.catch_warnings():
-        # torch.onnx of torch 2.11 does what torch.utils of that version deprecates.
+        # # torch.onnx of torch 2.11 uses functions that torch.utils of that version deprecates.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         written = torch.onnx.export(
             program,
             input_names=inputs,
             output_names=outputs,
             opset_version=opset,
-            dynamic_shapes={name: {0: "batch"} for name in inputs},  # the name alone: the program knows what is dynamic
+            # # sets only the name: the program knows which dimensions are dynamic
+            dynamic_shapes={name: {0: "batch"} for name in inputs},
             custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             dynamo=True,
             verbose=False,
         )
-    assert written is not None  # as it is when torch.onnx.export is told a file
+    assert written is not None  # # None only if torch.onnx.export itself writes a file
     ClearMetadataAndDocStringPass()(written.model)
     return written
 
 
 def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """aten::sort.stable, which torch.onnx lacks: TopK of all, whose ties go to the lower index by its definition."""
+    """aten::sort.stable, which torch.onnx lacks: TopK of all elements, which breaks ties by the lower index."""
     from onnxscript import opset18
 
-    op: Any = opset18  # its annotations know nothing of tracing
+    op: Any = opset18  # # its annotations do not cover tracing
     length = op.Constant(value_ints=[values.shape[dim]])
     return op.TopK(values, length, axis=dim, largest=int(descending), sorted=1)
 
@@ -200,8 +202,8 @@ def _difference(file: Path, fixed: FixedR, input_size: tuple[int, int], batch_si
         (logits,) = session.run(None, {"images": images.numpy()})
         differences.append((torch.from_numpy(logits) - expected[-1]).abs().amax(dim=1))
     *others, largest = torch.cat(differences).sort().values.tolist()
-    # Two pairs of tokens that are alike but for rounding may merge in either order, which is right and moves the
-    # logits: that may happen to one image of all.
+    # # Two token pairs that differ only by rounding may merge in either order. Both are right, but the logits move:
+    # this may happen to one image of all.
     allowed = TOLERANCE * torch.cat(expected).abs().max().item()
     if not others[-1] <= allowed:
         raise ExportError(f"onnxruntime's logits differ from torch's by {others[-1]:.2g}; at most {allowed:.2g} may be")

@@ -11,28 +11,28 @@ from tome_core.vit import MergedViT
 
 
 class FixedR(nn.Module):
-    """A merging model whose dial stands still: `FixedR(merged, 8)(images)` is `merged(images, 8)`.
+    """A merging model at one `r`: `FixedR(merged, 8)(images)` is `merged(images, 8)`.
 
-    Token counts depend on the schedule alone, so this is one graph without a branch: what `torch.compile`,
-    `torch.export`, ONNX and CUDA graphs work on. It shares the weights of the model it fixes. Make one for each `r`;
-    any number of them can be compiled in one process.
+    Token counts depend on the schedule alone, so this is one graph without a branch, as `torch.compile`,
+    `torch.export`, ONNX and CUDA graphs need it. It shares the model's weights. Make one for each `r`; any number of
+    them can be compiled in one process.
 
     Args:
         merged: The merging model.
-        r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
+        r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `merged.r`.
 
     Attributes:
         merged: The merging model.
-        schedule: `r` of each block, before what a block cannot merge is clipped.
+        schedule: `r` of each block, before clipping.
 
     Raises:
         ValueError: r is negative, or lists more blocks than there are.
     """
 
-    def __init__(self, merged: MergedViT, r: RLike = 0) -> None:
+    def __init__(self, merged: MergedViT, r: RLike | None = None) -> None:
         super().__init__()
         self.merged = merged
-        self.schedule = resolve(r, merged.num_blocks)
+        self.schedule = resolve(merged.r if r is None else r, merged.num_blocks)
         self.training = merged.training
         merged.at(self.schedule)  # tuned numbers are put in place before a compiler looks on
         # torch.compile counts recompilations by code object, whatever the instance, and fails at the ninth. A copy of

@@ -1,13 +1,13 @@
-"""Block products in float8 (e4m3), by scales that cannot overflow and need no data.
+"""Block products in float8 (e4m3), with scales that cannot overflow and need no data.
 
-A LayerNorm of C channels gives nothing beyond sqrt(C) |weight| + |bias|, so by Cauchy and Schwarz a linear layer after
-it gives nothing beyond sqrt(C) times the length of its weights, and GELU makes nothing larger. Scaled so that these
-bounds become the largest float8, nothing is ever clipped; and since e4m3 is a float, a bound that is ten times too
-wide costs nothing either: its 3 bits of mantissa are what accuracy is lost by (docs/accuracy.md).
+A LayerNorm of C channels gives at most sqrt(C) |weight| + |bias|. By Cauchy and Schwarz, a linear layer after it gives
+at most sqrt(C) times the length of its weights, and GELU enlarges nothing. The scales map these bounds to the largest
+float8, so nothing is clipped. e4m3 is a float, so a bound that is ten times too wide costs nothing: accuracy is lost by
+its 3 bits of mantissa (docs/accuracy.md).
 
-Queries, keys and values and the MLP are multiplied in float8, where these products have inputs enough. The output of
-attention is not: its product is the smallest, and loses most for what it saves. The first block stays as it is: what
-is lost there, all others inherit.
+Queries, keys, values and the MLP are multiplied in float8 if the products have enough inputs. The output projection of
+attention is not: it is the smallest product, and loses most for the time it saves. The first block is not either: all
+later blocks inherit its loss.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from tome_core.kernels import FLOAT8, Norm
 from tome_core.kernels import missing_on as kernels_missing_on
 
 FIRST = 1
-"""The first block that is multiplied in float8."""
+"""The first block that multiplies in float8."""
 
 NARROWEST = 384
-"""Inputs below which a product stays as it is: it is bound by its memory traffic, and averages over too little."""
+"""Fewest inputs of a float8 product: a smaller product is bound by memory traffic, and averages over too few values."""
 
 LARGEST = 448.0
 """The largest e4m3."""
 
 SMALLEST = 1e-12
-"""What is taken for the largest value where all are zero."""
+"""Stands for the largest value if all values are zero."""
 
 ROUNDED = (1 + 2**-4) ** 2
-"""By how much rounding to e4m3 can enlarge the product of an input and a weight: half a step of 3 bits for each."""
+"""How much rounding to e4m3 can enlarge the product of an input and a weight: half a step of 3 bits for each."""
 
 NOT_FINITE = "cannot multiply in float8: a norm or a product has weights that are not finite"
 
 
 class Product8(NamedTuple):
-    """The weights of a product, and how its operands are scaled.
+    """The weights of a product, and the scales of its operands.
 
     Attributes:
         weight: (C, K) in float8, scaled to its range.
-        multiplier: What its input is multiplied by when it is made float8.
-        factor: What the product of both is multiplied by, to undo that.
-        scales: The reciprocals whose product is `factor`, as torch's own product wants them: float32, on the device.
+        multiplier: Scales the input before it is rounded to float8.
+        factor: Scales the product back.
+        scales: The reciprocals whose product is `factor`, for torch's own product: float32, on the device.
     """
 
     weight: Tensor
@@ -59,7 +59,7 @@ class Product8(NamedTuple):
 
 
 class Block8(NamedTuple):
-    """The products of a block; None for one that stays as it is."""
+    """The products of a block; None for one that stays in the model's dtype."""
 
     qkv: Product8 | None
     fc1: Product8 | None
@@ -67,7 +67,7 @@ class Block8(NamedTuple):
 
 
 def reason_against(family: Family, model: Any) -> str | None:
-    """Why a model whose blocks run fused cannot be multiplied in float8; None where it can."""
+    """Why a model whose blocks run fused cannot be multiplied in float8; None if it can."""
     for i, block in enumerate(family.blocks(model)):
         attn: Any = block.attn
         mlp: Any = block.mlp
@@ -83,7 +83,7 @@ def reason_against(family: Family, model: Any) -> str | None:
 
 
 def missing_on(device: torch.device) -> str | None:
-    """Why a device cannot multiply in float8; None where it can."""
+    """Why a device cannot multiply in float8; None if it can."""
     against = kernels_missing_on(device)
     if against:
         return against
@@ -93,7 +93,7 @@ def missing_on(device: torch.device) -> str | None:
 
 @torch.no_grad()
 def quantise(family: Family, model: Any, like: Sequence[Block8 | None] = ()) -> list[Block8 | None]:
-    """The blocks' products in float8, as the weights are now; None for a block that stays as it is.
+    """The blocks' products in float8, from the current weights; None for a block that stays in the model's dtype.
 
     Args:
         family: The model's adapter.
@@ -129,7 +129,7 @@ def _product(weight: Tensor, largest_input: float, like: Product8 | None) -> Pro
         return None
     if not math.isfinite(largest_input):
         raise UnsupportedModelError(NOT_FINITE)
-    # A matrix that is shared keeps its scale: the weights may have changed since.
+    # # A shared matrix keeps its scale: the weights may have changed since.
     quantised, scale = _scaled(weight) if like is None else (like.weight, 1 / (like.multiplier * like.factor))
     multiplier = LARGEST / max(largest_input, SMALLEST)
     scales = tuple(torch.tensor(1 / s, dtype=torch.float32, device=weight.device) for s in (multiplier, scale))
@@ -137,7 +137,7 @@ def _product(weight: Tensor, largest_input: float, like: Product8 | None) -> Pro
 
 
 def _scaled(weight: Tensor) -> tuple[Tensor, float]:
-    """A matrix in float8, and what it was multiplied by."""
+    """A matrix in float8, and its scale."""
     largest = weight.abs().max().item()
     if not math.isfinite(largest):
         raise UnsupportedModelError(NOT_FINITE)
@@ -146,13 +146,13 @@ def _scaled(weight: Tensor) -> tuple[Tensor, float]:
 
 
 def _largest(norm: Norm) -> float:
-    """A bound on what a norm gives."""
+    """An upper bound of a norm's output."""
     bounds = norm.weight.float().abs() * len(norm.weight) ** 0.5
     return float((bounds if norm.bias is None else bounds + norm.bias.float().abs()).max())
 
 
 def _largest_output(norm: Norm, linear: nn.Linear) -> float:
-    """A bound on what a linear layer makes of what a norm gives."""
+    """An upper bound of the output of a linear layer after a norm."""
     weight = linear.weight.float()
     bounds = (weight * norm.weight.float()).norm(dim=1) * len(norm.weight) ** 0.5
     shift = torch.zeros_like(bounds) if norm.bias is None else weight @ norm.bias.float()

@@ -1,8 +1,8 @@
-"""The forward loop of pre-norm blocks by fused operations: what is saved in arithmetic is saved in time.
+"""The forward loop of pre-norm blocks with fused operations, which turns saved arithmetic into saved time.
 
-A half of a block hands the next one its tokens and their norm. Its last product adds to the residual in place, so the
-norm after it reads one tensor. The biases of those products are left out of the residual: added up from half to half
-they are one offset for all tokens, which no merge changes, and every norm adds it as it reads.
+A half of a block passes on its tokens and their norm. Its last product adds to the residual in place, so the next norm
+reads one tensor. The residual leaves out the biases of these products: their running sum is one offset for all tokens,
+which no merge changes, and every norm adds it when it reads.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class _Tokens(NamedTuple):
     Attributes:
         x: The residual without its offset, (B, N, C). The loop writes into it.
         n: The next half's norm of it, (B, N, C).
-        size: Token sizes, (B, N) float32; None while nothing has merged.
+        size: Token sizes, (B, N) float32; None before the first merge.
         log_size: log2 of them.
-        places: Where they are, as `travelling` keeps it, (1 or B, N, K); None where attention does not know positions.
+        places: Their positions, as in `travelling`, (1 or B, N, K); None if attention uses no positions.
     """
 
     x: Tensor
@@ -59,11 +59,11 @@ class _Ending(NamedTuple):
     """How a half of a block ends.
 
     Attributes:
-        linear: Its last product; None where the half has made it.
+        linear: Its last product; None if the half has computed it.
         scale: LayerScale, (C,), or None.
-        offset: What the residual lacks after it, (C,) float32, or None.
-        norm: The norm that reads the sum; None where the fused operations have none like it.
-        multiplier: What that norm multiplies its result by, to store it in float8; None stores it as it is.
+        offset: The part that the residual lacks after it, (C,) float32, or None.
+        norm: The norm that reads the sum; None if no fused operation computes it.
+        multiplier: Scale of the norm's result for float8; None keeps the model's dtype.
         product8: The last product in float8; None multiplies by `linear`.
     """
 
@@ -85,20 +85,20 @@ def run_blocks(
     prefix_only: bool,
     float8: Sequence[Block8 | None],
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens through all blocks and the norm after them.
+    """Runs tokens through all blocks and the norm after them.
 
     Args:
         family: The model's adapter.
-        model: A model that `families.parts.reason_against` says nothing against.
+        model: A model for which `families.parts.reason_against` gives None.
         x: Tokens that enter the first block, (B, N, C), contiguous. They are overwritten.
         n: The first block's norm of them.
-        positions: As `Family.embed` gives them.
+        positions: As from `Family.embed`.
         schedule: `r` of each block, clipped.
-        prefix_only: Whether the last block is to compute prefix tokens alone, and merge nothing.
-        float8: The products of each block in float8; None, or no entries, for blocks that are as they are.
+        prefix_only: Whether the last block computes only prefix tokens, and merges nothing.
+        float8: The products of each block in float8; None or no entry for blocks in the model's dtype.
 
     Returns:
-        Normalised tokens, (B, M, C), and their sizes, (B, M) float32, or None where nothing has merged.
+        Normalised tokens, (B, M, C), and their sizes, (B, M) float32, or None if nothing has merged.
     """
     P, blocks = family.num_prefix_tokens(model), family.blocks(model)
     float8 = float8 or [None] * len(blocks)
@@ -108,7 +108,7 @@ def run_blocks(
         num_queries = P if prefix_only and i == len(blocks) - 1 else None
         position = family.position(model, positions, i)
         y, groups = _attention(block.attn, tokens, position, r, P, num_queries, float8[i])
-        # Read while a GPU is busy with the first block.
+        # # Read them while a GPU is busy with the first block.
         endings = endings or _endings([parts_of(block) for block in blocks], norm_of(family.norm(model)), float8)
         if num_queries is not None:
             tokens = _Tokens(tokens.x[:, :P].contiguous(), tokens.n)
@@ -128,7 +128,7 @@ def _attention(
     num_queries: int | None,
     float8: Block8 | None,
 ) -> tuple[Tensor, Groups | None]:
-    """What attention gives to its last product, (B, num_queries or N, C), and what merges after it."""
+    """The input of attention's last product, (B, num_queries or N, C), and the groups that merge after it."""
     if float8 is None or float8.qkv is None:
         q, k, v = project(attn, tokens.n, num_queries)
     else:
@@ -152,7 +152,7 @@ def _attention(
 
 
 def _project8(attn: Any, product: Product8, tokens: _Tokens, num_queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `project`, in float8."""
+    """`project` in float8."""
     C, dtype, bias = len(product.weight) // 3, tokens.x.dtype, joint_bias(attn)
     if num_queries is None:
         q, k, v = linear8(tokens.n, product.weight, bias, product.scales, dtype).split(C, dim=-1)
@@ -165,7 +165,7 @@ def _project8(attn: Any, product: Product8, tokens: _Tokens, num_queries: int | 
 
 
 def _mlp(mlp: Any, n: Tensor, float8: Block8 | None) -> Tensor:
-    """What enters the last product of an MLP; all of the MLP, where that cannot be parted from it."""
+    """The input of the MLP's last product, or the MLP's output if the two cannot be separated."""
     if float8 is None or float8.fc2 is None:
         whole: Tensor = mlp(n) if output_of(mlp) is None else hidden(mlp, n)
         return whole
@@ -189,7 +189,7 @@ def _end(tokens: _Tokens, y: Tensor, ending: _Ending, groups: Groups | None = No
         added = linear(y)
     form = (x.dtype, 1.0) if ending.multiplier is None else (FLOAT8, ending.multiplier)
     if groups is not None:
-        assert ending.norm is not None  # merges come before the norm of an MLP
+        assert ending.norm is not None  # # merges come before the norm of an MLP
         merged = merge_add_norm(groups, x, added, tokens.size, scale, offset, ending.norm, *form)
         return _Tokens(*merged, None if tokens.places is None else merge_sums(groups, tokens.places))
     if ending.norm is None:
@@ -214,7 +214,7 @@ def _endings(blocks: Sequence[Parts], last: Norm | None, float8: Sequence[Block8
 
 
 def _offsets(linears: Sequence[nn.Linear | None], scales: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What the residual lacks after each half: the biases of the products that were added to it in place."""
+    """The offset that the residual lacks after each half: the sum of the biases that its products left out."""
     lacking = [
         linear.bias if linear is not None and scale is None else None
         for linear, scale in zip(linears, scales, strict=True)

@@ -1,6 +1,6 @@
-"""Small tensors that follow from their arguments alone: made once, and kept.
+"""Small tensors that depend only on a function's arguments: computed once, then kept.
 
-A recorded graph can copy nothing from the host, so what is made there must be there before.
+A recorded graph cannot copy from the host, so such tensors must exist before it is recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ R = TypeVar("R")
 
 
 def kept(function: Callable[..., R]) -> Callable[..., R]:
-    """Keeps what a function gives, a tensor or a tuple, by its arguments; not what holds no data, as while tracing."""
+    """Caches a function's result, a tensor or a tuple, by its arguments, except for tensors without data, as while
+    tracing.
+    """
     known: dict[tuple[Hashable, ...], R] = {}
 
     @wraps(function)
@@ -24,7 +26,7 @@ def kept(function: Callable[..., R]) -> Callable[..., R]:
         if torch.compiler.is_compiling():
             return function(*args)
         if args not in known:
-            with torch.inference_mode(False):  # what is kept may meet gradients later
+            with torch.inference_mode(False):  # # the tensors may meet gradients later
                 made = function(*args)
             parts = made if isinstance(made, tuple) else (made,)
             if any(isinstance(part, Tensor) and type(part) is not Tensor for part in parts):

@@ -1,4 +1,4 @@
-"""Which tokens merge: bipartite soft matching on a metric, as index tensors that any device and dtype can apply."""
+"""Which tokens merge: bipartite soft matching on a metric, as index tensors for any device and dtype."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class MergePlan(NamedTuple):
     """One merge of N tokens into M = N - r, for each image of a batch.
 
     Attributes:
-        keep: Token that heads each output row, (B, M) int64: prefix tokens, unmerged src, then every dst.
+        keep: The token at the head of each output row, (B, M) int64: prefix tokens, unmerged src, then every dst.
         src: Tokens merged away, (B, r) int64.
-        dst: Output row that each of `src` joins, (B, r) int64.
+        dst: The output row that each token of `src` joins, (B, r) int64.
     """
 
     keep: Tensor
@@ -26,7 +26,7 @@ class MergePlan(NamedTuple):
     dst: Tensor
 
     def target(self) -> Tensor:
-        """Output row of every input token, (B, N) int64."""
+        """The output row of every input token, (B, N) int64."""
         rows = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
         # keep and src together are a permutation of the input; sorting it inverts it without a scatter.
         inverse = torch.cat([self.keep, self.src], dim=1).argsort(dim=1)
@@ -37,13 +37,13 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
     """Chooses the r most similar token pairs to merge.
 
     Tokens alternate between src (even positions) and dst (odd positions). Each src proposes its most similar dst by
-    cosine similarity, and the r best proposals win; ties go to the earlier token. Prefix tokens take no part, and a
-    metric of zero norm is similar to nothing (0, never NaN).
+    cosine similarity, and the r best proposals win; ties go to the earlier token. Prefix tokens take no part. A metric
+    of zero norm has similarity 0 to everything, never NaN.
 
     Args:
-        metric: Features compared, (B, N, D), any float dtype; compared in float32 or wider.
+        metric: Features to compare, (B, N, D), any float dtype; compared in float32 or wider.
         r: Pairs to merge. Clipped to half of the mergeable tokens; 0 gives the identity plan.
-        num_prefix_tokens: Leading tokens never merged (class, distillation, registers).
+        num_prefix_tokens: Leading tokens that never merge (class, distillation, registers).
 
     Returns:
         The plan, on metric's device.
@@ -63,7 +63,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
     if r == 0:
         return MergePlan(positions, positions[:, :0], positions[:, :0])
 
-    # Parity is that of the whole sequence, so a class token shifts patches as it does in the paper.
+    # # Parity counts from the start of the sequence, so a class token shifts patches as in the paper.
     first_src = num_prefix_tokens + num_prefix_tokens % 2
     first_dst = num_prefix_tokens + 1 - num_prefix_tokens % 2
     with full_precision(metric.device):

@@ -1,7 +1,7 @@
-"""A merge plan applied: size-weighted means, token sizes, and where every input token went.
+"""Applies a merge plan: size-weighted means, token sizes, and the row of every input token.
 
-Gathers and one small product with a one-hot matrix, no scatter: the result does not depend on the order in which a
-device adds, and the same graph exports.
+It uses gathers and one small product with a one-hot matrix, but no scatter. So the result does not depend on the order
+of additions on a device, and the same graph exports.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ def merge(plan: MergePlan, x: Tensor, size: Tensor | None = None) -> tuple[Tenso
     """Merges tokens into their size-weighted mean.
 
     Args:
-        plan: What merges with what, over N tokens.
+        plan: The merge of N tokens.
         x: Tokens, (B, N, C), any float dtype.
-        size: How many input tokens each stands for, (B, N) float32; None means one each.
+        size: Token sizes, (B, N) float32; None means sizes of 1.
 
     Returns:
-        The merged tokens, (B, M, C) in x's dtype, and their sizes, (B, M) float32; sizes keep their sum.
+        The merged tokens, (B, M, C) in x's dtype, and their sizes, (B, M) float32; the sum of sizes is kept.
 
     Source: Bolya et al., Token Merging, ICLR 2023, section 3, "Tracking Token Size".
     """
@@ -34,7 +34,7 @@ def merge(plan: MergePlan, x: Tensor, size: Tensor | None = None) -> tuple[Tenso
         gains = joins * size.gather(1, plan.src)[:, None, :]
         kept_size = size.gather(1, plan.keep)
         merged_size = kept_size + gains.sum(dim=-1)
-        # Weights of at most 1, in float32 or wider: a sum first and a division later would overflow float16.
+        # # Weights of at most 1, in float32 or wider: summing first and dividing later would overflow float16.
         kept, lost = widened(gather_tokens(x, plan.keep)), widened(gather_tokens(x, plan.src))
         kept = kept * (kept_size / merged_size)[..., None]
         merged = torch.baddbmm(kept, (gains / merged_size[..., None]).to(kept.dtype), lost)
@@ -42,21 +42,21 @@ def merge(plan: MergePlan, x: Tensor, size: Tensor | None = None) -> tuple[Tenso
 
 
 def track_source(plan: MergePlan, source: Tensor | None = None) -> Tensor:
-    """Follows every original token to the row that now holds it.
+    """Follows every original token to its current row.
 
     Args:
-        plan: The merge just made, over N tokens.
-        source: Row of each original token before it, (B, N0) int64; None before the first merge (N0 = N).
+        plan: The last merge, of N tokens.
+        source: The row of each original token before it, (B, N0) int64; None before the first merge (N0 = N).
 
     Returns:
-        Row of each original token after it, (B, N0) int64.
+        The row of each original token after it, (B, N0) int64.
     """
     target = plan.target()
     return target if source is None else target.gather(1, source)
 
 
 def unmerge(x: Tensor, source: Tensor) -> Tensor:
-    """Gives every original token the value of the token that holds it now: (B, M, C) and (B, N0) -> (B, N0, C)."""
+    """Gives every original token the value of its current row: (B, M, C) and (B, N0) -> (B, N0, C)."""
     return gather_tokens(x, source)
 
 

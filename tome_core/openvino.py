@@ -1,10 +1,10 @@
-"""A model at one `r` in OpenVINO, the runtime that is fastest on CPUs.
+"""A model at one `r` in OpenVINO, the fastest runtime on CPUs.
 
-The graph is torch's but for four things. Merging is one operator to torch, and is written here in OpenVINO's own, with
-tables of whole rows where torch's form would move an index for every number; or is one operator to OpenVINO too, where
-that could be compiled (`openvino_operator`). A joint projection becomes one for each part, and queries are scaled
-instead of scores, so that OpenVINO's fused attention takes them as they come. What a norm multiplies and adds goes into
-the weights of the layers that read it. Whatever decides which tokens merge, and the sizes, stays float32 where the
+The graph is torch's, with four changes. Merging, which is one operator in torch, is written in OpenVINO's own operators
+with tables of whole rows, where torch's form would move an index for every number; or it is one OpenVINO operator, if
+that could be compiled (`openvino_operator`). A joint projection becomes one projection a part, and queries are scaled
+instead of scores, so that OpenVINO's fused attention accepts them directly. Weight and bias of a norm move into the
+weights of the layers that read it. The operations that decide which tokens merge, and the sizes, stay float32 when the
 layers run in bfloat16.
 """
 
@@ -26,13 +26,14 @@ from tome_core.export import export_program
 from tome_core.matching import match
 from tome_core.merging import merge
 from tome_core.schedule import RLike, max_r
-from tome_core.vit import MergedViT, Tokens
+from tome_core.tokens import Tokens
+from tome_core.vit import MergedViT
 
 if TYPE_CHECKING:
     from tome_core.quiet import openvino
 
 _FLOAT32 = "float32."
-"""What the names of nodes begin with that stay in float32."""
+"""Prefix of the names of nodes that stay in float32."""
 
 
 @torch.library.custom_op("tome_core::merged_tokens", mutates_args=())
@@ -48,8 +49,10 @@ def _(x: Tensor, keys: Tensor, size: Tensor, r: int, num_prefix_tokens: int) -> 
 
 @torch.library.custom_op("tome_core::merged_size", mutates_args=())
 def _merged_size(merged: Tensor, size: Tensor) -> Tensor:
-    """Sizes of what `merged_tokens` gave. OpenVINO lets an operator of ours have one result; this names its other."""
-    raise NotImplementedError("this operator is there to be translated")
+    """The sizes of the result of `merged_tokens`. An OpenVINO operator may have one result only; this names the
+    other.
+    """
+    raise NotImplementedError("this operator exists only to be translated")
 
 
 @_merged_size.register_fake
@@ -58,7 +61,7 @@ def _(merged: Tensor, size: Tensor) -> Tensor:
 
 
 class _OneOperator(MergedViT):
-    """The model with merging as one operator, for the families whose tokens need not be followed."""
+    """The model with merging as one operator, for families without tracking of tokens."""
 
     def _merge(self, block: nn.Module, tokens: Tokens, keys: Tensor, r: int, track: bool) -> Tokens:
         if track:
@@ -78,13 +81,13 @@ def to_openvino(
         merged: The merging model, in eval mode and float32.
         r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
         input_size: Height and width of its images, in pixels.
-        operator: What `build_operator` has made, which whoever reads the model must have as an extension; None merges
+        operator: The library of `build_operator`, which every reader of the model must add as an extension. None merges
             by OpenVINO's own operators.
 
     Returns:
-        A model of images (B, 3, H, W) that gives what `merged` does, such as logits (B, K), for any B; `reshape` it to
-        the batch size to be run, which OpenVINO compiles to a faster graph. Write it with `save`, which says what stays
-        float32.
+        A model of images (B, 3, H, W) that computes the same as `merged`, such as logits (B, K), for any B. `reshape`
+        it to the batch size before compilation, which makes it faster. Write it with `save`, which marks the float32
+        nodes.
 
     Raises:
         ExportError: The model is in training mode.
@@ -132,14 +135,14 @@ def to_openvino(
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line is worth the log: OpenVINO warns of operators that newer torch has not, and no ViT needs."""
+    """Whether to log a line: OpenVINO warns about operators that newer torch lacks and no ViT needs."""
     return "not found in decomp table" not in record.getMessage()
 
 
 def save(model: openvino.Model, file: Path) -> None:
     """Writes the model as OpenVINO's IR, `file` (.xml) and its weights beside it (.bin).
 
-    Nodes that decide which tokens merge get the mark that OpenVINO's CPU plugin obeys; Python can set it nowhere else.
+    Nodes that decide which tokens merge get the mark that OpenVINO's CPU plugin obeys; Python can only set it here.
     """
     from tome_core.quiet import openvino
 
@@ -164,7 +167,7 @@ def _rows_of(keys: Any) -> Any:
     from tome_core.quiet import openvino
 
     ops = openvino.opset15
-    if keys.get_node().get_type_name() == "Transpose":  # before it the heads of a token lie side by side
+    if keys.get_node().get_type_name() == "Transpose":  # before it, the heads of a token lie side by side
         keys = keys.get_node().input_value(0)
     else:
         keys = ops.transpose(keys, ops.constant(np.array([0, 2, 1, 3])))
@@ -172,7 +175,7 @@ def _rows_of(keys: Any) -> Any:
 
 
 def _calls_of(library: Path) -> Any:
-    """What `_translate` is, by the compiled operator."""
+    """Like `_translate`, by the compiled operator."""
     from tome_core.quiet import openvino
 
     factory = openvino.utils.node_factory.NodeFactory()
@@ -189,7 +192,7 @@ def _calls_of(library: Path) -> Any:
 
 
 def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
-    """The operator `merged_tokens`, over keys (B, num_heads, N, D), in OpenVINO's."""
+    """The operator `merged_tokens`, over keys (B, num_heads, N, D), in OpenVINO's operators."""
     import numpy as np
 
     from tome_core.quiet import openvino
@@ -206,17 +209,18 @@ def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     def integers(*values: int) -> Any:
         return ops.constant(np.array(values, dtype=np.int32))
 
-    # Of rows only: OpenVINO 2026.4 crashes in a Gather of single numbers from a batch of one.
+    # Only rows: OpenVINO 2026.4 crashes in a Gather of single numbers from a batch of one.
     def gather(data: Any, index: Any, batch_dims: int = 1) -> Any:
         return ops.gather(data, index, integers(1), batch_dims)
 
     src = np.arange(num_prefix_tokens + num_prefix_tokens % 2, N, 2, dtype=np.int32)
     dst = np.arange(num_prefix_tokens + 1 - num_prefix_tokens % 2, N, 2, dtype=np.int32)
 
-    # Cosine similarity knows no scale: the sum over heads does for their mean, and a product sums fastest.
+    # Cosine similarity is independent of scale, so the sum over heads replaces their mean. A product is the fastest
+    # sum.
     heads = ops.constant(np.tile(np.eye(D, dtype=np.float32), (num_heads, 1)))
     metric = ops.matmul(_rows_of(keys), heads, False, False)
-    # Root mean square for the norm, which differs by a factor that decides nothing, and is one fused operation.
+    # Root mean square instead of the norm: it differs by a constant factor, and is one fused operation.
     square = ops.reduce_mean(ops.power(metric, ops.constant(np.float32(2))), integers(2), True)
     root = ops.sqrt(ops.add(square, ops.constant(np.float32(1e-24))))
     metric = ops.multiply(metric, ops.divide(ops.constant(np.float32(1)), root))
@@ -228,7 +232,7 @@ def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     ranked = exact(ops.topk(best, ops.constant(r), 1, "max", "value", index_element_type="i32", stable=True))
     merged = ranked.output(1)  # (B, r)
     away = ops.add(ops.multiply(merged, integers(2)), integers(int(src[0])))
-    # What stays but dst, in its order: the smallest positions, where those of merged tokens are past all others.
+    # All that stays except dst, in order: the smallest positions, with merged tokens moved past all others.
     stays = np.concatenate([np.arange(num_prefix_tokens, dtype=np.int32), src])[None, None]
     is_merged = ops.equal(ops.unsqueeze(away, integers(2)), ops.constant(stays))  # (B, r, prefix + N_src)
     late = ops.reduce_max(ops.select(is_merged, ops.constant(stays + N), ops.constant(stays)), integers(1))
@@ -253,7 +257,7 @@ def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
 
 
 def _split_projections(program: ExportedProgram) -> None:
-    """Makes a linear layer whose output is cut into parts one layer a part, which saves cutting at every call."""
+    """Splits a linear layer whose output is cut into parts into one layer a part, which saves cutting at every call."""
     graph = program.graph
     for cut in list(graph.find_nodes(op="call_function", target=torch.ops.aten.split_with_sizes.default)):
         linear, widths = cut.args[0], cut.args[1]
@@ -280,7 +284,7 @@ def _split_projections(program: ExportedProgram) -> None:
 
 
 def _scale_queries(program: ExportedProgram) -> None:
-    """Scales queries by 1 / sqrt(D), which OpenVINO does in passing, where it would scale the keys in a step."""
+    """Scales queries by 1 / sqrt(D), which OpenVINO fuses. It would scale the keys in a separate step."""
     graph = program.graph
     for attention in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
         if attention.kwargs.get("scale") is not None:
@@ -295,7 +299,7 @@ def _scale_queries(program: ExportedProgram) -> None:
 
 
 def _fold_norms(program: ExportedProgram) -> None:
-    """Puts the weight and bias of a norm into the linear layers that read it: one operation less at every call."""
+    """Folds weight and bias of a norm into the linear layers that read it: one operation less at every call."""
     graph = program.graph
     for norm in graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default):
         x, widths, weight, bias, *rest = norm.args
@@ -313,7 +317,7 @@ def _fold_norms(program: ExportedProgram) -> None:
 
 
 def _linears_after(node: Node, last: int) -> list[Node]:
-    """The linear layers that read a node, or some of its rows; none where anything else reads it too."""
+    """The linear layers that read a node, or some of its rows; none if anything else reads it too."""
     linears = []
     for user in node.users:
         cuts_rows = user.target in (torch.ops.aten.slice.Tensor, torch.ops.aten.select.int)

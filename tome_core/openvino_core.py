@@ -1,9 +1,9 @@
-"""The one `openvino.Core` of a process.
+"""The single `openvino.Core` of a process.
 
-A `Core` gives the thread that first uses the CPU a signal stack of its own, and takes that memory back when the last of
-it and of its compiled models is dropped. Dropped by another thread, or while a younger `Core` is there, it leaves a
-thread with a signal stack that does not exist: the next signal, be it Ctrl-C, ends the process with a segmentation
-fault. So no `Core` is ever dropped here.
+A `Core` gives the thread that first uses the CPU a signal stack, and frees that memory when the last of the `Core` and
+its compiled models is dropped. If another thread drops it, or while a younger `Core` exists, a thread keeps a freed
+signal stack: the next signal, such as SIGINT, then ends the process with a segmentation fault. So no `Core` is ever
+dropped here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def core() -> openvino.Core:
 
 @functools.cache
 def add_operator(library: Path) -> None:
-    """Adds a compiled operator to it, once; it stays.
+    """Adds a compiled operator to the `Core`, once; it stays.
 
     Args:
-        library: What `build_operator` gave.
+        library: The result of `build_operator`.
 
     Raises:
         RuntimeError: It cannot be loaded.

@@ -1,7 +1,7 @@
-"""Merging as one compiled operator of OpenVINO, where there is a C++ compiler to make it.
+"""Merging as one compiled OpenVINO operator, if there is a C++ compiler.
 
-About 36 small operators of a merge become one. That matters most where there is little work for each: in bfloat16, and
-for a lone image. `openvino_operator.cpp` is its source; OpenVINO's headers come with its wheel.
+About 36 small operators of a merge become one. This matters most when each has little work: in bfloat16, and for a
+single image. `openvino_operator.cpp` is its source; OpenVINO's headers come with its wheel.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from tome_core.quiet import openvino
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# Never unloaded: models compiled with it outlive the `openvino.Core` that loaded it, and would call into nothing.
+# Never unloaded: models compiled with it outlive the `openvino.Core` that loaded it, and would call freed code.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wl,-z,nodelete")
 
 
 class OperatorError(RuntimeError):
-    """The operator cannot be compiled here; the message says why. Models can do without."""
+    """The operator cannot be compiled here; the message says why. Models work without it."""
 
 
 def build_operator(folder: Path) -> Path:
     """Compiles the operator for this machine, or finds it compiled.
 
     Args:
-        folder: Where it is kept, under a name made of its source, the compiler, the CPU and OpenVINO's version.
+        folder: Its folder. The file name depends on its source, the compiler, the CPU and OpenVINO's version.
 
     Returns:
         The library, for `to_openvino` and for `openvino.Core.add_extension`.
 
     Raises:
-        OperatorError: There is no C++ compiler, OpenVINO has come without its headers, or compiling fails.
+        OperatorError: There is no C++ compiler, OpenVINO lacks its headers, or compiling fails.
         OSError: The folder cannot be written.
     """
     from tome_core.quiet import openvino
@@ -47,7 +47,7 @@ def build_operator(folder: Path) -> Path:
     libraries = sorted((package / "libs").glob("libopenvino.so.*"))
     if not libraries or not (package / "include").is_dir():
         raise OperatorError(f"OpenVINO's headers and library are not in {package}")
-    # Its predefined macros are the compiler's version and all that -march=native means on this machine.
+    # The predefined macros contain the compiler's version and the meaning of -march=native on this machine.
     macros = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", "/dev/null")
     identity = (_SOURCE.read_text(), macros, repr(_FLAGS), openvino.__version__)
     library = folder / f"merge_tokens-{hashlib.sha256(''.join(identity).encode()).hexdigest()[:24]}.so"
@@ -67,10 +67,10 @@ def _run(*command: str) -> str:
 
 
 def to_bfloat16(model: openvino.Model) -> None:
-    """Lets the operator read and write tokens in bfloat16, for a model that is to be compiled in that.
+    """Lets the operator read and write tokens in bfloat16, for a model to be compiled in it.
 
-    A graph of float32 is one for either precision, but to the types of an operator of ours OpenVINO holds fast, and
-    would convert. Sizes stay float32, and so does its arithmetic.
+    A float32 graph serves both precisions, except that OpenVINO keeps the types of a custom operator and would convert.
+    Sizes and the operator's arithmetic stay float32.
     """
     from tome_core.quiet import openvino
 

@@ -33,7 +33,9 @@ NOWHERE = Position()
 """Of a block whose attention does not know positions."""
 
 
-def follow(position: Position, source: Tensor, num_tokens: int, num_prefix_tokens: int) -> Position:
+def follow(
+    position: Position, source: Tensor, num_tokens: int, num_prefix_tokens: int, size: Tensor | None = None
+) -> Position:
     """Positions of merged tokens.
 
     Args:
@@ -41,6 +43,7 @@ def follow(position: Position, source: Tensor, num_tokens: int, num_prefix_token
         source: Row that now holds each of them, (B, N0) int64.
         num_tokens: Tokens that are left, N.
         num_prefix_tokens: Leading tokens that never merge and have no position.
+        size: Input tokens that each stands for, (B, N), where some are padding, whose rope is zero.
 
     Returns:
         Positions of the N tokens: rope (B, 1 or num_heads, N - num_prefix_tokens, 2D), bias (B, num_heads, N, N).
@@ -53,7 +56,8 @@ def follow(position: Position, source: Tensor, num_tokens: int, num_prefix_token
     with full_precision(source.device):
         if rope is not None:
             wide = widened(rope)
-            share = (members / members.sum(dim=-1, keepdim=True)).to(wide.dtype)
+            count = members.sum(dim=-1) if size is None else size[:, num_prefix_tokens:].clamp(min=1)
+            share = (members / count[..., None]).to(wide.dtype)
             rope = (share[:, None] @ wide).to(rope.dtype)
         if bias is not None:
             assert position.grid is not None

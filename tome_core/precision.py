@@ -11,13 +11,14 @@ from torch import Tensor
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast does not lower float32 arithmetic on `device`.
 
-    `torch.set_float32_matmul_precision` is left to the caller: with "high" or "medium", products in here are rounded.
+    It does not change `torch.set_float32_matmul_precision`: with "high" or "medium", its products are rounded.
     """
-    if device.type == "meta":  # has no autocast; asking torch which devices have it would break torch.compile's graph
+    # # it has no autocast, and asking torch for the devices with autocast would break torch.compile's graph
+    if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if that is what it is."""
+    """x in float32, or in float64 if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

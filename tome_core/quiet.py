@@ -1,9 +1,10 @@
-"""Packages that report to their makers, imported so that they do not: `from tome_core.quiet import openvino`.
+"""Imports of packages that report to their makers, with the reports off: `from tome_core.quiet import openvino`.
 
-The import of openvino alone gives the machine a lasting number, keeps it in the home folder, and sends it to an
-analytics host. It does so by the package openvino_telemetry, without which it works as well, so that package is hidden
-from this process. onnxruntime does the like at its first session, and huggingface_hub tells the hub what is installed;
-variables stop both, also in child processes. Nothing is written for that. All code here imports them through this file.
+The import of openvino alone creates a lasting number for the machine in the home folder, and sends it to an analytics
+host. The package openvino_telemetry does this; openvino also works without it, so it is hidden from this process.
+onnxruntime reports at its first session, and huggingface_hub tells the hub which packages are installed; environment
+variables stop both, also in child processes. Nothing is written for that. All code here imports these packages through
+this file.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A merging model at one `r` without its launches: recorded as a CUDA graph, and replayed.
+"""A merging model at one `r`, recorded as a CUDA graph and replayed, so that kernels are not launched one by one.
 
 A forward pass launches some eighty kernels, and a host needs longer for that than a GPU for a small model or a few
 images. Token counts depend on the schedule alone, so one recording serves every batch of a shape.
@@ -58,12 +58,12 @@ class Recorded(nn.Module):
     """A merging model at one `r`, replayed: `Recorded(merged, 13)(images)` is `merged(images, 13)`.
 
     The first call with a shape of images records it, which takes some forward passes; every later one replays it.
-    Where nothing can be recorded (on a CPU, with gradients, in a graph of somebody else's) it calls the model. The
-    model's weights may change in place; they must not move. It may be called from several threads, which take turns.
+    Where nothing can be recorded (on a CPU, with gradients, inside another graph) it calls the model. The model's
+    weights may change in place; they must not move. Several threads may call it; they take turns.
 
     Args:
         merged: The merging model.
-        r: Tokens merged in each block: a number, a list of one per block, or a Ramp.
+        r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `merged.r`.
         max_shapes: Most shapes whose recordings are kept, each with its activations in the GPU's memory; the one unused
             for longest goes first.
 
@@ -71,7 +71,7 @@ class Recorded(nn.Module):
         ValueError: r is negative, or lists more blocks than there are.
     """
 
-    def __init__(self, merged: MergedViT, r: RLike = 0, max_shapes: int = 4) -> None:
+    def __init__(self, merged: MergedViT, r: RLike | None = None, max_shapes: int = 4) -> None:
         super().__init__()
         self.fixed = FixedR(merged, r)
         self.training = merged.training

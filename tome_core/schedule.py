@@ -74,6 +74,8 @@ def resolve(r: RLike, num_blocks: int) -> tuple[int, ...]:
     """
     if isinstance(r, Ramp):
         return r.per_block(num_blocks)
+    if isinstance(r, tuple) and [type(part) for part in r] == [int, float]:  # as the published implementation has it
+        raise TypeError(f"r is {r}; a ramp is Ramp({r[0]}, inflect={r[1]}, rounding='published')")
     if isinstance(r, Sequence) and not isinstance(r, str | bytes):
         if len(r) > num_blocks:
             raise ValueError(f"the schedule lists {len(r)} blocks; this model has {num_blocks}")

@@ -1,9 +1,8 @@
-"""Positions that travel with their tokens through fused blocks: what members have is added up as tokens merge.
+"""Positions that travel with their tokens through fused blocks: they are added up as tokens merge.
 
-Three kinds, each the shape of its family's positions: sines and cosines of a rotary table that all blocks and heads
-share, (N, 2D); rows and columns of the grid, under a bias of relative positions, (N, 2); and, where each block and
-head has a rotary table of its own, the members themselves, (N, N0) and some zeros. `tome_core.positions` says what the
-means are.
+There are three kinds, after the positions of the families. A rotary table that all blocks and heads share: its sines
+and cosines, (N, 2D). A bias of relative positions: rows and columns of the grid, (N, 2). A rotary table for each block
+and head: the members themselves, (N, N0) and some zeros. `tome_core.positions` defines the means.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from tome_core.positions import Position
 
 
 def start(position: Position, x: Tensor, num_prefix_tokens: int) -> Tensor | None:
-    """What is kept of tokens before the first merge.
+    """The positions of tokens before the first merge.
 
     Args:
-        position: Of the first block.
+        position: Position of the first block.
         x: The tokens, (B, N0, C).
         num_prefix_tokens: Leading tokens, which have no position.
 
     Returns:
-        (1 or B, N0, K), or None where attention does not know positions.
+        (1 or B, N0, K), or None if attention uses no positions.
     """
     if position.rope is not None and position.rope.ndim == 2:
         return _with_prefix(position.rope, num_prefix_tokens)[None].float()
@@ -37,12 +36,12 @@ def start(position: Position, x: Tensor, num_prefix_tokens: int) -> Tensor | Non
 
 
 def table_at(rope: Tensor, places: Tensor | None, size: Tensor | None, num_prefix_tokens: int) -> Tensor:
-    """A block's rotary table at its tokens, added up over their members.
+    """A block's rotary table for its tokens, added up over their members.
 
     Args:
         rope: The block's table for the original patches: (N0 - P, 2D), or (num_heads, N0 - P, 2D).
-        places: What is kept of the tokens, (1 or B, N, K).
-        size: Their members, (B, N) float32; None before the first merge.
+        places: The positions of the tokens, (1 or B, N, K).
+        size: Token sizes, (B, N) float32; None before the first merge.
         num_prefix_tokens: Leading tokens P, which are not rotated.
 
     Returns:
@@ -58,7 +57,7 @@ def table_at(rope: Tensor, places: Tensor | None, size: Tensor | None, num_prefi
 
 
 def bias_at(position: Position, places: Tensor | None, size: Tensor | None, num_prefix_tokens: int) -> Bias | None:
-    """A block's bias between its tokens; None where there is none. Arguments as for `table_at`."""
+    """A block's bias between its tokens, or None. Arguments as for `table_at`."""
     if position.bias is None or position.grid is None or places is None:
         return None
     size = places.new_ones(places.shape[:2]) if size is None else size
@@ -68,12 +67,12 @@ def bias_at(position: Position, places: Tensor | None, size: Tensor | None, num_
 
 
 def _padded(n: int) -> int:
-    """The next multiple of 8, without which products are slow in half precision."""
+    """The next multiple of 8: products of other sizes are slow in half precision."""
     return n + -n % 8
 
 
 def _with_prefix(rope: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Sines and cosines (..., N, 2D) with those of prefix tokens before them, which turn by nothing."""
+    """Sines and cosines (..., N, 2D) with those of the prefix tokens before them, which rotate by 0."""
     nothing = rope.new_zeros(*rope.shape[:-2], num_prefix_tokens, rope.shape[-1])
     nothing[..., rope.shape[-1] // 2 :] = 1
     return torch.cat([nothing, rope], dim=-2)

@@ -1,7 +1,7 @@
-"""Tuned numbers: norms and biases that give a model back what merging costs, a set for each band of `r`.
+"""Tuned numbers: norms and biases that recover the accuracy that merging costs, one set for each band of `r`.
 
-The matrices stay, and so does every number at an `r` outside the bands: below them answers do not change by a bit.
-`tome_core.tuning` makes such sets from photos without labels; a file keeps them with what they were made for.
+The matrices stay, and so do all numbers at an `r` outside the bands: there, answers are bit for bit the same.
+`tome_core.tuning` makes such sets from photos without labels. A file stores them with a description of their making.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from tome_core.whole_file import write_whole
 
 FORMAT = "tome-tuned-1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What a model may have been brought to before its tuned numbers are loaded."""
+"""Allowed dtypes of a model when its tuned numbers are loaded."""
 
 
 class TunedError(ValueError):
-    """A file holds no tuned numbers, or those of another model; the message says which."""
+    """A file has no tuned numbers, or those of another model; the message says which."""
 
 
 class Band(NamedTuple):
-    """Tuned numbers, and the `r` that they are for.
+    """Tuned numbers and their range of `r`.
 
     Attributes:
-        low: The smallest `r`. A schedule belongs where its mean over all blocks does.
-        high: The largest.
+        low: The smallest `r`. A schedule counts by its mean over all blocks.
+        high: The largest `r`.
         tensors: By their names in the timm model, (C,) each, float32 on the CPU.
     """
 
@@ -51,9 +51,9 @@ class Tuned(NamedTuple):
     """Tuned numbers of a model.
 
     Attributes:
-        bands: In order of `r`; no two of them meet.
-        weights: `fingerprint` of the model that they were made for, by the name of its dtype.
-        about: How they were made and what they gave, as JSON holds it.
+        bands: In order of `r`, without overlap.
+        weights: `fingerprint` of their model, by the name of its dtype.
+        about: How they were made and what they gained, as a JSON object.
     """
 
     bands: Sequence[Band]
@@ -61,15 +61,15 @@ class Tuned(NamedTuple):
     about: Mapping[str, Any]
 
     def check(self, model: nn.Module, family: Family, found: str | None = None) -> None:
-        """Refuses another model, or other weights.
+        """Refuses another model or other weights.
 
         Args:
             model: The timm model, in one of `DTYPES`.
             family: Its adapter.
-            found: `fingerprint` of the model, where it is known.
+            found: `fingerprint` of the model, if known.
 
         Raises:
-            TunedError: They were made for another.
+            TunedError: They were made for another model or other weights.
         """
         own = tunable(model, family)
         for band in self.bands:
@@ -88,7 +88,7 @@ class Tuned(NamedTuple):
             )
 
     def save(self, file: Path | str) -> None:
-        """Writes them as one safetensors file; who reads it meanwhile sees the old one or the new one.
+        """Writes them as one safetensors file. A reader sees the old file or the new one.
 
         Raises:
             OSError: The file cannot be written.
@@ -100,31 +100,31 @@ class Tuned(NamedTuple):
         }
         facts = {"bands": [[b.low, b.high] for b in self.bands], "weights": self.weights, "about": self.about}
         content = save(tensors, {"format": FORMAT} | {name: json.dumps(fact) for name, fact in facts.items()})
-        write_whole(Path(file), content)  # safetensors raises no OSError where it writes itself
+        write_whole(Path(file), content)  # # safetensors' own writing raises no OSError
 
     @staticmethod
     def load(file: Path | str) -> Tuned:
-        """Reads what `save` wrote.
+        """Reads a file of `save`.
 
         Raises:
-            TunedError: It did not write this.
+            TunedError: The file has other contents.
             OSError: The file cannot be read.
         """
         with open(file, "rb"):
-            pass  # safetensors raises no OSError that tells what is wrong
+            pass  # # safetensors' error hides the reason
         try:
             with safe_open(file, framework="pt") as opened:
-                # Cloned, they do not lie in the mapped file, which may be cut short while they are in use.
+                # # Clones do not lie in the mapped file, which may be truncated while they are in use.
                 tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
                 return _parsed(opened.metadata() or {}, tensors)
-        except (SafetensorError, ValueError, RecursionError) as error:  # RecursionError: JSON that is nested too deep
+        except (SafetensorError, ValueError, RecursionError) as error:  # # RecursionError: JSON with too many levels
             raise TunedError(f"{file} holds no tuned numbers: {error}") from None
 
 
 def tunable(model: nn.Module, family: Family) -> dict[str, nn.Parameter]:
-    """The numbers of a timm model that can be tuned: norms, biases and LayerScale of its blocks, and its final norm.
+    """The parameters of a timm model that can be tuned: norms, biases and LayerScale of its blocks, and its final norm.
 
-    The head is not among them: it reads the features of every `r` alike.
+    The head is not one of them: it reads the features of every `r` alike.
     """
     parts = [*family.blocks(model), family.norm(model)]
     own = {id(parameter) for part in parts for parameter in part.parameters() if parameter.ndim == 1}
@@ -132,14 +132,14 @@ def tunable(model: nn.Module, family: Family) -> dict[str, nn.Parameter]:
 
 
 def sharing(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module with other tensors in the place of some parameters, and everything else shared with the one given.
+    """A copy of a module with other tensors for some parameters, which shares everything else with the original.
 
-    Layers without such a parameter are the very same; those with one share their hooks, buffers and matrices, also
-    hooks that come later. A parameter that is assigned anew later is not shared, nor is a plain attribute.
+    Layers without such a parameter are the same objects. Layers with one share their hooks (also later ones), buffers
+    and matrices. A parameter that is reassigned later is not shared, nor is a plain attribute.
 
     Args:
         module: Any module.
-        tensors: By the names of the parameters that they replace, as `named_parameters` gives them. What has several
+        tensors: By the names of the parameters that they replace, as in `named_parameters`. A parameter with several
             names is replaced under all of them.
     """
     replaced = {id(own): tensors[name] for name, own in module.named_parameters() if name in tensors}
@@ -147,7 +147,7 @@ def sharing(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _sharing(module: nn.Module, replaced: Mapping[int, Tensor], twins: dict[int, nn.Module]) -> nn.Module:
-    """Arguments by `id`: what is in the place of a parameter, and what was made of a module that is met again."""
+    """Arguments by `id`: the replacements of parameters, and the copies of modules that occur again."""
     if id(module) in twins:
         return twins[id(module)]
     parameters = {name: replaced.get(id(own), own) for name, own in module._parameters.items()}
@@ -157,8 +157,8 @@ def _sharing(module: nn.Module, replaced: Mapping[int, Tensor], twins: dict[int,
     twin = module
     if _differ(parameters, module._parameters) or _differ(children, module._modules):
         twin = copy(module)
-        # Hooks that come later are seen through dicts that both have. For a full backward hook torch also sets a flag,
-        # which only the module itself would get.
+        # # Both have the same dicts of hooks, so later hooks reach both. For a full backward hook torch also sets a
+        # flag, which only the module itself would get.
         full = module._is_full_backward_hook is not False
         twin.__dict__ |= {"_parameters": parameters, "_modules": children, "_is_full_backward_hook": full}
     twins[id(module)] = twin
@@ -170,11 +170,11 @@ def _differ(some: Mapping[str, object], others: Mapping[str, object]) -> bool:
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """A sha256 of all that a model has learned: names, shapes and numbers.
+    """A sha256 of everything that a model has learned: names, shapes and numbers.
 
     Args:
         model: A timm model.
-        dtype: Of the numbers as they are counted; None takes them as they are.
+        dtype: The numbers are converted to it first; None keeps theirs.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -186,15 +186,15 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """`fingerprint` of a float32 model in every dtype that it may be brought to, by the dtype's name."""
+    """`fingerprint` of a float32 model in each of `DTYPES`, by the dtype's name."""
     return {_name(dtype): fingerprint(model, dtype) for dtype in DTYPES}
 
 
 def _parsed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Tuned:
-    """What `Tuned.save` has written.
+    """Parses the contents of `Tuned.save`.
 
     Raises:
-        ValueError: It is something else; the message says what is wrong.
+        ValueError: They are something else; the message says what is wrong.
     """
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}; this version reads {FORMAT!r}")
@@ -215,10 +215,10 @@ def _parsed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Tuned
 
 
 def _ranges(said: Any) -> list[tuple[int, int]]:
-    """The `r` of the bands, lowest and highest.
+    """The lowest and highest `r` of the bands.
 
     Raises:
-        ValueError: They are something else.
+        ValueError: They are not ranges.
     """
     found: list[tuple[int, int]] = []
     for pair in said if isinstance(said, list) else ():

@@ -1,8 +1,8 @@
-"""Tuning without labels: norms and biases learn to give at an `r` the answers that the model gives at r=0.
+"""Tuning without labels: norms and biases learn to give at an `r` the model's answers at r=0.
 
-The teacher is the model itself at r=0. The student is the same model at an `r` that is drawn anew for every batch. The
-matrices do not change, so a step costs two forward passes and half a backward pass. What each choice here gains, and
-what else was tried, is in docs/accuracy.md.
+The teacher is the model itself at r=0. The student is the same model at an `r` that is drawn for every batch. The
+matrices do not change, so a step costs two forward passes and half a backward pass. docs/accuracy.md says what each
+choice gains, and what else was tried.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tome_core.vit import MergedViT
 
 @dataclass(frozen=True)
 class Recipe:
-    """How numbers learn.
+    """The settings of the training.
 
     Attributes:
-        steps: Batches.
+        steps: Number of batches.
         batch_size: Views in a batch.
-        learning_rate: Of AdamW without decay, at its highest; a cosine takes it to 0.
+        learning_rate: The peak, for AdamW without decay; it falls to 0 by a cosine.
         warm_up: Share of the steps in which it rises.
-        largest_gradient: Norm that the gradient of a step is cut to.
-        temperature: What the logits of both are divided by: above 1, unlikely classes count for more.
+        largest_gradient: The gradient of a step is clipped to this norm.
+        temperature: Divides the logits of both; above 1, unlikely classes count for more.
     """
 
     steps: int = 600
@@ -46,9 +46,9 @@ class Tuner:
 
     Args:
         merged: The merging model, in eval mode and float32, on the device that computes.
-        recipe: How the numbers learn.
-        autocast: The dtype of products while learning; None keeps float32.
-        names: What learns, by names in the timm model; None takes all of `tome_core.tuned.tunable`.
+        recipe: The settings of the training.
+        autocast: The dtype of products during training; None keeps float32.
+        names: The parameters to tune, by names in the timm model; None takes all of `tome_core.tuned.tunable`.
 
     Attributes:
         recipe: As given.
@@ -66,33 +66,33 @@ class Tuner:
         still = {name: parameter.detach() for name, parameter in self._teacher.model.named_parameters()}
         learning = tunable(self._teacher.model, merged.family) if names is None else names
         self._numbers = {name: nn.Parameter(still[name].clone()) for name in learning}
-        # The other parameters are detached: no gradient is computed for them.
+        # # The other parameters are detached, so that no gradient is computed for them.
         self._student = self._teacher.with_tensors(still | self._numbers)
         self._optimizer = torch.optim.AdamW(self._numbers.values(), lr=self.recipe.learning_rate, weight_decay=0.0)
         self._device = next(iter(still.values())).device
         self._part = self.recipe.batch_size
 
     def numbers(self) -> dict[str, Tensor]:
-        """The numbers as they are now, in float32 on the CPU."""
+        """The current numbers, in float32 on the CPU."""
         return {name: number.detach().cpu().float().clone() for name, number in self._numbers.items()}
 
     @torch.no_grad()
     def take(self, numbers: Mapping[str, Tensor]) -> None:
-        """Replaces the numbers by others, as `numbers` gave them."""
+        """Replaces the numbers by others of `numbers`."""
         for name, number in self._numbers.items():
             number.copy_(numbers[name])
 
     def step(self, images: Tensor, r: int, progress: float) -> Tensor:
-        """Learns from a batch at one `r`. A batch that does not fit into a GPU's memory goes in parts.
+        """Learns from a batch at one `r`. A batch that exceeds a GPU's memory is split.
 
         Args:
             images: (B, 3, H, W), normalised.
-            r: Tokens merged in each block; draw it anew for every step.
-            progress: Share of the learning that is done, from 0 to 1.
+            r: Tokens merged in each block; draw it again for every step.
+            progress: Finished share of the training, from 0 to 1.
 
         Returns:
             The loss, a number on the device: mean divergence of the student's answers from the teacher's, in nats,
-            times the temperature's square.
+            times the square of the temperature.
         """
         while True:
             try:
@@ -101,7 +101,7 @@ class Tuner:
             except torch.OutOfMemoryError:
                 if self._part == 1:
                     raise
-            # After the except clause: the error keeps the tensors of the failed step alive until then.
+            # # After the except clause, because the error keeps the tensors of the failed step alive.
             self._part = -(-self._part // 2)
             torch.cuda.empty_cache()
         for group in self._optimizer.param_groups:
@@ -112,13 +112,13 @@ class Tuner:
 
     @torch.inference_mode()
     def answers(self, images: Tensor, r: int, tuned: bool = True) -> Tensor:
-        """Logits (B, K) in float32 at an `r`, with the numbers as they are now or with the model's own."""
+        """Logits (B, K) in float32 at an `r`, with the current numbers or with the model's own."""
         with self._rounded():
             logits: Tensor = (self._student if tuned else self._teacher)(images, r)
         return logits.float()
 
     def state(self) -> dict[str, Tensor]:
-        """What `resume` goes on from, once a step is done: the numbers and the optimizer's state, on the CPU."""
+        """The state for `resume`, after a step: the numbers and the optimizer's state, on the CPU."""
         state: dict[str, Tensor] = {}
         for name, number in self._numbers.items():
             known = {"number": number.detach(), **self._optimizer.state[number]}
@@ -126,15 +126,15 @@ class Tuner:
         return state
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from what `state` gave."""
+        """Continues from a `state`."""
         self.take({name: state[f"number {name}"] for name in self._numbers})
         for name, number in self._numbers.items():
-            known = {"step": state[f"step {name}"].clone()}  # AdamW counts on the CPU
+            known = {"step": state[f"step {name}"].clone()}  # # AdamW counts steps on the CPU
             known |= {kind: state[f"{kind} {name}"].to(number, copy=True) for kind in ("exp_avg", "exp_avg_sq")}
             self._optimizer.state[number] = known
 
     def _gradient(self, images: Tensor, r: int) -> Tensor:
-        """Sets the gradients of a batch; gives its loss."""
+        """Sets the gradients of a batch; returns its loss."""
         self._optimizer.zero_grad(set_to_none=True)
         total, T = torch.zeros((), device=self._device), self.recipe.temperature
         for part in images.split(self._part):
@@ -152,13 +152,15 @@ class Tuner:
 
 
 def pace(progress: float, warm_up: float) -> float:
-    """The learning rate at a share of the learning, of its highest: a line up, then half a cosine down to 0."""
+    """The learning rate at a share of the training, relative to its peak: a linear rise, then half a cosine down to
+    0.
+    """
     if progress < warm_up:
         return max(progress, 1e-3) / warm_up
     return 0.5 * (1 + math.cos(math.pi * min((progress - warm_up) / (1 - warm_up), 1.0)))
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence of answers (B, K) from those wanted, in nats."""
+    """Mean Kullback-Leibler divergence of answers (B, K) from the wanted ones, in nats."""
     logits, wanted = logits.float().log_softmax(dim=1), wanted.float().log_softmax(dim=1)
     return F.kl_div(logits, wanted, log_target=True, reduction="batchmean")

@@ -1,4 +1,4 @@
-"""Random views of photos: few photos give many images to learn from. A whole batch is made at once, on the device."""
+"""Random views of photos, so that a few photos give many training images. A batch is made at once, on the device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ MIXUP_BETA = 0.4
 
 
 def views(photos: Tensor, size: tuple[int, int], count: int, mix: bool) -> Tensor:
-    """Random views of photos that are drawn at random.
+    """Random views of randomly drawn photos.
 
     Args:
         photos: (N, 3, H, W) uint8.
         size: Height and width of a view.
-        count: How many views.
-        mix: Whether each is mixed with another.
+        count: Number of views.
+        mix: Whether to mix each view with another.
 
     Returns:
         (count, 3, *size) float32, from 0 to 1, on the device of the photos.
@@ -41,7 +41,8 @@ def cropped(photos: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mixed(images: Tensor) -> Tensor:
-    """Each image (B, 3, H, W) mixed with another: all blended by one share, or all with one rectangle of the other.
+    """Each image (B, 3, H, W) mixed with another: either all are blended by one share, or all get one rectangle of the
+    other.
 
     Source: Zhang et al., mixup, ICLR 2018; Yun et al., CutMix, ICCV 2019.
     """
@@ -57,7 +58,7 @@ def mixed(images: Tensor) -> Tensor:
 
 
 def _stretch(length: int) -> slice:
-    """A stretch of a line, at a random place and of a random length; long ones are likelier than short ones."""
+    """A part of a line, with a random place and length; long parts are likelier than short ones."""
     covered = round(length * float(torch.rand(()).sqrt()))
     start = int(torch.randint(length - covered + 1, ()))
     return slice(start, start + covered)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tome_core.schedule import RLike
-from tome_core.vit import MergedViT, Tokens
+from tome_core.tokens import Tokens
+from tome_core.vit import MergedViT
 
 
 @torch.no_grad()

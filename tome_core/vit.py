@@ -12,34 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tome_core import fp8, fused, schedule
+from tome_core.as_timm import AsTimm, chosen_blocks
 from tome_core.embedding import Normalisation, embed
-from tome_core.families import UnsupportedModelError, family_of
+from tome_core.families import Images, UnsupportedModelError, family_of
 from tome_core.families.parts import reason_against
 from tome_core.fp8 import Block8
 from tome_core.kernels import DTYPES, missing_on
 from tome_core.matching import match
-from tome_core.merging import merge, track_source, unmerge
+from tome_core.merging import merge, track_source
+from tome_core.padding import match_padded
 from tome_core.positions import Position, follow
 from tome_core.schedule import RLike
+from tome_core.tokens import PADDING, Tokens
 from tome_core.tuned import Band, Tuned, sharing
-
-
-class Tokens(NamedTuple):
-    """Tokens on their way through the model.
-
-    Attributes:
-        x: Features, (B, N, C).
-        size: How many input tokens each stands for, (B, N) float32; None while nothing has merged.
-        source: Row that now holds each input token, (B, N0) int64; None when not tracked, or nothing has merged.
-    """
-
-    x: Tensor
-    size: Tensor | None = None
-    source: Tensor | None = None
-
-    def unmerged(self) -> Tensor:
-        """Features of every input token, in its place: (B, N0, C)."""
-        return self.x if self.source is None else unmerge(self.x, self.source)
 
 
 class Implementation(NamedTuple):
@@ -57,22 +42,18 @@ class Implementation(NamedTuple):
 Kernels = Literal["auto", "plain", "fused"]
 
 
-class MergedViT(nn.Module):
+class MergedViT(AsTimm):
     """A Vision Transformer that merges `r` tokens in every block, between attention and MLP.
 
-    It shares the weights of the timm model it wraps and leaves that model as it was. It keeps nothing between calls,
-    so one instance serves every `r` from several threads.
+    It shares the weights of the timm model it wraps and leaves that model as it was. A call keeps nothing, so one
+    instance serves every `r` from several threads. It answers to timm's attributes and methods (`AsTimm`).
 
     Args:
         model: A timm Vision Transformer.
         kernels: As for `wrap`.
 
     Attributes:
-        model: The wrapped timm model, untouched. Its size and its layers must stay as they were; weights may change.
-        num_blocks: Blocks of the model.
-        num_prefix_tokens: Leading tokens that never merge.
-        num_tokens: Tokens that enter the first block at the model's own input size, prefix included.
-        max_r: The most tokens that the first block can merge.
+        model: The wrapped timm model, untouched. Its blocks must stay; their weights may change.
         tuned: What `load_tuned` has read; None before.
         gives_features: Whether `forward` gives pooled features beside the logits (`with_features`).
 
@@ -82,33 +63,45 @@ class MergedViT(nn.Module):
     def __init__(self, model: nn.Module, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.family = family_of(model)
+        self.gives_features = False
+        self.tuned: Tuned | None = None
+        self._r: RLike = 0
         self._kernels = kernels
         self._normalisation: Normalisation | None = None
-        self.gives_features = False
         self._float8: list[Block8 | None] = []
         self._in_bands: tuple[object, list[Self]] = (None, [])
         self._unfusable = reason_against(self.family, model)
         self._layers = list(model.modules())[1:]
         if kernels == "fused" and self._unfusable:
             raise UnsupportedModelError(f"cannot run a {type(model).__name__} by fused kernels: {self._unfusable}")
-        self.model = model
-        self.num_blocks = len(self.family.blocks(model))
-        self.num_prefix_tokens = self.family.num_prefix_tokens(model)
-        self.num_tokens = self.family.num_tokens(model)
-        self.max_r = schedule.max_r(self.num_tokens, self.num_prefix_tokens)
-        self.tuned: Tuned | None = None
         self.training = model.training
+        self.model = model
 
-    def forward(self, images: Tensor, r: RLike = 0) -> Tensor:
+    @property
+    def r(self) -> RLike:
+        """The `r` of a call that gives none: a number, a list of one per block, or a Ramp; 0 at first.
+
+        Raises:
+            ValueError: It is negative, or lists more blocks than there are.
+            TypeError: It is neither an integer, a sequence of integers nor a Ramp.
+        """
+        return self._r
+
+    @r.setter
+    def r(self, r: RLike) -> None:
+        schedule.resolve(r, self.num_blocks)
+        self._r = r
+
+    def forward(self, images: Images, r: RLike | None = None) -> Tensor:
         """Classifies images.
 
         Where the head reads prefix tokens alone (class-token pooling), the last block computes them alone: the same
         logits for less work.
 
         Args:
-            images: (B, 3, H, W), normalised as the model wants them.
-            r: Tokens merged in each block: a number, a list of one per block, or a Ramp. What a block cannot merge
-                is clipped; `token_counts` shows the outcome.
+            images: (B, 3, H, W), normalised as the model wants them; for a NaFlexVit also its dictionary of patches.
+            r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `self.r`. What a
+                block cannot merge is clipped; `token_counts` shows the outcome.
 
         Returns:
             Logits, (B, K); where the timm model gives several (distilled, in its mode for training), what it gives. A
@@ -120,36 +113,53 @@ class MergedViT(nn.Module):
             TypeError: r is neither an integer, a sequence of integers nor a Ramp.
         """
         prefix_only = self.family.reads_prefix_only(self.model)
-        tokens = self.forward_features(images, r, prefix_only=prefix_only)
+        tokens = self.forward_tokens(images, r, prefix_only=prefix_only)
         return self._both(tokens) if self.gives_features else self.forward_head(tokens)
 
-    def forward_features(
-        self, images: Tensor, r: RLike = 0, *, track: bool = False, prefix_only: bool = False
-    ) -> Tokens:
-        """Runs all but the head.
+    def forward_features(self, images: Images, r: RLike | None = None) -> Any:
+        """Runs all but the head, as timm's method of this name.
 
         Args:
-            images: (B, 3, H, W).
+            images: As in `forward`.
+            r: As in `forward`.
+
+        Returns:
+            The tokens after the final norm, (B, M, C); of a NaFlexVit's dictionary {"patches", "patch_valid"}. A head
+            that reads more than prefix tokens needs their sizes too, which `forward_tokens` gives.
+        """
+        tokens = self.forward_tokens(images, r)
+        if tokens.size is None or not tokens.padded:
+            return tokens.x
+        return {"patches": tokens.x, "patch_valid": tokens.size[:, self.num_prefix_tokens :] >= 1}
+
+    def forward_tokens(
+        self, images: Images, r: RLike | None = None, *, track: bool = False, prefix_only: bool = False
+    ) -> Tokens:
+        """Runs all but the head; gives tokens with their sizes and, if asked, the row of every input token.
+
+        Args:
+            images: As in `forward`.
             r: As in `forward`.
             track: Whether to follow where each input token went (`Tokens.source`).
-            prefix_only: Whether prefix tokens are all that is wanted, for a head that reads no others: the last block
-                computes those alone, and merges nothing.
+            prefix_only: Whether to give prefix tokens alone, for a head that reads no others. The last block then
+                computes only those, and merges nothing.
 
         Returns:
             The tokens after the final norm; with `prefix_only`, the prefix tokens.
 
         Raises:
-            ValueError: prefix_only does not go with `track`, or with this model's head.
+            ValueError: prefix_only is set with `track`, or the model's head reads other tokens.
         """
         if prefix_only and (track or not self.family.reads_prefix_only(self.model)):
             raise ValueError("prefix_only leaves nothing to track, and needs a head that reads prefix tokens alone")
+        r = self.r if r is None else r
         if (chosen := self.at(r)) is not self:
-            return chosen.forward_features(images, r, track=track, prefix_only=prefix_only)
-        on_gpu = images.is_cuda and not torch.compiler.is_compiling()
-        if on_gpu and images.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(images.device):  # Triton launches on the current one
-                return self.forward_features(images, r, track=track, prefix_only=prefix_only)
-        if not track and self.implementation(images).name == "fused":
+            return chosen.forward_tokens(images, r, track=track, prefix_only=prefix_only)
+        device = _device(images)
+        if device.type == "cuda" and not torch.compiler.is_compiling() and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current one
+                return self.forward_tokens(images, r, track=track, prefix_only=prefix_only)
+        if isinstance(images, Tensor) and not track and self.implementation(images).name == "fused":
             x, n, positions = embed(self.family, self.model, images, self._normalisation, self._dtype)
             per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
             args = (self.family, self.model, x, n, positions, per_block, prefix_only, self._float8)
@@ -157,8 +167,10 @@ class MergedViT(nn.Module):
         (tokens,) = self._run(images, r, [self.num_blocks - 1], track=track, prefix_only=prefix_only)
         return tokens._replace(x=self.family.norm(self.model)(tokens.x))
 
-    def implementation(self, images: Tensor) -> Implementation:
-        """How these images would be classified, and why so. Tracked and intermediate tokens are always "plain"."""
+    def implementation(self, images: Images) -> Implementation:
+        """How `forward` would compute these images, and why. Tracked and intermediate tokens are always "plain"."""
+        if not isinstance(images, Tensor):
+            return Implementation("plain", "the images are a dictionary of patches")
         if self._kernels == "plain":
             return Implementation("plain", "asked for")
         against = self._unfusable
@@ -168,15 +180,15 @@ class MergedViT(nn.Module):
         return Implementation("plain", against) if against else Implementation("fused", "nothing is against it")
 
     def has_training_layers(self) -> bool:
-        """Whether any layer of the timm model is in training mode, a dropout alone perhaps."""
+        """Whether any layer of the timm model is in training mode."""
         return any(layer.training for layer in self._layers)
 
     def load_tuned(self, file: Path | str) -> Self:
         """Takes tuned numbers for some bands of `r`: the norms and biases that `tome-server tune` has made.
 
-        Every other `r` is computed as before, bit for bit. The matrices are shared by all, and numbers that change
-        later must be the matrices' alone, and change in place. Models made of this one afterwards (`plain`,
-        `from_pixels`, `in_float8`) have them too.
+        Every other `r` is computed as before, bit for bit. All bands share the matrices, which may change later, in
+        place; other weights must not. Models made of this one afterwards (`plain`, `from_pixels`, `in_float8`) have the
+        tuned numbers too.
 
         Args:
             file: What `Tuned.save` has written.
@@ -193,7 +205,7 @@ class MergedViT(nn.Module):
         return self.take_tuned(tuned)
 
     def take_tuned(self, tuned: Tuned | None) -> Self:
-        """As `load_tuned`, of numbers that are known to be this model's; None goes back to its own for every `r`."""
+        """As `load_tuned`, with numbers that are known to fit this model; None removes them."""
         self.tuned = tuned
         self._in_bands = (None, [])
         if tuned is not None:
@@ -203,8 +215,8 @@ class MergedViT(nn.Module):
     def at(self, r: RLike) -> Self:
         """The model that computes this `r`: this one, or the one with the tuned numbers of its band.
 
-        That one is made anew after this one has moved, or has changed its dtype or mode. `torch.compile` with
-        `fullgraph` cannot trace that: call `at` once before.
+        The latter is made again after this model has moved or has changed its dtype, mode, size or head.
+        `torch.compile` with `fullgraph` cannot trace that: call `at` once before.
         """
         tuned = self.tuned
         if tuned is None:
@@ -216,9 +228,9 @@ class MergedViT(nn.Module):
         return self
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same model with other tensors in the place of some parameters, named as in the timm model.
+        """The same model with other tensors for some parameters, which are named as in the timm model.
 
-        Everything else is shared, as `tome_core.tuned.sharing` does it.
+        It shares everything else, as `tome_core.tuned.sharing` does.
         """
         model = self._twin()
         model.take_tuned(None)
@@ -232,7 +244,9 @@ class MergedViT(nn.Module):
         """The models of the bands, as this one is now: on its device, in its dtype, training or not."""
         weight = next(self.model.parameters())
         flags = self.model.training, self.family.trunk(self.model).grad_checkpointing
-        state = id(weight), weight.device, weight.dtype, *flags, [layer.training for layer in self._layers]
+        parts = [*self.model.children(), *self.model.parameters(recurse=False), weight]  # a head may be new, say
+        state = [weight.device, weight.dtype, *flags, self.num_tokens, *map(id, parts)]
+        state += [layer.training for layer in self._layers]
         known, models = self._in_bands  # another thread may put others there meanwhile
         if known != state:
             own = dict(self.model.named_parameters())
@@ -250,8 +264,8 @@ class MergedViT(nn.Module):
     def in_float8(self) -> Self:
         """The same model with most products of its blocks in float8 (e4m3), from its weights as they are now.
 
-        For GPUs of compute capability 9.0 (Hopper) and newer, and models in bfloat16 or float16 already where they
-        are to run. `tome_core.fp8` says what is multiplied so, and what it costs.
+        The GPU must have compute capability 9.0 (Hopper) or newer. The model must be on it, in bfloat16 or float16.
+        `tome_core.fp8` says which products, and what it costs.
 
         Raises:
             UnsupportedModelError: The model or its device cannot; the message says why.
@@ -269,10 +283,9 @@ class MergedViT(nn.Module):
         return model
 
     def from_pixels(self, mean: Sequence[float], std: Sequence[float]) -> Self:
-        """The same model, over the same weights, that takes pixels (B, H, W, 3) in uint8 in the place of images.
+        """The same model, over the same weights, that takes pixels, (B, H, W, 3) uint8, instead of images.
 
-        They are normalised on the way: (byte / 255 - mean) / std. Where the model runs fused, no normalised image is
-        ever made.
+        It normalises them: (byte / 255 - mean) / std. Where it runs fused, it makes no normalised image.
 
         Args:
             mean: Of each channel, as the model was trained with.
@@ -294,12 +307,6 @@ class MergedViT(nn.Module):
         model.gives_features = True
         return model
 
-    @property
-    def num_features(self) -> int:
-        """Channels of the pooled features."""
-        model: Any = self.model
-        return int(getattr(model, "head_hidden_size", None) or model.num_features)
-
     def _twin(self) -> Self:
         """A model over the same timm model, with attributes and hooks of its own."""
         twin = copy(self)
@@ -314,10 +321,10 @@ class MergedViT(nn.Module):
         return next(self.model.parameters()).dtype
 
     def normalised(self, images: Tensor) -> Tensor:
-        """What this model takes as what its timm model takes: images (B, 3, H, W) of its dtype.
+        """Images, or pixels for a model made by `from_pixels`, as the timm model takes them: (B, 3, H, W).
 
         Raises:
-            ValueError: images are pixels, which this model was not told to normalise.
+            ValueError: images are pixels, and the model is not made for them.
         """
         if self._normalisation is not None:
             return self._normalisation(images, self._dtype)
@@ -328,7 +335,7 @@ class MergedViT(nn.Module):
         return images
 
     def _not_now(self, images: Tensor) -> str | None:
-        """What stands against the fused kernels in this call; None where nothing does."""
+        """Why the fused kernels cannot run this call; None if they can."""
         dtype = self._dtype
         if torch.is_grad_enabled():
             return "gradients are on; call it under torch.inference_mode() or no_grad()"
@@ -342,11 +349,11 @@ class MergedViT(nn.Module):
             return "a layer has hooks"
         return None
 
-    def forward_head(self, tokens: Tokens, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies what `forward_features` gave.
+    def forward_head(self, tokens: Tokens | Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools and classifies.
 
         Args:
-            tokens: The tokens after the final norm.
+            tokens: What `forward_tokens` gave, or `forward_features`.
             pre_logits: Whether to stop before the classifier.
 
         Returns:
@@ -354,65 +361,30 @@ class MergedViT(nn.Module):
 
         Raises:
             UnsupportedModelError: No right form of the model's pooling is known.
+            ValueError: The head reads more than prefix tokens, and the sizes of these tokens are not known.
         """
         self.family.check_head(self.model)
+        if not isinstance(tokens, Tokens):
+            tokens = Tokens(tokens.flatten(1, -2))
+            if tokens.x.shape[1] != self.num_tokens and not self.family.reads_prefix_only(self.model):
+                raise ValueError(
+                    f"the head weighs {tokens.x.shape[1]} tokens by their sizes, which features alone do not have; "
+                    "give it forward_tokens(images, r), or Tokens(features) where nothing has merged"
+                )
         return self.family.head(self.model, tokens.x, tokens.size, pre_logits)
 
     def _both(self, tokens: Tokens) -> Tensor:
-        """Logits and pooled features of what `forward_features` gave, side by side."""
+        """Logits and pooled features of what `forward_tokens` gave, side by side."""
         self.family.check_head(self.model)
         logits, features = self.family.head_and_features(self.model, tokens.x, tokens.size)
         return features if logits is None else torch.cat([logits, features], dim=1)
 
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        r: RLike = 0,
-        *,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        output_fmt: str = "NCHW",
-    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
-        """Dense features after chosen blocks: every patch has the features of the token that it merged into.
-
-        Args:
-            images: (B, 3, H, W).
-            r: As in `forward`.
-            indices: Blocks, counted from 0 or, if negative, from the end; a number n means the last n, None all.
-            return_prefix_tokens: Whether to give (patches, prefix tokens) for each block.
-            norm: Whether to apply the model's final norm.
-            output_fmt: "NCHW", maps (B, C, rows, columns), or "NLC", (B, rows * columns, C).
-
-        Returns:
-            One entry a chosen block, in order, as timm's method of this name gives with `intermediates_only`.
-
-        Raises:
-            ValueError: output_fmt is neither, there is no such block, or patches were dropped (in training).
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
-        kept = self.tokens_after(_chosen(indices, self.num_blocks), images, r)
-        sides = (1, 2) if images.dtype == torch.uint8 else (2, 3)
-        rows, columns = self.family.grid(self.model, (images.shape[sides[0]], images.shape[sides[1]]))
-        num_inputs = kept[0].unmerged().shape[1] - self.num_prefix_tokens
-        if num_inputs != rows * columns:
-            raise ValueError(f"{num_inputs} patches are left of {rows} x {columns}: patch dropout leaves no whole map")
-        final_norm = self.family.norm(self.at(r).model) if norm else nn.Identity()
-        patches, prefixes = [], []
-        for tokens in kept:
-            x = final_norm(tokens.unmerged())
-            prefix, x = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-            patches.append(x.transpose(1, 2).unflatten(2, (rows, columns)) if output_fmt == "NCHW" else x)
-            prefixes.append(prefix)
-        return list(zip(patches, prefixes, strict=True)) if return_prefix_tokens else patches
-
-    def tokens_after(self, blocks: Sequence[int], images: Tensor, r: RLike = 0) -> list[Tokens]:
+    def tokens_after(self, blocks: Sequence[int], images: Images, r: RLike | None = None) -> list[Tokens]:
         """The tokens as they leave chosen blocks; no block after the last of them runs.
 
         Args:
             blocks: Blocks, counted from 0 or, if negative, from the end.
-            images: (B, 3, H, W).
+            images: As in `forward`.
             r: As in `forward`.
 
         Returns:
@@ -421,22 +393,34 @@ class MergedViT(nn.Module):
         Raises:
             ValueError: There is no such block.
         """
-        return self.at(r)._run(images, r, _chosen(blocks, self.num_blocks), track=True)
+        r = self.r if r is None else r
+        return self.at(r)._run(images, r, chosen_blocks(blocks, self.num_blocks), track=True)
 
-    def token_counts(self, r: RLike = 0) -> tuple[int, ...]:
-        """Tokens entering the first block, then leaving each block, at the model's own input size."""
-        return schedule.token_counts(schedule.resolve(r, self.num_blocks), self.num_tokens, self.num_prefix_tokens)
+    def token_counts(self, r: RLike | None = None, input_size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Tokens entering the first block, then leaving each block.
+
+        Args:
+            r: As in `forward`.
+            input_size: Height and width of the images; None means the model's own, as `set_input_size` has left it.
+
+        Raises:
+            ValueError: The model takes no images of this size, or r is wrong.
+        """
+        per_block = schedule.resolve(self.r if r is None else r, self.num_blocks)
+        return schedule.token_counts(per_block, self.family.num_tokens(self.model, input_size), self.num_prefix_tokens)
 
     def _run(
-        self, images: Tensor, r: RLike, blocks: Sequence[int], *, track: bool = False, prefix_only: bool = False
+        self, images: Images, r: RLike, blocks: Sequence[int], *, track: bool = False, prefix_only: bool = False
     ) -> list[Tokens]:
         """The tokens as they leave some blocks, in order; the last of these is the last that runs."""
-        x, positions = self.family.embed(self.model, self.normalised(images))
+        x, positions, valid = self.family.embed(self.model, self._checked(images))
         x = self.family.norm_pre(self.model)(x)
         per_block = schedule.clip(schedule.resolve(r, self.num_blocks), x.shape[1], self.num_prefix_tokens)
         grad_checkpointing = self.family.trunk(self.model).grad_checkpointing
         track = track or self.family.positional
         tokens, kept = Tokens(x), []
+        if valid is not None:
+            tokens = Tokens(x, valid.float().clamp(min=PADDING), padded=True)
         for i in range(blocks[-1] + 1):
             last = prefix_only and i == self.num_blocks - 1
             args = (i, tokens, positions, 0 if last else per_block[i], track, self.num_prefix_tokens if last else None)
@@ -448,6 +432,19 @@ class MergedViT(nn.Module):
                 kept.append(tokens)
         return kept
 
+    def _checked(self, images: Images) -> Images:
+        """Images as the timm model takes them.
+
+        Raises:
+            ValueError: It cannot take them.
+        """
+        if isinstance(images, Tensor):
+            return self.normalised(images)
+        if not self.family.takes_patches or self._normalisation is not None:
+            what = f"a {type(self.model).__name__}" if self._normalisation is None else "a model made by from_pixels"
+            raise ValueError(f"images are a dictionary, which a NaFlexVit takes; this is {what}")
+        return images
+
     def _block(
         self, i: int, tokens: Tokens, positions: Tensor | None, r: int, track: bool, num_queries: int | None
     ) -> Tokens:
@@ -455,7 +452,8 @@ class MergedViT(nn.Module):
         block = self.family.blocks(self.model)[i]
         position = self.family.position(self.model, positions, i)
         if tokens.source is not None:
-            position = follow(position, tokens.source, tokens.x.shape[1], self.num_prefix_tokens)
+            size = tokens.size if tokens.padded else None
+            position = follow(position, tokens.source, tokens.x.shape[1], self.num_prefix_tokens, size)
         x, keys = self._attend(block, tokens, position, num_queries)
         tokens = Tokens(x) if num_queries is not None else tokens._replace(x=x)
         if r:
@@ -471,9 +469,12 @@ class MergedViT(nn.Module):
     def _merge(self, block: nn.Module, tokens: Tokens, keys: Tensor, r: int, track: bool) -> Tokens:
         """Merges by similarity of the keys (B, num_heads, N, D), averaged over heads."""
         metric = keys.mean(dim=1, dtype=torch.promote_types(keys.dtype, torch.float32))
-        plan = match(metric, r, self.num_prefix_tokens)
+        if tokens.padded and tokens.size is not None:
+            plan = match_padded(metric, tokens.size, r, self.num_prefix_tokens)
+        else:
+            plan = match(metric, r, self.num_prefix_tokens)
         x, size = merge(plan, tokens.x, tokens.size)
-        return Tokens(x, size, track_source(plan, tokens.source) if track else None)
+        return Tokens(x, size, track_source(plan, tokens.source) if track else None, tokens.padded)
 
 
 def _like(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -481,20 +482,8 @@ def _like(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str,
     return {name: nn.Parameter(tensor.to(own[name]), requires_grad=False) for name, tensor in tensors.items()}
 
 
-def _chosen(indices: int | Sequence[int] | None, num_blocks: int) -> list[int]:
-    """The blocks that `forward_intermediates` was asked for, from 0, in order."""
-    if indices is None:
-        return list(range(num_blocks))
-    if isinstance(indices, int):
-        if not 1 <= indices <= num_blocks:
-            raise ValueError(f"indices is {indices}: the last {indices} of {num_blocks} blocks")
-        return list(range(num_blocks - indices, num_blocks))
-    for i in indices:
-        if not -num_blocks <= i < num_blocks:
-            raise ValueError(f"indices names block {i}; blocks lie between {-num_blocks} and {num_blocks - 1}")
-    if not indices:
-        raise ValueError("indices is empty; name at least one block")
-    return sorted({i % num_blocks for i in indices})
+def _device(images: Images) -> torch.device:
+    return images.device if isinstance(images, Tensor) else next(iter(images.values())).device
 
 
 def wrap(model: nn.Module, kernels: Kernels = "auto") -> MergedViT:

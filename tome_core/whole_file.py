@@ -1,4 +1,4 @@
-"""A file that is written as a whole: who reads it meanwhile sees the old one or the new one."""
+"""A file that is replaced as a whole: a reader sees the old file or the new one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def write_whole(file: Path, content: bytes) -> None:
     """Writes a file, or replaces it.
 
     Raises:
-        OSError: It cannot be written; the old one is as it was.
+        OSError: It cannot be written; the old file is unchanged.
     """
     unfinished = file.with_name(f"{file.name}.new")
     try:

@@ -1,1 +1,1 @@
-"""How the bundled model is made: data, augmentation, a teacher, training under random `r` on all GPUs, export."""
+"""Makes the bundled model: data, augmentation, a teacher, training under random `r` on all GPUs, export."""

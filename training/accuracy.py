@@ -1,4 +1,4 @@
-"""Top-1 over a split, shared out among all processes."""
+"""Top-1 over a split, distributed over all processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.parallel import average_, mine, world_size
 
 @torch.no_grad()
 def top1(classify: Callable[[Tensor], Tensor], split: Split) -> float:
-    """The share of images whose label gets the largest logit.
+    """The share of images whose label has the largest logit.
 
     Args:
         classify: Normalised images (B, 3, H, W) to logits (B, K); in bfloat16 on a GPU.

@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def augment(images: Tensor) -> Tensor:
-    """Crops, flips, turns, recolours and normalises.
+    """Crops, flips, rotates, recolours and normalises.
 
     Args:
         images: (B, 3, H, W) uint8.
 
     Returns:
-        (B, 3, H, W) float32 in [-1, 1], which is what the model is fed.
+        (B, 3, H, W) float32 in [-1, 1], the model's input.
     """
     x = images.float() / 255
     return _colour(_geometry(x)) * 2 - 1
@@ -30,8 +30,8 @@ class Mixture(NamedTuple):
 
     Attributes:
         images: (B, 3, H, W).
-        partner: Which image of the batch each was mixed with, (B,) int64.
-        share: How much of each is its partner's, (B,) in [0, 1].
+        partner: The image of the batch that each was mixed with, (B,) int64.
+        share: The partner's share of each, (B,) in [0, 1].
     """
 
     images: Tensor
@@ -40,7 +40,7 @@ class Mixture(NamedTuple):
 
 
 def mix(x: Tensor) -> Mixture:
-    """Mixes each image with another of the batch: half of them by CutMix, the others by mixup, in any proportion.
+    """Mixes each image with another of the batch: half of them by CutMix, the others by mixup, in random proportions.
 
     Args:
         x: (B, 3, H, W).
@@ -68,7 +68,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def _geometry(x: Tensor, smallest_area: float = 0.2, degrees: float = 15.0) -> Tensor:
-    """A random crop of random aspect, flipped at random and turned a little, as one affine resampling."""
+    """A random crop of random aspect, flipped at random and rotated a little, as one affine resampling."""
     B, device = x.shape[0], x.device
     area = torch.empty(B, device=device).uniform_(smallest_area, 1)
     aspect = torch.empty(B, device=device).uniform_(-0.29, 0.29).exp()  # 3:4 to 4:3
@@ -87,7 +87,7 @@ def _geometry(x: Tensor, smallest_area: float = 0.2, degrees: float = 15.0) -> T
 
 
 def _colour(x: Tensor, strength: float = 0.4) -> Tensor:
-    """Brightness, contrast and saturation by random factors; now and then grey or solarised."""
+    """Random factors for brightness, contrast and saturation; sometimes grey or solarised."""
     B, device = x.shape[0], x.device
 
     def factor() -> Tensor:

@@ -1,4 +1,4 @@
-"""Tiny ImageNet from parquet files: every image of a split as one uint8 tensor, small enough to live on the device."""
+"""Tiny ImageNet from parquet files: every image of a split as one uint8 tensor, small enough for the device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Split(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The 200 classes in label order: WordNet ids, and the words for each."""
+    """The 200 classes in label order: WordNet ids, and their names."""
 
     wnids: list[str]
     names: list[str]
@@ -37,12 +37,12 @@ def load_split(folder: Path, split: str, cache: Path | None = None) -> Split:
     """Reads `split*.parquet` (columns `image`, encoded bytes, and `label`) from a folder.
 
     Args:
-        folder: Where the parquet files lie.
+        folder: The folder of parquet files.
         split: "train" or "val".
-        cache: Folder in which decoded pixels are kept for the next start.
+        cache: Folder that keeps decoded pixels for the next start.
 
     Raises:
-        FileNotFoundError: No file of the split lies there.
+        FileNotFoundError: The folder has no file of the split.
     """
     cached = cache / f"{split}.pt" if cache else None
     if cached and cached.exists():
@@ -52,7 +52,7 @@ def load_split(folder: Path, split: str, cache: Path | None = None) -> Split:
         raise FileNotFoundError(f"no {split}*.parquet in {folder}")
     tables = [parquet.read_table(file) for file in files]
     encoded = [image for table in tables for image in table["image"].to_pylist()]
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it decodes
+    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter while it decodes
         pixels = list(pool.map(_decode, encoded))
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor([label for table in tables for label in table["label"].to_pylist()])
@@ -60,7 +60,7 @@ def load_split(folder: Path, split: str, cache: Path | None = None) -> Split:
         cached.parent.mkdir(parents=True, exist_ok=True)
         new = cached.with_suffix(f".{os.getpid()}")
         torch.save((images, labels), new)
-        new.rename(cached)  # at once: another process may be reading
+        new.rename(cached)  # atomic, because another process may be reading
     return Split(images, labels)
 
 

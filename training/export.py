@@ -21,6 +21,8 @@ from tome_core.schedule import resolve
 from training.data import Labels, Split, load_labels, load_split
 from training.student import ARCHITECTURE, MODEL_ARGS
 
+LADDER = [0, 4, 8, 12, 14, 16, 17, 18, 20, 21]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--cache", type=Path, help="folder for decoded pixels")
-    parser.add_argument("--r", default="0,4,8,12,14,16,17,18,20,21", help="values of r to measure")
+    parser.add_argument("--r", type=int, nargs="+", default=LADDER, metavar="R", help="values of r to measure")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
 
@@ -42,7 +44,7 @@ def main() -> None:
     model = timm.create_model(ARCHITECTURE, **MODEL_ARGS)
     model.load_state_dict(load_file(args.out / "model.safetensors"))
     val = load_split(args.data, "val", args.cache)
-    rows = measure(model.eval().to(args.device), val, [int(r) for r in args.r.split(",")])
+    rows = measure(model.eval().to(args.device), val, args.r)
     for row in rows:
         print(
             f"r {row['r']:>2}  top-1 {row['top1']:.4f}  agreement {row['agreement']:.4f}  tokens {row['tokens']:>3}  "
@@ -52,7 +54,7 @@ def main() -> None:
 
 
 def config_of(labels: Labels) -> dict[str, object]:
-    """`config.json` as timm reads it: architecture, arguments, preprocessing, label names."""
+    """timm's `config.json`: architecture, arguments, preprocessing, label names."""
     return {
         "architecture": ARCHITECTURE,
         "num_classes": MODEL_ARGS["num_classes"],

@@ -1,4 +1,4 @@
-"""How training proceeds: what share of it each epoch is, the learning rate along the way, and `r` for each step."""
+"""The pace of training: the share of each epoch, the learning rate over time, and `r` for each step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 WARM_UP = 0.03  # of the training
-LARGEST_R = 22  # 257 tokens and 12 blocks: 21 halves the FLOPs, so the model shall be good at that too
+LARGEST_R = 22  # 257 tokens and 12 blocks: 21 halves the FLOPs, so the model must be good at that too
 SHARE_OF_R0 = 0.3
 
 
@@ -15,7 +15,7 @@ def learning_rate(progress: float, highest: float) -> float:
     """Linear warm-up, then a cosine down to a thousandth.
 
     Args:
-        progress: How much of the training is done, 0 to 1.
+        progress: Share of the training that is done, 0 to 1.
         highest: The rate after the warm-up.
     """
     if progress < WARM_UP:
@@ -24,7 +24,9 @@ def learning_rate(progress: float, highest: float) -> float:
 
 
 def random_r(generator: torch.Generator) -> int:
-    """Every third step or so merges nothing; the others any r alike, so that the model is good at all of them."""
+    """About every third step merges nothing; the others use any r with equal probability, so that the model is good at
+    all.
+    """
     if torch.rand((), generator=generator) < SHARE_OF_R0:
         return 0
     return int(torch.randint(1, LARGEST_R + 1, (), generator=generator))

@@ -1,7 +1,7 @@
 """Data parallel training: one process a device, each with its own images and the same weights.
 
-Gradients are averaged by one all-reduce over one buffer. In a program that runs alone every function here does the
-same for the one process that there is.
+Gradients are averaged by one all-reduce over one buffer. In a program that runs alone, every function here does the
+same for the one process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # there, but not in its list of names
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exists, but is not exported
 from torch.multiprocessing.spawn import spawn
 
 LOCALHOST = "127.0.0.1"
@@ -20,18 +20,18 @@ Work = Callable[[torch.device, argparse.Namespace], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `launch` reads."""
+    """Adds the flags that `launch` reads."""
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--processes", type=int, help="one a GPU (default: as many as there are GPUs; 1 on the CPU)")
 
 
 def launch(work: Work, args: argparse.Namespace) -> None:
-    """Runs `work(device, args)` in every process: spawned ones, or this one where there shall be one.
+    """Runs `work(device, args)` in every process: spawned ones, or this one if there is only one.
 
     Args:
         work: A function of a module, so that a spawned process can import it.
-        args: `device` and `processes`, as `add_arguments` reads them, `batch_size` (of all processes together), and
-            what else `work` wants.
+        args: `device` and `processes` of `add_arguments`, `batch_size` (of all processes together), and the arguments
+            of `work`.
     """
     processes = args.processes or (torch.cuda.device_count() if args.device == "cuda" else 1)
     if processes < 1:
@@ -46,12 +46,12 @@ def launch(work: Work, args: argparse.Namespace) -> None:
 
 
 def rank() -> int:
-    """This process's number; process 0 speaks and writes for all."""
+    """This process's number; process 0 prints and writes for all."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -62,7 +62,7 @@ def say(line: str) -> None:
 
 
 def reseed(seed: int) -> torch.Generator:
-    """Starts random numbers anew: those that all processes draw alike (returned), and torch's, each process's own."""
+    """Reseeds random numbers: a generator that all processes share (returned), and torch's own in each process."""
     shared = torch.Generator().manual_seed(seed)
     own = torch.randint(2**62, (world_size(),), generator=shared)
     torch.manual_seed(int(own[rank()]))
@@ -70,12 +70,12 @@ def reseed(seed: int) -> torch.Generator:
 
 
 def mine(rows: Tensor) -> Tensor:
-    """This process's part of rows that all processes share out."""
+    """This process's part of rows that are distributed over all processes."""
     return rows.tensor_split(world_size())[rank()]
 
 
 def from_first(value: float, device: torch.device) -> float:
-    """What process 0 says, in every process: clocks differ, decisions must not."""
+    """Process 0's value in every process, because clocks differ and decisions must not."""
     if not dist.is_initialized():
         return value
     said = torch.tensor(value, dtype=torch.float64, device=device)
@@ -92,7 +92,7 @@ def average_(values: Tensor) -> Tensor:
 
 
 def alike(values: Tensor) -> bool:
-    """Whether all processes hold the same, bit for bit."""
+    """Whether all processes have the same values, bit for bit."""
     if not dist.is_initialized():
         return True
     bounds = torch.stack([values, -values])
@@ -125,7 +125,7 @@ def _member(rank: int, processes: int, port: int, work: Work, args: argparse.Nam
         store=TCPStore(LOCALHOST, port),
         rank=rank,
         world_size=processes,
-        device_id=device if device.type == "cuda" else None,  # connects now: if that fails, it fails before the rest
+        device_id=device if device.type == "cuda" else None,  # connects now, so that a failure comes before the rest
     )
     work(device, args)
     dist.destroy_process_group()
@@ -135,5 +135,6 @@ def _device(name: str, rank: int) -> torch.device:
     if name != "cuda":
         return torch.device(name)
     torch.cuda.set_device(rank)
-    torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default stream; all runs on this one
+    # graphs cannot be captured on the default stream; everything runs on this one
+    torch.cuda.set_stream(torch.cuda.Stream())
     return torch.device("cuda", rank)

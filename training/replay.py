@@ -1,7 +1,7 @@
 """Forward and backward passes as CUDA graphs, one for each `r`.
 
-A model this small is bound by kernel launches: eagerly a step of 512 images takes several times what the device
-needs. Token counts depend on `r` alone, so that every step under one `r` is the same graph.
+A model this small is bound by kernel launches: eagerly a step of 512 images takes several times the device's time.
+Token counts depend only on `r`, so every step under one `r` is the same graph.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Backward(Protocol):
 class Replay:
     """Replays a backward pass. The first call fixes the shapes of its inputs and captures a graph for every `r`.
 
-    Captured gradients live where they were first written, so the caller must zero them in place, never drop them.
+    Captured gradients stay at their first address, so the caller must zero them in place, never drop them.
 
     Args:
-        backward: What to capture; allocates nothing that outlives it but gradients, and draws no random numbers.
-        ladder: The values of `r` that will be asked for.
+        backward: The function to capture; it allocates nothing that outlives it except gradients, and draws no random
+            numbers.
+        ladder: All values of `r`.
     """
 
     def __init__(self, backward: Backward, ladder: Sequence[int]) -> None:
@@ -53,7 +54,7 @@ class Replay:
                 self._backward(r, *held)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls may spoil the capture: the one that watches over NCCL goes on meanwhile.
+            # Only this thread's calls may invalidate the capture, because NCCL's watchdog thread continues meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 loss = self._backward(r, *held)
             self._graphs[r] = graph, loss

@@ -1,4 +1,4 @@
-"""The bundled model in training: what it is, its forward and backward pass under an `r`, and its running average."""
+"""The bundled model in training: architecture, forward and backward pass under an `r`, and running average."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AVERAGED_STEPS = 2000
 
 
 class Student(nn.Module):
-    """The model, and a projector from its features to the teacher's that training alone needs.
+    """The model, and a projector from its features to the teacher's that only training needs.
 
     Args:
         teacher_width: Channels of the teacher's features.
@@ -37,7 +37,7 @@ def backward_of(student: Student, gradients: Tensor, device: torch.device) -> Ba
     """The forward and backward pass under a given `r`, from images and the teacher's answer to the loss.
 
     Args:
-        student: Its gradients are views of `gradients`, which are zeroed in place, for graphs write to them.
+        student: Its gradients are views of `gradients`, which are zeroed in place because graphs write to them.
         gradients: One flat buffer.
         device: On a GPU the blocks are compiled and run in bfloat16.
     """
@@ -49,7 +49,7 @@ def backward_of(student: Student, gradients: Tensor, device: torch.device) -> Ba
     def backward(r: int, images: Tensor, *taught: Tensor) -> Tensor:
         gradients.zero_()
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            tokens = merged.forward_features(images, r, prefix_only=True)
+            tokens = merged.forward_tokens(images, r, prefix_only=True)
             answer = Answer(merged.forward_head(tokens), student.projector(tokens.x[:, 0]))
             loss = distance(answer, Answer(*taught))
         loss.backward()
@@ -59,17 +59,19 @@ def backward_of(student: Student, gradients: Tensor, device: torch.device) -> Ba
 
 
 def compile_blocks(merged: tome_core.MergedViT) -> None:
-    """Compiles the halves of a block: a few graphs serve every block and every `r`, the number of tokens is dynamic."""
-    torch._dynamo.config.recompile_limit = 64  # some sizes get fusions, and so graphs, of their own
+    """Compiles the halves of a block. A few graphs serve every block and every `r`, because the number of tokens is
+    dynamic.
+    """
+    torch._dynamo.config.recompile_limit = 64  # some sizes get their own fusions, and so graphs
     halves = merged.family.halves(merged.family.blocks(merged.model)[0])
     compiled: list[Any] = [torch.compile(half, dynamic=True) for half in halves[:2]]
-    family: Any = type(merged.family)()  # its own: other models share theirs
+    family: Any = type(merged.family)()  # its own, because other models share theirs
     family.halves = lambda block: Halves(*compiled)
     merged.family = family
 
 
 def decay_groups(module: nn.Module, weight_decay: float = 0.05) -> list[dict[str, object]]:
-    """Decay for matrices alone: not for biases, norms, the class token or positions."""
+    """Weight decay only for matrices: not for biases, norms, the class token or positions."""
     matrices = [p for n, p in module.named_parameters() if p.ndim >= 2 and "token" not in n and "pos_embed" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in module.parameters() if id(p) not in chosen]
@@ -77,7 +79,7 @@ def decay_groups(module: nn.Module, weight_decay: float = 0.05) -> list[dict[str
 
 
 class Average:
-    """The running average of a model's weights, which is what is shipped: over a tenth of the steps so far, at most
+    """The running average of a model's weights, which is the shipped model: over a tenth of the steps so far, at most
     `AVERAGED_STEPS`.
 
     Attributes:
@@ -89,6 +91,6 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the weights after a step, counted from 0."""
+        """Adds the weights after a step, counted from 0."""
         weight = max(1 / AVERAGED_STEPS, 10 / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)

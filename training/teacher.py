@@ -1,8 +1,8 @@
-"""Fits an ImageNet ViT-Ti to the 200 classes at 224 px, to teach the bundled model. It is never shipped.
+"""Fits an ImageNet ViT-Ti to the 200 classes at 224 px, as the teacher of the bundled model. It is never shipped.
 
 python -m training.teacher --data FOLDER --weights vit_tiny.safetensors --out teacher.safetensors
 
-Uses all GPUs. The last line tells its top-1.
+Uses all GPUs. The last line has its top-1.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MODEL_ARGS: dict[str, Any] = {"img_size": 224}
 
 
 class Teacher:
-    """A fitted model that answers for the student's images, enlarged to what it wants to see.
+    """A fitted model that answers for the student's images, enlarged to its own input size.
 
     Args:
         weights: Written by this program.
-        num_classes: What it was fitted to.
-        device: Where it runs, on a GPU compiled and in bfloat16.
+        num_classes: The number of classes that it was fitted to.
+        device: Its device; on a GPU it is compiled and runs in bfloat16.
     """
 
     def __init__(self, weights: Path, num_classes: int, device: torch.device) -> None:
@@ -55,12 +55,12 @@ class Teacher:
 
 
 def enlarge(x: Tensor) -> Tensor:
-    """The student's 64 px batch as the teacher sees it, at 224 px; both are normalised alike."""
+    """The student's 64 px batch at the teacher's 224 px; both are normalised alike."""
     return F.interpolate(x, size=MODEL_ARGS["img_size"], mode="bicubic", align_corners=False)
 
 
 def from_imagenet(weights: Path, labels: Labels) -> nn.Module:
-    """The ImageNet model with its head cut down to our classes, which ImageNet all has."""
+    """The ImageNet model with its head reduced to our classes, which are all in ImageNet."""
     state = load_file(weights)
     row = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
     ours = torch.tensor([row[wnid] for wnid in labels.wnids])
@@ -85,11 +85,11 @@ def main() -> None:
 
 
 def work(device: torch.device, args: argparse.Namespace) -> None:
-    """What each process does."""
+    """The work of each process."""
     labels = load_labels(args.data)
     model = from_imagenet(args.weights, labels).to(device)
     fit(model, load_split(args.data, "train", args.cache).to(device), args)
-    if rank() == 0:  # in half precision it is small enough to be carried about
+    if rank() == 0:  # in half precision it is small enough to copy around
         save_file({name: value.half() for name, value in model.state_dict().items()}, args.out)
     model.eval()
     val = load_split(args.data, "val", args.cache).to(device)
@@ -97,7 +97,7 @@ def work(device: torch.device, args: argparse.Namespace) -> None:
 
 
 def fit(model: nn.Module, train: Split, args: argparse.Namespace) -> None:
-    """Cross entropy with mixed labels: one warm-up, one cosine down to nothing."""
+    """Cross entropy with mixed labels: one warm-up, one cosine down to zero."""
     model.train()
     images, targets, device = train.images, train.labels, train.images.device
     on_gpu, start = device.type == "cuda", time.monotonic()

@@ -2,9 +2,9 @@
 
 python -m training.train --data FOLDER --run RUN --teacher teacher.safetensors [--minutes 20]
 
-Uses all GPUs. It prints its progress, keeps a checkpoint in RUN, and goes on from there when started again. `--minutes`
-makes the training as long as the time allows; `--stop-after-s` ends a long one in parts. The finished model is written
-by `training.export`.
+Uses all GPUs. It prints its progress, keeps a checkpoint in RUN, and resumes from it when started again. `--minutes`
+fits the training into a time; `--stop-after-s` splits a long one into parts. `training.export` writes the finished
+model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from training.student import Average, Student, backward_of, decay_groups
 from training.teacher import Teacher
 
 CHECKPOINT_EVERY_S = 60
-REHEARSALS = 5  # steps from which the length of the first epoch is told
+REHEARSALS = 5  # steps from which the length of the first epoch is estimated
 
 
 def main() -> None:
@@ -63,11 +63,11 @@ def main() -> None:
 
 
 def work(device: torch.device, args: argparse.Namespace) -> None:
-    """What each process does: they make the same steps with the same weights, each on its own images."""
+    """The work of each process: the same steps with the same weights, each on its own images."""
     start = time.monotonic()
 
     def clock() -> float:
-        """Seconds since the start by the watch of process 0, so that all decide alike."""
+        """Seconds since the start by process 0's clock, so that all decide alike."""
         return from_first(time.monotonic() - start, device)
 
     training = Training(device, args)
@@ -82,7 +82,7 @@ def work(device: torch.device, args: argparse.Namespace) -> None:
         left = args.epochs - training.epoch
         if args.minutes is not None:
             left = int((60 * args.minutes - now_s) / epoch_s)
-        left = max(left, 1)  # else the learning rate would not come down
+        left = max(left, 1)  # otherwise the learning rate would not come down
         loss = training.run_epoch(left)
         if not math.isfinite(loss):
             raise SystemExit(f"the loss of epoch {training.epoch} is {loss}")
@@ -96,11 +96,11 @@ def work(device: torch.device, args: argparse.Namespace) -> None:
 
 
 class Training:
-    """A student in training, and all that a checkpoint needs for going on.
+    """A student in training, with everything that a checkpoint needs to resume.
 
     Attributes:
-        epoch: Epochs made.
-        progress: How much of the training they were, 0 to 1; at 1 the learning rate has come down.
+        epoch: Finished epochs.
+        progress: Their share of the training, 0 to 1; at 1 the learning rate has come down.
         steps: Steps of an epoch.
     """
 
@@ -112,7 +112,7 @@ class Training:
             raise SystemExit(f"--batch-size is {args.batch_size}; there are {len(self._train.images)} images")
         self._teacher = Teacher(args.teacher, len(load_labels(args.data).wnids), device)
         knows = top1(lambda images: self._teacher(images).logits, self._val)
-        say(f"teacher top-1 {knows:.4f}")  # a poor one spoils the student, and nothing else would tell
+        say(f"teacher top-1 {knows:.4f}")  # a poor teacher spoils the student, and nothing else would show it
         torch.manual_seed(args.seed)  # the same first weights in every process
         self._student = Student(self._teacher.width).to(device).train()
         if args.start:
@@ -129,13 +129,14 @@ class Training:
             self._resume()
 
     def rehearse(self) -> None:
-        """A step from which nothing is learned; it ends when all processes have made it."""
+        """A step that learns nothing; it ends when all processes have made it."""
         self._learn(self._train.images[: self._args.batch_size // world_size()], 0)
         average_(self._gradients).norm().item()
 
     def run_epoch(self, left: int) -> float:
-        """Makes an epoch, the first of `left` that share evenly what is left of the training; returns the mean loss."""
-        shared = reseed(self._args.seed + self.epoch)  # a resumed training draws what an unbroken one would
+        """Runs an epoch, the first of `left` that share the rest of the training evenly; returns the mean loss."""
+        # a resumed training draws the same numbers as an uninterrupted one
+        shared = reseed(self._args.seed + self.epoch)
         order = torch.randperm(len(self._train.images), generator=shared)[: self.steps * self._args.batch_size]
         part, total = (1 - self.progress) / left, torch.zeros((), device=self._device)
         for step, batch in enumerate(order.to(self._device).split(self._args.batch_size)):
@@ -150,7 +151,7 @@ class Training:
         return average_(total).item() / float(self.steps)
 
     def save(self) -> float:
-        """Writes the checkpoint and returns the average's top-1, which no decision looks at."""
+        """Writes the checkpoint and returns the average's top-1, which no decision depends on."""
         state = {
             "student": self._student.state_dict(),
             "average": self._average.model.state_dict(),
@@ -168,7 +169,7 @@ class Training:
         return top1(self._average.model, self._val)
 
     def _learn(self, images: Tensor, r: int) -> Tensor:
-        """The loss on images, whose gradient is left in the flat buffer."""
+        """The loss on images; its gradient is left in the flat buffer."""
         x = mix(augment(images)).images
         return self._backward(r, x, *self._teacher(x))
 

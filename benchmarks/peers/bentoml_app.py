@@ -1,6 +1,6 @@
-"""BentoML: adaptive batching in a service of the model, behind one that takes one image, as its guide composes them.
+"""BentoML: adaptive batching in a service of the model, behind one that takes one image, as in its guide.
 
-The service in front answers a few requests with 500 under load: "Server disconnected", by the service of the model.
+Under load the service in front answers a few requests with 500, "Server disconnected", from the model's service.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A bare FastAPI route that reads the body: the most that any server on FastAPI and one process can answer."""
+"""A bare FastAPI route that reads the body: the upper bound of any server on FastAPI in one process."""
 
 from __future__ import annotations
 

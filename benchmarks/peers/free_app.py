@@ -1,6 +1,6 @@
-"""Ours around a model that costs nothing: what HTTP, decoding, the queue and the socket between processes take.
+"""Our server around a model that costs nothing: the time of HTTP, decoding, the queue and the socket between processes.
 
-With PEER_DECODES=1 its engine takes JPEG files as they come, as one on a GPU does: then nothing is decoded at all.
+With PEER_DECODES=1 its engine takes JPEG files, like one on a GPU; then nothing is decoded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.images.preprocessing import Preprocessing
 from server.ipc.door import Door
 from server.ipc.messages import Classify, Item, TopK
 from server.shared_values import Sheet, join
-from server.types import BatchKey, ModelInfo
+from server.types import BatchKey, Compiling, ComputedBy, ModelInfo
 
 SIDE = 32  # pixels
 
@@ -31,7 +31,7 @@ def main() -> None:
     told_to_end: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: told_to_end.append(number))
     places, door = Places(int(os.environ.get("PEER_HTTP", "1"))), Door()
-    sheets = [Sheet() for _ in range(1 + len(places.held()))]  # as the supervisor has it
+    sheets = [Sheet() for _ in range(1 + len(places.held()))]  # as in the supervisor
     processes = [spawn.Process(name="engine", target=_engine, args=(sheets, door))]
     for number in range(len(places.held())):
         args = (sheets, listener, door, places, number)
@@ -41,7 +41,7 @@ def main() -> None:
         print(f"{process.name} is process {process.pid}", flush=True)
     while not told_to_end:
         if multiprocessing.connection.wait([process.sentinel for process in processes], timeout=0.2):
-            break  # one died, and the others are worth nothing without it
+            break  # one died, and the others are useless without it
     for process in reversed(processes):
         process.terminate()
         process.join()
@@ -91,7 +91,7 @@ async def _serve(door: Door) -> None:
 
 
 class _Free:
-    """A device that answers without looking."""
+    """A device that answers without computing."""
 
     prepares = False
 
@@ -102,6 +102,18 @@ class _Free:
         requests = [item.request for item in work]
         ks = [request.top_k for request in requests if isinstance(request, Classify)]
         return [TopK(list(range(k)), [1 / k] * k) for k in ks]
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        return ComputedBy("torch", "fp32")
+
+    def compiling(self, info: ModelInfo) -> Compiling | None:
+        return None
+
+    def begin(self, info: ModelInfo, on_device: object, timed: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def check(self) -> None:
         pass

@@ -1,6 +1,6 @@
-"""LitServe: `batch_timeout` as in its guide to batching, `fast_queue` as it says for more than 100 requests/s.
+"""LitServe: `batch_timeout` as in its guide to batching, `fast_queue` as it recommends for more than 100 requests/s.
 
-An image comes in base64 in JSON, as in its own benchmark, and is decoded in the process of the model.
+An image comes as base64 in JSON, as in its own benchmark, and is decoded in the model's process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all peers serve: timm's model as it is, under our preprocessing, so that only the servers differ.
+"""The model of all peers: timm's own model with our preprocessing, so that only the servers differ.
 
 Variables: PEER_PORT, PEER_MODEL, PEER_WEIGHTS, PEER_DEVICE, PEER_PRECISION (fp32, bf16 or fp16), PEER_THREADS, and
 PEER_BATCH, the most images in a batch.
@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def port() -> int:
-    """Where to listen."""
+    """The port to listen on."""
     return int(os.environ.get("PEER_PORT", "8000"))
 
 

@@ -1,6 +1,6 @@
-"""Ray Serve: `serve.batch` in one replica, which takes as many requests at once as fill two batches.
+"""Ray Serve: `serve.batch` in one replica that takes the requests of two full batches at once.
 
-Images are decoded in threads, so that they do not hold up the replica's loop.
+Images are decoded in threads, so that they do not block the replica's loop.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Classifier:
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # Ray's own way to end is to abort
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # Ray would abort on these signals
     with tempfile.TemporaryDirectory() as folder:
-        # A cluster of its own: without these two it would join, and end, one that already runs on this machine.
+        # A separate cluster: without these two arguments it would join, and end, one that already runs on this machine.
         ray.init(address="local", _temp_dir=folder, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port()})
         deployment: Any = Classifier

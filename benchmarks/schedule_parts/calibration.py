@@ -1,4 +1,4 @@
-"""How far a schedule's answers for photos are from those at r=0, and how long they take."""
+"""The distance of a schedule's answers for photos from those at r=0, and their latency."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Calibration:
     """A model on a device, photos, and its answers for them at r=0.
 
     Args:
-        runner: The device; it has made the model ready.
+        runner: The device that holds the model.
         loaded: The model.
         photos: Pixels of each photo.
         batch_size: Photos that run together.
@@ -29,15 +29,15 @@ class Calibration:
         self._unmerged = self.probabilities((0,) * loaded.info.num_blocks, range(len(photos)))
 
     def probabilities(self, schedule: Schedule, chosen: Sequence[int]) -> Tensor:
-        """Of each class, for the chosen photos, (len(chosen), K) float32."""
+        """Probability of each class, for the chosen photos, (len(chosen), K) float32."""
         starts = range(0, len(chosen), self._batch_size)
         return torch.cat([self._batch(schedule, chosen[at : at + self._batch_size]) for at in starts])
 
     def distance(self, schedule: Schedule, chosen: Sequence[int]) -> float:
-        """Mean Hellinger distance of the answers from those at r=0: 0 where they are equal, at most 1.
+        """Mean Hellinger distance of the answers from those at r=0: 0 if they are equal, at most 1.
 
-        Agreement itself is too coarse to search by. Of the smooth distances this one depends least on single photos: it
-        says most, measured on some, about the agreement on others.
+        Agreement itself is too coarse for a search. Of the smooth distances this one depends least on single photos:
+        measured on some photos, it says most about the agreement on others.
         """
         alike = (self.probabilities(schedule, chosen) * self._unmerged[chosen]).sqrt().sum(dim=1)
         return float((1 - alike).clamp(min=0).sqrt().mean())
@@ -49,7 +49,7 @@ class Calibration:
         return answers
 
     def seconds(self, schedule: Schedule | None) -> float:
-        """Seconds that a batch takes now; None means timm's own forward, without merging."""
+        """Seconds of a batch now; None is timm's own forward, without merging."""
         start = time.perf_counter()
         self._batch(schedule, range(min(self._batch_size, len(self._photos))))
         return time.perf_counter() - start
@@ -64,4 +64,4 @@ class Calibration:
             logits: Tensor = merged.model(merged.normalised(pixels))
         else:
             logits = merged(pixels, schedule)[:, : len(info.labels)]  # features follow
-        return logits.float().softmax(dim=1).cpu()  # which waits for the device
+        return logits.float().softmax(dim=1).cpu()  # waits for the device

@@ -1,4 +1,4 @@
-"""How long a schedule takes on this device: a few schedules measured, the others predicted from them."""
+"""The latency of a schedule on this device: a few schedules are measured, the others predicted from them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ PROBES = 28
 
 
 class Latency:
-    """Seconds of a batch under any schedule, by a linear model of what it does.
+    """Seconds of a batch under any schedule, by a linear model of its work.
 
-    A block costs so much for each token that enters it, for each pair of them, and for each token that leaves; a block
-    that merges costs something more, whatever it merges, and for each token that it must match. Where the device's
-    latency is a staircase, this is the line through it.
+    A block costs a certain time for each token that enters it, for each pair of them, and for each token that leaves. A
+    block that merges costs a constant time more, and a time for each token that it must match. If the device's latency
+    is a staircase, this is the line through it.
 
     Args:
-        seconds: Runs a batch and says how long it took.
+        seconds: Runs a batch and returns its time.
         info: The model.
-        seed: Of the choice of schedules that are measured.
+        seed: Seed for the choice of measured schedules.
 
     Attributes:
-        error: Mean error of the predictions for the schedules that were measured, relative.
+        error: Mean relative error of the predictions for the measured schedules.
     """
 
     def __init__(self, seconds: Callable[[Schedule], float], info: ModelInfo, seed: int = 0) -> None:
@@ -37,7 +37,7 @@ class Latency:
         probes = _probes(info, random.Random(seed))
         measured = torch.tensor(list(measure(seconds, probes).values()), dtype=torch.float64)
         rows = torch.tensor([self._terms(probe) for probe in probes], dtype=torch.float64)
-        # Relative errors are what counts, so every row is divided by its latency.
+        # Every row is divided by its latency, because relative errors count.
         rows /= measured[:, None]
         scale = rows.abs().amax(dim=0)
         solved = torch.linalg.lstsq(rows / scale, torch.ones_like(measured)[:, None], driver="gelsd").solution[:, 0]
@@ -45,7 +45,7 @@ class Latency:
         self.error = float((rows @ (solved / scale) - 1).abs().mean())
 
     def __call__(self, schedule: Schedule) -> float:
-        """Seconds that a batch takes."""
+        """Seconds of a batch."""
         return sum(weight * term for weight, term in zip(self._weights, self._terms(schedule), strict=True))
 
     def _terms(self, schedule: Schedule) -> list[float]:
@@ -59,7 +59,7 @@ S = TypeVar("S", bound=Schedule | None)
 
 
 def measure(seconds: Callable[[S], float], schedules: Sequence[S]) -> dict[S, float]:
-    """The median latency of each schedule. They take turns, so that what else the machine does falls on all alike."""
+    """The median latency of each schedule. They take turns, so that other load of the machine affects all alike."""
     for schedule in schedules:
         seconds(schedule)  # warm-up
     runs = [{schedule: seconds(schedule) for schedule in schedules} for _ in range(RUNS)]

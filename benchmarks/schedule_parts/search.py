@@ -1,9 +1,9 @@
 """Search for the schedule, one for all images, that changes a model's answers least at a given cost.
 
-One token more or fewer in a block re-pairs all tokens after it, so the loss of a single schedule is jittery, and the
-jitter belongs to the photos it was measured on: it does not carry over to others. What does carry over is smooth in
-the token counts. So the search trusts no schedule's own figure: it fits a smooth surrogate to all that it has tried,
-moves to the surrogate's optimum, tries schedules around it, and fits again.
+One token more or fewer in a block re-pairs all tokens after it. So the loss of a single schedule is noisy, and the
+noise belongs to the measured photos: it does not carry over to others. The part that carries over is smooth in the
+token counts. So the search trusts no schedule's own loss: it fits a smooth surrogate to all trials, moves to the
+surrogate's optimum, tries schedules around it, and fits again.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from server.dial import Schedule
 from tome_core.schedule import clip, token_counts
 
 Shape = tuple[float, ...]
-"""How a schedule spreads its merging over the blocks, up to a factor. Below 0 means none; missing ends mean none."""
+"""Distribution of a schedule's merging over the blocks, up to a factor. Negative and missing numbers mean none."""
 
 LARGEST_FACTOR = 4096.0
 FIRST_SPREAD, SPREAD_DECAY = 0.6, 0.85  # around shapes whose mean is 1
-IDLE_SHARES = (0.0, 0.15, 0.3)  # blocks of a first candidate that merge nothing
+IDLE_SHARES = (0.0, 0.15, 0.3)  # shares of blocks of a first candidate that merge nothing
 ATTEMPTS = 50
 REACH = 1.0  # spreads
 POOL, ELITE, GENERATIONS, POOL_DECAY = 120, 12, 14, 0.85
 
 
 class Space:
-    """The schedules at a budget: every shape stands for the one of its kind that merges least within it.
+    """The schedules at a budget: every shape stands for the schedule of this shape that merges least within it.
 
     Args:
-        cost: Cost of a schedule, in any unit. It should fall where the same shape merges more.
-        budget: The most that a schedule may cost.
+        cost: Cost of a schedule, in any unit. It should fall if the same shape merges more.
+        budget: The highest cost.
         num_blocks: Blocks of the model.
         num_tokens: Tokens that enter the first block.
         num_prefix_tokens: Leading tokens that never merge.
@@ -51,7 +51,7 @@ class Space:
         self._num_blocks, self._tokens = num_blocks, (num_tokens, num_prefix_tokens)
 
     def schedule(self, shape: Shape) -> Schedule | None:
-        """The schedule of this shape; None where it costs too much however much it merges."""
+        """The schedule of this shape; None if no factor meets the budget."""
         low, high = 0.0, LARGEST_FACTOR
         if self.cost(self._scaled(shape, low)) <= self.budget:
             return self._scaled(shape, low)
@@ -63,7 +63,7 @@ class Space:
         return self._scaled(shape, high)
 
     def features(self, schedule: Schedule) -> list[float]:
-        """What the loss is smooth in: the logarithm of the tokens that leave each block."""
+        """Features in which the loss is smooth: the logarithm of the tokens that leave each block."""
         return [math.log(count) for count in token_counts(schedule, *self._tokens)]
 
     def _scaled(self, shape: Shape, factor: float) -> Schedule:
@@ -78,12 +78,12 @@ class Space:
 
 
 class Round(NamedTuple):
-    """What a round of the search has come to.
+    """The result of a round of the search.
 
     Attributes:
         schedule: The surrogate's optimum so far.
-        fit: Share of the variance of the logarithm of the loss that the surrogate predicts for schedules it has not
-            seen; near 0 it has learnt nothing, and the rest is jitter.
+        fit: Share of the variance of log loss that the surrogate predicts for new schedules. Near 0 it has learnt
+            nothing, and the rest is noise.
     """
 
     schedule: Schedule
@@ -100,17 +100,17 @@ def search(
     parts: int = 1,
     seed: int = 0,
 ) -> Iterator[Round]:
-    """Looks for the schedule of least loss in a space, round after round.
+    """Searches a space for the schedule of least loss, round after round.
 
     Args:
-        loss: Loss of a schedule on one part of the calibration photos, above 0. It is asked once for each trial.
+        loss: Loss of a schedule on one part of the calibration photos, above 0. It is called once for each trial.
         space: Schedules at the budget.
-        start: The shape to start from; it has as many numbers as blocks may merge.
+        start: The first shape; it has a number for each block that may merge.
         rounds: Rounds to yield.
         trials: Schedules tried in each round.
-        parts: Parts of the photos; trials take them in turn, which costs less than all photos for each and tells as
-            much, since it is the number of pictures looked at that beats the jitter.
-        seed: Of the random numbers; the same seed gives the same rounds.
+        parts: Parts of the photos; trials use them in turn. This costs less than all photos for each trial, and tells
+            as much, because the total number of photos averages out the noise.
+        seed: Seed of the random numbers; the same seed gives the same rounds.
 
     Raises:
         ValueError: The start cannot meet the budget.
@@ -136,7 +136,7 @@ def search(
 
 
 def _centred(tried: Sequence[tuple[list[float], float, int]], parts: int) -> tuple[list[list[float]], list[float]]:
-    """Features, and losses less the mean of their part: some photos are harder than others."""
+    """Features, and losses minus the mean of their part, because some photos are harder than others."""
     of_part = [[loss for _, loss, each in tried if each == part] for part in range(parts)]
     means = [sum(losses) / max(len(losses), 1) for losses in of_part]
     return [features for features, _, _ in tried], [loss - means[part] for _, loss, part in tried]
@@ -145,7 +145,7 @@ def _centred(tried: Sequence[tuple[list[float], float, int]], parts: int) -> tup
 def _candidate(
     space: Space, centre: Shape, spread: float, idle_shares: Sequence[float], random_numbers: random.Random
 ) -> tuple[Shape, Schedule]:
-    """A shape near the centre that meets the budget, and its schedule; the centre where none is to be had."""
+    """A shape near the centre that meets the budget, and its schedule; the centre if none is found."""
     for _ in range(ATTEMPTS):
         idle = random_numbers.choice(idle_shares)
         shape = tuple(
@@ -162,7 +162,7 @@ def _candidate(
 def _optimum(surrogate: Surrogate, space: Space, centre: Shape, spread: float, random_numbers: random.Random) -> Shape:
     """Descends the surrogate by moving to the mean of the best of a shrinking cloud (the cross-entropy method).
 
-    It goes no further than the schedules reach to which the surrogate was fitted last.
+    It stays within the reach of the schedules to which the surrogate was fitted last.
     """
     limits = [(part - REACH * spread, part + REACH * spread) for part in centre]
     for _ in range(GENERATIONS):

@@ -1,4 +1,4 @@
-"""A smooth model of how a schedule's loss depends on its token counts, fitted to noisy trials."""
+"""A smooth model of a schedule's loss by its token counts, fitted to noisy trials."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 class Surrogate:
     """Ridge regression on the logarithms of the token counts, their squares, and the squared steps between them.
 
-    Each block has a best number of tokens, and a large step at once costs extra. The ridge is the one that predicts
-    best what it has not seen, by leave-one-out.
+    Each block has a best number of tokens, and a large step at once costs extra. The ridge is the one that predicts new
+    trials best, by leave-one-out.
 
     Args:
         log_counts: Logarithm of the tokens around each block, (T, L).
         log_losses: Logarithm of the loss of each, (T,).
 
     Attributes:
-        fit: Share of the variance that is predicted of trials left out; 1 is all, 0 or less is nothing.
+        fit: Predicted share of the variance of left-out trials; 1 is all, 0 or less is nothing.
     """
 
     def __init__(self, log_counts: Sequence[Sequence[float]], log_losses: Sequence[float]) -> None:
@@ -50,7 +50,7 @@ class Surrogate:
 def _left_out_error(z: Tensor, y: Tensor, ridge: float) -> float:
     """Summed squared error of each trial's prediction from all the others, in closed form."""
     hat = z @ _inverse(z, ridge) @ z.T
-    # One more part in T is the offset's, which is fitted too.
+    # The offset, which is fitted too, adds one part in T.
     return float(((y - hat @ y) / (1 - hat.diagonal() - 1 / len(y))).square().sum())
 
 
@@ -60,7 +60,7 @@ def _inverse(z: Tensor, ridge: float) -> Tensor:
 
 
 def _std(x: Tensor) -> Tensor:
-    """Standard deviations; 1 for what never varies."""
+    """Standard deviations; 1 for constants."""
     std = x.std(dim=0, correction=0)
     return torch.where(std > 1e-9, std, torch.ones_like(std))
 

@@ -1,1 +1,1 @@
-"""benchmarks.serving in parts: goals, servers and their processes, load generators, and what is measured with them."""
+"""Parts of benchmarks.serving: goals, servers and their processes, load generators, and the measurements with them."""

@@ -25,17 +25,17 @@ _FORMS = {goal.key: goal for goal in GOALS}
 
 
 class PartError(Exception):
-    """A part cannot be measured; says why."""
+    """A part cannot be measured; the message says why."""
 
 
 class Bench:
-    """What parts share.
+    """Shared state of the parts.
 
     Args:
-        args: Of the command line, with every default filled in.
+        args: The command line, with every default filled in.
         photos: Files to send.
         generators: Send them.
-        folder: For logs, states and kernels.
+        folder: For logs, state and kernels.
     """
 
     def __init__(self, args: argparse.Namespace, photos: Sequence[bytes], generators: Generators, folder: Path) -> None:
@@ -44,29 +44,29 @@ class Bench:
         self.figures: dict[str, float] = {}
         self.notes: dict[str, str] = {}
         self.loads: list[dict[str, Any]] = []
-        self.speeds: dict[str, float] = {}  # what is no goal of its own, by a name
+        self.speeds: dict[str, float] = {}  # speeds that are not goals themselves, by name
         self._generators, self._folder = generators, folder
         self._stack = ExitStack()
         self._running: tuple[object, Server] | None = None
 
     @property
     def window(self) -> tuple[float, float]:
-        """The seconds of a load that count, from its start."""
+        """The measured seconds of a load, from its start."""
         return self.args.warmup, self.args.warmup + self.args.duration
 
     def at(self, r: int) -> list[Request]:
-        """All photos, each to be classified at one r."""
+        """Requests for all photos at one r."""
         return [classify(photo, r) for photo in self.photos]
 
     def figure(self, key: str, value: float, note: str = "") -> None:
-        """Takes note of a figure, and tells it at once."""
+        """Records a figure and prints it."""
         self.figures[key] = value
         self.notes[key] = note
         goal = _FORMS[key]
         print(f"  {goal.title}: {goal.form.format(value)}{'; ' if note else ''}{note}", flush=True)
 
     def ours(self, **changes: Any) -> Server:
-        """Our server, as the command line says but for some changes of its settings; it is warm at the last r."""
+        """Our server by the command line, with some settings changed; it is warm at the last r."""
         said = {name: getattr(self.args, name) for name in OURS} | {"r": self.args.ladder[-1]} | changes
         state = self._folder / f"state-{said['model'].replace('/', '-')}-{said['device']}"
         command = [PYTHON, "-m", "server.cli", "serve", "--port", "{port}", "--log-level", "info"]
@@ -85,7 +85,7 @@ class Bench:
         headers: Mapping[str, str],
         ready: str | None = None,
     ) -> Server:
-        """A server, for which the one before ends; the same one as long as it is asked for in the same words."""
+        """Runs a server, after ending the previous one; the same server is kept while the arguments are equal."""
         words = (tuple(command), tuple(sorted(variables.items())))
         if self._running is None or self._running[0] != words:
             self.end_server()
@@ -94,12 +94,12 @@ class Bench:
         return self._running[1]
 
     def end_server(self) -> None:
-        """Ends the server that runs, if one does."""
+        """Ends the running server, if there is one."""
         self._running = None
         self._stack.close()
 
     def forget(self) -> None:
-        """Ends the server, and leaves nothing of earlier ones: no kernels, no compiled models."""
+        """Ends the server, and removes kernels and compiled models of earlier ones."""
         self.end_server()
         for folder in self._folder.iterdir():
             if folder.is_dir():
@@ -118,7 +118,7 @@ class Bench:
         seconds: float | None = None,
         during: During = (),
     ) -> Load:
-        """A load from all generators: of clients that wait, or at a rate. It is told, and among the run's loads."""
+        """A load from all generators: of waiting clients, or at a rate. It is printed and recorded."""
         warmup_s = self.args.warmup if warmup_s is None else warmup_s
         seconds = self.args.duration if seconds is None else seconds
         order = Order(server.target, requests, headers, clients, per_s, warmup_s, seconds)
@@ -134,7 +134,7 @@ class Bench:
         return load
 
     def program(self, module: str, *arguments: str) -> dict[str, Any]:
-        """Runs a benchmark that needs the device for itself, and gives the JSON of its last line.
+        """Runs a benchmark that needs the device alone, and returns the JSON of its last line.
 
         Raises:
             PartError: It failed.
@@ -153,25 +153,25 @@ class Bench:
         return told
 
     def peer_variables(self, **more: object) -> dict[str, str]:
-        """What sets up the programs in benchmarks/peers."""
+        """The variables of the programs in benchmarks/peers."""
         args = self.args
         said = {"MODEL": args.model, "WEIGHTS": args.weights, "DEVICE": args.device, "PRECISION": args.precision}
         said |= {"THREADS": args.threads, "BATCH": args.max_batch_size, **more}
         return {f"PEER_{name}": str(value) for name, value in said.items() if value is not None}
 
     def _kernels(self, inherit: bool = False) -> dict[str, str]:
-        """Where compilers keep what they made: in this run's folder, so that its first server finds nothing."""
+        """Caches of compilers in this run's folder, so that its first server finds nothing."""
         names = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda"}
         places = {name: str(self._folder / f"kernels-{place}") for name, place in names.items()}
         return {**os.environ, **places} if inherit else places
 
 
 class Used:
-    """CPU time that processes use between two moments of a load.
+    """CPU time of processes between two times of a load.
 
     Args:
         processes: Their ids by name.
-        main_thread: Of their main threads alone.
+        main_thread: Whether to count only their main threads.
     """
 
     def __init__(self, processes: Mapping[str, int], main_thread: bool = False) -> None:
@@ -179,23 +179,23 @@ class Used:
         self._seen: list[dict[str, float]] = []
 
     def look(self) -> None:
-        """One of the two moments."""
+        """Records one of the two times."""
         self._seen.append({name: cpu_s(pid, self._main_thread) for name, pid in self._processes.items()})
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Between the first and the last moment, by name."""
+        """CPU time between the first and the last look, by name."""
         first, last = self._seen[0], self._seen[-1]
         return {name: last[name] - first[name] for name in first}
 
 
 def classify(photo: bytes, r: int) -> Request:
-    """What asks our server for one photo at one r."""
+    """A request to our server for one photo at one r."""
     return Request(f"/classify?r={r}", photo)
 
 
 def note_of(words: str, load: Load) -> str:
-    """What is to be said of a figure that comes from a load."""
+    """The note of a figure from a load."""
     others = {status: count for status, count in load.statuses.items() if status != 200}
     return words + (f", others: {others}" if others else "") + ("; generators were late" if load.lagged else "")
 

@@ -1,4 +1,4 @@
-"""What bounds our server, each bound alone, and other servers with the same model."""
+"""The bounds of our server, each alone, and other servers with the same model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decode(bench: Bench) -> None:
 
 
 def free(bench: Bench) -> None:
-    """Our server around a model that costs nothing: one HTTP process, and on a GPU as many as there are."""
+    """Our server around a model that costs nothing: one HTTP process, and on a GPU all of them too."""
     args = bench.args
     decoded = [Request("/classify?top_k=1", small(photo)) for photo in bench.photos[:20]]
     as_they_came = [Request("/classify?top_k=1", photo) for photo in bench.photos]
@@ -45,7 +45,7 @@ def free(bench: Bench) -> None:
     key_note = f"small photos decoded, {us:.0f} us of CPU"
     bench.speeds["free model"] = load.per_s
     if bench.is_cuda:
-        note = f"files as they come; {key_note}: {load.per_s:,.0f}"
+        note = f"undecoded files; {key_note}: {load.per_s:,.0f}"
         load, us = _free(bench, 1, 1, as_they_came)
         key_note = f"{us:.0f} us of CPU, {note}"
     bench.figure("http_per_s", load.per_s, key_note)
@@ -56,7 +56,7 @@ def free(bench: Bench) -> None:
 
 
 def bare(bench: Bench) -> None:
-    """A bare FastAPI route: what bounds any server on FastAPI in one process."""
+    """A bare FastAPI route: the upper bound of any server on FastAPI in one process."""
     requests = [Request("/classify?top_k=1", small(photo)) for photo in bench.photos[:20]]
     server = bench.server(FASTAPI, bench.peer_variables(), requests[0], IMAGE)
     load = bench.load("bare FastAPI route", server, requests, clients=FREE_CLIENTS)
@@ -90,7 +90,7 @@ def _free(bench: Bench, processes: int, decodes: int, requests: Sequence[Request
 def forward_loop(bench: Bench, model: str, weights: str | None, batch: int, ladder: Sequence[int]) -> dict[int, float]:
     """Images/s of a model at each r, by benchmarks.forward_loop."""
     args = bench.args
-    flags = ["--model", model, "--batch", str(batch), "--r", ",".join(map(str, ladder)), "--device", args.one_device]
+    flags = ["--model", model, "--batch", str(batch), "--r", *map(str, ladder), "--device", args.one_device]
     flags += ["--precision", args.precision, "--backend", args.backend, "--threads", str(args.threads)]
     flags += ["--duration", f"{min(args.duration, 3):g}", *(["--weights", weights] if weights else [])]
     told = {
@@ -103,6 +103,6 @@ def forward_loop(bench: Bench, model: str, weights: str | None, batch: int, ladd
 
 def _decoding(bench: Bench, model: str, weights: str | None, batch: str, precision: str) -> dict[str, Any]:
     args = bench.args
-    flags = ["--photos", str(args.photos), "--limit", str(max(args.limit, 500)), "--model", model, "--batch", batch]
+    flags = ["--images", str(args.images), "--limit", str(max(args.limit, 500)), "--model", model, "--batch", batch]
     flags += ["--device", args.one_device, "--precision", precision, "--threads", str(args.threads)]
     return bench.program("benchmarks.decoding", *flags, *(["--weights", weights] if weights else []))

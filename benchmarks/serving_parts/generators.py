@@ -1,4 +1,4 @@
-"""Several load generators at once, each a process with a loop and connections of its own, and the sum of all."""
+"""Several load generators at once, each a process with its own loop and connections, and their sum."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ START_IN_S = 0.3  # by then all of them have their orders
 TIMEOUT_S = 60.0
 
 During = Sequence[tuple[float, Callable[[], object]]]
-"""What to do while a load runs, and when: seconds from its start, rising."""
+"""Actions during a load, each with its time in seconds from the start, ascending."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a generator is to send.
+    """The work of a generator.
 
     Attributes:
-        requests: They take turns.
-        clients: How many wait for their answers; 0 in an open loop.
+        requests: Used in turn.
+        clients: Number of waiting clients; 0 in an open loop.
         per_s: Rate of an open loop.
-        warmup_s: Seconds that do not count, before those that do.
-        seed: Of the times of an open loop.
-        starts_at: On the clock that all processes share.
+        warmup_s: Seconds before the measured ones.
+        seed: Seed for the times of an open loop.
+        starts_at: Start, on the clock that all processes share.
     """
 
     target: Target
@@ -53,14 +53,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Share:
-    """What one generator saw in the seconds that count.
+    """The results of one generator in the measured seconds.
 
     Attributes:
-        latencies: Of the answers with 200, in seconds.
-        statuses: How many of each; 0 where there was no answer.
-        problems: Of each status but 200, an example of what it said.
-        lateness_s: Of the generator, of 99 in 100 of its moments.
-        cpu_us: CPU time that a request took it.
+        latencies: Seconds of the answers with 200.
+        statuses: Count of each status; 0 is no answer.
+        problems: An example message for each status except 200.
+        lateness_s: 99th percentile of the generator's lateness.
+        cpu_us: The generator's CPU time a request.
     """
 
     latencies: array[float]
@@ -72,12 +72,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Load:
-    """What all of them saw.
+    """The sum of the generators' results.
 
     Attributes:
         answered: Requests answered with 200.
         others: All others.
-        generator_us: CPU time that a request took its generator.
+        generator_us: A generator's CPU time a request.
     """
 
     seconds: float
@@ -97,17 +97,17 @@ class Load:
 
     @property
     def lagged(self) -> bool:
-        """Whether latencies say much of the generators: one was late by more than 2 ms and a tenth of the p99."""
+        """Whether the generators distort the latencies: one was late by more than 2 ms and a tenth of the p99."""
         return self.lateness_ms > max(1e3 * LAG_S, 0.1 * (self.p99_ms or 0.0))
 
     def require_answers(self) -> None:
-        """Raises RuntimeError where nothing was answered with 200: then there is nothing to divide by."""
+        """Raises RuntimeError if nothing was answered with 200, because there is nothing to divide by."""
         if not self.answered:
             raise RuntimeError(f"nothing was answered with 200: {self.problems or 'no reply at all'}")
 
 
 def sum_of(shares: Sequence[Share], seconds: float) -> Load:
-    """The sum of what several generators saw at once."""
+    """Sums the results of several generators."""
     latencies = sorted(each for share in shares for each in share.latencies)
     statuses: Counter[int] = Counter()
     for share in shares:
@@ -127,10 +127,10 @@ def sum_of(shares: Sequence[Share], seconds: float) -> Load:
 
 
 class Generators:
-    """Processes that send. They end with the `with` block.
+    """Processes that send requests. They end with the `with` block.
 
     Args:
-        count: How many.
+        count: Number of processes.
     """
 
     def __init__(self, count: int) -> None:
@@ -146,10 +146,10 @@ class Generators:
             theirs.close()
 
     def run(self, order: Order, during: During = ()) -> Load:
-        """Shares an order among all, and does something else meanwhile.
+        """Distributes an order among all generators, and runs actions meanwhile.
 
         Raises:
-            RuntimeError: A generator could not do it.
+            RuntimeError: A generator failed.
         """
         pipes = self._pipes[: order.clients] if order.clients else self._pipes
         starts_at = time.monotonic() + START_IN_S
@@ -161,7 +161,7 @@ class Generators:
             time.sleep(max(0.0, starts_at + at - time.monotonic()))
             try:
                 do()
-            except Exception as error:  # and hear the generators out: the next load must not find these answers
+            except Exception as error:  # then wait for the generators, because the next load must not get these answers
                 failure = error
         shares = [pipe.recv() for pipe in pipes]
         if failure is not None:
@@ -183,7 +183,7 @@ class Generators:
 
 
 def shared(order: Order, count: int) -> list[Order]:
-    """What each of several generators gets of an order. They begin at different photos."""
+    """The parts of an order for several generators. They begin at different photos."""
     parts = []
     for number in range(count):
         clients = order.clients // count + (number < order.clients % count)
@@ -194,9 +194,9 @@ def shared(order: Order, count: int) -> list[Order]:
 
 
 def _generate(pipe: Connection) -> None:
-    """One process: sends what it is told to until nobody tells it any more."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # that of a whole group is for the benchmark, which ends us
-    gc.disable()  # a collection among a hundred thousand replies is a pause that is not the server's
+    """A generator process: sends orders until the pipe closes."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a signal to the process group is for the benchmark, which ends us
+    gc.disable()  # a collection among a hundred thousand replies would be a pause that is not the server's
     while True:
         try:
             order = pipe.recv()
@@ -218,7 +218,7 @@ async def _send(order: Order) -> Share:
         end = start + order.seconds
 
         def watch(reply: Reply) -> None:
-            # Of clients that wait, the answers that come in this time; else those that were due in it, however late.
+            # In a closed loop, the answers that arrive in the measured time; in an open loop, the requests due in it.
             now = time.perf_counter()
             if start <= (now - reply.seconds if is_open else now) < end:
                 statuses[reply.status] += 1

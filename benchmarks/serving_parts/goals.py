@@ -1,4 +1,4 @@
-"""What serving is to reach, and a run's figures beside it."""
+"""The goals of serving, and a run's figures beside them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Goal:
     """One row of the table.
 
     Attributes:
-        key: Of its figure.
-        title: What it is.
-        before: What it was when the goal was set; None where nobody knew.
-        goal: What it is to be.
-        form: How its numbers are written.
-        at_most: The figure is to be no more than the goal; else no less.
-        device: "cuda" or "cpu" where the goal is for that alone.
+        key: Key of its figure.
+        title: Its description.
+        before: The figure when the goal was set; None if unknown.
+        goal: The goal.
+        form: Format of its numbers.
+        at_most: Whether the goal is an upper bound; otherwise it is a lower one.
+        device: "cuda" or "cpu" if the goal is only for that.
     """
 
     key: str
@@ -61,8 +61,8 @@ def rows_of(figures: Mapping[str, float], notes: Mapping[str, str], device: str)
     """A row for each goal of this device, and for each figure of another.
 
     Args:
-        figures: What was measured, by the key of its goal.
-        notes: What else is to be said of a row, such as why it was not measured.
+        figures: The measured figures, by the key of their goal.
+        notes: More about a row, such as why it was not measured.
         device: "cuda" or "cpu".
     """
     for goal in GOALS:
@@ -75,7 +75,7 @@ def rows_of(figures: Mapping[str, float], notes: Mapping[str, str], device: str)
 
 
 def lines_of(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """The table, as it is printed."""
+    """The lines of the table."""
     goals = {goal.key: goal for goal in GOALS}
     yield f"{'':<60} {'before':>8} {'goal':>9} {'figure':>9}"
     for row in rows:
@@ -88,7 +88,7 @@ def lines_of(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 
 def least(bounds: Mapping[str, float | None]) -> tuple[str, float] | None:
-    """Which of several bounds is the least, and what it is; None where one is not known."""
+    """The smallest of several bounds, with its name; None if one is unknown."""
     known = {name: bound for name, bound in bounds.items() if bound is not None}
     if len(known) < len(bounds):
         return None
@@ -96,6 +96,6 @@ def least(bounds: Mapping[str, float | None]) -> tuple[str, float] | None:
 
 
 def busiest(counts: Mapping[str, float]) -> float | None:
-    """The largest of several counts over their mean; None where all are 0."""
+    """The largest of several counts over their mean; None if all are 0."""
     total = sum(counts.values())
     return max(counts.values()) * len(counts) / total if total else None

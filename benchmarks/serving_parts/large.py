@@ -1,4 +1,4 @@
-"""A large model, where the forward pass is nearly all there is, on one GPU and on two."""
+"""A large model, whose time is mostly the forward pass, on one GPU and on two."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from benchmarks.serving_parts.bench import Bench, PartError
 from benchmarks.serving_parts.bounds import forward_loop
 
 LARGE_R = (0, 23)
-LARGE_WARMUP_S = 4.0  # our server has recorded one r before it is ready, and records the other in this time
+LARGE_WARMUP_S = 4.0  # our server records one r before it is ready, and the other in this time
 
 
 def large(bench: Bench) -> None:
-    """A large model, where the forward pass is nearly all there is."""
+    """A large model, whose time is mostly the forward pass."""
     args = bench.args
     bounds = forward_loop(bench, args.large_model, args.large_weights, args.large_batch, LARGE_R)
     for r in LARGE_R:

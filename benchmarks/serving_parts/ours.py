@@ -1,4 +1,4 @@
-"""Our server under load: when it is ready, how much it answers and how late, how even its work is, and a fault."""
+"""Our server under load: its start, throughput and latency, the spread of its work, and a fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SHARE = 0.6  # of the throughput, at which latency is measured
 
 
 def ready(bench: Bench) -> None:
-    """From the start of our server to its first 200 of /readyz at r=0: with no kernels and no state, and once more."""
+    """Time from the start of our server to its first 200 of /readyz at r=0: without kernels and state, and once
+    more.
+    """
     bench.forget()
     bench.figure("first_ready_s", bench.ours(r=0).ready_s)
     bench.end_server()
@@ -23,7 +25,7 @@ def ready(bench: Bench) -> None:
 
 
 def throughput(bench: Bench) -> None:
-    """Clients that wait for their answers, at each r; at the last the engine's CPU time, and latency at a rate."""
+    """Waiting clients at each r; at the last r also the engine's CPU time, and latency at a rate."""
     args, server = bench.args, bench.ours()
     for r in args.ladder[:-1]:
         bench.speeds[f"ours r={r}"] = bench.load(f"ours r={r}", server, bench.at(r), clients=args.concurrency).per_s
@@ -45,7 +47,7 @@ def throughput(bench: Bench) -> None:
 
 
 def mixed(bench: Bench) -> None:
-    """Requests that ask for five r in turn, beside one r in their middle."""
+    """Requests for five r in turn, beside one r in their middle."""
     args, server, middle = bench.args, bench.ours(), max(bench.args.ladder[-1], 2)
     requests = [classify(photo, middle + step) for photo in bench.photos for step in range(-2, 3)]
     load = bench.load(f"ours r={middle - 2} to {middle + 2}", server, requests, clients=args.concurrency)
@@ -56,7 +58,7 @@ def mixed(bench: Bench) -> None:
 
 
 def spread(bench: Bench) -> None:
-    """How evenly connections, and the work, are spread over the HTTP processes."""
+    """How evenly connections and work are spread over the HTTP processes."""
     args = bench.args
     server = bench.ours(http_workers=args.http_workers if args.http_workers > 1 else 4)
     processes, counts = server.processes("http"), dict[str, int]()
@@ -91,5 +93,5 @@ def kill(bench: Bench) -> None:
         clients=args.concurrency,
         during=[(first + (last - first) / 4, partial(os.kill, victim, signal.SIGKILL))],
     )
-    bench.end_server()  # as it was, it is not wanted again
+    bench.end_server()  # not reused in this state
     bench.figure("lost", load.others, note_of(f"of {load.answered + load.others:,}", load))

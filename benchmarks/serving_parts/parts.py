@@ -1,4 +1,4 @@
-"""The parts of benchmarks.serving by name, in the order in which they are measured, and what is a ratio of several."""
+"""The parts of benchmarks.serving by name, in the order of measurement, and ratios of several parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.serving_parts.ours import kill, mixed, ready, spread, throughput
 from benchmarks.serving_parts.peers import PEERS
 
 PARTS: dict[str, Callable[[Bench], None]] = {
-    "ready": ready,  # first: later there would be kernels already
+    "ready": ready,  # first, because later there would be kernels
     "throughput": throughput,
     "mixed": mixed,
     "spread": spread,
@@ -29,7 +29,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 
 
 def compare(bench: Bench) -> None:
-    """The figures that are ratios of what several parts measured."""
+    """The figures that are ratios of several parts."""
     speeds, figures = bench.speeds, bench.figures
     r = bench.args.ladder[-1]
     bounds = {"forward loop": speeds.get(f"forward loop r={r}"), "decoding": figures.get("decode_per_s")}

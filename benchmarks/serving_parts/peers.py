@@ -1,4 +1,4 @@
-"""Other servers with the same model, and two programs that bound ours: what starts them, and how they take photos."""
+"""Other servers with the same model, and two programs that bound ours: their commands and requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE = {"content-type": "image/jpeg"}
 JSON = {"content-type": "application/json"}
 FASTAPI = (PYTHON, "-m", "benchmarks.peers.fastapi_app")
 FREE = (PYTHON, "-m", "benchmarks.peers.free_app")
-SMALL = 32  # pixels: as much as the free model sees, so that decoding costs next to nothing
+SMALL = 32  # pixels: the free model's input, so that decoding costs next to nothing
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Peer:
     """Another server.
 
     Attributes:
-        module: What must be installed.
-        install: What pip takes for it.
+        module: Its module, which must be installed.
+        install: Its name for pip.
         command: Its program.
         path: Its endpoint.
-        in_json: It takes images in base64 in JSON.
+        in_json: Whether it takes images as base64 in JSON.
     """
 
     module: str
@@ -75,7 +75,7 @@ PEERS = {
 
 
 def small(photo: bytes) -> bytes:
-    """A photo as small as the free model wants it."""
+    """A photo of the free model's input size."""
     encoded = io.BytesIO()
     Image.open(io.BytesIO(photo)).convert("RGB").resize((SMALL, SMALL)).save(encoded, "JPEG")
     return encoded.getvalue()

@@ -1,4 +1,4 @@
-"""What Linux says of a server's processes: who they are, CPU time, connections."""
+"""A server's processes on Linux: their ids, CPU time and connections."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _STARTED = re.compile(r"\b((?:engine|http)(?:-\d+)?) is process (\d+)")
 
 
 def named(log: str) -> dict[str, int]:
-    """The processes that the log of a server tells of: "engine", "engine-0", "http-0" and so on, and their ids.
+    """The processes in a server's log, "engine", "engine-0", "http-0" and so on, and their ids.
 
-    Of one that was started again it is the last.
+    For one that was restarted it is the last id.
     """
     return {name: int(pid) for name, pid in _STARTED.findall(log)}
 
 
 def cpu_s(pid: int, main_thread: bool = False) -> float:
-    """Seconds of CPU that a process, or its main thread alone, has used; raises OSError where it has ended.
+    """Seconds of CPU that a process, or only its main thread, has used; raises OSError if it has ended.
 
-    Of a thread the scheduler's own count is taken, in nanoseconds, where the kernel tells it.
+    A thread's time is the scheduler's own, in nanoseconds, if the kernel provides it.
     """
     if not main_thread:
         return cpu_of_stat((PROC / str(pid) / "stat").read_text())
@@ -36,13 +36,13 @@ def cpu_s(pid: int, main_thread: bool = False) -> float:
 
 
 def cpu_of_stat(stat: str) -> float:
-    """Seconds of CPU, of the user and of the system, by a stat file. The name in it may hold spaces and brackets."""
+    """Seconds of CPU, user and system, from a stat file. The name in it may contain spaces and brackets."""
     fields = stat.rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
 def connections(port: int, processes: Mapping[str, int]) -> dict[str, int]:
-    """How many clients each process is connected with, which came to a port."""
+    """Number of clients that each process is connected with through a port."""
     inodes: set[str] = set()
     for name in ("tcp", "tcp6"):
         try:
@@ -53,7 +53,7 @@ def connections(port: int, processes: Mapping[str, int]) -> dict[str, int]:
 
 
 def established(port: int, lines: Iterable[str]) -> set[str]:
-    """The inodes of sockets that are connected and whose own port it is, by lines of /proc/net/tcp."""
+    """The inodes of connected sockets with this local port, from lines of /proc/net/tcp."""
     fields = (line.split() for line in lines)
     return {each[9] for each in fields if each[3] == ESTABLISHED and int(each[1].rpartition(":")[2], 16) == port}
 

@@ -1,4 +1,4 @@
-"""Starting and ending servers, one at a time, each on a port of its own."""
+"""Starts and ends servers, one at a time, each on its own port."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class NotStartedError(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers.
+    """A running server.
 
     Attributes:
-        log: The file that it writes to.
+        log: Its log file.
         ready_s: From its start until it was ready.
     """
 
@@ -42,7 +42,7 @@ class Server:
     ready_s: float
 
     def processes(self, kind: str) -> dict[str, int]:
-        """Those of a kind ("engine" or "http") by name, as its log tells."""
+        """Processes of a kind ("engine" or "http") by name, from its log."""
         return {name: pid for name, pid in named(self.log.read_text()).items() if name.startswith(kind)}
 
 
@@ -55,15 +55,16 @@ def running(
     ready: str | None = None,
     folder: Path | None = None,
 ) -> Iterator[Server]:
-    """A server on a free port, which has answered the first request; it ends with all that it has started.
+    """Runs a server on a free port until it has answered the first request; ends it with everything that it has
+    started.
 
     Args:
-        command: Its program; "{port}" in it stands for the port, as the variable PEER_PORT does.
-        variables: Of its environment, beside ours.
-        first: Is sent until it is answered with 200.
+        command: Its program; "{port}" in it stands for the port, which is also in the variable PEER_PORT.
+        variables: Environment variables besides ours.
+        first: Sent until it is answered with 200.
         headers: Sent with it.
-        ready: Path that is asked first, again and again, until it says 200.
-        folder: Where its log is to be.
+        ready: Path that is requested first until it returns 200.
+        folder: Folder for its log.
 
     Raises:
         NotStartedError: It ended, or took too long.
@@ -93,7 +94,7 @@ def running(
         with suppress(subprocess.TimeoutExpired):
             process.wait(END_S)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it has left behind
+            os.killpg(process.pid, signal.SIGKILL)  # processes that it left behind
         process.wait()
         log.unlink()
 
@@ -134,6 +135,6 @@ async def _wait_until_answered(
 
 
 def last_words(log: Path) -> str:
-    """The last lines of a log, in one."""
+    """The last lines of a log, joined."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-3:])

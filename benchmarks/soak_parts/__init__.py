@@ -1,1 +1,1 @@
-"""Parts of benchmarks.soak: the traffic, what is watched meanwhile, and how fast it grows."""
+"""Parts of benchmarks.soak: the traffic, the samples, and their growth."""

@@ -1,4 +1,4 @@
-"""How fast a series grows: a line through it, with an interval that allows for neighbours that are alike."""
+"""The growth of a series: a line through it, with an interval that allows for autocorrelation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from server.intervals import Z
 
 HOUR_S = 3600.0
 LEAST_SAMPLES = 4
-"""Below so many there is no spread to take an interval from."""
+"""Fewest samples for an interval."""
 
 MOST_ALIKE = 0.95
-"""Taken for the correlation of neighbours at most: of a short series it is known badly."""
+"""Largest assumed autocorrelation, because the estimate from a short series is poor."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Growth:
     high: float
 
     def is_above(self, goal: float) -> bool:
-        """Whether the series is shown to grow faster than a goal, in percent an hour."""
+        """Whether the series significantly grows faster than a goal, in percent an hour."""
         return self.low > goal
 
     def is_sure(self, goal: float) -> bool:
-        """Whether the run was long enough to say so, or the opposite."""
+        """Whether the run was long enough to decide either way."""
         return self.low > goal or self.high <= goal
 
 
@@ -46,8 +46,8 @@ def growth_of(times_s: Sequence[float], values: Sequence[float]) -> Growth:
     the root of (1 + c) / (1 - c), with c the correlation of each residual with the next one.
 
     Args:
-        times_s: When each sample was taken.
-        values: What it was; not below zero.
+        times_s: Time of each sample.
+        values: The samples; not negative.
 
     Raises:
         ValueError: There are fewer than four samples.

@@ -1,4 +1,4 @@
-"""What clients of all kinds send, and which answers they may get."""
+"""Traffic of all kinds of clients, and the answers that they may get."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ TIMEOUT_S = 60.0
 LISTS = ("16,14,12,10", "8,8,8,0,0,4", "0,0,0,0,12", "1,2,3,4,5,6,7,8", "2,0,2,0,2,0")
 READS = ("/metrics", "/readyz", "/v1/models", "/", "/v1/config", "/docs", "/openapi.json")
 BUSY = frozenset({429})
-"""May be answered to whoever asks for work: the server says when to come back."""
+"""A request for work may be refused with this status, which says when to retry."""
 
 SLOW_PIECE_S = 0.5
 
 
 @dataclass
 class Answers:
-    """What was answered, and what of it should not have been.
+    """Counts of answers, and of wrong ones.
 
     Attributes:
-        counts: How often each kind of traffic got each status, or no answer.
-        wrong: The same of statuses that its requests may not get.
+        counts: Count of each kind of traffic and status, or no answer.
+        wrong: Count of statuses that its requests may not get.
     """
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     wrong: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def note(self, kind: str, status: int | str, allowed: frozenset[int]) -> None:
-        """Notes an answer's status, or the name of the error that came instead."""
+        """Counts an answer's status, or the name of the error that came instead."""
         self.counts[kind, str(status)] += 1
         if status not in allowed:
             self.wrong[kind, str(status)] += 1
 
 
 class Traffic:
-    """Requests of every kind that a server gets: good and bad files, all sorts of r, changes, clients that leave.
+    """Requests of every kind: good and bad files, all sorts of r, changes, clients that leave.
 
     Args:
         target: The server.
         model: The name of its model.
-        seed: Of all that is random.
+        seed: Seed of all random choices.
     """
 
     def __init__(self, target: Target, model: str, seed: int = 0) -> None:
@@ -76,7 +76,7 @@ class Traffic:
         }
 
     async def one(self) -> None:
-        """Sends a request of some kind and notes the answer."""
+        """Sends a request of some kind and counts the answer."""
         kinds, weights = list(self._kinds), [share for share, _ in self._kinds.values()]
         (kind,) = self._random.choices(kinds, weights)
         try:
@@ -141,7 +141,7 @@ class Traffic:
         self.answers.note("HEAD", answer.status_code, OK)
 
     async def _leave(self) -> None:
-        """Sends all of a request, or a part of it, and hangs up."""
+        """Sends all or a part of a request, and hangs up."""
         file = self._random.choice(self._good)
         sent = file[: self._random.choice((100, len(file)))]
         _, writer = await asyncio.open_connection(self._target.host, self._target.port)
@@ -184,7 +184,7 @@ def head_of(file: bytes) -> bytes:
 
 
 def good_files() -> Iterator[bytes]:
-    """The project's own samples, as they are and as other formats, modes and sizes."""
+    """The project's own samples, unchanged and in other formats, modes and sizes."""
     for sample in sorted(files("server").joinpath("static/samples").iterdir(), key=lambda file: file.name):
         yield sample.read_bytes()
     photo = Image.open(io.BytesIO(files("server").joinpath("static/samples/lighthouse.jpg").read_bytes()))
@@ -197,7 +197,7 @@ def good_files() -> Iterator[bytes]:
 
 
 def bad_files() -> Iterator[bytes]:
-    """Files that are no image, or not all of one."""
+    """Files that are not images, or are incomplete."""
     whole = files("server").joinpath("static/samples/lighthouse.jpg").read_bytes()
     yield from (b"", b"x" * 1000, whole[:2000], random.Random(1).randbytes(5000))
     yield encoded(Image.open(io.BytesIO(whole)), "PNG")[:700]

@@ -1,4 +1,4 @@
-"""What a server takes meanwhile: memory, descriptors and threads of each process, and bytes on the disk."""
+"""Samples of a server: memory, descriptors and threads of each process, and bytes on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PARENT = re.compile(r"^PPid:\s+(\d+)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process takes at one moment."""
+    """Resources of a process at one time."""
 
     memory_mb: float
     descriptors: int
@@ -40,10 +40,10 @@ class Watched:
     """Samples since the start.
 
     Attributes:
-        times_s: When each was taken, in seconds since the first.
-        processes: Of each process by name; None where it was not there.
-        disk_mb: What the folders hold.
-        ids: All processes that had a name. More than one means that it was started again.
+        times_s: Time of each sample, in seconds since the first.
+        processes: Samples of each process by name; None if it did not run.
+        disk_mb: Size of the folders.
+        ids: All processes that had a name. More than one means that it was restarted.
     """
 
     times_s: list[float] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Watched:
     ids: dict[str, set[int]] = field(default_factory=dict)
 
     def add(self, at_s: float, now: dict[str, Sample], disk_mb: float) -> None:
-        """Notes what there is at a moment."""
+        """Adds a sample."""
         for name in now.keys() - self.processes.keys():
             self.processes[name] = [None] * len(self.times_s)
         self.times_s.append(at_s)
@@ -68,11 +68,11 @@ class Watched:
 
 @contextmanager
 def watching(log: Path, folders: Sequence[Path], every_s: float) -> Iterator[Watched]:
-    """Samples a server in a thread, now and every so many seconds.
+    """Samples a server in a thread, now and every `every_s` seconds.
 
     Args:
-        log: What the server writes, which names its processes.
-        folders: What it may write to.
+        log: The server's log, which names its processes.
+        folders: The folders that it may write to.
         every_s: Seconds from one sample to the next.
     """
     watched, over, start = Watched(), threading.Event(), time.monotonic()
@@ -100,7 +100,7 @@ def watching(log: Path, folders: Sequence[Path], every_s: float) -> Iterator[Wat
 
 
 def samples_of(ids: dict[str, int]) -> dict[str, Sample]:
-    """A sample of each named process, of the supervisor that started them, and of all others below it together."""
+    """A sample of each named process, of their supervisor, and of all its other descendants together."""
     supervisors = {parent for pid in ids.values() if (parent := _parent(pid))}
     names = {pid: name for name, pid in ids.items()} | {pid: "supervisor" for pid in supervisors}
     samples: dict[str, Sample] = {}
@@ -113,20 +113,20 @@ def samples_of(ids: dict[str, int]) -> dict[str, Sample]:
 
 
 def sample_of(pid: int) -> Sample | None:
-    """What a process takes now, or None where it has ended."""
+    """Resources of a process now; None if it has ended."""
     try:
         status = (PROC / str(pid) / "status").read_text()
         descriptors = len(os.listdir(PROC / str(pid) / "fd"))
     except OSError:
         return None
     resident, threads = _RESIDENT.search(status), _THREADS.search(status)
-    if resident is None or threads is None:  # it has ended, and nobody has asked for its status
+    if resident is None or threads is None:  # a zombie
         return None
     return Sample(int(resident[1]) / 1024, descriptors, int(threads[1]))
 
 
 def size_mb(folder: Path) -> float:
-    """What the files of a folder take on the disk, also those that come and go meanwhile."""
+    """Disk space of a folder's files, also of files that change meanwhile."""
     taken = 0
     for where, _, files in os.walk(folder):
         for file in files:
@@ -138,7 +138,7 @@ def size_mb(folder: Path) -> float:
 
 
 def _family(roots: set[int]) -> set[int]:
-    """Processes with all that they have started."""
+    """Processes with all their descendants."""
     children: dict[int, set[int]] = {}
     for entry in os.listdir(PROC):
         if entry.isdigit() and (parent := _parent(int(entry))):

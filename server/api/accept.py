@@ -1,8 +1,8 @@
-"""Who takes the next client: the HTTP processes share one listening socket, and those that hold fewest go first.
+"""Shares new connections among the HTTP processes of one listening socket: those with the fewest go first.
 
-Left to itself the kernel gives a burst to whoever wakes first. So each process accepts one connection a turn, and one
-that holds more than the mean of all leaves what waits to the others for some milliseconds. Nobody is relied upon: what
-the others have not taken by then it takes itself.
+Without this, the kernel gives a burst to the process that wakes first. So each process accepts one connection a turn,
+and a process with more than the mean leaves new ones to the others for some milliseconds. It then takes what is left,
+so nothing depends on the others.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ logger = logging.getLogger(__name__)
 _AWAY = -1
 _LONGEST_WAIT_S = 0.01
 _WAIT_S = 0.001
-"""A turn of most event loops, by which a process comes later for each connection that it holds above the mean."""
+"""A turn of most event loops. A process comes later by this much for each connection above the mean."""
 
 _PATIENCE_S = 0.1
-"""For so long a process that has less is waited for in vain: the first request of a process, say, takes it longer."""
+"""Seconds after which a process with fewer connections is no longer waited for. The first request of a process may take
+it this long.
+"""
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _RETRY_S = 0.2
@@ -34,10 +36,10 @@ _SAID_FOR_S = 60.0
 
 
 class Places:
-    """What the HTTP processes of a server know of each other, in shared memory. Each writes its own place alone.
+    """The HTTP processes' knowledge of each other, in shared memory. Each process writes only its own place.
 
     Args:
-        count: The processes.
+        count: Number of processes.
     """
 
     def __init__(self, count: int) -> None:
@@ -46,37 +48,37 @@ class Places:
         self._opened = SharedNumbers("b", [0] * count)
 
     def held(self) -> list[int | None]:
-        """Connections of each process; None where it accepts none."""
+        """Connections of each process; None for a process that accepts none."""
         return [None if held == _AWAY else held for held in self._held.all()]
 
     def hold(self, index: int, connections: int) -> None:
-        """A process accepts, and holds so many connections."""
+        """Records that a process accepts, and how many connections it holds."""
         self._held[index] = connections
         self._opened[index] = 1
 
     def leave(self, index: int) -> None:
-        """A process accepts no more, or is dead."""
+        """Records that a process accepts no more, or has died."""
         self._held[index] = _AWAY
 
     def was_ever_open(self, index: int) -> bool:
-        """Whether a process, or one before it in its place, has ever accepted connections."""
+        """Whether a process at this place has ever accepted connections."""
         return bool(self._opened[index])
 
     def look(self, index: int) -> None:
-        """A process sees that somebody waits."""
+        """Records that a process has seen a waiting connection."""
         self._looks[index] += 1
 
     def looks(self) -> list[int]:
-        """How often each process has seen that somebody waits."""
+        """How often each process has seen a waiting connection."""
         return self._looks.all()
 
 
 def wait_s(mine: int, others: Sequence[int]) -> float:
-    """How long a process leaves a connection to the others.
+    """Seconds for which a process leaves a connection to the others.
 
     Args:
         mine: Connections that it holds.
-        others: Those that each of the others holds, of which it may expect that they accept.
+        others: Connections of each other process that is expected to accept.
     """
     mean = (mine + sum(others)) / (1 + len(others))
     return min(_WAIT_S * math.ceil(mine - mean), _LONGEST_WAIT_S) if mine > mean else 0.0
@@ -85,15 +87,15 @@ def wait_s(mine: int, others: Sequence[int]) -> float:
 class Acceptor:
     """Accepts the connections of one process.
 
-    Another process that does not so much as look while this one waits for it is busy or stopped. After a tenth of a
-    second it is not waited for until it looks again.
+    A process that does not even look while this one waits for it is busy or stopped. After a tenth of a second it is
+    ignored until it looks again.
 
     Args:
         listener: The socket that all processes share.
-        places: What they know of each other.
-        index: The place of this one.
-        protocol: Makes the protocol of a connection, given what to call when that is lost.
-        room: How many connections there may be, and who leaves for new ones.
+        places: The processes' knowledge of each other.
+        index: The place of this process.
+        protocol: Makes the protocol of a connection, given the function to call when the connection is lost.
+        room: The limit on connections, and which of them make room for new ones.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Acceptor:
         self._room = room or Room()
         self._loop = asyncio.get_running_loop()
         self._held = 0
-        self._silent: dict[int, tuple[int, float]] = {}  # others, each with how often it had looked, and since when
+        self._silent: dict[int, tuple[int, float]] = {}  # other processes: how often each had looked, and since when
         self._later: asyncio.TimerHandle | None = None
         self._opening: set[asyncio.Task[None]] = set()
         self._is_taking = False
@@ -122,7 +124,7 @@ class Acceptor:
         self._loop.add_reader(self._listener.fileno(), self._look)
 
     async def close(self) -> None:
-        """Accepts no more, and returns when those that were accepted have their protocol."""
+        """Accepts no more, and returns when all accepted connections have their protocol."""
         self._loop.remove_reader(self._listener.fileno())
         if self._later is not None:
             self._later.cancel()
@@ -154,12 +156,14 @@ class Acceptor:
             self._accept()
 
     def _pause(self, seconds: float, then: Callable[[], None]) -> None:
-        """Stops to watch the socket, which would wake this process again at once."""
+        """Stops watching the socket, which would otherwise wake this process again at once."""
         self._loop.remove_reader(self._listener.fileno())
         self._later = self._loop.call_later(seconds, then)
 
     def _resume(self, fewer: dict[int, int], since: float) -> None:
-        """Takes what is left after a wait for others that hold fewer; `fewer` is how often each had looked before."""
+        """Takes what is left after a wait for `fewer`: processes with fewer connections, and how often each had looked
+        before.
+        """
         self._loop.add_reader(self._listener.fileno(), self._look)
         if self._accept():
             looks = self._places.looks()
@@ -168,7 +172,7 @@ class Acceptor:
                     self._silent[index] = (looked, since)
 
     def _accept(self) -> bool:
-        """Takes one connection, where one is left."""
+        """Takes one connection if one is left."""
         if self._held >= self._room.most and not self._room.idle:
             self._recover(f"all {self._held} are busy")
             return False
@@ -177,10 +181,10 @@ class Acceptor:
             connection, _ = self._listener.accept()
         except OSError as error:
             if error.errno in _EXHAUSTED:
-                if not self._room.make():  # else it is tried again at once
+                if not self._room.make():  # otherwise the loop tries again at once
                     self._recover(os.strerror(error.errno))
                 return False
-            # Else another process was faster, or the client has left already.
+            # Any other error: another process was faster, or the client has left.
         self._is_taking = True
         self._held += connection is not None
         self._places.hold(self._index, self._held)
@@ -197,13 +201,13 @@ class Acceptor:
     async def _open(self, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: self._protocol(self._lose), connection)
-        except OSError as error:  # its protocol was never told of it
+        except OSError as error:  # its protocol has never heard of it
             logger.warning("a connection could not be opened: %s", error)
             connection.close()
             self._lose()
 
     def _recover(self, reason: str) -> None:
-        """Leaves the socket to the others for a while: there are no files, or no memory, for one more connection."""
+        """Leaves the socket to the others for a while, because there are no files or memory for another connection."""
         if self._loop.time() >= self._quiet_until:
             logger.error("no connection can be accepted: %s; trying again every %g s", reason, _RETRY_S)
             self._quiet_until = self._loop.time() + _SAID_FOR_S

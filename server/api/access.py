@@ -1,4 +1,4 @@
-"""What endpoints depend on: the parts of this application, for callers who bear the key that they need."""
+"""Dependencies of the endpoints: the parts of the application, for callers with the required key."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         400: "The body, or an image in it, cannot be read.",
         401: "No valid key.",
         403: "The admin key is needed.",
-        404: "There is no such model, or no curve of it.",
-        408: "The body stopped arriving, or comes too slowly.",
+        404: "There is no such model, or it has no curve.",
+        408: "The body stopped arriving, or arrives too slowly.",
         409: "The configuration has changed meanwhile.",
         413: "Too many bytes, pixels or images.",
         415: "Not an allowed format, content type or encoding.",
         422: "A parameter is unknown or out of range.",
-        429: "Too much waits; come back after Retry-After.",
+        429: "Too many images wait; retry after Retry-After.",
         500: "The model failed on this image, or the server has a fault.",
-        503: "Not ready, or about to end; come back after Retry-After.",
-        504: "The deadline passed before the answer was there.",
+        503: "Not ready, or shutting down; retry after Retry-After.",
+        504: "The deadline passed before the answer.",
     }.items()
 }
-"""Every status but 200, for the API's description: all errors of our own endpoints have one shape."""
+"""Every status except 200, for the API's description. All errors of our own endpoints have one form."""
 
 
 def errors_as(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The same in the shape of another protocol."""
+    """The same statuses with the error body of another protocol."""
     return {status: {**said, "model": body} for status, said in ERRORS.items()}
 
 
 @dataclass(frozen=True)
 class Service:
-    """The parts of this application that endpoints share.
+    """The parts of the application that endpoints share.
 
     Attributes:
         settings: Limits and keys.
-        engine: Where images are classified.
+        engine: Classifies images.
         admission: Permits for images.
-        decoders: Where images are decoded.
+        decoders: Decode images.
     """
 
     settings: Settings
@@ -60,30 +60,30 @@ class Service:
     decoders: Decoders
 
 
-# Coroutines, though they wait for nothing: FastAPI would run plain functions in threads, at 0.1 ms each. And one for
-# all that an endpoint needs: each further one costs it 0.02 ms.
+# Coroutines although they do not wait: FastAPI runs plain functions in threads, which takes 0.1 ms each. One dependency
+# holds everything that an endpoint needs, because each further one takes 0.02 ms.
 async def for_all(request: Request) -> Service:
-    """For whoever asks."""
+    """For all callers."""
     service: Service = request.app.state.service
     return service
 
 
 async def for_users(request: Request) -> Service:
-    """For who bears the user key or the admin key, or anyone when no user key is set."""
+    """For callers with the user key or the admin key; for all if no user key is set."""
     service: Service = request.app.state.service
     check_user(service.settings, request.headers)
     return service
 
 
 async def for_admins(request: Request) -> Service:
-    """For who bears the admin key, or for users when none is set."""
+    """For callers with the admin key; for users if none is set."""
     service: Service = request.app.state.service
     check_admin(service.settings, request.headers)
     return service
 
 
 async def for_scrapers(request: Request) -> Service:
-    """For requests with any of the keys; for all requests when no metrics key is set."""
+    """For callers with any of the keys; for all if no metrics key is set."""
     service: Service = request.app.state.service
     settings = service.settings
     if settings.metrics_key and not _bears(request.headers, settings.metrics_key, settings.api_key, settings.admin_key):
@@ -97,13 +97,13 @@ ForAdmins = Annotated[Service, Depends(for_admins)]
 
 
 def check_user(settings: Settings, headers: Mapping[str, str]) -> None:
-    """Raises UnauthorizedError where a user key is set, and the headers bear neither it nor the admin key."""
+    """Raises UnauthorizedError if a user key is set and the headers have neither it nor the admin key."""
     if settings.api_key and not _bears(headers, settings.api_key, settings.admin_key):
         raise UnauthorizedError("send the API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
 
 
 def check_admin(settings: Settings, headers: Mapping[str, str]) -> None:
-    """Raises as `check_user`, and ForbiddenError where an admin key is set and the headers do not bear it."""
+    """Like `check_user`; also raises ForbiddenError if an admin key is set and the headers do not have it."""
     check_user(settings, headers)
     if settings.admin_key and not _bears(headers, settings.admin_key):
         raise ForbiddenError("changes need the admin key")

@@ -1,4 +1,4 @@
-"""One line of the log for each request that was answered. Lines of one turn of the event loop leave in one write."""
+"""The access log: a line for each answered request. Lines of one turn of the event loop leave in one write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.log_format import Format
 from server.tracing.context import RequestContext
 
 PROBES = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"})
-"""What machines ask every few seconds: it has no span, and a line at the level debug alone."""
+"""Paths that machines request every few seconds. They have no span, and a log line only at level debug."""
 
 _LONGEST_PATH = 200
 _SAFE = "!\"#$%&'()*+,/:;<=>?@[\\]^`{|}"
@@ -40,13 +40,14 @@ class _Line(msgspec.Struct, omit_defaults=True):
 
 
 class AccessLog:
-    """Writes a line a request, past the counting of repeated lines. It holds neither query nor headers, so no key.
+    """Writes a line for each request, without the counting of repeated lines. A line has neither query nor headers, so
+    no key.
 
     Args:
         write: Takes text; it must not block.
-        form: How lines read.
-        has_probes: Whether those who only look whether the server is there have lines too.
-        clock: Nanoseconds of the clock of the wall.
+        form: The format of lines.
+        has_probes: Whether probes get lines too.
+        clock: Nanoseconds of the wall clock.
     """
 
     def __init__(
@@ -76,18 +77,18 @@ class AccessLog:
         client: str | None = None,
         is_probe: bool = False,
     ) -> None:
-        """Notes an answered request; call it inside the event loop.
+        """Logs an answered request. Call it inside the event loop.
 
         Args:
-            method: What was to be done.
-            path: With what, as it came.
-            status: Of the answer.
+            method: The method.
+            path: The path, as the client sent it.
+            status: The status of the answer.
             took_s: Seconds until the answer was handed over.
-            context: Whose ids the line holds.
-            size: Bytes of the answer's body, where that is known beforehand.
-            r: What was used.
-            client: The address of who asked.
-            is_probe: Its client only looks whether the server is there, which is known of `PROBES`.
+            context: The ids of the request.
+            size: Bytes of the answer's body, if they are known beforehand.
+            r: The `r` that was used.
+            client: The client's address.
+            is_probe: The client only checks whether the server is up. `PROBES` are recognised without this.
         """
         is_probe = is_probe or path in PROBES
         if is_probe and not self._has_probes:
@@ -113,12 +114,12 @@ class AccessLog:
         self._lines.append(self._shown(line))
 
     def flush(self) -> None:
-        """Writes the lines that are there."""
+        """Writes the collected lines."""
         lines, self._lines = self._lines, []
         self._write("".join(lines))
 
     def _now(self) -> str:
-        """The time as other lines of the log have it; its seconds are written once for all lines of a second."""
+        """The time in the form of other log lines. All lines of a second share the text of its seconds."""
         now_ns = self._clock()
         second = now_ns // 1_000_000_000
         if second != self._second:
@@ -147,7 +148,7 @@ def _json(line: _Line) -> str:
 
 @functools.lru_cache(1024)
 def _plain(text: str) -> str:
-    """What a client sent, as a field of a line: without blanks and what is not ASCII, and never long."""
+    """A client's text as a field of a line: short, ASCII, without blanks."""
     shown = text if len(text) <= _LONGEST_PATH else f"{text[:_LONGEST_PATH]}..."
     if shown.isascii() and shown.isprintable() and " " not in shown:
         return shown

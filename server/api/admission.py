@@ -1,4 +1,4 @@
-"""Permits for images: taken before any pixel is decoded, given back whatever happens."""
+"""Permits for images: taken before any pixel is decoded, and always returned."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from server.errors import QueueFullError, TooLargeError, UnavailableError
 from server.metrics import IN_FLIGHT
 
 _WINDOW_S = 5.0
-"""Over which the pace of answers is taken, of the time in which there was work."""
+"""Window over which the pace of answers is measured, in seconds with work."""
 
 _KNOWN = 30
-"""After so many answers it is known; the first are those of a cold device."""
+"""Answers after which the pace is known; the first ones are slow because the device is cold."""
 
 _LONGEST = 4.0
-"""The longest time between two answers that is counted, in expected times: a stall does not show the pace."""
+"""Longest counted time between two answers, in expected times: a stall is not the pace."""
 
 _SLACK = 0.7
-"""The share of its time that a request may wait for those before it; the batcher gives the rest to its batch."""
+"""Largest share of its time that a request may wait for earlier ones; the batcher gives the rest to its batch."""
 
 LONGEST_TURN_S = 30.0
-"""The refused are put off by no more than this, for many never come back."""
+"""Longest delay that a refusal asks for, because many clients never come back."""
 
 
 class Admission:
-    """Counts images in flight, and how fast they leave, so that a refusal can say when to come back.
+    """Counts images in flight and how fast they leave, so that a refusal can say when to retry.
 
     Args:
         max_images: Most images admitted at once.
@@ -51,13 +51,13 @@ class Admission:
         """Holds places for the images of one request.
 
         Args:
-            images: How many.
-            timeout_s: Time until their answer is worth nothing.
+            images: Number of images.
+            timeout_s: Seconds until their answer is useless.
 
         Raises:
-            QueueFullError: There are not that many places, or those before would take all of the time; it says when to
-                come back.
-            TooLargeError: There never are.
+            QueueFullError: There are not enough places, or earlier images would take all of the time. It says when to
+                retry.
+            TooLargeError: There are never enough places.
         """
         if images > self._max_images:
             raise TooLargeError(f"the request holds {images} images; at most {self._max_images} fit in the queue")
@@ -69,8 +69,8 @@ class Admission:
         wait_s, may_wait_s = self._in_flight * self._per_image_s, _SLACK * timeout_s
         if wait_s > may_wait_s and self._num_answered >= _KNOWN:  # decoding it would only delay the others
             raise QueueFullError(
-                f"{self._in_flight} images are in flight, {wait_s:.3g} s of work; to be done within {timeout_s:.3g} s, "
-                f"there may be {may_wait_s:.3g} s before",
+                f"{self._in_flight} images are in flight, {wait_s:.3g} s of work; to answer within {timeout_s:.3g} s, "
+                f"at most {may_wait_s:.3g} s may be ahead",
                 retry_after_s=self._turn_of(images, may_wait_s),
             )
         if self._in_flight == 0:
@@ -80,7 +80,7 @@ class Admission:
         try:
             yield
             self._answered(images)
-        except UnavailableError:  # the time without an engine is not that of its work
+        except UnavailableError:  # time without an engine is not time of its work
             self._answered_at = self._clock()
             raise
         finally:
@@ -88,7 +88,7 @@ class Admission:
             IN_FLIGHT.dec(images)
 
     def _begin(self) -> None:
-        """Work begins again. Earlier measurements lose weight with the length of the pause."""
+        """Starts a period of work. Earlier measurements lose weight with the length of the pause."""
         now = self._clock()
         weight = math.exp((self._answered_at - now) / _WINDOW_S)
         self._busy_s *= weight
@@ -96,12 +96,12 @@ class Admission:
         self._answered_at = now
 
     def _answered(self, images: int) -> None:
-        """Learns how fast work is done. What leaves without an answer says nothing of it."""
+        """Measures how fast work is done. Requests that leave without an answer do not count."""
         now = self._clock()
         passed_s = now - self._answered_at
         if self._num_answered >= _KNOWN and self._recent:
             passed_s = min(passed_s, _LONGEST * self._in_flight * self._per_image_s)
-        weight = math.exp(-passed_s / _WINDOW_S)  # by time and not by image: a batch is answered all at once
+        weight = math.exp(-passed_s / _WINDOW_S)  # by time and not by image, because a batch is answered at once
         self._busy_s = weight * self._busy_s + passed_s
         self._recent = weight * self._recent + images
         self._num_answered += images
@@ -112,11 +112,11 @@ class Admission:
         return self._busy_s / self._recent if self._recent else 0.0
 
     def _turn_of(self, images: int, may_wait_s: float = 0.0) -> float:
-        """Seconds until the refused may come: after what is in flight, and after those who were told so before.
+        """Seconds after which a refused request may retry: after all images in flight and all earlier refused requests.
 
         Args:
-            images: How many they want.
-            may_wait_s: What they may wait here, when they are back.
+            images: Its number of images.
+            may_wait_s: Seconds that it may wait here after its return.
         """
         now = self._clock()
         self._free_at = max(self._free_at, now + self._in_flight * self._per_image_s)

@@ -1,4 +1,4 @@
-"""Wiring: an engine and settings become an application. The one table from errors to HTTP answers stands here."""
+"""Builds the application from an engine and settings. Maps errors to HTTP answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READABLE = ("etag", "retry-after", "server-timing", "x-batch-size", "x-config-version", "x-r", "x-request-id")
-"""The headers of an answer that a page of another origin may read."""
+"""Headers of an answer that a page of another origin may read."""
 _FROM_PAGES = (
     "authorization",
     "content-type",
@@ -48,7 +48,7 @@ _FROM_PAGES = (
     "x-r",
     "x-request-id",
 )
-"""Those of a request that such a page may set."""
+"""Headers of a request that such a page may set."""
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -64,9 +64,9 @@ def create_app(
 
     Args:
         settings: Limits and keys.
-        engine: Where images are classified.
+        engine: Classifies images.
         lifespan: Starts and stops the engine with the application.
-        instead: Endpoints that answer in place of ours of the same method and path.
+        instead: Endpoints that replace ours of the same method and path.
         access_log: Gets a line a request; None for no lines.
         tracing: Makes the spans of requests; None for none.
     """
@@ -75,8 +75,8 @@ def create_app(
         version=__version__,
         description="Image classification with a speed/accuracy dial: `r` tokens are merged in every block.",
         lifespan=lifespan,
-        openapi_url=None,  # ours tells of keys, and its page loads nothing from elsewhere
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # what asks for it costs each request 0.01 ms
+        openapi_url=None,  # ours describes keys, and its page loads nothing from other origins
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # their check costs each request 0.01 ms
     )
     app.state.is_draining = False
     app.state.calls = Calls(access_log, tracing)
@@ -156,7 +156,8 @@ async def _answer_invalid(request: Request, error: RequestValidationError) -> JS
 
 async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
     logger.error("request %s failed", request.state.request_id, exc_info=error)
-    message = "something broke on our side; the log has it under this request's x-request-id"
+    message = "the server failed; its log has the error under this request's x-request-id"
     response = _answer(request, 500, "internal", message, {})
-    response.raw_headers += [*SAFE, (b"x-request-id", request.state.request_id.encode())]  # it bypasses `Front`
+    # this response bypasses `Front`
+    response.raw_headers += [*SAFE, (b"x-request-id", request.state.request_id.encode())]
     return response

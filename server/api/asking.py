@@ -1,4 +1,4 @@
-"""One request of any protocol, on its way: its body is read in time, admitted, decoded, answered and counted."""
+"""A request of any protocol: its body is read in time, admitted, decoded, answered and counted."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from server.tracing.context import current_span, current_trace
 T = TypeVar("T")
 
 R_HEADER = "x-r"
-"""Carries `r` both ways: of a request whose protocol has no place for it, and of every answer."""
+"""Carries `r` both ways: in requests of protocols without a place for it, and in every answer."""
 
 
 class Kind(NamedTuple, Generic[T]):
-    """What may be asked of images.
+    """A kind of request.
 
     Attributes:
-        make: The engine's request, of what is asked and the decoded images.
+        make: Builds the engine's request from the terms and the decoded images.
         needs_classes: Whether the model must have a classifier.
     """
 
@@ -72,7 +72,7 @@ def _embed(terms: Terms, images: list[Image]) -> Embed:
 
 def _explain(terms: Terms, images: list[Image]) -> Explain:
     if terms.threshold is not None:
-        raise InvalidError("threshold goes with a classification; what merged comes with the top_k likeliest classes")
+        raise InvalidError("threshold does not apply here; an explanation names the top_k likeliest classes")
     return Explain(**_common(terms, images), top_k=terms.top_k, activation=terms.activation)
 
 
@@ -88,9 +88,9 @@ class Answer(Generic[T]):
     """An answered request.
 
     Attributes:
-        terms: What was asked.
-        answered: What the engine says.
-        timings_ms: Where the time went: a `TimingsMs`.
+        terms: The request's terms.
+        answered: The engine's answer.
+        timings_ms: Time of each stage: a `TimingsMs`.
     """
 
     terms: Terms
@@ -99,7 +99,7 @@ class Answer(Generic[T]):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that say how it was computed."""
+        """The headers that describe the computation."""
         answered = self.answered
         return {
             R_HEADER: text_of(r_of(answered.schedule)),
@@ -110,12 +110,12 @@ class Answer(Generic[T]):
 
 
 class Asking:
-    """A request, from when it came until it is answered. As a context it counts the request, whatever becomes of it.
+    """A request from its arrival to its answer. As a context it counts the request, also when it fails.
 
     Args:
-        service: Where it is answered.
-        request: The HTTP request, whose client may leave; None where another server than ours watches the client.
-        r: What stands as `r` outside the body: each header `x-r`, where there is an HTTP request.
+        service: Answers it.
+        request: The HTTP request, whose client may leave; None if another server than ours watches the client.
+        r: The values of the header `x-r`, if there is no HTTP request.
     """
 
     __slots__ = ("_model", "_r", "_request", "_schedule", "_service", "_span", "start")
@@ -135,28 +135,29 @@ class Asking:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            r = "unknown" if self._schedule is None else label_of(self._schedule)  # the deployment's was not asked for
+            # the request did not name the deployment's `r`
+            r = "unknown" if self._schedule is None else label_of(self._schedule)
             status = error.status if isinstance(error, ServerError) else 500
             metrics.REQUESTS.labels(self._model, r, str(status)).inc()
             if self._span is not None:
                 self._span.fail(error)
 
     async def read(self, body: Awaitable[T]) -> T:
-        """What reading the body gives, within the longest time that a request may take; raises DeadlineError."""
+        """Reads the body within the longest time that a request may take; raises DeadlineError."""
         async with at_most(self._service.settings.deadline_s, since=self.start):
             return await body
 
     def resolve(self, parameters: Parameters) -> Terms:
-        """What is asked, checked against the model; errors as of `terms.resolve`."""
+        """Checks the parameters against the model. Raises the errors of `terms.resolve`."""
         if self._span is not None:
             self._span.stage("reading", self.start)
         if self._r:
             r, *more = self._r
             if more:
-                raise InvalidError(f"r is {shown(r)} and {shown(more[0])} in two headers {R_HEADER}; say it once")
+                raise InvalidError(f"r is {shown(r)} and {shown(more[0])} in two headers {R_HEADER}; give it once")
             if parameters.r is not None:
                 raise InvalidError(
-                    f"r is {shown(parameters.r)} in the request and {shown(r)} in the header {R_HEADER}; say it once"
+                    f"r is {shown(parameters.r)} in the request and {shown(r)} in the header {R_HEADER}; give it once"
                 )
             parameters = parameters.model_copy(update={"r": r})
         service = self._service
@@ -165,21 +166,19 @@ class Asking:
         return terms
 
     async def answer(self, kind: Kind[T], sent: Sequence[Sent], terms: Terms) -> Answer[T]:
-        """The engine's answer to what is asked of images.
+        """Answers a request.
 
         Args:
-            kind: What that is.
-            sent: Images as they came; at least one.
-            terms: What `resolve` gave.
+            kind: The kind of request.
+            sent: Images as the client sent them; at least one.
+            terms: The result of `resolve`.
 
         Raises:
             InvalidError: The model has no classifier.
-            ServerError: What admission, `read_and_ask` and a client that leaves raise.
+            ServerError: Errors of admission and `read_and_ask`, or the client has left.
         """
         if kind.needs_classes and not terms.info.labels:
-            raise InvalidError(
-                f"model {terms.info.name} has no classifier: it gives vectors, so ask for those (POST /v1/embeddings)"
-            )
+            raise InvalidError(f"model {terms.info.name} has no classifier; it gives vectors: POST /v1/embeddings")
         service = self._service
         with service.admission.permit(len(sent), terms.left_s):
             work = read_and_ask(kind.make, sent, terms, service)
@@ -195,7 +194,7 @@ class Asking:
 
 
 def _facts(terms: Terms, answered: Answered[Any], num_images: int) -> dict[str, str | int]:
-    """What a span tells of an answered request."""
+    """The attributes of an answered request's span."""
     return {
         "tome.model": terms.info.name,
         "tome.r": text_of(r_of(answered.schedule)),
@@ -207,5 +206,5 @@ def _facts(terms: Terms, answered: Answered[Any], num_images: int) -> dict[str, 
 
 @functools.lru_cache(1024)
 def _counters(model: str, r: str) -> tuple[Any, Any, Any]:
-    """What counts the answers of a model at one `r`: to look a label up takes as long as to count."""
+    """The counters of a model's answers at one `r`. A look-up of labels takes as long as the counting."""
     return metrics.REQUESTS.labels(model, r, "200"), metrics.IMAGES.labels(model, r), metrics.REQUEST_S.labels(model, r)

@@ -1,4 +1,4 @@
-"""Request bodies: images and parameters out of any of three forms."""
+"""Request bodies: images and parameters in any of three forms."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ _PERCENT_ENCODED = [
     for character in b"+/= \r\n"
     for written in {b"%%%02X" % character, b"%%%02x" % character}
 ]
-"""What base64 in an address has of these: a few searches cost less than to take each percent sign by itself."""
+"""Base64 in an address has only these percent-encoded characters. A few searches take less time than each percent sign
+alone.
+"""
 
 CONTENT_TYPES = ("multipart/form-data", "application/json", "image/*", "application/octet-stream")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One image as it came."""
+    """One image as the client sent it."""
 
     encoded: bytes
     filename: str | None = None
@@ -47,9 +49,9 @@ class Layout(Generic[P]):
     """Where an endpoint finds images and parameters.
 
     Attributes:
-        parameters: Of the query and of forms.
-        body: Of JSON: the parameters, and the images as base64.
-        images: The field of `body` that holds these: a text, or a list of them.
+        parameters: Parameters of the query and of forms.
+        body: The JSON body: the parameters, and the images as base64.
+        images: The field of `body` with the images: a text, or a list of texts.
     """
 
     parameters: type[P]
@@ -64,8 +66,8 @@ async def read_request(request: Request, max_images: int, layout: Layout[P]) -> 
     """Reads images and parameters from a multipart form, a JSON body or a raw image.
 
     Raises:
-        UnsupportedError: The content type is none of `CONTENT_TYPES`.
-        UndecodableError: The body does not parse, or holds no image.
+        UnsupportedError: The content type is not one of `CONTENT_TYPES`.
+        UndecodableError: The body cannot be parsed, or holds no image.
         TooLargeError: Too many images.
         InvalidError: A parameter is unknown, wrong, or given twice.
     """
@@ -76,7 +78,7 @@ async def read_request(request: Request, max_images: int, layout: Layout[P]) -> 
         parameters = parse(layout.parameters, joined(query, said))
     elif content_type == "application/json":
         said = joined(query, await read_json(request, max_images, (layout.images,)))
-        if isinstance(said.get(layout.images), list):  # before each of them is looked at
+        if isinstance(said.get(layout.images), list):  # before each image is checked
             check_count(len(said[layout.images]), max_images, how)
         parameters = parse(layout.body, said)
         uploads = await uploads_of(getattr(parameters, layout.images))
@@ -92,12 +94,12 @@ async def read_request(request: Request, max_images: int, layout: Layout[P]) -> 
 
 
 def content_type_of(request: Request) -> str:
-    """The content type without its parameters; nothing where there is none."""
+    """The content type without its parameters; empty if there is none."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def parse(model: type[M], said: dict[str, Any]) -> M:
-    """Checks what a client said; the message of the InvalidError names each field and its range."""
+    """Validates a client's parameters. The InvalidError's message names each wrong field and its range."""
     try:
         return model(**said)
     except ValidationError as error:
@@ -105,7 +107,7 @@ def parse(model: type[M], said: dict[str, Any]) -> M:
 
 
 def invalid(problems: Sequence[Any], model: type[BaseModel] | None = None) -> InvalidError:
-    """One InvalidError for what pydantic found wrong: the first few problems."""
+    """An InvalidError of the first few problems that pydantic found."""
     lines = []
     for problem in problems[:_PROBLEMS_TOLD]:
         field = ".".join(str(part) for part in problem["loc"])
@@ -120,7 +122,7 @@ def invalid(problems: Sequence[Any], model: type[BaseModel] | None = None) -> In
 
 
 def read_query(request: Request) -> dict[str, Any]:
-    """The parameters of the query; raises InvalidError where one comes twice, or too many do."""
+    """The parameters of the query. Raises InvalidError for a repeated parameter, or too many of them."""
     num_pairs = request.scope["query_string"].count(b"&") + 1
     if num_pairs > _MOST_FIELDS:
         raise InvalidError(f"the query has {num_pairs} parameters; at most {_MOST_FIELDS} are allowed")
@@ -128,7 +130,7 @@ def read_query(request: Request) -> dict[str, Any]:
 
 
 async def read_whole(request: Request) -> bytes:
-    """The body, as `request.body()` gives it, without the generator that makes each request dearer."""
+    """The body, like `request.body()` but without its generator, which costs each request time."""
     pieces = []
     while True:
         message = await request.receive()
@@ -144,12 +146,12 @@ async def read_form(
 
     Args:
         request: Its body is read.
-        max_images: Images that it may hold.
+        max_images: Most images.
         parts: Names of the parts that are images.
 
     Raises:
-        UndecodableError: The body is no form, or has too many parts.
-        InvalidError: A file stands in another part, a field comes twice, is too long, or there are too many.
+        UndecodableError: The body is not a form, or has too many parts.
+        InvalidError: Another part has a file, a field is repeated or too long, or there are too many fields.
     """
     form = FormReader(boundary_of(request.headers.get("content-type", "")), most=max_images + _MOST_FIELDS + 1)
     is_over = False
@@ -177,7 +179,7 @@ async def read_form(
 
 
 async def uploads_of(images: str | Sequence[str]) -> list[Upload]:
-    """Images of base64, with or without a data: prefix; raises UndecodableError where one is none."""
+    """Decodes images of base64, with or without a data: prefix. Raises UndecodableError."""
     texts = [images] if isinstance(images, str) else images
     if sum(map(len, texts)) <= SMALL:
         return _decoded(texts)
@@ -189,10 +191,10 @@ def _decoded(texts: Sequence[str]) -> list[Upload]:
 
 
 def from_base64(text: str, index: int) -> bytes:
-    """The bytes of an image that came as base64, with or without a data: prefix; raises UndecodableError."""
+    """Decodes one image of base64, with or without a data: prefix. Raises UndecodableError."""
     encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
     try:
-        return base64.b64decode(encoded, validate=True)  # as nearly all comes
+        return base64.b64decode(encoded, validate=True)  # succeeds for nearly all clients
     except ValueError:
         pass
     try:
@@ -206,10 +208,10 @@ def from_base64(text: str, index: int) -> bytes:
 
 
 def joined(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
-    """What the query and the body say; raises InvalidError where both say one thing."""
+    """Merges the parameters of query and body. Raises InvalidError if both have the same parameter."""
     twice = sorted(query.keys() & body.keys())
     if twice:
-        raise InvalidError(f"{_listed(twice)}: given in two places of the request; say it once")
+        raise InvalidError(f"{_listed(twice)}: given in two places of the request; give it once")
     return query | body
 
 
@@ -218,7 +220,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_count(count: int, max_images: int, how: str) -> None:
-    """Raises UndecodableError, which says how to send one, where there is no image; TooLargeError for too many."""
+    """Raises UndecodableError if there is no image (`how` says how to send one), and TooLargeError for too many."""
     if count == 0:
         raise UndecodableError(f"the request holds no image; send it as {how}")
     if count > max_images:

@@ -1,4 +1,4 @@
-"""What is noted of a call that comes by another way than HTTP, as `Front` notes a request: its ids, a line, a span."""
+"""Ids, log line and span of a call that does not arrive by HTTP; `Front` does the same for HTTP requests."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Call:
 
     Attributes:
         context: Its ids.
-        error: Why it gets an error for an answer, once that is known; what is raised is noted without this.
-        r: What was used, once that is known.
+        error: The error of its answer, once it is known. Raised errors are recorded without this.
+        r: The `r` that was used, once it is known.
     """
 
     context: RequestContext
@@ -33,7 +33,7 @@ class Call:
 
     @property
     def status(self) -> int:
-        """What HTTP would say."""
+        """The status that HTTP would have."""
         if self.error is None:
             return 200
         return self.error.status if isinstance(self.error, ServerError) else 500
@@ -41,7 +41,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Calls:
-    """Notes calls.
+    """Records calls.
 
     Attributes:
         access_log: Gets a line a call; None for no lines.
@@ -55,14 +55,14 @@ class Calls:
     def note(
         self, system: str, name: str, headers: Mapping[str, str], client: str | None = None, *, is_probe: bool = False
     ) -> Iterator[Call]:
-        """As a context: a call, from its head to its answer.
+        """Records a call, from its head to its answer; a context manager.
 
         Args:
-            system: What it comes by: "grpc".
-            name: What is called, as `/SERVICE/METHOD`.
+            system: Its protocol: "grpc".
+            name: Its name, as `/SERVICE/METHOD`.
             headers: Its metadata, with names in lower case.
-            client: The address of who calls.
-            is_probe: It only asks whether the server is there: no span, and a line at debug alone.
+            client: The caller's address.
+            is_probe: It only checks whether the server is up: no span, and a line only at level debug.
         """
         start, request_id = time.monotonic(), request_id_of(headers.get("x-request-id"))
         context = RequestContext(request_id, caller_of(headers.get("traceparent", ""), headers.get("tracestate")))
@@ -77,7 +77,7 @@ class Calls:
             call.error = call.error or ClientGoneError("the call was withdrawn")
             raise
         except Exception as error:
-            call.error = call.error or error  # what is raised may be how gRPC answers with the error that is known
+            call.error = call.error or error  # the raised error may only carry a known one to gRPC
             raise
         finally:
             CURRENT.reset(token)

@@ -1,4 +1,4 @@
-"""Compressed bodies, by gzip and deflate (RFC 9110, 8.4.1): inflated within a limit, and made where a client asks."""
+"""Compressed bodies, gzip and deflate (RFC 9110, 8.4.1): inflated within a limit, and produced if a client asks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import zlib
 from server.errors import UndecodableError
 
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
-"""What zlib calls them."""
+"""zlib's window bits for them."""
 
 _FAST = 1
 _WORTH_IT = 1 << 10
-"""Bytes from which on an answer is compressed: a shorter one takes one packet either way."""
+"""Least bytes of an answer that is compressed: a shorter one takes one packet in any case."""
 
 
 class Inflater:
@@ -26,15 +26,16 @@ class Inflater:
         self._inflating = zlib.decompressobj(_WINDOW[encoding])
 
     def feed(self, piece: bytes, most: int, is_last: bool) -> bytes:
-        """What a piece of the body holds.
+        """Inflates a piece of the body.
 
         Args:
-            piece: As it came.
-            most: Bytes of the result, from 1 on: it is cut off there, so that a small body cannot fill the memory.
-            is_last: Nothing comes after it.
+            piece: The bytes as they arrived.
+            most: Most bytes of the result, at least 1. The result is cut there, so that a small body cannot fill the
+                memory.
+            is_last: Whether this is the last piece.
 
         Raises:
-            UndecodableError: The body is not compressed like that, or does not end where its data does.
+            UndecodableError: The body is not compressed so, or does not end where its data does.
         """
         inflating = self._inflating
         try:
@@ -42,24 +43,24 @@ class Inflater:
         except zlib.error as error:
             raise UndecodableError(f"the body is not {self._encoding}: {error}") from None
         if inflating.unused_data:
-            raise UndecodableError(f"the body goes on behind its {self._encoding} data")
+            raise UndecodableError(f"the body continues after its {self._encoding} data")
         if is_last and not inflating.eof and len(inflated) < most:
             raise UndecodableError(f"the body ends before its {self._encoding} data does")
         return inflated
 
 
 def inflater_of(encoding: str) -> Inflater | None:
-    """What inflates a body of this Content-Encoding; None where nothing here does."""
+    """The inflater for a Content-Encoding; None if it is unsupported."""
     name = encoding.strip().lower()
     return Inflater(name) if name in _WINDOW else None
 
 
 def wanted_encoding(accept: str, size: int) -> str | None:
-    """The encoding for an answer of that many bytes; None for none.
+    """The encoding for an answer; None for none.
 
     Args:
         accept: The request's Accept-Encoding.
-        size: Of the answer.
+        size: Bytes of the answer.
     """
     if size < _WORTH_IT:
         return None
@@ -71,6 +72,6 @@ def wanted_encoding(accept: str, size: int) -> str | None:
 
 
 def compressed(body: bytes, encoding: str) -> bytes:
-    """A body in that encoding."""
+    """Compresses a body."""
     deflating = zlib.compressobj(_FAST, wbits=_WINDOW[encoding])
     return deflating.compress(body) + deflating.flush()

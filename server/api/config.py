@@ -1,4 +1,4 @@
-"""The live configuration over HTTP: all of it at once, and what a change of one model has in common with that."""
+"""The live configuration over HTTP: all models at once, and the checks that a change of one model shares."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def patch_config(request: Request, response: Response, service: ForAdmins,
 
 
 def setting_of(info: ModelInfo, change: PatchModel) -> RSetting:
-    """The checked setting that a change asks for; raises InvalidError when the model cannot merge like that."""
+    """Checks a change and returns its setting. Raises InvalidError if the model cannot merge so."""
     r = parse_setting(change.r, change.max_r, change.min_agreement)
     if not isinstance(r, AutoR):
         return r_of(info.schedule(r, change.inflect))
@@ -58,7 +58,7 @@ def setting_of(info: ModelInfo, change: PatchModel) -> RSetting:
 
 
 def expected_version(if_match: str | None) -> int | None:
-    """The version that an If-Match header asks for; None for any."""
+    """The version that an If-Match header requires; None for any."""
     if if_match is None or if_match == "*":
         return None
     etag = _ETAG.fullmatch(if_match)
@@ -68,7 +68,7 @@ def expected_version(if_match: str | None) -> int | None:
 
 
 def tag(response: Response, configuration: Configuration) -> None:
-    """Names the version as the ETag that a change may ask for."""
+    """Sets the ETag to the version, which a later change may require."""
     response.headers["etag"] = f'"{configuration.version}"'
 
 

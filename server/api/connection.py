@@ -1,4 +1,4 @@
-"""A client's connection: uvicorn's, with bounds on time and memory, every rule of framing, and an orderly end."""
+"""A client's connection: uvicorn's, with limits on time and memory, all rules of framing, and an orderly end."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from server.api.patience import CLIENT
 from server.api.room import Room
 
 _LONGEST_HEAD = 64 << 10
-"""Bytes that may come in a row and are no part of a body: heads, what stands between chunks, and trailers."""
+"""Most successive bytes that are not part of a body: heads, chunk headers and trailers."""
 
 _MOST_PIPELINED = 32
-"""Requests of a connection that wait for the one before them to be answered."""
+"""Most requests of a connection that wait for the one before them."""
 
 
 class Connection(HttpToolsProtocol):
     """Closes a connection on which no whole head arrives within uvicorn's `timeout_keep_alive`.
 
-    Bytes do not extend that time. Nor is more held of a connection than one body, one head and a few requests more;
-    trailers, which nobody reads, are not kept at all.
+    Single bytes do not extend that time. A connection holds at most one body, one head and a few more requests;
+    trailers, which nobody reads, are not kept.
 
-    A wish to upgrade to another protocol is ignored. A request that cannot be read is refused in its turn, and nothing
-    behind it is read. Such an answer, and every one that is given before its request is there as a whole, ends the
-    connection. What still comes is then read away, for no longer than a head is waited for: bytes that nobody reads
-    make the kernel reset the connection, and the client may lose its answer.
+    A request to upgrade to another protocol is ignored. A request that cannot be parsed is refused in its turn, and the
+    rest of the connection is not parsed. Such an answer ends the connection, and so does every answer that is given
+    before its request is complete. The bytes that still arrive are then discarded, at most for the time of a head:
+    unread bytes make the kernel reset the connection, and the client may lose its answer.
 
     Args:
-        args: As uvicorn's.
-        on_lost: Is called when the connection is lost.
-        room: What it belongs to; it may be closed there while it is idle.
-        kwargs: As uvicorn's.
+        args: Arguments of uvicorn.
+        on_lost: Called when the connection is lost.
+        room: The limit that it belongs to; an idle connection may be closed there.
+        kwargs: Arguments of uvicorn.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Connection(HttpToolsProtocol):
         self._idle = (room or Room()).idle
         self._is_in_body = False
         self._head_bytes = 0
-        self._keeps_alive = False  # whether the newest request wants its connection to be kept
-        self._fault: str | None = None  # what a callback of the parser has found
-        self._refused: str | None = None  # what is answered when all requests before it are
+        self._keeps_alive = False  # whether the newest request asks to keep the connection
+        self._fault: str | None = None  # the fault that a callback of the parser has found
+        self._refused: str | None = None  # the refusal to answer after all earlier requests
         self._is_deaf = False
         self._is_ending = False
         self._running: RequestResponseCycle | None = None
@@ -72,10 +72,10 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._head_bytes += len(data)
         try:
-            self._parse(data)  # begins to count anew with a part of a body, and where a head or a message ends
+            self._parse(data)  # resets the count at a part of a body, and at the end of a head or message
         except httptools.HttpParserError as error:
             if isinstance(error, httptools.HttpParserCallbackError):
-                self._refuse(self._fault or "what the request asks for cannot be read")
+                self._refuse(self._fault or "the target of the request cannot be parsed")
             else:
                 self._refuse(f"the request is not HTTP/1.1: {error}")
         else:
@@ -90,8 +90,8 @@ class Connection(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 method, version = self.parser.get_method(), self.parser.get_http_version()
                 data = without_upgrade(method, self.url, version, self.headers) + data[upgrade.args[0] :]
-                self.parser = httptools.HttpRequestParser(self)  # the old one reads no more where Connection has close
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+                self.parser = httptools.HttpRequestParser(self)  # the old parser stops after `Connection: close`
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's parser
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._is_in_body:
@@ -103,29 +103,29 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= _MOST_PIPELINED:
             self._fault = "too many requests wait for their turn"
         if self._fault is not None:
-            raise ValueError(self._fault)  # httptools stops here
+            raise ValueError(self._fault)  # makes httptools stop
         if self.parser.should_upgrade():
-            return  # it comes again, without the wish
+            return  # the head is parsed again, without the upgrade
         if version == "1.0":
             self.expect_100_continue = False
         self._head_bytes = 0
         super().on_headers_complete()
         self._is_in_body = True
-        self.cycle.transport = self._line  # type: ignore[assignment]  # closed by us, in order
+        self.cycle.transport = self._line  # type: ignore[assignment]  # we close it, in order
         self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
         held: bytes | bytearray = self.cycle.body
         if not held and not self.cycle.response_complete:
-            self.cycle.body, body = body, b""  # type: ignore[assignment]  # as it is: uvicorn copies a bytearray twice
+            self.cycle.body, body = body, b""  # type: ignore[assignment]  # not copied: uvicorn copies a bytearray twice
         elif isinstance(held, bytes):
             self.cycle.body = bytearray(held)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self._is_in_body:
-            return  # a head that comes again
+            return  # a head that is parsed again
         self._is_in_body = False
         self._head_bytes = 0
         if not self.cycle.response_started:
@@ -143,8 +143,10 @@ class Connection(HttpToolsProtocol):
         return self._running is not None and not self._running.response_complete
 
     def _refuse(self, fault: str) -> None:
-        """Answers what cannot be read, in its turn, and hangs up: where the next request begins is not known."""
-        self.logger.warning("a client was hung up on: %s", fault)
+        """Refuses a broken request in its turn, and closes the connection, because the next request's start is
+        unknown.
+        """
+        self.logger.warning("a connection is closed: %s", fault)
         self._is_deaf = True
         self._refused = fault
         if self._is_in_body:
@@ -152,7 +154,7 @@ class Connection(HttpToolsProtocol):
             broken = self.cycle
             if broken is self._running:
                 if broken.response_started:
-                    self._refused = None  # it has an answer
+                    self._refused = None  # it already has an answer
                 broken.disconnected, broken.waiting_for_100_continue = True, False
                 broken.message_event.set()
                 self._answer_refused()
@@ -168,7 +170,7 @@ class Connection(HttpToolsProtocol):
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """Closes the connection, once the client has had time to read its answer where bytes of it may be unread."""
+        """Closes the connection. If bytes of the client may be unread, it first gets time to read its answer."""
         self._refused = None
         self.pipeline.clear()
         if not (self._is_in_body or self._is_deaf) or self._departure is not None:
@@ -184,7 +186,7 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Answers a client that sends no more, as far as it can still be there; gives whether one is."""
+        """Handles a client that has closed its sending side; returns whether it may still wait for an answer."""
         running = self._running
         if running is None or running.response_complete or self._is_ending or running.scope["http_version"] == "1.0":
             return False
@@ -209,15 +211,15 @@ class Connection(HttpToolsProtocol):
 
     @property
     def has_sent_all(self) -> bool:
-        """Whether nothing of the request that is being answered is still to come."""
+        """Whether the request in progress has arrived completely."""
         return self._running is not None and not self._running.more_body
 
     def when_gone(self, tell: Callable[[], None] | None) -> None:
-        """Calls a function when the client has left, soon where it has already; or, with None, calls none any more."""
+        """Sets the function to call when the client has left (soon, if it already has); None calls none."""
         self._tell_gone = tell
         if tell is None or self._running is None:
             return
-        self.flow.resume_reading()  # else it would not be seen
+        self.flow.resume_reading()  # otherwise the end would not be seen
         if self._running.disconnected:
             self.loop.call_soon(self._tell)
 
@@ -226,7 +228,7 @@ class Connection(HttpToolsProtocol):
             self._tell_gone()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        # uvicorn tells the newest request alone that its client has left; that one may not have begun.
+        # uvicorn tells only the newest request that its client has left, and that one may not have begun.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -241,7 +243,7 @@ class Connection(HttpToolsProtocol):
         self._on_lost()
 
     def _watch(self) -> None:
-        """Starts to count when something else is awaited of the client than before."""
+        """Restarts the timer when the connection waits for something else than before."""
         awaited = None
         if self._is_ending:
             awaited = "end"
@@ -260,11 +262,11 @@ class Connection(HttpToolsProtocol):
 
 
 class _Line:
-    """A connection's transport as its answers use it.
+    """The transport that a connection's answers use.
 
     Args:
-        transport: The transport.
-        hang_up: What closes it.
+        transport: The connection's transport.
+        hang_up: Closes the connection.
     """
 
     __slots__ = ("close", "is_closing", "write")

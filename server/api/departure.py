@@ -1,4 +1,4 @@
-"""Tells whether a client that has closed its sending side has left, or still waits for its answer."""
+"""Finds out whether a client that has closed its sending side has left, or still waits for its answer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ _INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 _FIRST_LOOK_S = 0.001
 _LONGEST_PAUSE_S = 0.5
 _CLOSED = 7
-"""TCP_CLOSE among the states of Linux: the other side has reset the connection."""
+"""Linux' TCP_CLOSE: the other side has reset the connection."""
 
 
 class Departure:
-    """Watches a connection of which the client has closed its direction, until the client is known to have left.
+    """Watches a connection whose client has closed its direction, until the client has left.
 
-    A client that has closed its socket answers what is sent to it with a reset, and one that waits does not. So an
-    interim response is sent, which a client of HTTP/1.1 reads over (RFC 9110, 15.2). The connection is then lost as
-    soon as the reset is there.
+    A client that has closed its socket answers data with a reset; a waiting client does not. So an interim response is
+    sent, which an HTTP/1.1 client ignores (RFC 9110, 15.2). A reset then ends the connection.
 
     Args:
         loop: The loop of the connection.
@@ -29,17 +28,17 @@ class Departure:
         self._next: asyncio.TimerHandle | None = None
 
     def watch(self, has_begun: bool) -> None:
-        """Begins to look.
+        """Begins to watch.
 
         Args:
-            has_begun: Whether an answer is being sent, so that nothing may come between.
+            has_begun: Whether an answer is being sent, which an interim response must not interrupt.
         """
         if not has_begun:
             self._transport.write(_INTERIM)
         self._look_after(_FIRST_LOOK_S)
 
     def forget(self) -> None:
-        """Looks no more."""
+        """Stops watching."""
         if self._next is not None:
             self._next.cancel()
 

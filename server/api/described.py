@@ -1,4 +1,4 @@
-"""What the API's description says of endpoints that read bodies by themselves, and of the headers of their answers."""
+"""The API's description of endpoints that read their own bodies, and of the headers of answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 
 _PARAMETERS = Parameters.model_json_schema()
 ParametersObject = Annotated[dict[str, Any] | None, WithJsonSchema({"anyOf": [_PARAMETERS, {"type": "null"}]})]
-"""Parameters of a classification as an object of their own, which `parse` reads: it knows how to say what is wrong."""
+"""Parameters of a classification as a separate object. `parse` reads it, because its messages are better."""
 
 ANSWERED: dict[int | str, dict[str, Any]] = {
     200: {
@@ -31,7 +31,7 @@ ANSWERED: dict[int | str, dict[str, Any]] = {
 
 
 def asked(layout: Layout[Any]) -> dict[str, Any]:
-    """What `read_request` reads."""
+    """Describes the input of `read_request`."""
     parameters = layout.parameters.model_json_schema()["properties"]
     form = {
         "type": "object",
@@ -46,14 +46,14 @@ def asked(layout: Layout[Any]) -> dict[str, Any]:
         "application/json": layout.body.model_json_schema(),
     }
     why = (
-        "Images. The parameters may stand here instead of in the query: as fields of the form, or beside "
+        "Images. The parameters may be here instead of in the query: fields of the form, or fields beside "
         f"`{layout.images}` in JSON."
     )
     return {"requestBody": body_of(content, why), "parameters": in_query(layout.parameters)}
 
 
 def in_query(model: type[BaseModel]) -> list[dict[str, Any]]:
-    """The parameters that the query takes."""
+    """Describes the parameters of the query."""
     properties: dict[str, dict[str, Any]] = model.model_json_schema()["properties"]
     return [
         {"name": name, "in": "query", "schema": schema, "description": schema["description"]}
@@ -62,7 +62,7 @@ def in_query(model: type[BaseModel]) -> list[dict[str, Any]]:
 
 
 def of_one_model(part: Any) -> Any:
-    """What is asked where the path names the model: the same without the parameter `model`."""
+    """The description for a path that names the model: without the parameter `model`."""
     if isinstance(part, list):
         return [of_one_model(each) for each in part if not (isinstance(each, dict) and each.get("name") == "model")]
     if isinstance(part, dict):
@@ -71,7 +71,7 @@ def of_one_model(part: Any) -> Any:
 
 
 def body_of(content: dict[str, dict[str, Any]], description: str) -> dict[str, Any]:
-    """A body, by the schema of each content type."""
+    """Describes a body, with a schema for each content type."""
     return {
         "required": True,
         "description": description,

@@ -1,7 +1,7 @@
-"""The short way to the endpoints that are asked most: FastAPI's own to an endpoint costs as much as one of ours does.
+"""The fast path to the busiest endpoints: FastAPI's own path takes as long as such an endpoint.
 
-A direct endpoint is described to FastAPI like any other, and stands in the API's description. But what is asked of its
-very path goes to it without routing, dependencies and their exit stacks.
+A direct endpoint is registered with FastAPI like any other, and is part of the API's description. But requests for its
+exact path skip routing, dependencies and their exit stacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api.access import Service
 
 Handlers = dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]]
-"""How errors are answered, by class."""
+"""Error handlers by class."""
 
 
 class Endpoint(Protocol):
@@ -26,10 +26,10 @@ class Endpoint(Protocol):
 
 
 class DirectRoute(APIRoute):
-    """A route whose endpoint takes the request and a service for those who may ask, and makes its own response."""
+    """A route whose endpoint takes the request and an access dependency, and makes its own response."""
 
     def direct(self) -> tuple[Endpoint, Callable[[Request], Awaitable[Service]]]:
-        """The endpoint, and what gives the service to those who may ask."""
+        """The endpoint, and the dependency that checks access and returns the service."""
         parts = self.dependant
         (access,) = parts.dependencies
         assert (parts.request_param_name, access.name, self.methods) == ("request", "service", {"POST"}), self.path
@@ -38,12 +38,12 @@ class DirectRoute(APIRoute):
 
 
 class Direct:
-    """Answers what is asked of direct routes, and leaves all else to the application.
+    """Answers requests for direct routes, and passes all others to the application.
 
     Args:
         app: The application.
-        routers: Where routes are; the first one of a path counts.
-        handlers: How errors are answered. Others go on to the application's surroundings.
+        routers: The routers; the first route of a path counts.
+        handlers: Error handlers by class. Other errors propagate.
     """
 
     def __init__(self, app: ASGIApp, routers: Iterable[APIRouter], handlers: Handlers) -> None:

@@ -1,4 +1,4 @@
-"""`POST /v1/explain`: the answer to one photo, and which of its patches merged in every block. The page paints it."""
+"""`POST /v1/explain`: the answer to one photo, and the patches that merged in every block. The page draws it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from server.api.asking import EXPLAIN, Asking
 from server.api.body import OURS, read_request
 from server.api.described import asked
 from server.api.routes import classes
-from server.api.schemas import BlockGroups, Class, Merging, Seen, TimingsMs
+from server.api.schemas import BlockGroups, Class, ComputedBy, Merging, Seen, TimingsMs
 from server.dial import r_of
 
 router = APIRouter(responses=ERRORS)
@@ -17,7 +17,7 @@ router = APIRouter(responses=ERRORS)
 
 @router.post("/v1/explain", openapi_extra=asked(OURS))
 async def explain(request: Request, service: ForUsers) -> Merging:
-    """Says which patches of one image merge. Asked as /classify is, and computed in float32 whatever that takes."""
+    """The patches of one image that merge. Takes the same request as /classify; always computed in float32."""
     with Asking(service, request) as asking:
         uploads, parameters = await asking.read(read_request(request, 1, OURS))
         answer = await asking.answer(EXPLAIN, uploads, asking.resolve(parameters))
@@ -30,6 +30,7 @@ async def explain(request: Request, service: ForUsers) -> Merging:
         r_source=terms.r_source,
         tuned=info.is_tuned(answered.schedule),
         config_version=answered.config_version,
+        computed_by=ComputedBy(backend=answered.computed_by.backend, precision=answered.computed_by.precision),
         filename=uploads[0].filename,
         top_k=[Class(**each) for each in classes(info, merges.top_k)],
         seen=Seen(input_size=seen.input_size, resize_size=seen.resize_size, crop_mode=seen.crop_mode),

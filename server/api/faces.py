@@ -1,4 +1,4 @@
-"""A face: a protocol that clients know already, over the same requests. Each is one file in `protocols/`."""
+"""Faces: protocols that clients already know, over the same requests. Each is one file in `protocols/`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic import BaseModel
 
 
 class Problem(NamedTuple):
-    """Why a request gets no answer, before it has a protocol's shape.
+    """An error before it takes a protocol's form.
 
     Attributes:
-        status: Of HTTP.
-        code: Of `server/errors.py`.
+        status: HTTP status.
+        code: Code of `server/errors.py`.
         message: A sentence for people.
         details: Facts for machines.
     """
@@ -28,13 +28,13 @@ class Problem(NamedTuple):
 
 
 def native(problem: Problem) -> JSONResponse:
-    """An error as our own endpoints have it: an `ErrorBody`."""
+    """An error in the form of our own endpoints: an `ErrorBody`."""
     said = {"code": problem.code, "message": problem.message, "details": dict(problem.details)}
     return JSONResponse({"error": said}, problem.status)
 
 
 class TextError(BaseModel):
-    """An error as several protocols have it."""
+    """The error body of several protocols."""
 
     error: str
 
@@ -49,13 +49,13 @@ class Face:
     """A protocol.
 
     Attributes:
-        name: As `--protocol` has it; its operations carry it as their tag.
-        title: Its name, as people know it.
-        description: What it is, in a line, for the API's description.
+        name: Its name in `--protocol`, and the tag of its operations.
+        title: Its usual name.
+        description: One line for the API's description.
         router: Its endpoints.
-        owns: Whether a method and a path are its own, and so its errors have its shape; unknown paths of its may be.
-        error: Gives an error its shape. The status and the headers that all errors have stay as they are.
-        inflates: Whether the bodies for a path may be compressed.
+        owns: Whether a method and path belong to it, also unknown paths. Their errors have its form.
+        error: Gives an error its form. The status and the common headers stay.
+        inflates: Whether the bodies of a path may be compressed.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Face:
 
 
 def shape_of(request: Request) -> Callable[[Problem], JSONResponse]:
-    """What gives errors of this request their shape."""
+    """The function that gives errors of this request their form."""
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     faces: tuple[Face, ...] = request.app.state.faces
     return next((face.error for face in faces if face.owns(request.scope["method"], path)), native)

@@ -1,7 +1,7 @@
-"""Forms, multipart/form-data (RFC 7578): python-multipart finds the parts, and this file says what each is.
+"""Forms, multipart/form-data (RFC 7578): python-multipart finds the parts, and this module interprets them.
 
-Starlette's own reader writes large files to a disk, which may be full, and takes a large part without a file name for
-no image. The limit on bodies holds for what is kept here, so nothing needs a disk.
+Starlette's own reader writes large files to disk, which may be full, and does not accept a large part without a file
+name as an image. The limit on bodies bounds the memory here, so no disk is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from python_multipart.multipart import MultipartParser
 from server.errors import UndecodableError, shown
 
 _MOST_HEADERS, _LONGEST_HEADER = 16, 16 << 10
-_LONGEST_BOUNDARY = 200  # RFC 2046 has 70, and some clients longer ones
+_LONGEST_BOUNDARY = 200  # RFC 2046 allows 70, and some clients send more
 _PARAMETER = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
 _ESCAPED = re.compile(r'\\(["\\])')
 _WINDOWS_PATH = re.compile(r"^(?:[A-Za-z]:)?\\(?:.*\\)?")
@@ -30,7 +30,7 @@ class Part:
     """A part of a form.
 
     Attributes:
-        filename: What the client calls the file; None where it names none.
+        filename: The client's name of the file; None if it names none.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Part:
 
 
 def boundary_of(content_type: str) -> bytes:
-    """What stands between the parts; raises UndecodableError where the header does not say."""
+    """The boundary between the parts; raises UndecodableError if the header has none."""
     boundary = _parameters(content_type).get("boundary", "")
     if not 1 <= len(boundary) <= _LONGEST_BOUNDARY:
-        raise _unreadable(f"its boundary has {len(boundary)} characters, and must have 1 to {_LONGEST_BOUNDARY}")
+        raise _unreadable(f"its boundary has {len(boundary)} characters; it must have 1 to {_LONGEST_BOUNDARY}")
     return boundary.encode("latin-1", "replace")
 
 
@@ -50,11 +50,11 @@ class FormReader:
     """Reads the parts of a form while its body arrives.
 
     Args:
-        boundary: What stands between the parts.
-        most: Parts that it may have.
+        boundary: The boundary between the parts.
+        most: Most parts.
 
     Attributes:
-        parts: Those that are there as a whole.
+        parts: The complete parts so far.
     """
 
     def __init__(self, boundary: bytes, most: int) -> None:
@@ -76,23 +76,25 @@ class FormReader:
         )
 
     def feed(self, piece: bytes) -> None:
-        """Reads on; raises UndecodableError where the body is no form of that boundary, or has too many parts."""
+        """Parses a piece. Raises UndecodableError if the body is not a form with this boundary, or has too many
+        parts.
+        """
         try:
             self._parser.write(piece)
         except FormParserError as error:
             raise _unreadable(str(error)) from None
 
     def close(self) -> None:
-        """Ends the reading; raises UndecodableError where the last boundary has not come."""
+        """Ends the parsing; raises UndecodableError if the last boundary is missing."""
         if not self._collector.is_whole:
             raise _unreadable("it ends before its last boundary")
 
 
 class _Collector:
-    """Puts the parts together from what the parser finds.
+    """Assembles the parts from the parser's events.
 
-    The parser keeps these methods. So they belong to an object that does not refer to the parser: a cycle would keep
-    every body in memory until the garbage collector comes, which is rare.
+    The parser keeps these methods. So they belong to an object that does not refer to the parser: a reference cycle
+    would keep every body in memory until the garbage collector runs, which is rare.
     """
 
     def __init__(self, most: int) -> None:
@@ -139,7 +141,7 @@ def _described(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, str | None]
             disposition = _text(value).strip()
         elif header == b"content-transfer-encoding" and value.strip().lower() not in _AS_IT_IS:
             raise _unreadable(
-                f"Content-Transfer-Encoding is {shown(_text(value).strip())}; send the bytes of a part as they are"
+                f"Content-Transfer-Encoding is {shown(_text(value).strip())}; send the bytes of a part unencoded"
             )
     said = _parameters(disposition)
     if not disposition.lower().startswith("form-data") or "name" not in said:

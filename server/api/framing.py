@@ -1,4 +1,4 @@
-"""The rules of RFC 9112 on where a request ends that the parser (llhttp) does not enforce."""
+"""The rules of RFC 9112 on the end of a request that the parser (llhttp) does not enforce."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _HOST = re.compile(rb"[^\s/?#@\\<>\"]*")
 
 
 def refusal(message: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The whole answer to a request that cannot be read: 400, and the connection is closed.
+    """The complete answer to a request that cannot be parsed: status 400, and the connection closes.
 
     Args:
-        message: What is wrong.
-        headers: Those that every answer of this server has.
+        message: The fault.
+        headers: The headers of every answer of this server.
     """
     body = json.dumps({"error": {"code": "bad_request", "message": message, "details": {}}}).encode()
     lines = [b"HTTP/1.1 400 Bad Request"]
@@ -24,11 +24,11 @@ def refusal(message: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def fault_of(method: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The reason why a request with this head is refused, in words; None for a good one.
+    """The reason to refuse a request with this head; None for a valid one.
 
     Args:
         method: Its method.
-        version: Its version of HTTP, as "1.1".
+        version: Its HTTP version, such as "1.1".
         headers: Its headers, with names in lower case.
     """
     hosts = 0
@@ -36,7 +36,7 @@ def fault_of(method: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]
         if name == b"host":
             hosts += 1
             if _HOST.fullmatch(value) is None:
-                return "the Host header holds what is no host"
+                return "the Host header is not a valid host"
         elif name == b"transfer-encoding":
             if value.lower() != b"chunked":
                 return "the only Transfer-Encoding that this server knows is chunked"
@@ -47,20 +47,20 @@ def fault_of(method: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]
     if hosts > 1 or (hosts == 0 and version == "1.1"):
         return f"the request has {hosts or 'no'} Host header{'s' * (hosts > 1)}; it must have one"
     if method == b"CONNECT":
-        return "this server is no proxy: it does not know CONNECT"
+        return "this server is not a proxy; it does not support CONNECT"
     return None
 
 
 def without_upgrade(method: bytes, target: bytes, version: str, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """A head as the parser has read it, without the request to upgrade to another protocol.
+    """A parsed head without the request to upgrade to another protocol.
 
-    After such a request the parser treats what follows as the other protocol. A server that does not speak that
+    After such a request the parser treats the following bytes as the other protocol. A server that does not speak that
     protocol must read a body there (RFC 9110, 7.8).
 
     Args:
         method: Its method.
-        target: What is asked for.
-        version: Its version of HTTP.
+        target: Its target.
+        version: Its HTTP version.
         headers: Its headers, with names in lower case.
     """
     lines = [b"%s %s HTTP/%s" % (method, target, version.encode())]

@@ -1,4 +1,6 @@
-"""The endpoints of operations: alive, ready, metrics. They need no key, but for the metrics where one is set."""
+"""The endpoints for operations: alive, ready, metrics. They need no key, except the metrics if a key is set for
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +17,25 @@ router = APIRouter(responses={503: ERRORS[503]})
 
 
 async def check_ready(app: FastAPI) -> None:
-    """Raises UnavailableError where no images should be sent here now."""
+    """Raises UnavailableError if no images should be sent here now."""
     if app.state.is_draining:
-        raise UnavailableError("this server is about to end", retry_after_s=1)
+        raise UnavailableError("this server is shutting down", retry_after_s=1)
     service: Service = app.state.service
     await service.engine.check()
 
 
 @router.get("/livez")
 async def livez() -> dict[str, str]:
-    """Whether this process answers. Says nothing of the engine, so that load or a reload never gets it killed."""
+    """Whether this process answers. Independent of the engine, so that load or a reload never gets the process
+    killed.
+    """
     return {"status": "alive"}
 
 
 @router.get("/readyz")
 @router.get("/healthz", include_in_schema=False)
 async def readyz(request: Request, service: ForAll) -> dict[str, Any]:
-    """Whether images should be sent here now: asks the engine through the real batch loop."""
+    """Whether images should be sent here now. Checks the engine through its batch loop."""
     await check_ready(request.app)
     return {"status": "ready", "models": list(service.engine.catalog())}
 

@@ -1,6 +1,6 @@
-"""JSON bodies as dicts. Their number of values is checked before they are parsed; large bodies are parsed in a thread.
+"""JSON bodies as dicts. The number of values is checked before parsing; large bodies are parsed in a thread.
 
-A few megabytes can hold a million values. Python objects of them, and an error for each, would take a hundred times the
+A few megabytes can hold a million values. As Python objects with an error each, they would take a hundred times the
 memory and stop the event loop for seconds.
 """
 
@@ -17,32 +17,32 @@ from fastapi import Request
 from server.errors import InvalidError, TooLargeError, UndecodableError, shown
 
 MOST_VALUES = 4096
-"""Values beside images: room for the `r` of each block of many models."""
+"""Most values besides images: enough for the `r` of each block of many models."""
 
 MOST_FIELDS = 256
-"""Fields of one object: room for many models, too."""
+"""Most fields of an object: enough for many models."""
 
 LONGEST_NUMBER, LONGEST_TEXT = 400, 64 << 10
-"""Characters of a number, and of a text that is no image."""
+"""Most characters of a number, and of a text that is not an image."""
 
 SMALL = 64 << 10
-"""Bytes that are read at once: a thread would take longer than they do."""
+"""Bytes that are parsed at once: a thread would take longer."""
 
 _SLICE = 1 << 20
 
 
 async def read_json(request: Request, max_images: int = 0, images: Container[str] = ()) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a JSON object.
 
     Args:
         request: Its body is read.
-        max_images: Images that it may hold, as texts of any length in a list.
-        images: Fields, at any depth, that may hold an image as one text of any length.
+        max_images: Most images, which may be texts of any length in a list.
+        images: Names of fields, at any depth, that may hold an image as a text of any length.
 
     Raises:
-        UndecodableError: The body is no JSON, or no object, or a number in it is too long.
-        InvalidError: A field is said twice, an object has too many, or a text is too long.
-        TooLargeError: It holds too many values.
+        UndecodableError: The body is not a JSON object, or a number in it is too long.
+        InvalidError: A field is repeated, an object has too many fields, or a text is too long.
+        TooLargeError: There are too many values.
     """
     body = await request.body()
     if len(body) <= SMALL:
@@ -51,7 +51,7 @@ async def read_json(request: Request, max_images: int = 0, images: Container[str
 
 
 def parse_object(body: bytes, max_images: int = 0, images: Container[str] = ()) -> dict[str, Any]:
-    """A JSON object of bytes; errors as of `read_json`."""
+    """Parses a JSON object; raises the errors of `read_json`."""
     check_values(body, MOST_VALUES + 2 * max_images)  # a data: prefix has a comma, too
 
     def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -69,9 +69,9 @@ def parse_object(body: bytes, max_images: int = 0, images: Container[str] = ()) 
 
 
 def check_values(body: bytes, most: int) -> None:
-    """Raises TooLargeError where JSON holds more values than these.
+    """Raises TooLargeError if JSON holds more than `most` values.
 
-    It counts the commas: between values of lists and objects there is one, and nesting is bounded by the parser.
+    It counts commas: there is one between the values of lists and objects, and the parser bounds the nesting.
     """
     commas = 0
     for begin in range(0, len(body), _SLICE):  # other threads run in between
@@ -92,11 +92,11 @@ def _object(pairs: list[tuple[str, Any]], images: Container[str]) -> dict[str, A
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Names and values as a dict; raises InvalidError where a name comes twice."""
+    """Names and values as a dict; raises InvalidError for a repeated name."""
     said = dict(pairs)
     if len(said) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise InvalidError(f"{shown(name)}: given twice; say it once")
+        raise InvalidError(f"{shown(name)}: given twice; give it once")
     return said
 
 
@@ -115,4 +115,4 @@ def _of_sane_length(text: str) -> str:
 
 
 def _no_number(text: str) -> float:
-    raise UndecodableError(f"the body is not JSON, which has no {text}")
+    raise UndecodableError(f"the body is not JSON: it has {text}")

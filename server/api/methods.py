@@ -7,10 +7,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Head:
-    """Answers HEAD as GET, without the body.
+    """Answers HEAD like GET, without the body.
 
     Args:
-        app: Knows GET.
+        app: The application, which answers GET.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -27,7 +27,7 @@ class Head:
 
 
 def allowed(request: Request) -> str:
-    """The methods that a path knows, as the header Allow lists them: those of all its routes."""
+    """The methods of a path, in the form of the header Allow: those of all its routes."""
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     routes = [route for route in request.app.state.routes if route.path_regex.match(path)]
     methods = {method for route in routes for method in route.methods}

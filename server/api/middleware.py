@@ -1,4 +1,4 @@
-"""What surrounds every request: a name for it, and limits on its body that hold while the body arrives."""
+"""The outermost middleware: ids, and limits on a body that apply while it arrives."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ if TYPE_CHECKING:
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
 """With this version Starlette does not read the body while it sends a file, to learn whether the client leaves.
 
-Data for a client that has left is dropped. An error of the body would come after the answer has begun."""
+Data for a client that has left is dropped. An error of the body would come after the answer has begun.
+"""
 
 SAFE = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 )
-"""Headers of every answer, for browsers: no guessing of its type, no frames around it, and no Referer from it."""
+"""Headers of every answer, for browsers: no type guessing, no frames, no Referer."""
 
 _NOT_KEPT = (b"cache-control", b"no-store")
-"""For answers that do not set it themselves: they change, and may need a key. No cache keeps an answer to a POST."""
+"""For answers that do not set it: they change, and may need a key. Caches never keep an answer to a POST."""
 
 LARGEST_BODIES = 8
-"""How many bodies of the largest size are held at once."""
+"""Most bodies of the largest size in memory."""
 
 LEAST_BYTES_PER_S = 1024
-"""A body that comes more slowly than this, on average, is not waited for."""
+"""Least average speed of a body."""
 
 
 class Front:
-    """Stands before every request of this process. One for all of that, since each layer costs each request.
+    """Wraps every request of this process. One layer does all of it, because each layer costs each request time.
 
-    It gives the request an id, the client's own where it sent a plain one, and returns it as `x-request-id`, among the
-    headers that all answers have. And it guards the bodies while they arrive: how long each is, how fast it comes, how
-    much all hold, and that none is compressed but where clients of a protocol do that. There it is inflated here, so
-    that the limits hold for what it comes to. It names the request to all that is done for it, and has it in the log
-    and among the spans once it is answered.
+    It gives the request an id (the client's own if it is valid) and returns it as `x-request-id`, with the common
+    headers. It guards bodies while they arrive: their length, their speed, the memory of all of them, and that they are
+    not compressed. For protocols whose clients compress, it inflates bodies here, so that the limits apply to the
+    result. It sets the context for all work on the request, and writes the log line and span when the request is
+    answered.
 
     Args:
-        app: What is guarded.
-        max_bytes: Largest body. A longer one is refused, at once where it says so beforehand.
-        client_timeout_s: Longest time without a byte. Drops of a few bytes do not extend it.
-        inflates: Whether bodies for a path may be compressed.
+        app: The wrapped application.
+        max_bytes: Most bytes of a body. A longer one is refused; at once if its length is announced.
+        client_timeout_s: Longest time without data. A few bytes do not extend it.
+        inflates: Whether the bodies of a path may be compressed.
         access_log: Gets a line a request; None for no lines.
         tracing: Makes spans; None for none.
     """
@@ -128,13 +129,13 @@ class Front:
 
 
 def _path(scope: Scope) -> str:
-    """What is asked for, wherever the application is mounted."""
+    """The path, independent of where the application is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 
 
 def _asked(scope: Scope, context: RequestContext) -> dict[str, str]:
-    """What a span tells of a request when it comes."""
+    """The attributes of a span when its request arrives."""
     asked = {
         "http.request.method": scope["method"],
         "url.path": scope["path"],
@@ -146,21 +147,21 @@ def _asked(scope: Scope, context: RequestContext) -> dict[str, str]:
 
 
 def _answered(scope: Scope, status: int) -> tuple[str, dict[str, str | int]]:
-    """The name of a request's span, and what it tells when the request is answered."""
+    """The name of a request's span, and its attributes when the request is answered."""
     route = getattr(scope.get("route"), "path", None)
     answered: dict[str, str | int] = {"http.response.status_code": status}
     if route is None:
-        return scope["method"], answered  # what has no route may be anything, and names are few
+        return scope["method"], answered  # an unknown path may be anything, and span names must be few
     return f"{scope['method']} {route}", {**answered, "http.route": route}
 
 
 def _note(access_log: AccessLog, scope: Scope, start: Message | None, took_s: float, context: RequestContext) -> None:
-    """Has a request in the log.
+    """Logs a request.
 
     Args:
         access_log: The log.
         scope: The request.
-        start: How its answer began; None where it broke before.
+        start: The start of its answer; None if it failed before.
         took_s: Seconds from its head to the end of its answer.
         context: Its ids.
     """
@@ -188,12 +189,12 @@ class _Body:
     """A body while it arrives.
 
     Args:
-        receive: Where it comes from.
-        limits: Limits, and how much all bodies hold.
+        receive: Gives its pieces.
+        limits: The limits, and the memory of all bodies.
         announced: Its length, as its client says.
-        encoding: Its Content-Encoding, where it has one.
-        inflater: What inflates it; with an encoding and without an inflater it is refused.
-        client: Who sends it, where that is known.
+        encoding: Its Content-Encoding, if it has one.
+        inflater: Inflates it. A body with an encoding and no inflater is refused.
+        client: The sender, if it is known.
     """
 
     __slots__ = (
@@ -226,21 +227,21 @@ class _Body:
 
     @property
     def age_s(self) -> float:
-        """Seconds since its request came."""
+        """Seconds since its request arrived."""
         return asyncio.get_running_loop().time() - self._began_at
 
     async def receive(self) -> Message:
-        """The next piece, as ASGI has it; after the last, that the client has left."""
+        """The next piece, as an ASGI message; after the last piece, the client's disconnect."""
         if self._is_complete:
-            return await self._receive()  # waits for as long as that takes
+            return await self._receive()  # waits as long as necessary
         if self._is_too_long:
             raise self._too_large()  # before the server asks for it with 100 Continue
         if self._encoding is not None and self._inflater is None:
             raise UnsupportedError(
-                f"Content-Encoding is {shown(self._encoding.decode('latin-1'))}; send the body as it is, without one"
+                f"Content-Encoding is {shown(self._encoding.decode('latin-1'))}; send the body without one"
             )
         if self._client is not None and self._client.has_sent_all:
-            message = await self._receive()  # at once
+            message = await self._receive()  # returns at once
         else:
             message = await self._patiently(self._began_at + self.received / LEAST_BYTES_PER_S)
         if message["type"] == "http.disconnect":
@@ -261,7 +262,7 @@ class _Body:
         return message
 
     async def _inflated(self, message: Message, inflater: Inflater) -> Message:
-        """A piece of a compressed body as it was before. In a thread: a small piece may come to much."""
+        """Inflates a piece. In a thread, because a small piece may inflate to many bytes."""
         most = self._limits.max_bytes - self.received + 1
         body = await asyncio.to_thread(inflater.feed, message.get("body", b""), most, self._is_complete)
         return {**message, "body": body}
@@ -271,12 +272,12 @@ class _Body:
         return TooLargeError(f"the body is larger than {most} bytes", max_body_bytes=most)
 
     async def _patiently(self, due: float) -> Message:
-        """The next piece; `due` is when, on the loop's clock, what is there already had to be there."""
+        """The next piece. `due` is when, on the loop's clock, the bytes so far had to arrive."""
         now, timeout_s = asyncio.get_running_loop().time(), self._limits.client_timeout_s
         try:
             async with asyncio.timeout_at(min(now, due) + timeout_s):
                 return await self._receive()
         except TimeoutError:
             raise TooSlowError(
-                f"the body stopped arriving for {timeout_s:g} s, or comes at less than {LEAST_BYTES_PER_S} bytes/s"
+                f"the body stopped arriving for {timeout_s:g} s, or arrives at less than {LEAST_BYTES_PER_S} bytes/s"
             ) from None

@@ -13,9 +13,11 @@ from server.api.body import parse
 from server.api.config import IfMatch, expected_version, setting_of, tag
 from server.api.json_body import read_json
 from server.api.schemas import (
+    AgreementFrom,
     AutoBounds,
     Backend,
     BatchSeconds,
+    Compiling,
     ModelCard,
     ModelCurve,
     ModelCurveRow,
@@ -23,6 +25,7 @@ from server.api.schemas import (
     ModelList,
     ModelSummary,
     PatchModel,
+    SpeedFrom,
 )
 from server.dial import AutoR, r_of
 from server.errors import NotFoundError
@@ -55,21 +58,18 @@ async def get_model(name: str, request: Request, response: Response, service: Fo
     """One model: classes, input size, blocks, range of r, and token counts for each r."""
     engine = service.engine
     info = find_model(engine.catalog(), name)
-    return _detail(info, await engine.configuration(), engine, request, response)
+    return await _detail(info, await engine.configuration(), engine, request, response)
 
 
 @router.get("/{name}/curve")
 async def get_curve(name: str, service: ForUsers) -> ModelCurve:
-    """What each r of a model costs and keeps, as `tome-server calibrate` measured it, at the speeds of this moment."""
+    """The speed and the agreement of each r of a model, and where each of the two was measured."""
     curve = await service.engine.curve(find_model(service.engine.catalog(), name).name)
-    facts = curve.facts
+    speed = curve.speed_from
     return ModelCurve(
         model=curve.model,
-        device=facts.device,
-        precision=facts.precision,
-        backend=facts.backend,
-        measured=curve.measured,
-        photos=curve.photos,
+        speed_from=SpeedFrom(**_place(speed.facts), measured=speed.measured),
+        agreement_from=AgreementFrom(**_place(curve.facts), measured=curve.measured, photos=curve.photos),
         agreement_of=curve.agreement_of,
         rows=[_curve_row(row) for row in curve.rows],
     )
@@ -82,13 +82,18 @@ async def patch_model(
     response: Response,
     service: ForAdmins,
     if_match: IfMatch = None,
-) -> ModelDetail:
+) -> ModelSummary:
     """Changes the deployment's r from the next request on, over restarts too; If-Match guards against a race."""
     engine = service.engine
     info = find_model(engine.catalog(), name)
     r = setting_of(info, parse(PatchModel, await read_json(request)))
     configuration = await engine.configure({name: r}, expected_version(if_match))
-    return _detail(info, configuration, engine, request, response)
+    tag(response, configuration)
+    return _summary(info, configuration, engine)
+
+
+def _place(facts: curves.Facts) -> dict[str, str]:
+    return {"device": facts.device, "backend": facts.backend, "precision": facts.precision}
 
 
 def _curve_row(row: curves.CurveRow) -> ModelCurveRow:
@@ -118,14 +123,16 @@ def _summary(info: ModelInfo, configuration: Configuration, engine: Engine) -> M
     )
 
 
-def _detail(
+async def _detail(
     info: ModelInfo, configuration: Configuration, engine: Engine, request: Request, response: Response
 ) -> ModelDetail:
     tag(response, configuration)
+    compiling = await engine.compiling(info.name)
     return ModelDetail(
         id=info.name,
         **_summary(info, configuration, engine).model_dump(),
         backend=Backend(**asdict(info.backend)) if info.backend else None,
+        compiling=compiling and Compiling(r=r_of(compiling.schedule), done=compiling.done, total=compiling.total),
         num_classes=len(info.labels),
         classes=list(info.labels),
         function_to_apply=info.activation,

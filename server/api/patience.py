@@ -1,4 +1,4 @@
-"""How long work is waited for: not past its time, and not after its client has left."""
+"""How long to wait for work: until its deadline, and only while its client is there."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from server.errors import ClientGoneError, DeadlineError
 T = TypeVar("T")
 
 CLIENT = "tome.client"
-"""Among the `extensions` of a request's scope, where our own connections serve it: its `Sender`."""
+"""Key of the `Sender` in the `extensions` of a request's scope, if our own connections serve it."""
 
 
 class Sender(Protocol):
-    """Who sends a request, as their connection knows them."""
+    """The sender of a request, as its connection knows it."""
 
     @property
     def has_sent_all(self) -> bool:
-        """Whether nothing of the request is still to come."""
+        """Whether the request has arrived completely."""
 
     def when_gone(self, tell: Callable[[], None] | None) -> None:
-        """Calls a function when they have left, soon where they have already; or, with None, calls none any more."""
+        """Sets the function to call when the client has left (soon, if it already has); None calls none."""
 
 
 def client_of(scope: Mapping[str, Any]) -> Sender | None:
-    """Who sends a request; None where another server than ours serves it."""
+    """The sender of a request; None if another server than ours serves it."""
     extensions = scope.get("extensions")
     return None if extensions is None else extensions.get(CLIENT)
 
 
 async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
-    """Waits for work that is withdrawn as soon as the client hangs up: nobody would read its result."""
+    """Awaits work, but cancels it as soon as the client hangs up, because nobody would read the result."""
     ours = asyncio.current_task()
     assert ours is not None
     is_waiting, has_left = True, False
@@ -51,7 +51,7 @@ async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
     try:
         return await work
     except asyncio.CancelledError:
-        if has_left and ours.uncancel() == 0:  # else somebody else wants this to end, too
+        if has_left and ours.uncancel() == 0:  # otherwise something else cancels this task, too
             raise ClientGoneError("the client hung up") from None
         raise
     finally:
@@ -60,12 +60,12 @@ async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
 
 
 def _watch(request: Request, leave: Callable[[], None]) -> Callable[[], object]:
-    """Calls a function when the client has left; gives what ends that."""
+    """Calls a function when the client has left; returns the function that stops this."""
     client = client_of(request.scope)
     if client is not None:
         client.when_gone(leave)
         return lambda: client.when_gone(None)
-    leaving = asyncio.ensure_future(_disconnected(request))  # costs a task, but holds under any server
+    leaving = asyncio.ensure_future(_disconnected(request))  # costs a task, but works under any server
     leaving.add_done_callback(lambda leaving: None if leaving.cancelled() else leave())
     return leaving.cancel
 
@@ -76,11 +76,11 @@ async def _disconnected(request: Request) -> None:
 
 
 class at_most:
-    """Withdraws what takes longer, and raises DeadlineError.
+    """Cancels work that takes longer, and raises DeadlineError; an async context manager.
 
     Args:
-        timeout_s: How long it may take.
-        since: When it began, by time.monotonic(); now where it is not said.
+        timeout_s: Longest time.
+        since: When the time began, by time.monotonic(); now by default.
     """
 
     def __init__(self, timeout_s: float, since: float | None = None) -> None:
@@ -97,5 +97,5 @@ class at_most:
             await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
             error = DeadlineError("")
-        if isinstance(error, DeadlineError):  # an engine's names what was left when it came there
+        if isinstance(error, DeadlineError):  # an engine's error names only the time that was left for it
             raise DeadlineError(f"no answer within {self._timeout_s:.3g} s", timeout_s=self._timeout_s) from None

@@ -45,18 +45,19 @@ def main(
     index: int,
     pulse: Pulse,
 ) -> None:
-    """Runs one HTTP process until it is told to end, and answers what it has accepted before it does.
+    """Runs one HTTP process until SIGTERM, and answers all accepted requests before it ends.
 
     Args:
         settings: Limits and keys.
         listener: The socket that all HTTP processes share.
-        doors: The ways to the engines.
-        places: What the HTTP processes know of each other.
-        index: The place of this one.
+        doors: The connections to the engines.
+        places: The HTTP processes' knowledge of each other.
+        index: The place of this process.
         pulse: Beats while it serves.
     """
     log = configure_logging(settings.log_level, settings.log_format)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each odd byte that a client sends
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns about each odd byte that a client sends
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the supervisor logs when processes start and end
     end_with_parent()
     allow_many_files()
     give_large_blocks_back()
@@ -78,7 +79,7 @@ def main(
         app.state.service.decoders.close()
         await engine.close()
         if tracing is not None:
-            tracing.close()  # here: uvicorn ends the process by the signal that ended its loop
+            tracing.close()  # here, because uvicorn ends the process by the signal that ended its loop
 
     app = create_app(settings, engine, lifespan, access_log=access_log, tracing=tracing)
     grpc_server = _grpc_server(app, settings)
@@ -104,14 +105,14 @@ def _grpc_server(app: FastAPI, settings: Settings) -> GrpcServer | None:
 
 
 class _Server(uvicorn.Server):
-    """Ends in two steps: first only /readyz says so and every answer closes its connection, later the port is closed.
+    """Ends in two steps: first /readyz reports it and every answer closes its connection, then the port closes.
 
     Args:
-        config: uvicorn's.
+        config: uvicorn's configuration.
         app: The application, which has /readyz.
-        drain_delay_s: Time between the two, in which a load balancer turns to other servers.
-        places: What the HTTP processes know of each other.
-        index: The place of this one.
+        drain_delay_s: Time between the steps, in which a load balancer switches to other servers.
+        places: The HTTP processes' knowledge of each other.
+        index: The place of this process.
         grpc_server: Serves beside it, and ends with it; None for none.
     """
 
@@ -133,7 +134,8 @@ class _Server(uvicorn.Server):
         self._acceptor: Acceptor | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=[])  # none for uvicorn: it would take all that waits as soon as it wakes
+        # none for uvicorn, which would take all waiting connections as soon as it wakes
+        await super().startup(sockets=[])
         assert sockets is not None
         await _warm_up(self._app)
         if self._grpc_server is not None:
@@ -149,13 +151,13 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._acceptor is not None:
-            await self._acceptor.close()  # before uvicorn tells the connections: none must come after that
+            await self._acceptor.close()  # before uvicorn closes the connections, because none may arrive after that
         if self._grpc_server is not None:
             self._grpc_server.begin_to_end(_DRAIN_S)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Is told to end; called as a signal handler."""
+        """Handles SIGTERM."""
         if not self._app.state.is_draining:
             self._app.state.is_draining = True
             self._closes_at = time.monotonic() + self._drain_delay_s
@@ -170,7 +172,7 @@ class _Server(uvicorn.Server):
 
 
 async def _warm_up(app: FastAPI) -> None:
-    """Asks for what costs nothing: FastAPI builds its routes for the first request, in a tenth of a second."""
+    """Makes a trivial request, because FastAPI builds its routes for the first one, which takes a tenth of a second."""
 
     async def receive() -> Message:
         return {"type": "http.request"}

@@ -1,4 +1,4 @@
-"""Uploads to images, decoded here or left to an engine that decodes, and on to the engine."""
+"""Turns uploads into images, decoded here or by the engine, and sends them to the engine."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from server.types import ModelInfo
 T = TypeVar("T")
 
 Sent = Upload | Pixels
-"""An image as it came: a file, or pixels as the model's preprocessing leaves them."""
+"""An image as the client sent it: a file, or preprocessed pixels."""
 
 OF_AN_IMAGE = (UndecodableError, UnsupportedError, TooLargeError)
 
 
 async def read_images(sent: Sequence[Sent], info: ModelInfo, service: Service) -> tuple[list[Image], float]:
-    """The images of a request, decoded side by side, and the seconds that the slowest took.
+    """Decodes the images of a request in parallel; also returns the seconds of the slowest.
 
     Raises:
-        UndecodableError, UnsupportedError, TooLargeError: One of them cannot be decoded; the details say which.
+        UndecodableError, UnsupportedError, TooLargeError: An image cannot be decoded; the details name it.
     """
     max_pixels, span = service.settings.max_image_pixels, current_span()
 
@@ -41,7 +41,7 @@ async def read_images(sent: Sequence[Sent], info: ModelInfo, service: Service) -
         try:
             image: Image | None = None
             if info.decodes_jpeg:
-                image = as_it_came(upload.encoded, info.preprocessing, max_pixels)  # sooner than a thread is asked
+                image = as_it_came(upload.encoded, info.preprocessing, max_pixels)  # faster than a thread
             if image is None:
                 image = await service.decoders.read(upload.encoded, info.preprocessing, info.decodes_jpeg)
         except OF_AN_IMAGE as error:
@@ -70,16 +70,16 @@ async def read_images(sent: Sequence[Sent], info: ModelInfo, service: Service) -
 async def read_and_ask(
     make: Callable[[Terms, list[Image]], Request[T]], sent: Sequence[Sent], terms: Terms, service: Service
 ) -> tuple[float, Answered[T]]:
-    """Seconds of decoding, and what the engine answers by the deadline.
+    """Seconds of decoding, and the engine's answer by the deadline.
 
     Args:
         make: Makes the engine's request.
-        sent: The images as they came.
-        terms: What is asked of each.
-        service: Where they are decoded and answered.
+        sent: The images as the client sent them.
+        terms: The terms of the request.
+        service: Decodes and answers.
 
     Raises:
-        ServerError: What `read_images` and the engine raise; of one image it names the file. DeadlineError.
+        ServerError: Errors of `read_images`, which name the file, and of the engine. DeadlineError.
     """
     try:
         async with terms.in_time():

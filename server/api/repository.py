@@ -1,4 +1,4 @@
-"""Models that come and go: what may be loaded, and the loading and unloading. Paths and bodies are Triton's."""
+"""Loading and unloading of models, and the index of the repository. Paths and bodies are Triton's."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ router = APIRouter(prefix="/v2/repository", responses=ERRORS)
 
 LOAD_PARAMETERS = ("version",)
 UNLOAD_PARAMETERS = ("unload_dependents",)
-"""What may be said of an unload; no model here depends on another one, so it changes nothing."""
+"""The parameters of an unload. It changes nothing, because no model depends on another."""
 
 
 def _body(properties: dict[str, Any]) -> dict[str, Any]:
-    """What a body may hold, for the API's description."""
+    """Describes a body, for the API's description."""
     schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
 
@@ -36,14 +36,14 @@ _BOOLEAN = {"type": "boolean"}
 
 @router.post("/index", openapi_extra=_body({"ready": _BOOLEAN, "repository_name": {"type": "string"}}))
 async def index(request: Request, service: ForUsers) -> list[ModelEntry]:
-    """The models that are loaded, and those that may be. `{"ready": true}` names those that serve alone."""
+    """The models that are loaded, and those that may be. `{"ready": true}` lists only models that serve."""
     said = await _read(request)
     return [ModelEntry(**asdict(state)) for state in await states(said, service.engine)]
 
 
 @router.post("/models/{name}/load", openapi_extra=_parameters_body({"version": _VERSION}))
 async def load(name: str, request: Request, service: ForAdmins) -> dict[str, Any]:
-    """Loads a model beside the others; it serves when this answers. The parameter `version` names one of several."""
+    """Loads a model beside the others; it serves when this answers. The parameter `version` selects a version."""
     version = parameters_of(await _read(request), LOAD_PARAMETERS).get("version")
     await service.engine.load(name, version_of(version))
     return {}
@@ -51,16 +51,16 @@ async def load(name: str, request: Request, service: ForAdmins) -> dict[str, Any
 
 @router.post("/models/{name}/unload", openapi_extra=_parameters_body({"unload_dependents": _BOOLEAN}))
 async def unload(name: str, request: Request, service: ForAdmins) -> dict[str, Any]:
-    """Takes a model out of service. What has been asked of it is answered; then its memory is freed."""
+    """Takes a model out of service. Its present requests are answered, then its memory is freed."""
     parameters_of(await _read(request), UNLOAD_PARAMETERS)
     await service.engine.unload(name)
     return {}
 
 
 async def states(said: dict[str, Any], engine: Any) -> list[ModelState]:
-    """What an index answers that was asked for with this body."""
+    """The answer to an index request with this body."""
     if extra := said.keys() - {"ready", "repository_name"}:
-        raise InvalidError(f"there is no field {shown(min(extra))} of an index; there is: ready")
+        raise InvalidError(f"there is no field {shown(min(extra))} of an index; the only one is ready")
     ready = said.get("ready", False)
     if not isinstance(ready, bool):
         raise InvalidError(f"ready is {shown(ready)}; it must be true or false")
@@ -68,30 +68,30 @@ async def states(said: dict[str, Any], engine: Any) -> list[ModelState]:
 
 
 async def _read(request: Request) -> dict[str, Any]:
-    """A JSON object; an empty body is one without fields. Triton's client names no content type."""
+    """Reads a JSON object; an empty body is an empty object. Triton's client sends no content type."""
     body = await request.body()
     return parse_object(body) if body.strip() else {}
 
 
 def parameters_of(said: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
-    """The parameters in a body.
+    """The parameters of a body.
 
     Raises:
-        InvalidError: One is unknown.
+        InvalidError: A parameter is unknown.
     """
     if extra := said.keys() - {"parameters"}:
-        raise InvalidError(f"there is no field {shown(min(extra))} here; there is: parameters")
+        raise InvalidError(f"there is no field {shown(min(extra))} here; the only one is parameters")
     parameters = said.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise InvalidError(f"parameters is {shown(parameters)}; it must be an object")
     if extra := parameters.keys() - set(known):
-        raise InvalidError(f"there is no parameter {shown(min(extra))} here; there is: {', '.join(known)}")
+        raise InvalidError(f"there is no parameter {shown(min(extra))} here; there are: {', '.join(known)}")
     return parameters
 
 
 def version_of(version: object) -> str | None:
-    """The version that is named, as text or as a number; None for none. Raises InvalidError for anything else."""
-    if version is None or (isinstance(version, str) and version.isascii()):  # half a surrogate pair cannot be sent on
+    """The version, given as text or number; None for none. Raises InvalidError for anything else."""
+    if version is None or (isinstance(version, str) and version.isascii()):  # a lone surrogate cannot be encoded
         return version or None
     if isinstance(version, int) and not isinstance(version, bool):
         return str(version)

@@ -1,4 +1,4 @@
-"""The limit on the connections of a process, and which of them are closed to make room for new ones."""
+"""The limit on the connections of a process, and the choice of connections to close for new ones."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Idler(Protocol):
     """A connection."""
 
     def drop(self) -> None:
-        """Closes it, whatever is still to be sent."""
+        """Closes it, even with unsent data."""
 
 
 class Room:
     """Room for connections. When there is none left, the connection that has been idle for longest is closed.
 
-    So a client that opens many connections and sends nothing mostly loses its own. All other clients are answered.
+    So a client that opens many connections and sends nothing mostly loses its own; all other clients are answered.
 
     Args:
-        most: How many connections there may be.
+        most: Most connections.
 
     Attributes:
-        idle: Connections on which no request is being answered. The first has been idle for longest.
+        idle: Connections without a request in progress; the first has been idle for longest.
     """
 
     def __init__(self, most: int = sys.maxsize) -> None:
@@ -42,7 +42,7 @@ class Room:
 
 
 def most_connections() -> int:
-    """How many connections fit into the files that this process may still open, at two files for each."""
+    """The connections for which this process may still open files, at two files each."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY:
         return sys.maxsize
@@ -52,5 +52,5 @@ def most_connections() -> int:
 def allow_many_files() -> None:
     """Raises the limit on open files as far as this process may. The default is too low for a server."""
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # some systems know no such number
+    with contextlib.suppress(ValueError, OSError):  # some systems do not accept the number
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))

@@ -44,6 +44,7 @@ def shape(answer: Answer[TopK], uploads: Sequence[Upload]) -> dict[str, Any]:
         "tokens": terms.info.token_counts(answered.schedule)[-1],
         "batch_size": answered.batch_size,
         "config_version": answered.config_version,
+        "computed_by": {"backend": answered.computed_by.backend, "precision": answered.computed_by.precision},
         "results": [
             {"filename": upload.filename, "top_k": classes(terms.info, top_k)}
             for upload, top_k in zip(uploads, answered.results, strict=True)

@@ -132,6 +132,13 @@ class AutoChoice(BaseModel):
     )
 
 
+class ComputedBy(BaseModel):
+    """What computed an answer. Until a schedule is compiled, torch in fp32 stands in for OpenVINO."""
+
+    backend: str = Field(description="torch or openvino.")
+    precision: str = Field(description="fp32, bf16, fp16 or fp8.")
+
+
 class Classification(BaseModel):
     """The answer: what is in each image, and how it was computed."""
 
@@ -143,6 +150,7 @@ class Classification(BaseModel):
     tokens: int = Field(description="Tokens left after the last block.")
     batch_size: int = Field(description="Images in the batch; the largest, where several images took several batches.")
     config_version: int
+    computed_by: ComputedBy
     results: list[ImageResult]
     timings_ms: TimingsMs
 
@@ -174,6 +182,7 @@ class Merging(BaseModel):
     r_source: RSource = Field(description="Who chose that r.")
     tuned: bool = Field(description="Whether tuned numbers computed it: r lies in a band of the model's 'tuned'.")
     config_version: int
+    computed_by: ComputedBy
     filename: str | None = None
     top_k: list[Class]
     seen: Seen
@@ -211,6 +220,14 @@ class Backend(BaseModel):
     reason: str = Field(description="Why this one, and this precision.")
 
 
+class Compiling(BaseModel):
+    """How far schedules are compiled while the server runs."""
+
+    r: PlainR = Field(description="The r that is compiled now.")
+    done: int = Field(description="Schedules that are compiled, of those below.")
+    total: int = Field(description="Schedules that are compiled, are being compiled, or wait for it.")
+
+
 class ModelEntry(BaseModel):
     """A model that is loaded, or may be."""
 
@@ -231,6 +248,7 @@ class ModelCard(BaseModel):
 
 class ModelDetail(ModelCard, ModelSummary):
     backend: Backend | None = Field(description="What computes the answers; null before a device holds the model.")
+    compiling: Compiling | None = Field(description="What is compiled in the background; null while nothing is.")
     num_classes: int = Field(description="0 for a model without a classifier, which gives vectors alone.")
     classes: list[str]
     function_to_apply: Activation = Field(
@@ -284,15 +302,31 @@ class ModelCurveRow(BaseModel):
     neighbours: CurveNeighbours | None = Field(description="With agreement_of neighbours, more of the search.")
 
 
+class SpeedFrom(BaseModel):
+    """Where the speeds of a curve come from. The batches that run now refine them."""
+
+    device: str = Field(description="The processor by its name.")
+    backend: str
+    precision: str
+    measured: str = Field(description="The date, YYYY-MM-DD.")
+
+
+class AgreementFrom(BaseModel):
+    """Where agreement and top-1 of a curve come from."""
+
+    device: str = Field(description="The processor by its name.")
+    backend: str
+    precision: str
+    measured: str = Field(description="The date, YYYY-MM-DD.")
+    photos: int = Field(description="Number of photos.")
+
+
 class ModelCurve(BaseModel):
     """The curve of a model, r=0 first."""
 
     model: str
-    device: str
-    precision: str
-    backend: str
-    measured: str = Field(description="The date of agreement and top-1.")
-    photos: int = Field(description="How many they were measured on.")
+    speed_from: SpeedFrom
+    agreement_from: AgreementFrom
     agreement_of: AgreementOf = Field(
         description="top1: the likeliest class; labels: all labels of 0.5 or more; neighbours: the ten nearest photos."
     )

@@ -1,4 +1,4 @@
-"""What a request asks of its images, read from it and checked against the model."""
+"""The terms of a request: its parameters, checked against the model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from server.types import Activation, ModelInfo, find_model
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What is asked of every image of a request.
+    """The parameters that apply to every image of a request.
 
     Attributes:
         info: The model.
-        r: `r` per block, or the bounds of `auto`; None takes the deployment's.
-        top_k: How many classes, at most.
-        activation: What makes scores of logits.
-        threshold: The least score of a class that is named; None for any.
-        timeout_s: Time for all of it, from when the request came.
-        deadline: When the answer is worth nothing, in seconds of `time.monotonic()`.
+        r: `r` per block, or the bounds of `auto`; None for the deployment's.
+        top_k: Most classes in the answer.
+        activation: Turns logits into scores.
+        threshold: Least score of the classes in the answer; None for any.
+        timeout_s: Seconds for the whole request.
+        deadline: Time after which the answer is useless, in seconds of `time.monotonic()`.
     """
 
     info: ModelInfo
@@ -38,21 +38,21 @@ class Terms:
 
     @property
     def r_source(self) -> RSource:
-        """Who says `r`."""
+        """Where `r` comes from."""
         return "deployment" if self.r is None else "request"
 
     @property
     def schedule(self) -> Schedule | None:
-        """`r` per block where the request itself says so."""
+        """`r` per block, if the request names it."""
         return self.r if isinstance(self.r, tuple) else None
 
     @property
     def left_s(self) -> float:
-        """Time until the deadline."""
+        """Seconds until the deadline."""
         return max(0.0, self.deadline - time.monotonic())
 
     def in_time(self) -> at_most:
-        """Withdraws what is not done by the deadline, and raises DeadlineError."""
+        """Cancels work at the deadline, and raises DeadlineError; an async context manager."""
         return at_most(self.timeout_s, since=self.deadline - self.timeout_s)
 
 
@@ -62,12 +62,12 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
     Args:
         parameters: As the client sent them.
         catalog: The models, the default first.
-        start: When the request came, in seconds of `time.monotonic()`.
-        longest_s: The longest time that it may take.
+        start: When the request arrived, in seconds of `time.monotonic()`.
+        longest_s: Most seconds that it may take.
 
     Raises:
         NotFoundError: There is no such model.
-        InvalidError: `r`, `top_k`, `threshold` or the deadline is out of range, or they do not go together.
+        InvalidError: `r`, `top_k`, `threshold` or the deadline is out of range, or they exclude each other.
     """
     info = find_model(catalog, parameters.model)
     r: Schedule | AutoR | None = None
@@ -90,7 +90,7 @@ def resolve(parameters: Parameters, catalog: dict[str, ModelInfo], start: float,
 
 
 def timings_of(answered: Answered[Any], decode_s: float, start: float) -> dict[str, float]:
-    """Where the time went since a request came, in milliseconds: a `TimingsMs`."""
+    """Milliseconds of each stage since a request arrived: a `TimingsMs`."""
     return {
         "decode": 1e3 * decode_s,
         "queue": 1e3 * answered.queue_s,

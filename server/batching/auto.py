@@ -1,9 +1,10 @@
-"""`r=auto` of a model: its ladder of choices, where the dial stands, and what is said of a choice."""
+"""`r=auto` of one model: its ladder, the dial's position, and the reason for each choice."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from server.batching.jobs import Open
 from server.batching.policy import Load, Rung, Stance, allows, highest, turn
@@ -17,9 +18,10 @@ class AutoDial:
     """Chooses `r` for the batches of one model.
 
     Args:
-        key_of: The batch key of a schedule.
-        steps: The ladder, r=0 first and then ever faster.
-        speed: What the batcher learns of batches; it is told what the steps are expected to take.
+        key_of: Gives the batch key of a schedule.
+        steps: The ladder, r=0 first, each step faster than the one before. A step counts once its own backend computes
+            it, because a slower stand-in would increase the load.
+        speed: The batcher's estimates. They start from the times of the steps.
         clock: Monotonic seconds.
     """
 
@@ -36,12 +38,12 @@ class AutoDial:
         self._agreements = {step.schedule: step.agreement for step in steps}
         self._speed, self._clock, self._stance = speed, clock, Stance()
         for step in steps:
-            if step.image_s:  # else nobody timed it
+            if step.image_s:  # 0 means that nobody timed it
                 speed.expect(self._keys[step.schedule], step.overhead_s, step.image_s)
         self._ladder = self._measured_ladder()
 
     def open(self, bounds: AutoR) -> Open[BatchKey]:
-        """What a job of these bounds is queued by. Its note is the `Choice`."""
+        """The open key of a job with these bounds. Its note is the `Choice`."""
 
         ours = self._unmerged
 
@@ -58,8 +60,12 @@ class AutoDial:
         )
 
     def choose(self, load: Load, bounds: AutoR) -> Choice:
-        """Turns the dial to the load; where it stands, or the highest rung within bounds."""
-        self._ladder = self._measured_ladder()
+        """Turns the dial to the load and chooses its rung, or the highest rung within bounds."""
+        before, self._ladder = self._ladder[self._stance.rung].schedule, self._measured_ladder()
+        places = [rung.schedule for rung in self._ladder]
+        if self._stance.rung >= len(places) or places[self._stance.rung] != before:  # steps were added or removed
+            place = places.index(before) if before in places else min(self._stance.rung, len(places) - 1)
+            self._stance = replace(self._stance, rung=place)
         self._stance = turn(self._ladder, load, self._stance, self._clock())
         return self._choice(self._ladder[min(self._stance.rung, highest(self._ladder, bounds))].schedule, bounds)
 
@@ -67,7 +73,7 @@ class AutoDial:
         return Choice(schedule, self._why(schedule, bounds), self.expected_agreement(schedule))
 
     def _why(self, schedule: Schedule, bounds: AutoR) -> Reason:
-        """Why a job of these bounds is computed so, by how the dial stands at this moment."""
+        """The reason for a job's schedule, given its bounds and the dial's present position."""
         top = highest(self._ladder, bounds)
         if schedule != self._ladder[min(self._stance.rung, top)].schedule:
             return "shared"
@@ -76,9 +82,12 @@ class AutoDial:
         return "load" if self._stance.rung else "idle"
 
     def expected_agreement(self, schedule: Schedule) -> float | None:
-        """The share of images that keep the answer of r=0 under a schedule; None where it is unknown."""
+        """Share of images that keep the answer of r=0 under a schedule; None if unknown."""
         return 1.0 if max(schedule) == 0 else self._agreements.get(schedule)
 
     def _measured_ladder(self) -> list[Rung]:
-        lines = ((schedule, self._speed.line(key) or (0.0, 0.0)) for schedule, key in self._keys.items())
-        return [Rung(schedule, *line, self.expected_agreement(schedule)) for schedule, line in lines]
+        return [
+            Rung(schedule, *(self._speed.own_line(key) or (0.0, 0.0)), self.expected_agreement(schedule))
+            for schedule, key in self._keys.items()
+            if key == self._unmerged or not self._speed.stands_in(key)
+        ]

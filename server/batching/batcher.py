@@ -1,8 +1,8 @@
-"""Dynamic batching by key. It knows neither torch nor HTTP: requests of some payloads go in, one answer each comes out.
+"""Dynamic batching by key, without torch or HTTP. Each request gets exactly one answer.
 
-Work-conserving: while the device is idle whatever waits is taken at once, and batches grow only while it is busy. A
-request may leave its key open: it gets one when its batch is formed, by the load of that moment, or fills up another's
-batch. Where batches are prepared first, one is prepared while the one before computes.
+Work-conserving: an idle device takes whatever waits at once, and batches grow only while it is busy. A request may
+leave its key open. It then gets a key when its batch is formed, by the load of that moment, or fills up the batch of
+another key. With a preparing stage, one batch is prepared while the one before computes.
 """
 
 from __future__ import annotations
@@ -28,37 +28,39 @@ K_contra = TypeVar("K_contra", contravariant=True)
 
 
 class Observer(Protocol[K_contra]):
-    """Is told what the batcher does; metrics are made of it."""
+    """Receives the batcher's events, for metrics."""
 
     def batch_ran(self, key: K_contra, waits_s: Sequence[float], run_s: float) -> None:
-        """`len(waits_s)` jobs of a batch were answered, which kept the device for that long."""
+        """A batch answered `len(waits_s)` jobs and kept the device busy for `run_s`."""
         ...
 
     def job_dropped(self, reason: str) -> None:
-        """A job was given up before it was computed: "cancelled" or "deadline"."""
+        """A job was given up before it was computed; `reason` is "cancelled" or "deadline"."""
         ...
 
 
 class Batcher(Generic[K, P, A]):
     """Queues jobs by key and feeds them to one device, which computes one batch of one key at a time.
 
-    Every accepted request gets exactly one answer: its results or a ServerError. `Queues` says which jobs go next.
+    Every accepted request gets exactly one answer: its results or a ServerError. `Queues` chooses the next jobs.
 
     Args:
-        run_batch: Computes a batch: a `Stage` that gives the results.
+        run_batch: The `Stage` that computes the results of a batch.
         max_batch_size: Most jobs in a batch.
         max_queue_size: Most jobs waiting; more are refused.
         batch_timeout_s: Age at which a job goes before fuller batches.
-        prepare: A `Stage` before that, which makes of each payload what `run_batch` gets instead. Batches may grow
-            until it is free for them.
-        observer: Is told of batches and drops.
-        watch: Is told of every batch that ran what it was: its key, its payloads, the outcome of each, which may be a
-            ServerError, and seconds of the clock when it was taken.
-        idle: Spends the time while nothing waits, until its event is set; what it does then delays the next batch.
+        prepare: A `Stage` before `run_batch` that turns each payload into its input. A batch may grow until this stage
+            is free.
+        observer: Receives batches and drops.
+        watch: Receives every batch that ran: its key, its payloads, the outcome of each (a result or a ServerError),
+            and the time when it was taken, in seconds of the clock.
+        idle: Runs while nothing waits, until its event is set. Its work delays the next batch.
         clock: Monotonic seconds.
+        stands_in: Whether a slower backend would compute a batch of a key now, in place of its own.
+        stood_in: Whether a slower backend computed this result.
 
     Attributes:
-        speed: How long batches take, learned from those that ran.
+        speed: Estimates of how long batches take, learned from those that ran.
     """
 
     def __init__(
@@ -73,10 +75,12 @@ class Batcher(Generic[K, P, A]):
         watch: Callable[[K, Sequence[P], Sequence[Any], float], None] | None = None,
         idle: Callable[[asyncio.Event], Awaitable[object]] = asyncio.Event.wait,
         clock: Callable[[], float] = time.monotonic,
+        stands_in: Callable[[K], bool] = lambda key: False,
+        stood_in: Callable[[A], bool] = lambda result: False,
     ) -> None:
-        self._max_queue_size = max_queue_size
+        self._max_queue_size, self._stood_in = max_queue_size, stood_in
         self._observer, self._watch, self._idle, self._clock = observer, watch, idle, clock
-        self.speed = Speed[K](clock)
+        self.speed = Speed[K](clock, stands_in)
         self._queues = Queues[K, P, A](
             self.speed,
             self._dropped,
@@ -94,15 +98,15 @@ class Batcher(Generic[K, P, A]):
 
     @property
     def num_waiting(self) -> int:
-        """Jobs queued whose callers still wait."""
+        """Queued jobs whose callers still wait."""
         return self._queues.num_waiting
 
     def load(self) -> Load:
-        """What waits and what comes, at this moment."""
+        """The waiting jobs and the arrival rate at this moment."""
         return self._queues.load(self._clock())
 
     def start(self) -> asyncio.Task[None]:
-        """Begins to serve; call it inside a running event loop. The task ends only by `close`."""
+        """Begins to serve. Call it inside a running event loop. The task ends only by `close`."""
         self._loop = asyncio.create_task(self._serve(), name="batcher")
         return self._loop
 
@@ -116,18 +120,18 @@ class Batcher(Generic[K, P, A]):
         """Queues a request's jobs; each may be computed in another batch. Cancelling the future withdraws them.
 
         Args:
-            key: Jobs are batched with others of the same key only. An open job goes with any key that it allows; there
-                is one payload then, since two might get two keys.
-            payloads: What `run_batch` gets.
-            deadline: Seconds of the clock from which on the answer is worth nothing.
-            finish: Makes of the results what the caller gets.
+            key: Jobs are batched with others of the same key only. An open job goes with any key that it allows. An
+                open request has one payload, because two might get two keys.
+            payloads: The inputs of `run_batch`.
+            deadline: Seconds of the clock after which the answer is useless.
+            finish: Turns the results into the caller's answer.
 
         Returns:
-            A future of the answer. Its errors are DeadlineError; EngineError, where a batch failed and so did the job
-            alone; UnavailableError, where the batcher was stopped; and what `run_batch` says of a payload.
+            A future of the answer. It may raise DeadlineError; EngineError, if the job failed in a batch and alone;
+            UnavailableError, if the batcher was stopped; and the errors that `run_batch` gives for a payload.
 
         Raises:
-            QueueFullError: Too many jobs wait; it says when to come back.
+            QueueFullError: Too many jobs wait. It says when to come back.
             UnavailableError: The batcher is closed.
         """
         assert payloads, "a request of nothing would never be answered"
@@ -154,7 +158,7 @@ class Batcher(Generic[K, P, A]):
         return future
 
     async def between_batches(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Has something done before the next batch is taken; raises what it raises, or UnavailableError."""
+        """Runs work before the next batch is taken. Raises the work's own error, or UnavailableError."""
         self._check_open()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._between.append((work, done))
@@ -162,7 +166,7 @@ class Batcher(Generic[K, P, A]):
         await done
 
     async def finished(self, of: Callable[[P], bool]) -> None:
-        """Returns when the requests of such payloads that are here now are answered, and none of their batches runs."""
+        """Waits until all present requests with such payloads are answered and none of their batches runs."""
         if unanswered := self._queues.unanswered(of):
             await asyncio.wait(unanswered)
         await self._pipeline.finished(of)
@@ -182,9 +186,9 @@ class Batcher(Generic[K, P, A]):
     async def _serve(self) -> None:
         try:
             while True:
-                # Lets callers that are ready in this turn of the loop join the batch; costs no waiting.
+                # Lets callers that are ready in this turn of the loop join the batch, without a wait.
                 await asyncio.sleep(0)
-                self._stirred.clear()  # before all that it says is looked at: what comes meanwhile sets it again
+                self._stirred.clear()  # cleared before the checks below, so that a later arrival sets it again
                 await self._do_between()
                 if self._begin_next():
                     continue
@@ -201,12 +205,12 @@ class Batcher(Generic[K, P, A]):
                     done.set_exception(UnavailableError("the engine was stopped", retry_after_s=1))
 
     def _begin_next(self) -> bool:
-        """Has the next batch on its way, where one is to be taken; says whether it was."""
+        """Starts the next batch if there is one to take; returns whether it did."""
         if not self._pipeline.has_room(self._queues.has_full_batch):
             return False
         try:
             taken = self._queues.take(self._clock(), self._pipeline.num_under_way)
-        except Exception as error:  # a fault of ours, which must neither end the service nor repeat
+        except Exception as error:  # a fault of ours must neither end the service nor repeat
             logger.exception("no batch could be formed of what waits")
             self._queues.fail_all(EngineError(f"no batch could be formed: {error!r}"))
             return False
@@ -220,17 +224,19 @@ class Batcher(Generic[K, P, A]):
         try:
             await self._idle(self._stirred)
         except Exception:  # nobody waits for it
-            logger.exception("what is done while nothing waits has failed")
+            logger.exception("work of the idle device failed")
             await self._stirred.wait()
 
     async def _do_between(self) -> None:
-        """Does what is to be done between batches, once each; not what comes meanwhile, or batches might starve."""
+        """Does the queued work between batches, once each. Work that arrives meanwhile waits, so that batches do not
+        starve.
+        """
         for _ in range(len(self._between)):
-            work, done = self._between[0]  # it stays there until it is done: whoever stops the loop tells its caller
-            if not done.done():  # else nobody waits for it any more
+            work, done = self._between[0]  # stays listed until it is done, so that a stop of the loop tells its caller
+            if not done.done():  # otherwise nobody waits for it any more
                 try:
                     await work()
-                except Exception as error:  # it belongs to whoever asked for this
+                except Exception as error:  # the error belongs to the caller
                     if not done.done():
                         done.set_exception(error)
                 else:
@@ -239,7 +245,7 @@ class Batcher(Generic[K, P, A]):
             del self._between[0]
 
     def _ran(self, key: K, jobs: list[Job[K, P, A]], outcomes: list[Any], started: float, pace_s: float) -> None:
-        """Answers the jobs of a batch, and learns of its time."""
+        """Answers the jobs of a batch and learns from its time."""
         now = self._clock()
         run_s = now - started
         waits_s = []
@@ -250,8 +256,9 @@ class Batcher(Generic[K, P, A]):
                 waits_s.append(started - job.enqueued_at)
                 job.answer(outcome, len(jobs), waits_s[-1], run_s)
         self._queues.ran(key, now, pace_s)
-        if len(waits_s) == len(jobs):  # else it was split, and its time says nothing of a batch
-            self.speed.observe(key, len(jobs), pace_s)
+        if len(waits_s) == len(jobs):  # a split batch tells nothing about the time of a whole one
+            if len(stood_in := set(map(self._stood_in, outcomes))) == 1:
+                self.speed.observe(key, len(jobs), pace_s, stood_in.pop())
             self._stage_s.add(pace_s)
             self._per_job_s.add(pace_s / len(jobs))
             self._queues.stage_s = self._stage_s.value
@@ -261,16 +268,16 @@ class Batcher(Generic[K, P, A]):
             try:
                 self._watch(key, [job.payload for job in jobs], outcomes, started)
             except Exception:  # not the jobs' failure
-                logger.exception("what watches the batches failed")
+                logger.exception("the watcher of the batches failed")
 
     def _dropped(self, reason: str) -> None:
         self._tell(lambda observer: observer.job_dropped(reason))
 
     def _tell(self, event: Callable[[Observer[K]], None]) -> None:
-        """Tells the observer; its failure is not the jobs'."""
+        """Calls the observer. Its failure does not fail the jobs."""
         if self._observer is None:
             return
         try:
             event(self._observer)
-        except Exception:  # a full disk under the metrics, say
+        except Exception:  # for example a full disk under the metrics
             logger.exception("the batcher's observer failed")

@@ -1,6 +1,6 @@
-"""Drift: whether live images keep the answer of r=0 as often as the curve of their model says.
+"""Drift: whether live images keep the answer of r=0 as often as their model's curve says.
 
-A small share of the images answered with r > 0 is computed again at r=0, while the device has nothing else to do.
+While the device has nothing else to do, a small share of the images answered with r > 0 is computed again at r=0.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from server.types import LABEL_THRESHOLD, BatchKey, ModelInfo
 logger = logging.getLogger(__name__)
 
 KEPT = 8
-"""Most images that wait for their check: as pixels 150,528 bytes each at 224 x 224, 1.2 MB in all, or as JPEG files."""
+"""Most images that wait for their check: 150,528 bytes of pixels each at 224 x 224, 1.2 MB in all, or JPEG files."""
 
 WINDOW = 500
 FEWEST = 50
-"""Checks that live agreement is the share of, and the fewest that may be called drift."""
+"""The checks that live agreement counts, and the fewest that may be called drift."""
 
 Z = 3.290527
-"""Of a 99.9 % interval, since it is looked at after every check. Simulated traffic just like the photos of a curve was
-called drift about once in 5,000 checks at 95 %, and about once in 200,000 at 99.9 %, which still notices a fall of ten
-points within 170 to 400."""
+"""Z value of a 99.9 % interval, because drift is judged after every check. Simulated traffic like the photos of a curve
+was called drift about once in 5,000 checks at 95 %, and about once in 200,000 at 99.9 %. At 99.9 % a fall of ten points
+is still noticed within 170 to 400 checks.
+"""
 
 LONGEST_QUIET_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """An answered image, the key that it was computed under, and its answer: the likeliest class, or its labels.
+    """An answered image, its key, and its answer: the likeliest class, or its labels.
 
-    The labels of a model with several are not known from what one request wanted: they are None until the check.
+    A request does not tell all labels of a multi-label model: they are None until the check.
     """
 
     key: BatchKey
@@ -56,14 +57,14 @@ class _Sample:
 class LiveAgreement:
     """The last checks of a model at one `r`, beside the row of its curve.
 
-    It drifts when its interval and the row's no longer meet, and is back when its interval holds the row's agreement
-    again: more than to meet, so that it does not flicker at the edge.
+    It drifts when its interval and the row's no longer meet. It is back when its interval holds the row's agreement
+    again. The second condition is stricter, so that the state does not flicker at the edge.
 
     Args:
-        row: What the curve says, or None where there is no such row: then nothing is drift.
+        row: The row of the curve. Without one nothing counts as drift.
 
     Attributes:
-        drifts: Whether it has left what the curve says.
+        drifts: Whether live agreement has left the curve.
     """
 
     def __init__(self, row: CurveRow | None = None) -> None:
@@ -72,14 +73,14 @@ class LiveAgreement:
         self._checks: deque[bool] = deque(maxlen=WINDOW)
 
     def add(self, agreed: bool) -> bool:
-        """Counts a check; says whether `drifts` has changed by it."""
+        """Counts a check; returns whether `drifts` has changed."""
         self._checks.append(agreed)
         before, self.drifts = self.drifts, self._judge()
         return self.drifts != before
 
     @property
     def share(self) -> float:
-        """Of the checked images, those that keep the answer of r=0."""
+        """Share of the checked images that keep the answer of r=0."""
         return sum(self._checks) / len(self._checks)
 
     def _judge(self) -> bool:
@@ -96,17 +97,17 @@ class LiveAgreement:
 
 
 class DriftWatch:
-    """Samples answered images, and computes them again at r=0, one at a time, while the device is idle.
+    """Samples answered images and computes them again at r=0, one at a time, while the device is idle.
 
-    A list of `r` is counted under the label that all lists share, and so is never compared with a curve.
+    All lists of `r` share one label, so they are counted but never compared with a curve.
 
     Args:
-        run_batch: Classifies images on the device; nothing else may run there meanwhile.
-        curves: What was measured of the models, those that have a curve.
-        models: What is served; of a multi-label model the answer to an image is the set of its labels.
-        share: Of the images answered with r > 0, those that are checked: from 0, none, to 1, all.
-        random: Uniform numbers from 0 up to 1.
-        clock: Seconds, as those of the event loop.
+        run_batch: Classifies images on the device. Nothing else may run there meanwhile.
+        curves: The curves of the models that have one.
+        models: The served models. The answer of a multi-label model is the set of its labels.
+        share: Share of the images answered with r > 0 to check, from 0 (none) to 1 (all).
+        random: Uniform numbers in [0, 1).
+        clock: Seconds of the event loop's clock.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class DriftWatch:
     ) -> None:
         self._run_batch, self._share, self._random, self._clock = run_batch, share, random, clock
         self._models = models or {}
-        # The newest are kept: it is the traffic of today that may have drifted.
+        # The newest are kept: drift shows in today's traffic.
         self._samples: deque[_Sample] = deque(maxlen=KEPT)
         self._rows: dict[tuple[str, str], CurveRow] = {}
         for name, curve in curves.items():
@@ -130,17 +131,17 @@ class DriftWatch:
         self._quiet_s = 0.0
 
     def expect(self, name: str, curve: Curve) -> None:
-        """Tells what was measured of a model."""
-        if curve.agreement_of != "neighbours":  # classes are checked, not vectors
+        """Adds the curve of a model."""
+        if curve.agreement_of != "neighbours":  # the checks compare classes, not vectors
             self._rows |= {(name, label_of(row.r)): row for row in curve.rows if len(set(row.r)) == 1}
 
     def forget(self, name: str) -> None:
-        """Forgets a model that serves no more: its curve, what waits for a check, and what was counted."""
+        """Forgets a model that no longer serves: its curve, its waiting samples and its counts."""
         kept = [sample for sample in self._samples if sample.key.model != name]
         self._samples.clear()
         self._samples.extend(kept)
         for labels, live in self._live.items():
-            if labels[0] == name and live.drifts:  # a gauge stays as it is, and an alert with it
+            if labels[0] == name and live.drifts:  # the gauge, and its alert, would otherwise stay set
                 DRIFT.labels(*labels).set(False)
         for of_r in (self._rows, self._live):
             for labels in [labels for labels in of_r if labels[0] == name]:
@@ -152,7 +153,7 @@ class DriftWatch:
         return len(self._samples)
 
     def offer(self, key: BatchKey, images: Sequence[Image], answers: Sequence[TopK]) -> None:
-        """Tells of a request that was classified; some of its images may be kept for a check."""
+        """Takes a classified request and keeps some of its images for a check."""
         if max(key.schedule) > 0:
             for image, answer in zip(images, answers, strict=True):
                 if self._random() < self._share:
@@ -160,11 +161,10 @@ class DriftWatch:
                     self._samples.append(_Sample(key, image, (answer.indices[0],) if is_known else None))
 
     async def idle(self, arrived: asyncio.Event) -> None:
-        """Spends the time until something arrives: what the batcher does while nothing waits.
+        """Checks samples until something arrives: the batcher's work while nothing waits.
 
-        What arrives waits for one image at r=0 at most. To make even that rare, a check begins only once nothing has
-        come for as long as it is going to take, by the one before: who asks again as soon as it is answered, as one
-        client in a loop does, is not delayed.
+        An arrival waits for one image at r=0 at most. To make even that rare, a check begins only after a pause as long
+        as the last check took. A client that asks again as soon as it is answered is then not delayed.
         """
         while not await _set_within(arrived, self._quiet_s if self._samples else None):
             await self._check(self._samples.popleft())
@@ -180,7 +180,7 @@ class DriftWatch:
         self._quiet_s = min(self._clock() - started, LONGEST_QUIET_S)
 
     async def _answer(self, key: BatchKey, image: Image) -> tuple[int, ...]:
-        """The likeliest class of an image, or of a multi-label model all of its labels."""
+        """The likeliest class of an image, or all labels under a multi-label model."""
         asked = Classify(model=key.model, images=[image], deadline=inf, top_k=1)
         num_labels = self._num_labels(key)
         if num_labels is not None:
@@ -189,7 +189,7 @@ class DriftWatch:
         return tuple(sorted(answer.indices))
 
     def _num_labels(self, key: BatchKey) -> int | None:
-        """How many labels a multi-label model has; None for any other."""
+        """Number of labels of a multi-label model; None for other models."""
         info = self._models.get(key.model)
         return len(info.labels) if info is not None and info.activation == "sigmoid" else None
 
@@ -212,7 +212,7 @@ class DriftWatch:
 
 
 async def _set_within(event: asyncio.Event, timeout_s: float | None) -> bool:
-    """Waits for an event, for so long at most; says whether it is set."""
+    """Waits for an event, at most `timeout_s`; returns whether it is set."""
     try:
         async with asyncio.timeout(timeout_s):
             await event.wait()

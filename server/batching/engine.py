@@ -1,4 +1,4 @@
-"""The engine: deployment `r`, batcher and device threads behind the `Engine` protocol, in whatever process."""
+"""The engine: deployment `r`, batcher and device threads behind the `Engine` protocol, in any process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from server.batching.batcher import Batcher
 from server.batching.drift import DriftWatch
 from server.batching.jobs import Batched, Open
-from server.batching.loader import Kept, Loader
+from server.batching.loader import Kept, Loader, OnDevice
 from server.batching.loading import Loading
 from server.batching.policy import Rung
 from server.batching.served import Served, ServedModels
@@ -22,75 +22,109 @@ from server.dial import AutoR, RSetting, Schedule
 from server.errors import ConflictError, NotFoundError, ServerError, UnavailableError
 from server.ipc.messages import Answered, Choice, Classify, Item, Request
 from server.metrics import BatchMetrics
-from server.types import BatchKey, Configuration, ModelInfo, ModelState, find_model
+from server.types import BatchKey, Compiling, ComputedBy, Configuration, ModelInfo, ModelState, find_model
 
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 T = TypeVar("T")
 
+Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
+"""Is told of lines: seconds of a batch of each key, and of each image in it."""
+
 CHECK_TIMEOUT_S = 10.0
 
 HANGS_AFTER_S = 300.0
-"""A device that works on one batch for so long hangs; compiling a schedule for the first time takes less."""
+"""A device that works on one batch for so long hangs. The first compilation of a schedule takes less."""
 
 
 class Device(Protocol):
-    """What computes. A function of its input is enough for a test."""
+    """Computes batches. A test can use a function of its input."""
 
     @property
     def prepares(self) -> bool:
-        """Batches are prepared before they are computed, each by a thread of its own."""
+        """Whether batches are prepared before they are computed, in a thread of their own."""
         ...
 
     def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
-        """What `compute` gets of each image instead of the item, or the ServerError of that image; in order."""
+        """Turns each item into the input of `compute`, or into the ServerError of that image; in order."""
         ...
 
     def compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
-        """A batch under the key's model, schedule and operation: the result of each image, in order."""
+        """Computes a batch under the key's model, schedule and operation: the result of each image, in order."""
+        ...
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes a batch of this key now; right after `compute`, what computed it. Any thread may ask."""
+        ...
+
+    def compiling(self, info: ModelInfo) -> Compiling | None:
+        """Which schedules of a model are compiled in the background; None while none is. Any thread may ask."""
+        ...
+
+    def begin(self, info: ModelInfo, on_device: OnDevice, timed: Timed) -> None:
+        """Begins what is done for a model in the background, such as to compile and to time its schedules.
+
+        Args:
+            info: The model.
+            on_device: Does a piece of work on the thread that computes, between two batches.
+            timed: Is told what batches take; any thread may call it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what is done in the background; what cannot be broken off is left to itself."""
         ...
 
     def check(self) -> None:
-        """Raises when the device no longer works; called on the thread that computes."""
+        """Raises if the device no longer works. Runs on the thread that computes."""
         ...
 
     def warm_further(self) -> bool:
-        """Does one short piece of what makes later batches faster; False where nothing is left. As `check`."""
+        """Does one short piece of work that makes later batches faster; returns False if none is left. Same thread as
+        `check`.
+        """
         ...
 
 
 class Spans(Protocol):
-    """Watches the requests and batches of an engine; its clock is `time.monotonic()`."""
+    """Records the requests and batches of an engine; its clock is `time.monotonic()`."""
 
     def asked(self, request: Request[Any], answering: asyncio.Future[Any]) -> None:
-        """A request was taken, which has a `trace`."""
+        """A request with a `trace` was taken."""
         ...
 
     def batch_ran(self, key: BatchKey, items: Sequence[Item], outcomes: Sequence[Any], started: float) -> None:
-        """A batch ran, which was taken at some moment; the outcome of an image may be its ServerError."""
+        """A batch ran that was taken at `started`. The outcome of an image may be its ServerError."""
         ...
+
+
+class _Computed(NamedTuple):
+    """The result of one image, and what computed it."""
+
+    result: Any
+    by: ComputedBy
 
 
 class LocalEngine:
     """The engine of this process. One thread computes on the device, so that batches never overlap.
 
-    Where batches are prepared, another thread does that, for the next batch while one computes.
+    A device that prepares batches gets another thread, which prepares the next batch while one computes.
 
     Args:
-        models: The loaded models, the default first. It is kept up to date while models come and go.
-        device: What computes.
+        models: The loaded models, the default first. The engine updates it while models come and go.
+        device: Computes the batches.
         store: The deployment `r` of each model.
-        steps: What `auto` chooses from, for each model: r=0 first, then ever faster. Where a model has none, r=0 alone.
-        curves: What was measured of the models, those that have a curve.
+        steps: The ladder of `auto` of each model: r=0 first, then ever faster. A model without one has r=0 alone.
+        curves: The curves of the models that have one.
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
         batch_timeout_s: Age at which a waiting image goes before fuller batches.
         drift_sample: Share of the images answered with r > 0 that are checked at r=0 while the device is idle.
-        loader: What makes other models ready meanwhile; None where models neither come nor go.
-        kept: What keeps over a restart which models have come and gone.
-        linger_s: For so long a model that serves no more answers what was prepared for it. Then it is freed.
-        spans: Is told of requests that have a trace, and of batches; None without tracing.
+        loader: Loads other models at run time; None if the set of models is fixed.
+        kept: Remembers over a restart which models were loaded and unloaded.
+        linger_s: Seconds for which a retired model still answers requests prepared for it, before it is freed.
+        spans: Receives requests that have a trace, and batches; None without tracing.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -123,7 +157,7 @@ class LocalEngine:
         self._configuration: Configuration | None = None
         self._following: asyncio.Task[None] | None = None
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # has a thread once it is asked for one
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # its thread starts with the first job
         self._drift = DriftWatch(self._prepare_and_compute, {}, drift_sample, models=self._models)
         self._batcher = Batcher[BatchKey, Item, Any](
             self._compute,
@@ -134,7 +168,11 @@ class LocalEngine:
             observer=BatchMetrics(),
             watch=None if spans is None else spans.batch_ran,
             idle=self._idle,
+            stands_in=lambda key: device.computed_by(key).stands_in,
+            stood_in=lambda computed: computed.by.stands_in,
         )
+        self._begun: set[tuple[str, str]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._max_batch_size, self._linger_s = max_batch_size, linger_s
         self._served = ServedModels(
             models, store, self._batcher.speed, self._drift, self._came_or_went, steps or {}, curves or {}
@@ -145,17 +183,20 @@ class LocalEngine:
 
     def start(self) -> None:
         """Begins to serve, and to follow the configuration; call it inside a running event loop."""
+        self._loop = asyncio.get_running_loop()
         self._following = asyncio.create_task(self._follow(), name="configuration")
         if self._loading is not None:
             self._loading.start()
         self._batcher.start().add_done_callback(lambda _: self._broken.set())
+        self._begin_background()
 
     async def broken(self) -> None:
-        """Returns when this engine can serve no more: its device or its batch loop is gone, or it was closed."""
+        """Returns when this engine can serve no more: its device or batch loop has failed, or it was closed."""
         await self._broken.wait()
 
     async def close(self) -> None:
-        """Answers what waits, then stops."""
+        """Answers all that wait, then stops."""
+        self._device.close()
         if self._loading is not None:
             await self._loading.close()
         if self._following is not None:
@@ -169,7 +210,7 @@ class LocalEngine:
         return self._models
 
     def answer(self, request: Request[T]) -> asyncio.Future[Answered[T]]:
-        """As of `Engine`. Here `r` and the version of the configuration are resolved, once for all of the images."""
+        """See `Engine`. Resolves `r` and the version of the configuration once for all images of the request."""
         served, configuration = self._served.find(request), self._configuration_now()
         r: RSetting | None = request.r
         if r is None:
@@ -177,15 +218,17 @@ class LocalEngine:
         key, auto = self._key(served, r, request)
 
         def finish(batched: Batched[BatchKey, Any]) -> Answered[Any]:
-            if isinstance(request, Classify) and served.r is None:  # the drift of a retired model is nobody's
-                self._drift.offer(batched.key, request.images, batched.results)
+            results = [computed.result for computed in batched.results]
+            if isinstance(request, Classify) and served.r is None:  # the drift of a retired model concerns nobody
+                self._drift.offer(batched.key, request.images, results)
             return Answered(
-                results=batched.results,
+                results=results,
                 schedule=batched.key.schedule,
                 config_version=configuration.version,
                 batch_size=batched.batch_size,
                 queue_s=batched.wait_s,
                 inference_s=batched.run_s,
+                computed_by=_computed_by(batched.results),
                 auto=auto or batched.note,
             )
 
@@ -197,7 +240,9 @@ class LocalEngine:
         return answering
 
     def _configuration_now(self) -> Configuration:
-        """What holds in this turn of the event loop; to ask takes a system call, and many requests come in one turn."""
+        """The configuration in this turn of the event loop. A read takes a system call, and many requests come in one
+        turn.
+        """
         if self._configuration is None:
             self._configuration = self._store.configuration
             asyncio.get_running_loop().call_soon(self._forget_configuration)
@@ -209,7 +254,7 @@ class LocalEngine:
     def _key(
         self, served: Served, r: RSetting, request: Request[Any]
     ) -> tuple[BatchKey | Open[BatchKey], Choice | None]:
-        """What a request is queued by. One image under `auto` is left open; several share a choice made now."""
+        """The key of a request. One image under `auto` stays open; several share a choice made now."""
         if not isinstance(r, AutoR):
             return served.key(r, request.operation), None
         if len(request.images) == 1 and request.operation == "forward":
@@ -227,11 +272,14 @@ class LocalEngine:
             )
 
         def line(schedule: Schedule) -> tuple[float, float]:
-            known = self._batcher.speed.line(info.batch_key(schedule))
+            known = self._batcher.speed.own_line(info.batch_key(schedule))
             assert known is not None, "all rows are expected from the start"
             return known
 
         return curve.at(line, self._max_batch_size)
+
+    async def compiling(self, model: str) -> Compiling | None:
+        return self._device.compiling(find_model(self._models, model))
 
     async def configuration(self) -> Configuration:
         return self._store.configuration
@@ -257,34 +305,57 @@ class LocalEngine:
 
     def _able_to_load(self) -> Loading:
         if self._loading is None:
-            raise ConflictError("models neither come nor go while this server runs; deploy it anew with others")
+            raise ConflictError(
+                "this server loads and unloads no models at run time; deploy it again with other models"
+            )
         return self._loading
 
     def tell_of_models(self, told: Callable[[], object]) -> None:
-        """Has a function called whenever the catalog has changed, on whose wish ever."""
+        """Sets the function to call whenever the catalog has changed, whatever changed it."""
         self._told = told
 
     def _came_or_went(self) -> None:
         self._forget_configuration()
         self._is_warming = True
+        self._begin_background()
         self._told()
 
+    def _begin_background(self) -> None:
+        """Begins what is done in the background for models that have come; nothing before the engine serves."""
+        if self._loop is None:
+            return
+        for info in self._models.values():
+            if (key := (info.name, info.revision)) not in self._begun:
+                self._begun.add(key)
+                self._device.begin(info, self._by_computing, self._timed)
+
+    def _timed(self, lines: Mapping[BatchKey, tuple[float, float]]) -> None:
+        """Takes note of what batches take, on whatever thread that was measured."""
+
+        def expect() -> None:
+            for key, line in lines.items():
+                self._batcher.speed.expect(key, *line)
+
+        assert self._loop is not None, "nothing is timed before the engine serves"
+        self._loop.call_soon_threadsafe(expect)
+
     async def _let_go(self, info: ModelInfo, free: Callable[[], None]) -> None:
-        """Waits until nothing computes a retired model any more; then the thread that computes has it freed."""
+        """Waits until nothing computes a retired model, then has the computing thread free it."""
         await asyncio.sleep(self._linger_s)
         self._served.forget(info)
         await self._batcher.finished(lambda item: item.request.model == info.name)
         await self._batcher.between_batches(functools.partial(self._in_time, self._computing, free))
+        self._begun.discard((info.name, info.revision))
         self._batcher.speed.forget(lambda key: (key.model, key.revision) == (info.name, info.revision))
 
     def _by_computing(self, work: Callable[[], A]) -> A:
-        """What a piece of work gives that the thread that computes does between two batches; for another thread."""
+        """Runs work on the computing thread between two batches and returns its result. Call it from another thread."""
         return self._computing.submit(_plainly, work).result()
 
     async def _follow(self) -> None:
         try:
             await self._store.follow()
-        except Exception:  # not worth the service: it goes on with what it has
+        except Exception:  # the service goes on with the configuration that it has
             logger.exception("the configuration is no longer followed; a change is seen at the next start")
 
     async def check(self) -> None:
@@ -297,17 +368,17 @@ class LocalEngine:
             ) from None
 
     async def _idle(self, arrived: asyncio.Event) -> None:
-        """Spends the time until something arrives on what makes the device faster, then on checks."""
+        """Warms the device further, then checks for drift, until something arrives."""
         while self._is_warming and not arrived.is_set():
             try:
                 self._is_warming = await self._in_time(self._computing, self._device.warm_further)
-            except Exception:  # the device is as fast as it was
+            except Exception:  # the device stays as fast as it was
                 logger.exception("the device could not be warmed further")
                 self._is_warming = False
         await self._drift.idle(arrived)
 
     async def _prepare_and_compute(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
-        """A batch from its images to its results, whatever else is prepared or computed meanwhile."""
+        """Prepares and computes a batch, whatever else is prepared or computed meanwhile."""
         work = await self._prepare(key, items) if self._device.prepares else items
         for each in work:
             if isinstance(each, ServerError):
@@ -317,8 +388,14 @@ class LocalEngine:
     async def _prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
         return await self._on_device(self._preparing, key, items, self._device.prepare)
 
-    async def _compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
-        return await self._on_device(self._computing, key, work, self._device.compute)
+    async def _compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[_Computed]:
+        return await self._on_device(self._computing, key, work, self._computed)
+
+    def _computed(self, key: BatchKey, work: Sequence[Any]) -> Sequence[_Computed]:
+        """Computes a batch; called on the thread that computes."""
+        results = self._device.compute(key, work)
+        by = self._device.computed_by(key)
+        return [_Computed(result, by) for result in results]
 
     async def _on_device(
         self,
@@ -327,18 +404,18 @@ class LocalEngine:
         batch: Sequence[Any],
         work: Callable[[BatchKey, Sequence[Any]], A],
     ) -> A:
-        """The result of work on a batch; when that fails, the device shows that it still does the simplest."""
+        """Runs work on a batch. If it fails, the device must show that the simplest work still succeeds."""
         try:
             return await self._in_time(thread, lambda: work(key, batch))
         except UnavailableError:
             raise
-        except Exception as error:  # the batch will be split: one image alone is the culprit, and has the traceback
+        except Exception as error:  # the batch will be split; the image that fails alone is logged with its traceback
             logger.error("a batch of %d for %s failed: %r", len(batch), key, error, exc_info=len(batch) == 1)
             await self._probe()
             raise
 
     async def _in_time(self, thread: ThreadPoolExecutor, work: Callable[[], A]) -> A:
-        """The result of work on a thread; gives this engine up when that takes longer than any batch can."""
+        """Runs work on a thread. Gives this engine up if that takes longer than any batch can."""
         working = asyncio.get_running_loop().run_in_executor(thread, _plainly, work)
         await asyncio.wait([working], timeout=HANGS_AFTER_S)
         if not working.done():
@@ -348,22 +425,27 @@ class LocalEngine:
         return working.result()
 
     async def _probe(self) -> None:
-        """Raises UnavailableError, and gives this engine up, when the device fails at the simplest work."""
+        """Raises UnavailableError and gives this engine up if the device fails at the simplest work."""
         try:
             await self._in_time(self._computing, self._device.check)
         except UnavailableError:
             raise
         except Exception as error:
-            logger.critical("the device works no more", exc_info=error)
+            logger.critical("the device no longer works", exc_info=error)
             self._broken.set()
-            raise UnavailableError(f"the device works no more: {error}", retry_after_s=1) from error
+            raise UnavailableError(f"the device no longer works: {error}", retry_after_s=1) from error
+
+
+def _computed_by(computed: Sequence[_Computed]) -> ComputedBy:
+    """What computed a request: where its images differ, what stood in for the model's own backend."""
+    return next((each.by for each in computed if each.by.stands_in), computed[0].by)
 
 
 def _plainly(work: Callable[[], A]) -> A:
-    """Does work; what a future of asyncio does not carry as an error becomes one that it does.
+    """Runs work, and turns errors that an asyncio future cannot carry into a RuntimeError.
 
-    StopIteration would never arrive there, a cancellation would look like one of the batch loop, and SystemExit would
-    end the process.
+    A StopIteration would never arrive, a cancellation would look like one of the batch loop, and SystemExit would end
+    the process.
     """
     try:
         return work()

@@ -1,6 +1,6 @@
-"""What waits: requests, and the jobs that they consist of, one a payload. Every request gets exactly one answer.
+"""Waiting requests, and their jobs, one for each payload. Every request gets exactly one answer.
 
-They are structs of msgspec: those are made in a quarter of the time of a dataclass, thousands of times a second.
+They are msgspec structs: thousands are made each second, and a struct takes a quarter of the time of a dataclass.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, slots=True)
 class Open(Generic[K]):
-    """Instead of a key: which keys would do.
+    """Stands for a key that is still open: which keys a job allows.
 
     Attributes:
         group: Open jobs of one group wait together, and one choice is made for them.
         allows: Whether the job may be computed under a key.
-        choose: The key for a batch that this job leads, by the load of the moment; one that it allows.
-        note: What is to be remembered of the key that it got, asked for at the moment when it gets it.
+        choose: The key of a batch that this job leads, given the present load. It must be a key that the job allows.
+        note: What to remember of the chosen key. It is called when the job gets the key.
     """
 
     group: Hashable
@@ -41,15 +41,15 @@ class Open(Generic[K]):
 
 
 class Batched(Struct, Generic[K, A]):
-    """The results of one request, and the batches that they were computed in.
+    """The results of one request, and the batches that computed them.
 
     Attributes:
-        results: Of its payloads, in order.
-        key: What they were computed under; None before an open request has one.
-        batch_size: Jobs in the batch; of several batches the largest.
-        wait_s: Seconds in the queue; of several jobs the longest.
-        run_s: Seconds from there to the answer; of several jobs the longest.
-        note: What an open request noted of its key.
+        results: One for each payload, in order.
+        key: The key of its batches; None until an open request has one.
+        batch_size: Jobs in the largest of its batches.
+        wait_s: Longest time of a job in the queue, in seconds.
+        run_s: Longest time of a job from the queue to the answer, in seconds.
+        note: The note of an open request's key.
     """
 
     results: list[A]
@@ -61,14 +61,14 @@ class Batched(Struct, Generic[K, A]):
 
 
 class Asked(Struct, Generic[K, A], eq=False):
-    """A request on its way.
+    """A request that is being answered.
 
     Attributes:
-        future: What its caller waits for.
-        finish: Makes of the results what the caller gets.
-        batched: What is there of the results.
-        num_left: Results that are missing.
-        deadline: When the answer is worth nothing.
+        future: The caller waits for it.
+        finish: Turns the results into the caller's answer.
+        batched: The results so far.
+        num_left: Number of missing results.
+        deadline: Time after which the answer is useless.
         jobs: One for each payload.
     """
 
@@ -90,12 +90,12 @@ class Job(Struct, Generic[K, P, A], eq=False):
 
     Attributes:
         asked: The request.
-        index: Place of the payload in it.
-        payload: What is computed.
-        open: Which keys would do, where it has none.
-        enqueued_at: When it came.
-        deadline: The request's.
-        is_queued: It waits for its batch.
+        index: Place of the payload in the request.
+        payload: The input of the computation.
+        open: The keys that it allows, if its key is open.
+        enqueued_at: Time of arrival.
+        deadline: The request's deadline.
+        is_queued: Whether it waits for its batch.
     """
 
     asked: Asked[K, A]
@@ -107,7 +107,9 @@ class Job(Struct, Generic[K, P, A], eq=False):
     is_queued: bool = True
 
     def choose(self, load: Load) -> K | None:
-        """The key for a batch that this job leads, which it leaves open; None where the choice fails: so does it."""
+        """Chooses the key of a batch that this open job leads. If the choice fails, the request fails and the result is
+        None.
+        """
         assert self.open is not None
         try:
             key = self.open.choose(load)
@@ -119,7 +121,7 @@ class Job(Struct, Generic[K, P, A], eq=False):
             return None
 
     def may_go_under(self, key: K) -> bool:
-        """Whether it may be computed under a key, of those that it stands beside."""
+        """Whether the job may be computed under a key."""
         try:
             return self.open is None or self.open.allows(key)
         except Exception as error:
@@ -129,7 +131,7 @@ class Job(Struct, Generic[K, P, A], eq=False):
     def got(self, key: K) -> None:
         """Leaves the queue for a batch of a key."""
         self.is_queued = False
-        if self.open is not None:  # now: later it would be the note of another moment
+        if self.open is not None:  # noted now, because the reason may change later
             self.asked.batched.key = key
             try:
                 self.asked.batched.note = self.open.note(key)
@@ -137,7 +139,7 @@ class Job(Struct, Generic[K, P, A], eq=False):
                 self._spoiled("the choice of r", error)
 
     def answer(self, result: A, batch_size: int, wait_s: float, run_s: float) -> None:
-        """Adds its result to the request's, and answers that when it was the last."""
+        """Adds a result to the request, and answers the request with the last one."""
         asked, batched = self.asked, self.asked.batched
         batched.results[self.index] = result
         if batch_size > batched.batch_size:
@@ -154,6 +156,6 @@ class Job(Struct, Generic[K, P, A], eq=False):
                 self._spoiled("the answer to a request", error)
 
     def _spoiled(self, what: str, error: Exception) -> None:
-        """Fails the request: a fault in what it brought along is not its neighbours', nor the batch loop's."""
+        """Fails the request alone: its fault must not fail other requests or the batch loop."""
         logger.exception("%s failed", what)
         self.asked.fail(EngineError(f"{what} failed: {error!r}"))

@@ -7,7 +7,7 @@ from server.curve import Curve, CurveRow
 
 
 def steps_of(curve: Curve) -> list[Rung]:
-    """Steps of a curve that knows its speeds: r=0, then each row faster than all that agree as well or better."""
+    """The ladder of a curve with speeds: r=0, then each row faster than all rows of the same or better agreement."""
 
     def of(row: CurveRow) -> Rung:
         assert row.line is not None, "the caller times what was not measured"

@@ -1,4 +1,4 @@
-"""What makes models ready beside those that serve, and keeps which ones came and went, as the engine sees it."""
+"""Protocols of the engine: what loads models while others serve, and what remembers loads and unloads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from server.types import ModelInfo
 
 @dataclass(frozen=True)
 class Found:
-    """A model as it lies on the disk.
+    """A model on disk.
 
     Attributes:
-        name, version: Which one.
-        revision: Of its files: while they stay as they are, so does this.
-        r: Its deployment `r` as the settings have it.
+        name: The model.
+        version: Its version.
+        revision: Changes exactly when its files change.
+        r: Its deployment `r` in the settings.
     """
 
     name: str
@@ -33,10 +34,10 @@ class Loaded:
     """A model that is ready to serve.
 
     Attributes:
-        info: What is served.
-        r: Its deployment `r` as the settings have it.
-        steps: What `auto` chooses from.
-        curve: What was measured of it, where that is known.
+        info: The description that clients get.
+        r: Its deployment `r` in the settings.
+        steps: The ladder of `auto`.
+        curve: Its curve, if there is one.
     """
 
     info: ModelInfo
@@ -46,14 +47,14 @@ class Loaded:
 
 
 OnDevice = Callable[[Callable[[], Any]], Any]
-"""Has a piece of work done by the thread that computes, between two batches, and gives its result."""
+"""Runs work on the computing thread between two batches, and returns its result."""
 
 
 class Loader(Protocol):
-    """Makes models ready. The engine's device has a model from when `load` returns until it was freed."""
+    """Loads models. The engine's device has a model from the return of `load` until it is freed."""
 
     def find(self, name: str, version: str | None) -> Found:
-        """The model as it lies on the disk; called on a thread of its own, as is `load`.
+        """Finds a model on disk. Called on a thread of its own, as is `load`.
 
         Raises:
             NotFoundError: No model of that name may be loaded.
@@ -62,11 +63,11 @@ class Loader(Protocol):
         ...
 
     def load(self, found: Found, r: RSetting, on_device: OnDevice) -> Loaded:
-        """Loads a model and warms it for its deployment `r`; raises ServerError or SettingsError where it cannot."""
+        """Loads a model and warms it for its deployment `r`. Raises ServerError or SettingsError if it cannot."""
         ...
 
     def free(self, info: ModelInfo) -> None:
-        """Frees its memory; called on the thread that computes, when nothing computes it any more."""
+        """Frees a model's memory. Called on the computing thread, when nothing computes it any more."""
         ...
 
     def available(self) -> Mapping[str, Sequence[str]]:
@@ -75,12 +76,12 @@ class Loader(Protocol):
 
 
 class Kept(Protocol):
-    """Keeps which models were loaded and unloaded over those of the start: for a restart, and for other engines."""
+    """Remembers the loads and unloads since the start, for a restart and for other engines."""
 
     def entries(self) -> Mapping[str, str | None]:
-        """The version of each model that was loaded, and None for each that was unloaded."""
+        """The version of each model that was loaded; None for each that was unloaded."""
         ...
 
     def keep(self, name: str, version: str | None) -> None:
-        """Notes that a version was loaded, or None that the model was unloaded."""
+        """Records that a version was loaded, or with None that the model was unloaded."""
         ...

@@ -1,4 +1,4 @@
-"""Models come and go while the engine serves: loaded beside the others, taken into service in one step, and freed."""
+"""Models come and go while the engine serves: loaded beside the others, put into service in one step, and freed."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A")
 
 FOLLOW_S = 1.0
-"""How often an engine looks whether another one of the server has loaded or unloaded a model: one look is a read of
-memory."""
+"""How often an engine looks for loads and unloads of the server's other engines. A look reads memory only."""
 
 
 LetGo = Callable[[ModelInfo, Callable[[], None]], Coroutine[Any, Any, None]]
-"""Waits until nothing computes a retired model any more; then the thread that computes has it freed."""
+"""Waits until nothing computes a retired model, then has the computing thread free it."""
 
 
 class Loading:
     """Loads and unloads the models of one engine, one at a time.
 
     Args:
-        served: Those that serve.
-        loader: What makes others ready.
-        let_go: Has a retired one freed.
-        on_device: Has a piece of work done by the thread that computes.
-        kept: What keeps them over a restart; None keeps nothing.
+        served: The models that serve.
+        loader: Loads other models.
+        let_go: Has a retired model freed.
+        on_device: Runs work on the computing thread.
+        kept: Remembers loads and unloads over a restart; None remembers nothing.
     """
 
     def __init__(
@@ -53,12 +52,12 @@ class Loading:
         self._following: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to follow what other engines of the server do; call it inside a running event loop."""
+        """Begins to follow the other engines of the server. Call it inside a running event loop."""
         if self._kept is not None:
             self._following = asyncio.create_task(self._follow(self._kept), name="models")
 
     async def close(self) -> None:
-        """Loads and frees nothing more."""
+        """Stops loading and freeing."""
         tasks = [*(task for _, task in self._going.values()), *self._working]
         if self._following is not None:
             tasks.append(self._following)
@@ -69,15 +68,15 @@ class Loading:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def load(self, name: str, version: str | None) -> None:
-        """As of `Engine`. It goes on where its caller gives up."""
+        """See `Engine`. It continues after its caller gives up."""
         await self._in_turn(lambda: self._load(name, version))
 
     async def unload(self, name: str) -> None:
-        """As of `Engine`. It goes on where its caller gives up."""
+        """See `Engine`. It continues after its caller gives up."""
         await self._in_turn(lambda: self._unload(name))
 
     async def states(self) -> list[ModelState]:
-        """As `Engine.repository`."""
+        """See `Engine.repository`."""
         folders = await asyncio.to_thread(self._loader.available)
         coming = [] if self._coming is None else [(self._coming.name, self._coming.version)]
         served = [(info.name, info.version) for info in self._served.models.values()]
@@ -104,7 +103,7 @@ class Loading:
         await self._keep(name, found.version)
 
     async def _bring(self, found: Found) -> None:
-        """Has a model serve: one that is still in memory at once."""
+        """Puts a model into service; one that is still in memory at once."""
         key = (found.name, found.revision)
         if self._served.readopt(*key):
             self._going.pop(key)[1].cancel()
@@ -155,15 +154,15 @@ class Loading:
             await self._aside(name, self._kept.keep, name, version)
 
     async def _follow(self, kept: Kept) -> None:
-        """Does what other engines of the server have done."""
+        """Repeats the loads and unloads of the server's other engines."""
         seen: Mapping[str, str | None] | None = None
         while True:
             try:
                 if (entries := kept.entries()) != seen:
                     await self._in_turn(lambda: self._catch_up(kept))
                     seen = entries
-            except Exception:  # the next look may do better
-                logger.exception("what other engines have loaded cannot be followed")
+            except Exception:  # the next look may succeed
+                logger.exception("the models of the other engines cannot be followed")
             await asyncio.sleep(FOLLOW_S)
 
     async def _catch_up(self, kept: Kept) -> None:
@@ -174,10 +173,10 @@ class Loading:
             try:
                 await (self._unload(name) if version is None else self._load(name, version))
             except ServerError as error:
-                logger.error("%s, which this server keeps as it was set live, is not: %s", name, error)
+                logger.error("%s could not be brought to the state that was set live: %s", name, error)
 
     async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Does work when all before it is done, and does it to the end."""
+        """Runs work after all work before it, and to its end even if the caller leaves."""
 
         async def turn() -> None:
             async with self._turn:
@@ -194,13 +193,13 @@ class Loading:
             task.exception()  # its caller may have left
 
     async def _aside(self, name: str, work: Callable[..., A], *args: Any) -> A:
-        """What work on the thread that loads gives; its errors are those of the model."""
+        """Runs work on the loading thread; its errors become errors of the model."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except ServerError:
             raise
         except SettingsError as error:
             raise InvalidError(str(error)) from error
-        except Exception as error:  # whatever torch, timm or the disk raise
+        except Exception as error:  # any error of torch, timm or the disk
             logger.exception("model %s cannot be loaded", name)
             raise EngineError(f"model {name} cannot be loaded: {sentence(error)}") from error

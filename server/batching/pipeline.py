@@ -1,4 +1,4 @@
-"""Batches under way: each goes through a stage that prepares and one that computes, or through the latter alone."""
+"""Batches in progress. Each goes through a preparing and a computing stage, or through the computing stage alone."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from server.errors import EngineError, ServerError, UnavailableError
 logger = logging.getLogger(__name__)
 
 Stage = Callable[[K, Sequence[Any]], Awaitable[Sequence[Any]]]
-"""What it makes of each payload of a batch, in order, or the ServerError of that one. It is called in the order of the
-batches, and may be called before it has returned: then it takes one after the other."""
+"""Computes a result for each payload of a batch, in order, or that payload's ServerError. Calls come in the order of
+the batches. A call may come before the previous one has returned; the stage then takes them one after the other.
+"""
 
 MOST_UNDER_WAY = 4
-"""Batches, where all that wait are full: one that computes, one launched behind it, and two in the stage that prepares,
-which so never waits for the event loop."""
+"""Most batches in progress when all waiting batches are full: one computes, one is launched behind it, and two are in
+the preparing stage, which then never waits for the event loop.
+"""
 
 
 class Pipeline(Generic[K, P, A]):
     """Takes batches through their stages.
 
     Args:
-        prepare: Makes of each payload what `compute` gets instead; None where that takes payloads as they are.
-        compute: Gives the results.
-        ran: Is told of a batch that ran: its key and jobs, the outcome of each, seconds of the clock when it was taken,
-            and for how long it kept the slower stage, which is the pace of such batches.
+        prepare: Turns each payload into the input of `compute`; None if `compute` takes payloads.
+        compute: Computes the results.
+        ran: Receives each batch that ran: its key and jobs, the outcome of each, the time when it was taken (seconds of
+            the clock), and the seconds in its slower stage, which are the pace of such batches.
         stirred: Is set whenever a batch leaves a stage.
         clock: Monotonic seconds.
 
@@ -56,10 +58,10 @@ class Pipeline(Generic[K, P, A]):
         return len(self._tasks)
 
     def has_room(self, is_full: bool) -> bool:
-        """Whether the next batch is to be taken: one that may still grow only when the first stage is free.
+        """Whether to take the next batch now. A batch that may still grow waits until the first stage is free.
 
         Args:
-            is_full: The next batch has as many jobs as a batch may have.
+            is_full: The next batch has the most jobs that a batch may have.
         """
         if self._prepare is None:
             return not self._tasks
@@ -67,20 +69,20 @@ class Pipeline(Generic[K, P, A]):
         return is_free or (is_full and self._num_preparing < 2 and len(self._tasks) < MOST_UNDER_WAY)
 
     def begin(self, key: K, jobs: list[Job[K, P, A]]) -> None:
-        """Has a batch on its way."""
+        """Starts a batch."""
         self._num_preparing += 1
         task = asyncio.create_task(self._carry(key, jobs), name="batch")
         self._tasks[task] = jobs
         task.add_done_callback(self._left)
 
     async def finished(self, of: Callable[[P], bool]) -> None:
-        """Returns when the batches that are under way now with such payloads have left."""
+        """Waits for the present batches with such payloads to leave."""
         tasks = [task for task, jobs in self._tasks.items() if any(of(job.payload) for job in jobs)]
         if tasks:
             await asyncio.wait(tasks)
 
     def stop(self) -> None:
-        """Ends all that is under way; the jobs are answered with an error."""
+        """Ends all batches; their jobs are answered with an error."""
         for task in self._tasks:
             task.cancel()
 
@@ -113,12 +115,12 @@ class Pipeline(Generic[K, P, A]):
             self._ran(key, jobs, outcomes, started, max(prepare_s, compute_s))
         except Exception as error:  # a fault of ours
             logger.exception("a batch could not be ended")
-            for job in jobs:  # those that have no answer yet
+            for job in jobs:  # only jobs without an answer fail
                 job.asked.fail(EngineError(f"the batch could not be ended: {error!r}"))
 
 
 async def _made(stage: Stage[K], key: K, payloads: Sequence[Any]) -> list[Any]:
-    """What a stage makes of each payload, or its error; those that have one already are left out."""
+    """The outcomes of a stage, or the errors. Payloads that already are errors skip the stage."""
     outcomes = dict(enumerate(payloads))
     good = {index: each for index, each in outcomes.items() if not isinstance(each, ServerError)}
     if good:

@@ -1,7 +1,7 @@
-"""The policy of `r=auto`: how far the dial must turn under the load of this moment. Pure functions.
+"""The policy of `r=auto`: how far to turn the dial under the present load. Pure functions.
 
-A ladder holds the choices, slowest and most accurate first. The dial goes up as soon as the load asks for it, and comes
-down when a lower rung has been enough, with something to spare, for a while: so it does not flap.
+A ladder holds the choices, slowest and most accurate first. The dial goes up as soon as the load needs it. It comes
+down when a lower rung has been enough, with some margin, for a while; so it does not flap.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from server.dial import AutoR, Schedule
 
 BUSY = 0.95
-"""The share of a rung's capacity that arrivals may take."""
+"""Largest share of a rung's capacity for arrivals."""
 
 SLACK = 0.4
-"""The share of its remaining time by which every waiting job must be done."""
+"""Every waiting job must be done within this share of its remaining time."""
 
 CALM_BUSY, CALM_SLACK = 0.9, 0.3
-"""A lower rung must do with these shares before the dial comes down."""
+"""A lower rung must keep up within these shares before the dial comes down."""
 
 HOLD_S = 1.0
-"""How long it must do so."""
+"""Seconds for which it must do so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class Rung:
 
     Attributes:
         schedule: `r` of each block.
-        overhead_s: Seconds of a batch, whatever its size.
-        image_s: Seconds for each image of it; 0 where nobody timed it.
-        agreement: Share of images that keep the answer of r=0, or None where nobody measured it.
+        overhead_s: Seconds of a batch of any size.
+        image_s: Seconds for each image of a batch; 0 if nobody timed it.
+        agreement: Share of images that keep the answer of r=0; None if nobody measured it.
     """
 
     schedule: Schedule
@@ -41,17 +41,17 @@ class Rung:
     agreement: float | None = None
 
     def batch_s(self, images: int) -> float:
-        """Seconds of a batch."""
+        """Seconds for a batch of this many images."""
         return self.overhead_s + self.image_s * images
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What waits and what comes.
+    """The waiting images and the arrival rate.
 
     Attributes:
         left_s: Seconds that each waiting image has left, shortest first.
-        arrivals_per_s: Images that came in each of the last seconds.
+        arrivals_per_s: Recent arrivals, images each second.
         max_batch_size: Most images in a batch.
     """
 
@@ -62,11 +62,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Stance:
-    """Where the dial stands.
+    """Position of the dial.
 
     Attributes:
         rung: Place in the ladder.
-        calm_since: Since when a lower rung would do, or None while it would not.
+        calm_since: Since when a lower rung would be enough; None if it would not.
     """
 
     rung: int = 0
@@ -74,7 +74,9 @@ class Stance:
 
 
 def allows(bounds: AutoR, schedule: Schedule, agreement: float | None) -> bool:
-    """Whether an image may be classified so: at r=0 always; where the agreement is unknown, by `max_r` alone."""
+    """Whether an image may be classified under a schedule. r=0 is always allowed. An unknown agreement satisfies no
+    `min_agreement`.
+    """
     largest = max(schedule)
     if largest == 0:
         return True
@@ -84,18 +86,18 @@ def allows(bounds: AutoR, schedule: Schedule, agreement: float | None) -> bool:
 
 
 def highest(ladder: Sequence[Rung], bounds: AutoR) -> int:
-    """The highest rung up to which all are allowed."""
+    """The highest rung of the ladder's allowed beginning."""
     refused = (place for place, rung in enumerate(ladder) if not allows(bounds, rung.schedule, rung.agreement))
     return next(refused, len(ladder)) - 1
 
 
 def turn(ladder: Sequence[Rung], load: Load, stance: Stance, now: float) -> Stance:
-    """Where the dial stands next.
+    """The next position of the dial.
 
     Args:
         ladder: The choices, slowest first; the first is r=0.
-        load: What waits and what comes.
-        stance: Where it stood.
+        load: The waiting images and the arrival rate.
+        stance: The present position.
         now: Seconds of any clock.
     """
     needed = next((place for place, rung in enumerate(ladder) if keeps_up(rung, load)), len(ladder) - 1)
@@ -111,7 +113,7 @@ def turn(ladder: Sequence[Rung], load: Load, stance: Stance, now: float) -> Stan
 
 
 def keeps_up(rung: Rung, load: Load, busy: float = BUSY, slack: float = SLACK) -> bool:
-    """Whether what comes takes no more than a share of the capacity, and what waits no more than one of its time."""
+    """Whether arrivals take at most `busy` of the capacity, and waiting jobs at most `slack` of their time."""
     B = load.max_batch_size
     if load.arrivals_per_s * rung.batch_s(B) > busy * B:
         return False

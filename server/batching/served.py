@@ -1,4 +1,4 @@
-"""The models that an engine serves, and those that it served a moment ago."""
+"""The models that an engine serves, and those that it has just retired."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Served:
     """One model as requests find it.
 
     Args:
-        info: What it is.
+        info: Its description.
         dial: Its `r=auto`.
-        curve: What was measured of it.
+        curve: Its curve.
 
     Attributes:
         key: The batch key of an `r` and an operation.
-        start: Once it is retired: the `r` that it was started with.
-        r: Once it is retired: its deployment `r` then.
+        start: After it is retired: the `r` that it was started with.
+        r: After it is retired: its last deployment `r`.
     """
 
     def __init__(self, info: ModelInfo, dial: AutoDial, curve: Curve | None) -> None:
@@ -45,14 +45,14 @@ class Served:
 
 
 class ServedModels:
-    """Finds the model of a request. A model that is replaced or unloaded still answers what was prepared for it.
+    """Finds the model of a request. A replaced or unloaded model still answers requests prepared for it.
 
     Args:
         models: The loaded models, the default first. It is kept up to date.
         store: The deployment `r` of each.
-        speed: Is told what their batches are expected to take.
-        drift: Is told of their curves.
-        changed: Is called whenever a model has come or gone.
+        speed: Gets the expected times of their batches.
+        drift: Gets their curves.
+        changed: Called whenever a model has come or gone.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -78,11 +78,11 @@ class ServedModels:
         MODELS_LOADED.set(len(models))
 
     def find(self, request: Request[Any]) -> Served:
-        """The model that a request was prepared for, or the one of that name where it says nothing of that.
+        """The model that a request was prepared for; by its name alone if the request has no revision.
 
         Raises:
             NotFoundError: There is no such model.
-            UnavailableError: Another one has its name by now, for which the images were not prepared.
+            UnavailableError: The model was replaced, and the images were prepared for the old one.
         """
         served = self._served.get(request.model)
         if served is not None and request.revision in ("", served.info.revision):
@@ -94,18 +94,18 @@ class ServedModels:
         return retired
 
     def curve(self, name: str) -> Curve | None:
-        """What was measured of a model that serves."""
+        """The curve of a model that serves."""
         return self._served[name].curve
 
     def deployed(self, name: str, start: RSetting) -> RSetting:
-        """The deployment `r` that a model has which is started with this one."""
+        """The deployment `r` of a model whose settings say `start`."""
         return self._store.setting(name, start)
 
     def adopt(self, loaded: Loaded) -> None:
-        """Has a model serve from now on; one of its name is retired in the same step.
+        """Puts a model into service, and retires one of the same name in the same step.
 
         Raises:
-            InvalidError: It cannot merge as its deployment `r` says; nothing changes.
+            InvalidError: It cannot merge by its deployment `r`; nothing changes.
         """
         info = loaded.info
         info.check(self.deployed(info.name, loaded.r))
@@ -113,7 +113,7 @@ class ServedModels:
         self._serve(self._made(info, loaded.steps, loaded.curve), loaded.r)
 
     def readopt(self, name: str, revision: str) -> bool:
-        """The same with a model that was retired; False where that is being freed, or never was there."""
+        """Puts a retired model back into service; returns False if it is unknown or being freed."""
         retired = self._retired.get((name, revision))
         if retired is None:
             return False
@@ -126,24 +126,26 @@ class ServedModels:
         return True
 
     def retire(self, name: str) -> None:
-        """Takes a model out of the catalog. Only requests that were prepared for it still come to it."""
+        """Takes a model out of the catalog. Only requests prepared for it still reach it."""
         self._retire(name)
         self._tell()
 
     def forget(self, info: ModelInfo) -> None:
-        """Lets nothing more come to a retired model."""
+        """Lets no more requests reach a retired model."""
         del self._retired[info.name, info.revision]
 
     def _made(self, info: ModelInfo, steps: Sequence[Rung] | None, curve: Curve | None) -> Served:
         if curve is not None:
-            for row in curve.rows:  # all of them, also those that `auto` has no use for
+            for row in curve.rows:  # every row, also those that `auto` does not choose
                 assert row.line is not None, "the speeds of a curve that is served are known"
                 self._speed.expect(info.batch_key(row.r), *row.line)
             self._drift.expect(info.name, curve)
         return Served(info, AutoDial(info.batch_key, steps or [Rung(info.schedule(0))], self._speed), curve)
 
     def _serve(self, served: Served, start: RSetting) -> None:
-        """Puts a model into the catalog: those of the start keep their order, the others come as they came first."""
+        """Adds a model to the catalog. The models of the start keep their order; others follow in order of first
+        arrival.
+        """
         name, served.r = served.info.name, None
         self._store.add(name, start)
         self._served[name] = served

@@ -128,17 +128,29 @@ class Speed(Generic[K]):
     Where a line is known beforehand, batches that run tell by what factor the device is now off it, and that is kept
     for good; else they are all that the line is fitted to, and the key that ran longest ago is forgotten.
 
+    A key may be computed by something slower that stands in until the key's own backend is ready. What such batches
+    take is learned apart: it tells nothing of the backend, and the backend nothing of it.
+
     Args:
         clock: Monotonic seconds.
+        stands_in: Whether something stands in for the backend of a key at this moment.
+
+    Attributes:
+        stands_in: As given.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        stands_in: Callable[[K], bool] = lambda key: False,
+    ) -> None:
+        self._clock, self.stands_in = clock, stands_in
         self._known: dict[K, tuple[float, float]] = {}
         self._factors: dict[K, tuple[Mean, float]] = {}  # and when the last batch of the key ran
         self._overall = Mean(0.1, 1.0)
         self._latest: K | None = None  # the known key whose batch ran last
         self._learned = Recent[K, _Line](MOST_LEARNED)
+        self._stand_ins = Recent[K, _Line](MOST_LEARNED)
 
     def expect(self, key: K, a: float, b: float) -> None:
         """Tells the line of a key as it was measured, in seconds."""
@@ -148,13 +160,15 @@ class Speed(Generic[K]):
 
     def forget(self, is_gone: Callable[[K], bool]) -> None:
         """Forgets keys that come no more."""
-        for of_key in (self._known, self._factors, self._learned):
+        for of_key in (self._known, self._factors, self._learned, self._stand_ins):
             for key in [key for key in of_key if is_gone(key)]:
                 del of_key[key]
 
-    def observe(self, key: K, n: int, seconds: float) -> None:
-        """Learns that a batch of n took so long."""
-        if key in self._known:
+    def observe(self, key: K, n: int, seconds: float, stood_in: bool = False) -> None:
+        """Learns that a batch of n took so long, computed by the key's backend or by what stood in for it."""
+        if stood_in:
+            _learn(self._stand_ins, key, n, seconds)
+        elif key in self._known:
             a, b = self._known[key]
             factor = seconds / (a + b * n)
             own = self._own_factor(key)
@@ -164,19 +178,26 @@ class Speed(Generic[K]):
             self._overall.add(factor)
             self._latest = key
         else:
-            line = self._learned.get(key) or _Line()
-            line.add(n, seconds)
-            self._learned[key] = line
+            _learn(self._learned, key, n, seconds)
 
     def doubt(self, key: K) -> None:
         """Marks the estimate of a key as old: the next batch replaces it, if that takes far less time than expected."""
-        if key in self._known:
+        if self.stands_in(key):
+            if key in self._stand_ins:
+                self._stand_ins[key].doubt()
+        elif key in self._known:
             self._own_factor(key).doubt()
         elif key in self._learned:
             self._learned[key].doubt()
 
     def line(self, key: K) -> tuple[float, float] | None:
-        """a and b in seconds, or None for a key of which nothing is known."""
+        """a and b in seconds of what computes the key at this moment, or None where nothing is known of it."""
+        if self.stands_in(key) and key in self._stand_ins:
+            return self._stand_ins[key].line()
+        return self.own_line(key)
+
+    def own_line(self, key: K) -> tuple[float, float] | None:
+        """a and b in seconds of the key's own backend, whatever computes it at this moment; None if it is not known."""
         if key in self._known:
             factor = self._factor(key)
             return self._known[key][0] * factor, self._known[key][1] * factor
@@ -197,6 +218,12 @@ class Speed(Generic[K]):
             return own.value
         overall = self._overall.value
         return overall + (own.value - overall) * math.exp((at - self._clock()) / FADE_S)
+
+
+def _learn(lines: Recent[K, _Line], key: K, n: int, seconds: float) -> None:
+    line = lines.get(key) or _Line()
+    line.add(n, seconds)
+    lines[key] = line
 
 
 class Rate:

@@ -1,4 +1,4 @@
-"""A batch that fails is split until what made it fail is alone: its batch-mates are answered."""
+"""Splits a batch that fails until the culprit is alone, so that the other images are answered."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ P = TypeVar("P")
 A = TypeVar("A")
 
 HOPELESS = 3
-"""So many payloads that fail alone, while none of the batch has an answer, mean that the error is everybody's."""
+"""So many payloads that fail alone, with no answer in the batch, mean that the error is not a payload's."""
 
 
 async def run_split(
     run: Callable[[Sequence[P]], Awaitable[Sequence[A | ServerError]]], payloads: Sequence[P]
 ) -> list[A | ServerError]:
-    """Runs a batch, and what fails again in two parts, depth first.
+    """Runs a batch; a part that fails runs again in two halves, depth first.
 
-    One culprit among n costs 2 log2(n) more runs, of about 2 n payloads together. An error that is everybody's costs
-    about n payloads more: then the rest is not tried. Every other payload goes into one part and every other into the
-    other, so that the neighbours of one request come apart and cannot look like everybody.
+    One culprit among n costs 2 log2(n) more runs, of about 2 n payloads together. An error of the whole batch costs
+    about n payloads more; the rest is not tried. The halves take alternate payloads, so that neighbours of one request
+    are separated and do not look like an error of the whole batch.
 
     Args:
         run: Gives one answer for each payload, in order, or raises. An answer may be the error of that payload alone.
-            UnavailableError is the end of the whole batch.
+            UnavailableError ends the whole batch.
         payloads: The batch.
 
     Returns:
-        For each payload its answer, or its error.
+        For each payload its answer or its error.
     """
     outcomes: dict[int, A | ServerError] = {}
     parts = [list(range(len(payloads)))]
@@ -46,7 +46,7 @@ async def run_split(
                 outcomes.update(zip(part, answers, strict=True))
                 is_any_answered = True
                 continue
-            except Exception as raised:  # whatever a batch raises is the answer to that batch
+            except Exception as raised:  # any error is the answer of that part
                 error = raised if isinstance(raised, ServerError) else EngineError(f"the model failed: {raised!r}")
             num_failed_alone += len(part) == 1
             if isinstance(error, UnavailableError) or (num_failed_alone >= HOPELESS and not is_any_answered):

@@ -1,1 +1,1 @@
-"""`tome-server bench` in parts: an HTTP client, loads, what they amount to, and the search for the highest rate."""
+"""The parts of `tome-server bench`: an HTTP client, loads, their results, and the search for the highest rate."""

@@ -1,4 +1,4 @@
-"""What a server said, read from the bytes that came: status and length, and headers where somebody asks for them."""
+"""An HTTP answer, parsed from its bytes: status and length; headers only on demand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _NEVER = 1 << 62
 
 
 class HttpAnswer:
-    """What a server said.
+    """An HTTP answer.
 
     Attributes:
-        status: Of HTTP.
-        head: All before the body, as it came.
+        status: HTTP status.
+        head: Everything before the body, unparsed.
         body: The body.
     """
 
@@ -24,34 +24,33 @@ class HttpAnswer:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """All headers, names in small letters; read anew each time."""
+        """All headers, with names in lower case; parsed at each call."""
         lines = self.head.decode("latin-1").split("\r\n")[1:]
         return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
 
     def header(self, name: bytes) -> str:
-        """One header, by its name in small letters; "" where it is not there."""
+        """One header, by its name in lower case; "" if it is missing."""
         return _header(self.head, self.head.lower(), name) or ""
 
 
 def read(come: bytes, ended: bool = False) -> tuple[HttpAnswer, bool] | int:
-    """Reads an answer, if it is all there.
+    """Parses an answer, if it is complete.
 
     Args:
-        come: What has come so far.
-        ended: No more will come.
+        come: The bytes so far.
+        ended: No more bytes will come.
 
     Returns:
-        The answer, and whether the connection can be kept; or how many bytes there must be before it pays to look
-        again.
+        The answer, and whether the connection can be kept; or the number of bytes from which to look again.
 
     Raises:
         ValueError: This is not HTTP.
     """
     start, end, status = 0, 0, 100
-    while status < 200:  # 1xx announce another one
+    while status < 200:  # 1xx precede another answer
         start, end = end, come.find(b"\r\n\r\n", end) + 4
         if (len(come) if end < 4 else end) - start > LONGEST_HEAD:
-            raise ValueError("a head beyond reason")
+            raise ValueError("the head is too long")
         if end < 4:
             return len(come) + 1
         if come[start : start + 5] != b"HTTP/":
@@ -73,7 +72,7 @@ def read(come: bytes, ended: bool = False) -> tuple[HttpAnswer, bool] | int:
 
 
 def _header(head: bytes, small: bytes, name: bytes) -> str | None:
-    """A header of a head that is also given in small letters; None where there is none of that name."""
+    """A header of a head, which is also given in lower case; None if it is missing."""
     start = small.find(b"\r\n%b:" % name)
     if start < 0:
         return None
@@ -82,7 +81,7 @@ def _header(head: bytes, small: bytes, name: bytes) -> str | None:
 
 
 def _chunks(come: bytes, at: int) -> bytes | None:
-    """A body in chunks; None where it is not all there."""
+    """A body in chunks; None if it is incomplete."""
     chunks: list[bytes] = []
     while (end := come.find(b"\r\n", at)) >= 0:
         size = int(come[at:end].partition(b";")[0], 16)

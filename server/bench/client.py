@@ -1,7 +1,7 @@
-"""An HTTP client that costs little: one POST after the other over connections that are kept, in plain HTTP/1.1.
+"""A cheap HTTP client: one POST after the other over kept connections, in plain HTTP/1.1.
 
-It often shares its cores with the server that it measures, so it goes without streams: a request is two pieces of
-bytes, and an answer is read where it arrives.
+It often shares its cores with the server that it measures, so it has no streams: a request is two byte strings, and an
+answer is parsed where it arrives.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from server.bench.answer import read
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a server listens.
+    """The address of a server.
 
     Attributes:
-        prefix: Path before that of an endpoint; without a slash at its end.
+        prefix: Path before an endpoint's, without a slash at its end.
     """
 
     host: str
@@ -30,16 +30,16 @@ class Target:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Reads `http://HOST[:PORT][/PREFIX]`.
+        """Parses `http://HOST[:PORT][/PREFIX]`.
 
         Raises:
-            ValueError: It is none of these.
+            ValueError: It has another form.
         """
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme != "http":
-            raise ValueError(f"{url!r} starts with {parts.scheme}://; only http:// can be measured, not TLS before it")
+            raise ValueError(f"{url!r} starts with {parts.scheme}://; only http:// can be measured, without TLS")
         if not parts.hostname or parts.query or parts.fragment or parts.username is not None:
-            raise ValueError(f"{url!r} must read http://HOST[:PORT][/PREFIX]")
+            raise ValueError(f"{url!r} must have the form http://HOST[:PORT][/PREFIX]")
         return cls(parts.hostname, 80 if parts.port is None else parts.port, parts.path.rstrip("/"))
 
     def __str__(self) -> str:
@@ -48,20 +48,20 @@ class Target:
 
 
 class BrokenError(Exception):
-    """There is no answer: nobody listens, the connection broke, time is up, or what came is not HTTP."""
+    """There is no answer: nobody listens, the connection broke, the time is over, or the bytes are not HTTP."""
 
 
 class _SilentError(BrokenError):
-    """The connection was closed before anything was said on it."""
+    """The connection was closed before anything was sent on it."""
 
 
 class Connections:
-    """Connections to one server. As many are open as requests were in flight at once, and all are kept.
+    """Connections to one server: as many as requests were in flight at once, and all are kept.
 
     Args:
         target: The server.
-        timeout_s: Longest that a request may take.
-        headers: Sent with every request; bodies are taken for bytes where they say nothing else.
+        timeout_s: Longest time for a request.
+        headers: Headers of every request. The default content type is that of bytes.
     """
 
     def __init__(self, target: Target, timeout_s: float = 60.0, headers: Mapping[str, str] | None = None) -> None:
@@ -84,7 +84,7 @@ class Connections:
             try:
                 return await self._exchange(connection, head, body)
             except _SilentError:
-                continue  # A server may close a kept connection at any time; where it has said nothing, ask again.
+                continue  # A server may close a kept connection at any time. If it has sent nothing, try another.
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._exchange(await self._connect(), head, body)
@@ -111,13 +111,13 @@ class Connections:
         return answer
 
     def _head(self, path: str) -> bytes:
-        """All of a request before its length."""
+        """Everything of a request before its length."""
         lines = [f"POST {self._target.prefix}{path} HTTP/1.1", *self._lines, "content-length: "]
         self._heads[path] = head = "\r\n".join(lines).encode()
         return head
 
     async def close(self) -> None:
-        """Closes the connections that are kept."""
+        """Closes the kept connections."""
         for connection in self._kept:
             connection.close()
         await asyncio.gather(*(connection.gone for connection in self._kept))
@@ -131,7 +131,7 @@ class Connections:
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time, and what has come of its answer.
+    """One request at a time, and its answer so far.
 
     Attributes:
         is_kept: Whether another request may follow.
@@ -143,12 +143,12 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._answer: asyncio.Future[HttpAnswer] | None = None
         self._come = b""
-        self._needed = 0  # bytes, before it pays to look at them
+        self._needed = 0  # bytes that are necessary before the next look
         self.is_kept = False
         self.gone: asyncio.Future[None] = self._loop.create_future()
 
     async def ask(self, head: bytes, body: bytes, within_s: float) -> HttpAnswer:
-        """Sends a request and reads its answer; raises BrokenError where none comes."""
+        """Sends a request and reads its answer; raises BrokenError if none comes."""
         if self._transport.is_closing():
             raise _SilentError("closed")
         self._come, self._needed, self.is_kept = b"", 0, False
@@ -156,14 +156,15 @@ class _Connection(asyncio.Protocol):
         self._answer = answer
         timer = self._loop.call_later(within_s, self._fail, BrokenError(_silent_for(within_s)))
         try:
-            self._transport.writelines((head, body))  # and listen: a refusal may come before all of the body has left
+            # reads meanwhile, because a refusal may come before the whole body is sent
+            self._transport.writelines((head, body))
             return await answer
         finally:
             timer.cancel()
             self._answer = None
 
     def close(self) -> None:
-        """Ends the connection, whatever is still on its way."""
+        """Ends the connection at once."""
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -171,7 +172,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._answer is None:
-            self.close()  # nobody asked
+            self.close()  # unexpected data
             return
         self._come = self._come + data if self._come else data
         if len(self._come) >= self._needed:
@@ -186,11 +187,11 @@ class _Connection(asyncio.Protocol):
             self.gone.set_result(None)
 
     def _look(self, ended: bool = False) -> None:
-        """Takes the answer, if it is all there."""
+        """Takes the answer if it is complete."""
         try:
             found = read(self._come, ended)
         except ValueError:
-            self._fail(BrokenError("what came is not HTTP"))
+            self._fail(BrokenError("the answer is not HTTP"))
             return
         if isinstance(found, int):
             self._needed = found

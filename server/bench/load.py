@@ -1,4 +1,4 @@
-"""Loads: requests that come when they come, whether or not the server keeps up, and clients that wait for answers."""
+"""Loads: open loops, whose requests do not wait for the server, and closed loops, whose clients wait for answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from server.bench.answer import HttpAnswer
 from server.bench.client import BrokenError, Connections
 
-PAUSE_S = 0.1  # a client that waits for answers would otherwise send as fast as it can where nobody answers
+PAUSE_S = 0.1  # without it, a waiting client would send as fast as it can when nobody answers
 TICK_S = 0.01
 
 Watch = Callable[["Reply"], None]
@@ -24,7 +24,7 @@ Read = Callable[[HttpAnswer], Any]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is sent: a body to an endpoint with its query."""
+    """A request: a body for an endpoint, with its query."""
 
     path: str
     body: bytes
@@ -32,14 +32,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of one request.
+    """The result of one request.
 
     Attributes:
         number: Which of the requests it was.
-        status: Of HTTP; 0 where there was no answer.
-        seconds: To its answer, from the time at which it was due, or was sent where none was due.
-        late_s: From the time at which it was due until we came to send it: our own fault, and part of `seconds`.
-        said: What was read of an answer with status 200; of any other, the message.
+        status: HTTP status; 0 without an answer.
+        seconds: Until its answer, from the time when it was due; or from its sending if it was not due at a time.
+        late_s: From the due time until the request was sent. It is the sender's fault, and part of `seconds`.
+        said: The result of `read` for status 200; the message of any other answer.
     """
 
     number: int
@@ -51,11 +51,11 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A load that is over.
+    """A finished load.
 
     Attributes:
         seconds: From the start until the last answer.
-        lateness_s: Of the sender, sampled: in an open loop that of each request.
+        lateness_s: Samples of the sender's lateness; one for each request in an open loop.
     """
 
     replies: list[Reply]
@@ -64,14 +64,14 @@ class Run:
 
 
 def poisson(per_s: float, seconds: float, seed: int) -> Iterator[float]:
-    """Times at which requests are due that know nothing of each other."""
+    """Due times of independent requests."""
     numbers, now = random.Random(seed), 0.0
     while (now := now + numbers.expovariate(per_s)) < seconds:
         yield now
 
 
 def mean_r(answer: HttpAnswer) -> float | None:
-    """The `r` that an answer was computed with, over its blocks; None where a server names none."""
+    """The `r` of an answer, averaged over blocks; None if the server names none."""
     return _mean(answer.header(b"x-r"))
 
 
@@ -82,7 +82,7 @@ def _mean(schedule: str) -> float | None:
 
 
 def ignore(reply: Reply) -> None:
-    """Nobody watches."""
+    """Ignores a reply."""
 
 
 async def open_loop(
@@ -93,14 +93,14 @@ async def open_loop(
     read: Read = mean_r,
     watch: Watch = ignore,
 ) -> Run:
-    """Sends a request at each due time, in seconds from now, on as many connections as that takes.
+    """Sends a request at each due time, in seconds from now, on as many connections as necessary.
 
     Args:
         client: The server.
-        requests: They take turns.
-        due: Rising times.
+        requests: Used in turn.
+        due: Increasing times.
         read: What to keep of an answer.
-        watch: Told of each reply.
+        watch: Called with each reply.
     """
     start = time.perf_counter()
     replies: list[Reply] = []
@@ -113,7 +113,7 @@ async def open_loop(
 
     async with asyncio.TaskGroup() as group:
         for number, at in enumerate(due):
-            # Also where it is late already: answers must come in meanwhile.
+            # Also when it is already late, because answers must be read meanwhile.
             await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
             group.create_task(send(number % len(requests), at))
     return Run(replies, time.perf_counter() - start, [reply.late_s for reply in replies])
@@ -128,15 +128,15 @@ async def closed_loop(
     read: Read = mean_r,
     watch: Watch = ignore,
 ) -> Run:
-    """So many clients, each with one request at a time; one that is refused pauses for a moment.
+    """Runs clients with one request at a time each. A client that is refused pauses for a moment.
 
     Args:
         client: The server.
-        requests: They take turns.
-        clients: How many.
+        requests: Used in turn.
+        clients: Number of clients.
         seconds: Time after which no more is sent.
         read: What to keep of an answer.
-        watch: Told of each reply.
+        watch: Called with each reply.
     """
     start = time.perf_counter()
     replies: list[Reply] = []
@@ -169,7 +169,7 @@ async def _ask(client: Connections, request: Request, read: Read) -> tuple[int, 
 
 
 def message_of(answer: HttpAnswer) -> str:
-    """What an answer that is an error says: the message of our one error shape, else the start of its body."""
+    """The message of an error answer: from our error body, else the start of the body."""
     try:
         return str(json.loads(answer.body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -177,7 +177,7 @@ def message_of(answer: HttpAnswer) -> str:
 
 
 async def _tick(lateness: list[float]) -> None:
-    """Notes how late this event loop is, again and again."""
+    """Samples the lateness of this event loop."""
     while True:
         due = time.perf_counter() + TICK_S
         await asyncio.sleep(TICK_S)

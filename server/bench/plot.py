@@ -1,4 +1,4 @@
-"""The rows of a benchmark as a picture: what was answered in time, and how long it took, over the load."""
+"""Charts of a benchmark's rows: answers in time, and latency, over the load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from server.bench.rows import LoadRow
+from server.bench.rows import LoadRow, name_of
 
 COLOURS = ("#0b6e99", "#d9730d", "#787774", "#6940a5", "#4d9e5f", "#ad1a72")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -18,14 +18,14 @@ STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "
 
 
 def draw(rows: Sequence[LoadRow], title: str, file: Path) -> None:
-    """Goodput, and the 99th percentile of latency, over the load; one line an `r`."""
+    """Draws goodput, and the 99th percentile of latency, over the load; one line for each `r`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
         axes: Sequence[Axes] = figure.subplots(1, 2)
         for i, r in enumerate(dict.fromkeys(row.r for row in rows)):
             mine = sorted((row for row in rows if row.r == r), key=_load)
             drawn: dict[str, Any] = {"color": COLOURS[i % 6], "marker": MARKERS[i % 6], "markersize": 5}
-            drawn["label"] = "the deployment's r" if r is None else f"r={r}"
+            drawn["label"] = name_of(r)
             axes[0].plot([_load(row) for row in mine], [row.goodput for row in mine], **drawn)
             known = [row for row in mine if row.p99_ms is not None]
             axes[1].plot([_load(row) for row in known], [row.p99_ms or 0.0 for row in known], **drawn)
@@ -36,7 +36,7 @@ def draw(rows: Sequence[LoadRow], title: str, file: Path) -> None:
             ax.grid(axis="y", color="#e5e5e5")
         axes[0].legend(frameon=False, loc="lower right")
         figure.suptitle(title, fontsize=9)
-        # An SVG would carry the time of day.
+        # Otherwise an SVG would hold the time of day.
         figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 

@@ -1,4 +1,4 @@
-"""One line that moves while a load runs, where a person looks on."""
+"""A progress line for a load, on a terminal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EVERY_S = 0.2
 
 
 class Progress:
-    """Watches the replies of a load; where standard error is no terminal it says nothing.
+    """Watches the replies of a load. It writes nothing if standard error is not a terminal.
 
     Args:
         label: What runs.
-        seconds: How long it is to run.
+        seconds: How long it will run.
     """
 
     def __init__(self, label: str, seconds: float) -> None:
@@ -39,13 +39,13 @@ class Progress:
             )
 
     def end(self) -> None:
-        """Takes the line away."""
+        """Clears the line."""
         if self._shown:
             _show("")
 
 
 def tell(message: str) -> None:
-    """A line that stays, for who looks on."""
+    """Writes a line that stays, on a terminal."""
     if sys.stderr.isatty():
         print(message, file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""The highest rate of a Poisson load that keeps the 99th percentile of latency under a bound, and nothing fails.
+"""The highest rate of a Poisson load with the 99th percentile of latency under a bound and no failures.
 
 Source: the Server scenario of MLPerf Inference (Reddi et al., ISCA 2020), whose metric this is.
 """
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 from server.intervals import wilson
 
-ALLOWED = 0.01  # of the requests may take longer than the bound: that is what p99 means
-MOST_RUNS, ENOUGH = 3, 400  # of one rate: from 381 requests on, none over the bound is a verdict at 95 %
+ALLOWED = 0.01  # largest share of requests over the bound, by the definition of p99
+MOST_RUNS, ENOUGH = 3, 400  # for one rate: with 381 requests or more, none over the bound is significant at 95 %
 TOLERANCE = 0.03
 GROWTH = 1.5
-LEAST = 1 / 32  # of the first rate: what fails there fails for other reasons than the load
+LEAST = 1 / 32  # of the first rate: a lower rate fails for other reasons than the load
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a rate came to.
+    """The result of a rate.
 
     Attributes:
         sent: Requests.
-        over: Those of them that were answered after the bound.
-        unanswered: Those that were refused or failed; one is too many.
-        lagged: The sender was late itself.
+        over: Requests that were answered after the bound.
+        unanswered: Requests that were refused or failed; one is too many.
+        lagged: Whether the sender was late itself.
     """
 
     sent: int
@@ -44,12 +44,12 @@ class Probe:
 
     @property
     def passed(self) -> bool:
-        """Whether the rate keeps the bound, as far as these requests say."""
+        """Whether the rate keeps the bound, by these requests."""
         return self.unanswered == 0 and self.over <= ALLOWED * self.sent
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the share over the bound, as if requests were independent."""
+        """The 95 % interval of the share over the bound, for independent requests."""
         return wilson(self.over, self.sent)
 
     @property
@@ -61,13 +61,13 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where the highest rate lies.
+    """The highest rate.
 
     Attributes:
-        per_s: The highest rate that passed; 0 where none did.
-        fails_at: The lowest rate above it that did not pass.
-        passed: What was seen at `per_s`, None where nothing passed.
-        failed: What was seen at `fails_at`.
+        per_s: The highest rate that passed; 0 if none did.
+        fails_at: The lowest higher rate that failed.
+        passed: The result at `per_s`; None if none passed.
+        failed: The result at `fails_at`.
     """
 
     per_s: float
@@ -82,12 +82,12 @@ class Found:
 
 
 def find_rate(probe: Callable[[float], Probe], start: float, tell: Callable[[float, Probe], None]) -> Found:
-    """Bisects between a rate that passes and one that does not, until they are 3 % apart.
+    """Bisects between a rate that passes and one that fails, until they are 3 % apart.
 
     Args:
         probe: Tries a rate, per second, for a while.
-        start: Where to begin: about what the server can do.
-        tell: Hears of every verdict.
+        start: The first rate: about the server's capacity.
+        tell: Called with every verdict.
     """
     low, passed = 0.0, None
     high, failed = math.inf, None
@@ -104,7 +104,7 @@ def find_rate(probe: Callable[[float], Probe], start: float, tell: Callable[[flo
 
 
 def _judge(probe: Callable[[float], Probe], per_s: float) -> Probe:
-    """Tries a rate for as long as the verdict is a near thing: few requests are enough to fail, not to pass."""
+    """Tries a rate until the verdict is clear. A failure needs few requests, a pass needs many."""
     seen, runs = probe(per_s), 1
     while not seen.sure and (runs < MOST_RUNS or seen.sent < ENOUGH):
         seen, runs = seen + probe(per_s), runs + 1

@@ -1,12 +1,18 @@
-"""What a load amounts to: one row of the table."""
+"""The summary of a load: one row of the table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from server import dial
 from server.bench.load import Reply, Run
+from server.dial import PlainR
+
+R = PlainR | Literal["auto"] | None
+"""`r` as asked: a number, a list of one per block, "auto", or None for the deployment's."""
 
 REFUSED = (429, 503)
 TOO_LATE = 504
@@ -22,25 +28,25 @@ class LoadRow:
     """One `r` under one load.
 
     Attributes:
-        r: As asked: a number, "auto", or None for the deployment's.
+        r: The requested value: a number, "auto", or None for the deployment's.
         load: "50/s" or "64 clients".
         per_s: Rate of an open loop.
-        clients: How many of a closed loop.
+        clients: Number of clients of a closed loop.
         sent: Requests; each is good, late, refused or failed.
-        seconds: Of the load, and until its last answer.
+        seconds: Duration of the load, until its last answer.
         throughput: Requests answered with 200, per second.
-        goodput: Those of them within the deadline, per second.
-        goodput_share: The same, of all that were sent.
-        p50_ms: Half of all that were answered with 200 took no longer; from the due time in an open loop.
-        mean_r: Of the answers.
+        goodput: Requests answered with 200 within the deadline, per second.
+        goodput_share: Those, as a share of all requests.
+        p50_ms: Median latency of the answers with 200; from the due time in an open loop.
+        mean_r: Mean over the answers.
         late: Answered after the deadline, or given up by the server because of it (504).
         refused: 429 and 503.
-        failed: Any other status, and no answer at all.
-        lateness_ms: 99 of 100 requests left at most so late; in a closed loop, so late was the sender's event loop.
-        problems: Of each status but 200, an example of what it said.
+        failed: Any other status, or no answer.
+        lateness_ms: 99th percentile of the sender's lateness; of its event loop's in a closed loop.
+        problems: An example message for each status except 200.
     """
 
-    r: int | str | None
+    r: R
     load: str
     per_s: float | None
     clients: int | None
@@ -61,38 +67,47 @@ class LoadRow:
 
     @property
     def lagged(self) -> bool:
-        """Whether latencies say much of the sender: it was late by more than 2 ms and a tenth of the p99."""
+        """Whether the sender distorts the latencies: it was late by more than 2 ms and a tenth of the p99."""
         return self.lateness_ms > max(1e3 * LAG_S, 0.1 * (self.p99_ms or 0.0))
 
     def __str__(self) -> str:
         milliseconds = (f"{'' if ms is None else f'{ms:.1f}':>8}" for ms in (self.p50_ms, self.p90_ms, self.p99_ms))
         mean_r = "" if self.mean_r is None else f"{self.mean_r:.1f}"
         return (
-            f"{'' if self.r is None else self.r:>6} {self.load:>11} {self.sent:>7} {self.throughput:>9.1f} "
+            f"{text_of(self.r):>6} {self.load:>11} {self.sent:>7} {self.throughput:>9.1f} "
             f"{self.goodput:>9.1f} {100 * self.goodput_share:>9.1f} {' '.join(milliseconds)} {mean_r:>6} "
             f"{self.late:>6} {self.refused:>7} {self.failed:>6}"
         )
 
 
+def text_of(r: R) -> str:
+    """`r` as the command line and the query take it; nothing for the deployment's."""
+    return "" if r is None else r if isinstance(r, str) else dial.text_of(r)
+
+
+def name_of(r: R) -> str:
+    return "the deployment's r" if r is None else f"r={text_of(r)}"
+
+
 def percentile(rising: Sequence[float], share: float) -> float | None:
-    """The least of the values that at least this share of them does not exceed; None where there are none."""
+    """The smallest value that is not exceeded by this share of the values; None if there are none."""
     return rising[max(0, math.ceil(share * len(rising)) - 1)] if rising else None
 
 
 def is_good(reply: Reply, deadline_s: float | None) -> bool:
-    """Whether it was answered, in time."""
+    """Whether it was answered in time."""
     return reply.status == 200 and (deadline_s is None or reply.seconds <= deadline_s)
 
 
 def row_of(
     run: Run,
-    r: int | str | None,
+    r: R,
     *,
     per_s: float | None = None,
     clients: int | None = None,
     deadline_s: float | None = None,
 ) -> LoadRow:
-    """Counts and percentiles of a load of so many requests per second, or of so many clients."""
+    """Summarises a load at a rate per second, or with a number of clients."""
     answered = [reply for reply in run.replies if reply.status == 200]
     good = sum(is_good(reply, deadline_s) for reply in answered)
     refused = sum(reply.status in REFUSED for reply in run.replies)

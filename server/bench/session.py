@@ -1,4 +1,4 @@
-"""Loads on one server: each has an event loop and connections of its own, so that none is left for the next."""
+"""Loads on one server. Each has its own event loop and connections, so that nothing carries over to the next."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ import uvloop
 from server.bench.client import BrokenError, Connections, Target
 from server.bench.load import Request, Run, closed_loop, message_of, open_loop, poisson
 from server.bench.progress import Progress
-
-R = int | str | None
-"""`r` as asked: a number, "auto", or None for the deployment's."""
+from server.bench.rows import R, name_of, text_of
 
 TIMEOUT_S = 60.0
 
 
 class Session:
-    """A server, and what is sent to it.
+    """A server, and the requests for it.
 
     Args:
         target: The server.
-        photos: Image files; they take turns.
-        model: Its name; None takes the server's first.
-        deadline_ms: Told to the server with each request.
-        headers: Sent with every request.
-        seed: Of the times of open loops, of which no two are alike.
+        photos: Image files, used in turn.
+        model: Its name; None for the server's default.
+        deadline_ms: The deadline of each request.
+        headers: Headers of every request.
+        seed: Seed of the open loops' times, which all differ.
     """
 
     def __init__(
@@ -44,7 +42,7 @@ class Session:
         self._said = {"model": model, "deadline_ms": None if deadline_ms is None else f"{deadline_ms:g}"}
 
     def check(self, r: R) -> str | None:
-        """Asks once; what is wrong, or None where the answer is one."""
+        """Sends one request; returns its error, or None if it succeeds."""
 
         async def ask() -> str | None:
             async with self._client() as client:
@@ -57,10 +55,10 @@ class Session:
             return str(error)
 
     def at_rate(self, r: R, per_s: float, seconds: float) -> Run:
-        """Poisson arrivals, whether or not the server keeps up."""
+        """Poisson arrivals, which do not wait for the server."""
         due = poisson(per_s, seconds, self._seed)
         self._seed += 1
-        progress = Progress(f"{_name(r)} at {per_s:.4g}/s", seconds)
+        progress = Progress(f"{name_of(r)} at {per_s:.4g}/s", seconds)
 
         async def send() -> Run:
             async with self._client() as client:
@@ -74,7 +72,7 @@ class Session:
 
     def with_clients(self, r: R, clients: int, seconds: float) -> Run:
         """Clients that wait for their answers."""
-        progress = Progress(f"{_name(r)}, {clients} clients", seconds)
+        progress = Progress(f"{name_of(r)}, {clients} clients", seconds)
 
         async def send() -> Run:
             async with self._client() as client:
@@ -93,9 +91,5 @@ class Session:
         return [Request(path, photo) for photo in self._photos]
 
     def _path(self, r: R) -> str:
-        said = {name: value for name, value in {"r": r, **self._said}.items() if value is not None}
+        said = {name: value for name, value in {"r": text_of(r) or None, **self._said}.items() if value is not None}
         return "/classify" + (f"?{urlencode(said)}" if said else "")
-
-
-def _name(r: R) -> str:
-    return "the deployment's r" if r is None else f"r={r}"

@@ -1,1 +1,1 @@
-"""What each `r` costs and keeps on this machine: measured as a curve, stored, found again, and simulated."""
+"""The cost and agreement of each `r` on this machine: measured as a curve, stored, found again, and simulated."""

@@ -1,4 +1,4 @@
-"""What an `r` has in common with r=0: the likeliest class, the set of labels, or the nearest neighbours of a photo."""
+"""Agreement of an `r` with r=0: by the likeliest class, the set of labels, or the nearest neighbours of a photo."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from server.intervals import of_mean, wilson
 from server.types import LABEL_THRESHOLD, ModelInfo
 
 NEAREST = 10
-"""Neighbours of a photo that are looked at."""
+"""Neighbours of a photo that are compared."""
 
 FEWEST_PHOTOS = NEAREST + 1
-"""To have so many neighbours: a photo is none of its own."""
+"""Fewest photos, because a photo is not its own neighbour."""
 
-_ROWS = 1024  # queries at a time, so that similarities of many photos need little memory
+_ROWS = 1024  # queries at a time, so that the similarities of many photos need little memory
 
 WANTED: dict[AgreementOf, Wanted] = {
     "top1": Wanted(("none",), top_k=1),
     "labels": Wanted(("sigmoid",), scores=True),
     "neighbours": Wanted(("none",), features=True),
 }
-"""What of a model's outputs each is made of."""
+"""The model outputs that each kind of agreement needs."""
 
 
 class Judged(NamedTuple):
-    """Agreement with r=0, its 95 % interval over photos, and more where it is of neighbours."""
+    """Agreement with r=0, its 95 % interval over photos, and more if it is of neighbours."""
 
     agreement: float
     interval: tuple[float, float]
@@ -38,14 +38,14 @@ class Judged(NamedTuple):
 
 
 def default_for(info: ModelInfo) -> AgreementOf:
-    """What a model is judged by where nobody says."""
+    """The default kind of agreement for a model."""
     if not info.labels:
         return "neighbours"
     return "labels" if info.activation == "sigmoid" else "top1"
 
 
 def answers(of: AgreementOf, found: Found) -> Tensor:
-    """What is compared, a row for each image: a class, (B, 1); its labels, (B, K); or its vector, (B, C)."""
+    """The compared answers, a row for each image: a class, (B, 1); its labels, (B, K); or its vector, (B, C)."""
     if of == "top1":
         return torch.tensor([indices for indices, _ in found.top_k()])
     return found.scores() >= LABEL_THRESHOLD if of == "labels" else found.features()
@@ -55,8 +55,8 @@ def judge(of: AgreementOf, at_r: Tensor, unmerged: Tensor) -> Judged:
     """Compares answers.
 
     Args:
-        of: What they are.
-        at_r: As `answers` gives them, of all photos.
+        of: Their kind.
+        at_r: Results of `answers` for all photos.
         unmerged: The same at r=0.
     """
     if of == "neighbours":
@@ -66,12 +66,12 @@ def judge(of: AgreementOf, at_r: Tensor, unmerged: Tensor) -> Judged:
 
 
 def nearest(queries: Tensor, index: Tensor, k: int = NEAREST) -> Tensor:
-    """The k photos of an index that are nearest to each query by cosine, (N, k); a photo itself is not among them.
+    """The k photos of an index that are nearest to each query by cosine, (N, k), without the photo itself.
 
     Args:
         queries: The vectors of N photos, (N, C).
-        index: Those of the same photos, (N, C).
-        k: How many, below N.
+        index: Vectors of the same photos, (N, C).
+        k: Number of neighbours, below N.
     """
     queries, index = F.normalize(queries, dim=1), F.normalize(index, dim=1)
     found = []
@@ -93,6 +93,6 @@ def _by_neighbours(at_r: Tensor, unmerged: Tensor) -> Judged:
 
 
 def _kept(found: Tensor, wanted: Tensor) -> Tensor:
-    """The share of what is wanted of each photo that is found, (N,)."""
+    """The share of each photo's wanted neighbours that is found, (N,)."""
     is_found = (wanted[:, :, None] == found[:, None, :]).any(dim=2)
     return is_found.double().mean(dim=1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from server import __version__
+from server.cpus import cpu_name
 from server.curve import Facts
 from server.device.models import LoadedModel
 from server.device.runner import Runner
@@ -41,9 +40,4 @@ def device_name(device: torch.device) -> str:
     """The processor as its maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+    return cpu_name()

@@ -10,16 +10,16 @@ from server.errors import SettingsError
 
 
 def read_labels(table: Path, files: Sequence[Path], folder: Path, num_classes: int) -> list[int | None]:
-    """The class of each photo, None where the table does not list it.
+    """The class of each photo; None if the table does not list it.
 
     Args:
         table: CSV with the columns `file`, a path within the folder, and `label`, the index of a class.
         files: The photos.
-        folder: Where they are.
-        num_classes: Of the model.
+        folder: Their folder.
+        num_classes: Number of the model's classes.
 
     Raises:
-        SettingsError: It cannot be read, a label is no class, or it lists none of the photos.
+        SettingsError: It cannot be read, a label is not a class, or it lists none of the photos.
     """
     try:
         with table.open(newline="") as file:

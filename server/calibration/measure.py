@@ -1,7 +1,7 @@
-"""The rows of a curve, measured: what each schedule answers on photos, and how long its batches take.
+"""Measures the rows of a curve: the answers of each schedule on photos, and the times of its batches.
 
-Everything runs through the runner, as in the server. The schedules take turns batch by batch, so that what else the
-machine does falls on all of them alike.
+Everything runs through the runner, as in the server. The schedules take turns batch by batch, so that other load of the
+machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from server.curve import AgreementOf, CurveRow
 from server.device.models import LoadedModel
 from server.device.prepared import stacked
 from server.device.runner import Runner
-from server.dial import Schedule
+from server.dial import Schedule, r_of, text_of
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
 from tome_core.families.family import UnsupportedModelError
 
 RUNS = 5
-"""Times that a batch of each size is timed, besides the photos in their full batches."""
+"""Timings of a batch of each size, besides the photos in their full batches."""
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
     labels: Sequence[int | None],
     max_batch_size: int,
     of: AgreementOf = "top1",
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Callable[[float, str], None] = lambda share, what: None,
 ) -> list[CurveRow]:
     """Measures schedules.
 
@@ -45,13 +45,14 @@ def measure(
         runner: The device that holds it.
         schedules: `r` of each block; the first is r=0.
         photos: Pixels of each photo.
-        labels: The class of each photo, where it is known.
+        labels: The class of each photo, if it is known.
         max_batch_size: Images of a full batch.
-        of: What agreement is of.
-        progress: Is told the share that is done.
+        of: The kind of agreement.
+        progress: Called with the share that is done and the name of the current step.
     """
     assert max(schedules[0]) == 0, "agreement is with r=0"
-    for schedule in schedules:
+    for number, schedule in enumerate(schedules, start=1):
+        progress(0.0, f"warming up r={text_of(r_of(schedule))} ({number} of {len(schedules)})")
         runner.warm_up(loaded.info.batch_key(schedule))
     sized = [list(itertools.islice(itertools.cycle(photos), size)) for size in batch_sizes(max_batch_size)]
     whole = [photos[at : at + max_batch_size] for at in range(0, len(photos), max_batch_size)]
@@ -59,11 +60,11 @@ def measure(
     done = 0
 
     def take_turns(batch: Sequence[bytes]) -> dict[Schedule, tuple[Tensor, float]]:
-        """The answers to the images under each schedule, and the seconds it took."""
+        """The answers to the images under each schedule, and the seconds of each."""
         nonlocal done
         seen = {schedule: _answers(loaded, runner, of, schedule, batch) for schedule in schedules}
         done += len(batch)
-        progress(done / work)
+        progress(done / work, f"{done:,} of {work:,} images at each r")
         return seen
 
     parts: dict[Schedule, list[Tensor]] = {schedule: [] for schedule in schedules}
@@ -93,9 +94,9 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def fit(seconds: Mapping[int, float]) -> tuple[float, float]:
-    """a and b of the line a + b n through the seconds of batches of n, by relative least squares; a is never below 0.
+    """a and b of the line a + b n through the seconds of batches of n, by relative least squares; a is never negative.
 
-    Where batches of all sizes take the same time, b is yet a tenth of what an image takes in the largest of them.
+    If batches of all sizes take the same time, b is a tenth of the time of an image in the largest batch.
     """
     ones, sizes = [1 / t for t in seconds.values()], [n / t for n, t in seconds.items()]
     aa, ab, bb = _dot(ones, ones), _dot(ones, sizes), _dot(sizes, sizes)
@@ -116,7 +117,7 @@ def _dot(x: Sequence[float], y: Sequence[float]) -> float:
 def _answers(
     loaded: LoadedModel, runner: Runner, of: AgreementOf, schedule: Schedule, photos: Sequence[bytes]
 ) -> tuple[Tensor, float]:
-    """What is compared of each photo, and the seconds that took."""
+    """The compared answer for each photo, and the seconds for all."""
     key = loaded.info.batch_key(schedule)
     start = time.perf_counter()
     found = runner.launch(key, stacked(photos, key.input_size, runner.device), WANTED[of]).result()
@@ -145,7 +146,7 @@ def _row(
         overhead_s=overhead_s,
         image_s=image_s,
         agreement=judged.agreement,
-        # r=0 agrees with itself: no sample says so.
+        # exact by definition, so there is no sampling interval
         agreement_interval=judged.interval if max(schedule) else (1.0, 1.0),
         top1=sum(right) / len(right) if right else None,
         neighbours=judged.neighbours,

@@ -1,4 +1,4 @@
-"""Photos as a model wants them, from their files."""
+"""Reads photos from files, preprocessed for a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from server.types import ModelInfo
 
 
 def read_photos(files: Sequence[Path], info: ModelInfo, max_pixels: int) -> list[bytes]:
-    """Images as the model wants them.
+    """Reads images, preprocessed for a model.
 
     Args:
         files: Their files.
         info: The model.
-        max_pixels: The largest that is decoded, width x height.
+        max_pixels: Largest width x height.
 
     Raises:
         SettingsError: One of them cannot be decoded.

@@ -1,4 +1,4 @@
-"""A curve as a picture: what is kept against what is gained."""
+"""Draws a curve: agreement against speed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES: dict[AgreementOf, str] = {
 
 
 def draw(curve: Curve, file: Path) -> None:
-    """Agreement with r=0, its interval, and top-1 where it is known, over images/s; one point a row."""
+    """Draws agreement with r=0, its interval, and top-1 if it is known, over images/s; one point a row."""
     speeds = [row.images_per_s or 0.0 for row in curve.rows]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6, 4), layout="constrained", facecolor="white")
@@ -42,5 +42,5 @@ def draw(curve: Curve, file: Path) -> None:
         ax.set(xlabel=f"images/s in batches of {curve.max_batch_size}", ylabel="% of photos", title=title)
         ax.grid(axis="y", color="#e5e5e5")
         ax.legend(frameon=False, loc="lower left")
-        # An SVG would carry the time of day.
+        # Otherwise an SVG would hold the time of day.
         figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)

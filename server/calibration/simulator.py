@@ -1,7 +1,7 @@
-"""What a setting of the dial would do under a load: the server's own batcher and policy, in time that costs nothing.
+"""Simulates a setting of the dial under a load, by the server's own batcher and policy, in virtual time.
 
-Only the device is made up: a batch takes what the curve says. So what is simulated is what is served, but for the time
-of HTTP and decoding.
+Only the device is simulated: a batch takes the time of the curve. So the result is that of the server, except for the
+time of HTTP and decoding.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of one request that was answered in time.
+    """A request that was answered in time.
 
     Attributes:
         latency_s: From its arrival to its answer.
-        schedule: What it was computed with.
-        agreement: Expected agreement with r=0, or None where it is unknown.
+        schedule: Its schedule.
+        agreement: Expected agreement with r=0; None if unknown.
     """
 
     latency_s: float
@@ -40,14 +40,14 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a load.
+    """The result of a load.
 
     Attributes:
         goodput: Share of the requests that were answered in time.
-        p99_s: Latency that 99 % of the answers keep within; 0 where there are none.
-        agreement: Mean expected agreement of the answers with r=0, or None where a step's is unknown.
+        p99_s: 99th percentile of latency; 0 without answers.
+        agreement: Mean expected agreement of the answers with r=0; None if a step's is unknown.
         mean_r: Mean `r` of the answers.
-        turns: How often the dial moved between batches.
+        turns: Number of times that the dial moved between batches.
     """
 
     goodput: float
@@ -66,7 +66,7 @@ def simulate(
     max_batch_size: int = 32,
     max_queue_size: int = 256,
 ) -> Outcome:
-    """Serves a load, and sums up what became of it; `replay` has the arguments."""
+    """Serves a load and summarises the result; see `replay` for the arguments."""
     served, order = replay(
         steps, arrivals, deadline_s, setting, max_batch_size=max_batch_size, max_queue_size=max_queue_size
     )
@@ -94,15 +94,15 @@ def replay(
     """Serves a load, request by request.
 
     Args:
-        steps: The ladder, r=0 first; a batch takes what its step says.
-        arrivals: When each request comes, in seconds, ascending.
-        deadline_s: Time in which each must be answered.
+        steps: The ladder, r=0 first; a batch takes the time of its step.
+        arrivals: Arrival time of each request, in seconds, ascending.
+        deadline_s: Seconds in which each must be answered.
         setting: A schedule of the ladder for all requests, or the bounds of `auto`.
         max_batch_size: Most images in a batch.
         max_queue_size: Most images waiting.
 
     Returns:
-        What became of each request, None for one that was not answered; and the schedule of each batch.
+        The result of each request, None if it was not answered; and the schedule of each batch.
     """
     return _in_virtual_time(_serve(steps, list(arrivals), deadline_s, setting, max_batch_size, max_queue_size))
 
@@ -149,7 +149,7 @@ async def _serve(
 
 
 def _in_virtual_time(work: Coroutine[Any, Any, T]) -> T:
-    """Runs work whose every wait takes no time, though the clock of its loop says that it did."""
+    """Runs work in virtual time: waits return at once, and advance the loop's clock."""
     loop = _VirtualLoop()
     try:
         return loop.run_until_complete(work)
@@ -158,7 +158,7 @@ def _in_virtual_time(work: Coroutine[Any, Any, T]) -> T:
 
 
 class _Leap(selectors.DefaultSelector):
-    """Waits for nothing: it tells how long it was to wait."""
+    """A selector that never waits, but reports the time for which it should have."""
 
     def __init__(self, told: Callable[[float], None]) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class _Leap(selectors.DefaultSelector):
 
 
 class _VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock leaps to the next thing that is due."""
+    """An event loop whose clock jumps to the next due event."""
 
     def __init__(self) -> None:
         self._now = 0.0

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from server.batching.policy import Rung
-from server.curve import Curve
+from server.curve import Curve, Facts, Timed, today
 from server.device.models import LoadedModel
 from server.dial import Schedule
 from tome_core.cost import flops
 from tome_core.families.dimensions import dimensions
 from tome_core.families.family import UnsupportedModelError
 from tome_core.schedule import resolve
+
+Run = Callable[[Schedule, int], None]
+"""Computes a batch of so many images under a schedule."""
+
+Line = tuple[float, float]
+"""Seconds of a batch, and of each image in it."""
 
 RUNGS = 6
 LARGER_BATCH = 8  # large enough to tell what an image costs, small enough not to delay the start
@@ -41,33 +47,71 @@ def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
     return lambda schedule: flops(sizes, schedule)
 
 
-def timed(curve: Curve, loaded: LoadedModel, run: Callable[[Schedule, int], None], max_batch_size: int) -> Curve:
-    """A curve of another device at the speeds of this one, as `timed_steps` has them."""
-    steps = timed_steps(loaded, [row.r for row in curve.rows], run, max_batch_size)
+def timed(
+    curve: Curve, loaded: LoadedModel, run: Run, max_batch_size: int, facts: Facts, roughly: bool = False
+) -> Curve:
+    """A curve of another device at the speeds of this one, as `timed_steps` measures them with these facts."""
+    steps = timed_steps(loaded, [row.r for row in curve.rows], run, max_batch_size, roughly)
     lines = {step.schedule: (step.overhead_s, step.image_s) for step in steps}
-    return curve.at(lines.__getitem__, max_batch_size)
+    return curve.at(lines.__getitem__, max_batch_size, Timed(facts=facts, measured=today()))
 
 
 def timed_steps(
-    loaded: LoadedModel, ladder: Sequence[Schedule], run: Callable[[Schedule, int], None], max_batch_size: int
+    loaded: LoadedModel, ladder: Sequence[Schedule], run: Run, max_batch_size: int, roughly: bool = False
 ) -> list[Rung]:
     """Steps of a ladder: r=0 is timed on this device, the others follow their arithmetic until they have run.
 
-    Timing them too would mean to warm them all, and nobody may ever ask for them.
+    To time them too would mean to warm them all.
 
     Args:
         loaded: The model.
         ladder: Schedules, r=0 first and then ever faster.
         run: Computes a batch of so many images under a schedule.
         max_batch_size: Most images in a batch.
+        roughly: One image is run once: all steps are timed later, in the background.
     """
-    cost = arithmetic(loaded)
-    a, b = _line(run, ladder[0], max_batch_size)
-    shares = (cost(schedule) / cost(ladder[0]) for schedule in ladder)
-    return [Rung(schedule, a, b * share) for schedule, share in zip(ladder, shares, strict=True)]
+    timed_lines = {ladder[0]: _rough_line(run, ladder[0]) if roughly else _line(run, ladder[0], max_batch_size)}
+    return [Rung(each, *line) for each, line in interpolated(timed_lines, ladder, arithmetic(loaded)).items()]
 
 
-def _line(run: Callable[[Schedule, int], None], schedule: Schedule, max_batch_size: int) -> tuple[float, float]:
+def interpolated(
+    lines: Mapping[Schedule, Line], schedules: Sequence[Schedule], cost: Callable[[Schedule], float]
+) -> dict[Schedule, Line]:
+    """The lines of all schedules: those that were timed, and what lies between them by the arithmetic.
+
+    So a schedule is never expected to take longer than one of more arithmetic, unless that was measured. Beyond those
+    that were timed, the seconds of an image follow the arithmetic of the nearest.
+
+    Args:
+        lines: Those that were timed, r=0 among them.
+        schedules: All schedules.
+        cost: The arithmetic of a schedule.
+    """
+    costs = {schedule: cost(schedule) for schedule in lines}
+    found: dict[Schedule, Line] = {}
+    for schedule in schedules:
+        own = cost(schedule)
+        if schedule in lines:
+            found[schedule] = lines[schedule]
+            continue
+        slow = min((each for each in lines if costs[each] >= own), key=costs.__getitem__, default=schedules[0])
+        fast = max((each for each in lines if costs[each] < own), key=costs.__getitem__, default=None)
+        (a, b) = lines[slow]
+        if fast is None:
+            found[schedule] = a, b * own / costs[slow]
+        else:
+            share = (own - costs[fast]) / (costs[slow] - costs[fast]) if costs[slow] > costs[fast] else 1.0
+            found[schedule] = share * a + (1 - share) * lines[fast][0], share * b + (1 - share) * lines[fast][1]
+    return found
+
+
+def _rough_line(run: Run, schedule: Schedule) -> Line:
+    start = time.perf_counter()
+    run(schedule, 1)
+    return 0.0, time.perf_counter() - start
+
+
+def _line(run: Run, schedule: Schedule, max_batch_size: int) -> Line:
     """Seconds of a batch, and of each image in it."""
 
     def seconds(images: int) -> float:
@@ -78,7 +122,12 @@ def _line(run: Callable[[Schedule, int], None], schedule: Schedule, max_batch_si
     large = min(LARGER_BATCH, max_batch_size)
     seconds(large)  # warm-up
     runs = [(seconds(1), seconds(large)) for _ in range(RUNS)]
-    one_s, large_s = (statistics.median(times) for times in zip(*runs, strict=True))
+    return line_of((1, large), [statistics.median(times) for times in zip(*runs, strict=True)])
+
+
+def line_of(sizes: tuple[int, int], seconds: Sequence[float]) -> Line:
+    """Seconds of a batch, and of each image in it, where one image and a larger batch take so long."""
+    large, (one_s, large_s) = sizes[1], seconds
     if large == 1:
         return 0.0, one_s
     b = max((large_s - one_s) / (large - 1), 0.1 * large_s / large)

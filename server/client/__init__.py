@@ -6,8 +6,8 @@
         answer = client.classify("photo.jpg", r=8)
         print(answer.label, answer.top.score, answer.r, answer.timings_ms.total)
 
-It loads neither torch nor FastAPI, and Pillow only when it is given pixels. An error of the server is raised as the
-server has it (`server.errors`); where no answer came, `NoAnswerError` and its kinds say why.
+It imports neither torch nor FastAPI, and Pillow only for pixels. An error of the server is raised as its class in
+`server.errors`. If no answer came, the subclasses of `NoAnswerError` say why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What the server answers, as frozen objects. The fields are those of `server/api/schemas.py`, which says more of each.
+"""The server's answers as frozen objects. The fields are those of `server/api/schemas.py`, which describes them in
+full.
 
-Words from closed sets (`r_source`, `reason`) are plain strings here, and unknown fields are passed over: a newer server
-may have more of them.
+Words from closed sets (`r_source`, `reason`) are plain strings here, and unknown fields are ignored, because a newer
+server may have more of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from server.dial import PlainR
 
 @dataclass(frozen=True, slots=True)
 class Class:
-    """A class, and how likely it is, 0 to 1."""
+    """A class and its score."""
 
     label: str
     index: int
@@ -28,7 +29,7 @@ class Class:
 
 @dataclass(frozen=True, slots=True)
 class TimingsMs:
-    """Where the time of a request went at the server, in milliseconds: the slowest image of each stage."""
+    """Milliseconds of a request's stages at the server: the slowest image of each stage."""
 
     decode: float
     queue: float
@@ -38,26 +39,35 @@ class TimingsMs:
 
 @dataclass(frozen=True, slots=True)
 class AutoChoice:
-    """Why `auto` took the r that it took; None is an agreement that nobody measured."""
+    """The reason for the r that `auto` chose; None is an agreement that nobody measured."""
 
     reason: str
     expected_agreement: float | None
 
 
 @dataclass(frozen=True, slots=True)
+class ComputedBy:
+    """What computed an answer: the name of the backend, and its precision."""
+
+    backend: str
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """What is in one image, and how it was computed.
+    """The classes of one image, and facts about the computation.
 
     Attributes:
-        filename: The name of the file, where the image was one.
+        filename: The name of the image's file, if there is one.
         top_k: The likeliest classes, best first.
-        r: Tokens merged in each block; a tuple where the blocks differ.
-        r_source: "request" or "deployment": who said so, or said auto.
-        auto: With auto, why it took that r.
+        r: Tokens merged in each block; a tuple if the blocks differ.
+        r_source: Where r, or auto, comes from: "request" or "deployment".
+        auto: The reason for the r, if auto chose it.
         tokens: Tokens left after the last block.
         batch_size: Images that were computed together.
-        timings_ms: Of the request, which may have held several images.
-        tuned: Whether tuned numbers computed it; False of a server that does not say.
+        timings_ms: Times of the request, which may have had several images.
+        tuned: Whether tuned numbers computed it; False for a server that does not say.
+        computed_by: The backend; None for a server that does not say.
     """
 
     filename: str | None
@@ -71,6 +81,7 @@ class Answer:
     config_version: int
     timings_ms: TimingsMs
     tuned: bool = False
+    computed_by: ComputedBy | None = None
 
     @property
     def top(self) -> Class:
@@ -79,13 +90,13 @@ class Answer:
 
     @property
     def label(self) -> str:
-        """The words for the likeliest class."""
+        """The name of the likeliest class."""
         return self.top.label
 
 
 @dataclass(frozen=True, slots=True)
 class AutoBounds:
-    """What `auto` must keep to; None is no bound."""
+    """The bounds of `auto`; None is no bound."""
 
     max_r: int | None
     min_agreement: float | None
@@ -93,7 +104,7 @@ class AutoBounds:
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """A model that is served: its deployment's `r`, and with auto the bounds of it."""
+    """A served model: its deployment's `r`, and the bounds of auto."""
 
     name: str
     architecture: str
@@ -107,7 +118,7 @@ class ModelSummary:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What computes the answers, in which precision, and why this one."""
+    """The backend, its precision, and the reason for this choice."""
 
     name: str
     precision: str
@@ -115,21 +126,32 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True)
+class Compiling:
+    """How far a model's schedules are compiled: the `r` of now, those that are done, and all of them."""
+
+    r: PlainR
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Model(ModelSummary):
-    """All about a model that is served.
+    """The full description of a served model.
 
     Attributes:
         backend: None before a device holds the model.
-        classes: Words for each class, in class order.
+        classes: Name of each class, in class order.
+        compiling: None while nothing is compiled.
         input_size: Height and width in pixels.
-        token_counts: For each r: tokens entering the first block, then leaving each block.
-        function_to_apply: What makes scores of its logits where a request does not say.
-        num_features: Numbers of an image's vector; 0 of a server that does not say.
-        tuned: Bands of r that are computed with tuned numbers, (lowest, highest).
+        token_counts: For each r: tokens that enter the first block, then tokens that leave each block.
+        function_to_apply: Default activation for its scores.
+        num_features: Numbers of an image's vector; 0 for a server that does not say.
+        tuned: Bands of r that tuned numbers compute, (lowest, highest).
         ready: Whether images should be sent there now.
     """
 
     backend: Backend | None
+    compiling: Compiling | None = field(default=None, kw_only=True)
     num_classes: int
     classes: tuple[str, ...]
     function_to_apply: str = field(default="softmax", kw_only=True)
@@ -155,7 +177,7 @@ class BatchSeconds:
 
 @dataclass(frozen=True, slots=True)
 class CurveNeighbours:
-    """More of a search by vectors: the share that is found where the index has this r, too, and the mean cosine."""
+    """More about a search by vectors: the share that is found if the index has this r too, and the mean cosine."""
 
     same_index: float
     cosine: float
@@ -163,7 +185,7 @@ class CurveNeighbours:
 
 @dataclass(frozen=True, slots=True)
 class ModelCurveRow:
-    """What one r costs, and what it keeps: shares are 0 to 1, the interval is one of 95 %."""
+    """The cost and accuracy of one r. Shares are 0 to 1; the interval is one of 95 %."""
 
     r: PlainR
     schedule: tuple[int, ...]
@@ -178,27 +200,45 @@ class ModelCurveRow:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCurve:
-    """What each r of a model costs and keeps, r=0 first."""
+class SpeedFrom:
+    """What the speeds of a curve were measured on, and the date."""
 
-    model: str
     device: str
-    precision: str
     backend: str
+    precision: str
+    measured: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementFrom:
+    """What agreement and top-1 of a curve were measured on, the date, and the number of photos."""
+
+    device: str
+    backend: str
+    precision: str
     measured: str
     photos: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCurve:
+    """The cost and accuracy of each r of a model, r=0 first."""
+
+    model: str
+    speed_from: SpeedFrom
+    agreement_from: AgreementFrom
     agreement_of: str = field(default="top1", kw_only=True)
     rows: tuple[ModelCurveRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The vector of one image, and how it was computed.
+    """The vector of one image, and facts about the computation.
 
     Attributes:
-        vector: Its numbers, of length 1 unless it was asked for as it is.
-        r: Tokens merged in each block; a tuple where the blocks differ. Vectors of one r belong into one index.
-        r_source: "request" or "deployment": who said so, or said auto.
+        vector: Its numbers, scaled to length 1 unless the request says otherwise.
+        r: Tokens merged in each block; a tuple if the blocks differ. Keep vectors of one r in one index.
+        r_source: Where r, or auto, comes from: "request" or "deployment".
         tokens: Tokens left after the last block.
     """
 
@@ -210,16 +250,16 @@ class Embedding:
 
 
 _ANSWER, _EMBEDDING = TypeAdapter(Answer), TypeAdapter(Embedding)
-_MODEL, _SUMMARIES, _CURVE = TypeAdapter(Model), TypeAdapter(list[ModelSummary]), TypeAdapter(ModelCurve)
+_MODEL, _SUMMARY, _CURVE = TypeAdapter(Model), TypeAdapter(ModelSummary), TypeAdapter(ModelCurve)
 
 
 def read_embeddings(body: Any) -> list[Embedding]:
-    """The vector of each image of one request."""
+    """The vector of each image of a request."""
     return [_EMBEDDING.validate_python({**body, "vector": _vector(each["embedding"])}) for each in body["data"]]
 
 
 def _vector(encoded: str) -> tuple[float, ...]:
-    """The numbers of base64 of little-endian float32."""
+    """Decodes base64 of little-endian float32."""
     numbers = array("f", base64.b64decode(encoded, validate=True))
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -227,13 +267,17 @@ def _vector(encoded: str) -> tuple[float, ...]:
 
 
 def read_answers(body: Any, filenames: list[str | None]) -> list[Answer]:
-    """The answer for each image of one request, which share all but their classes."""
+    """The answer for each image of a request. They differ only in their classes."""
     pairs = zip(body["results"], filenames, strict=True)
     return [_ANSWER.validate_python({**body, **result, "filename": name}) for result, name in pairs]
 
 
 def read_models(body: Any) -> list[ModelSummary]:
-    return _SUMMARIES.validate_python(body["models"])
+    return [read_summary(each) for each in body["models"]]
+
+
+def read_summary(body: Any) -> ModelSummary:
+    return _SUMMARY.validate_python(body)
 
 
 def read_model(body: Any) -> Model:

@@ -1,4 +1,4 @@
-"""Each call of the server as a value: how it is asked, how its answer is read, whether it may be asked twice."""
+"""Each call of the server as a value: its request, the parser of its answer, and whether it may be repeated."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from server.client.answers import (
     read_embeddings,
     read_model,
     read_models,
+    read_summary,
 )
 from server.client.errors import CutOffError, ForeignError, UnreachableError, error_of
 from server.client.images import Encoded, ImageLike, encode
@@ -30,19 +31,19 @@ from server.errors import QueueFullError, UnavailableError, shown
 T = TypeVar("T")
 
 R = int | Sequence[int] | str
-"""`8`, a list of one per block, "auto", or any text that the server reads as one of these."""
+"""`8`, a list with one for each block, "auto", or any text that the server parses so."""
 
 
 class Dial(TypedDict, total=False):
-    """What every request may say; the server checks it, and None is not said.
+    """Parameters of every request. The server checks them; None is not sent.
 
     Attributes:
         r: Tokens merged in each block; the deployment's when absent.
         model: A name of `models()`; the default when absent.
         max_r: With r="auto", the most tokens that it may merge in a block.
-        min_agreement: With r="auto", the least expected share of answers that are those of r=0.
+        min_agreement: With r="auto", the least expected share of answers equal to those of r=0.
         inflect: With a single r, a ramp: -1 from 2r down to 0, 1 from 0 up to 2r.
-        deadline_ms: Time after which the answer is worth nothing, retries included; 1 at least.
+        deadline_ms: Time after which the answer is useless, including retries; at least 1.
     """
 
     r: R | None
@@ -54,12 +55,12 @@ class Dial(TypedDict, total=False):
 
 
 class Asked(Dial, total=False):
-    """How a classification is asked for.
+    """Parameters of a classification.
 
     Attributes:
-        top_k: How many classes to name; 5 when absent.
-        function_to_apply: What makes scores of logits: "softmax", "sigmoid" or "none"; the model's own when absent.
-        threshold: With sigmoid, in place of top_k: the least score of a class that is named.
+        top_k: Number of classes; 5 when absent.
+        function_to_apply: Turns logits into scores: "softmax", "sigmoid" or "none"; the model's own when absent.
+        threshold: With sigmoid, instead of top_k: the least score of the classes in the answer.
     """
 
     top_k: int | None
@@ -68,11 +69,11 @@ class Asked(Dial, total=False):
 
 
 class EmbedAsked(Dial, total=False):
-    """How vectors are asked for.
+    """Parameters of a request for vectors.
 
     Attributes:
-        normalize: Whether they have length 1; they do when absent.
-        dimensions: How many of their first numbers; all when absent.
+        normalize: Whether to scale them to length 1; true when absent.
+        dimensions: Number of their first numbers to keep; all when absent.
     """
 
     normalize: bool | None
@@ -84,10 +85,10 @@ class Call(Generic[T]):
     """One call.
 
     Attributes:
-        read: Makes the answer of the JSON body.
-        extra: Body and headers, as httpx takes them.
-        deadline_ms: Time after which the answer is worth nothing, from the first try.
-        is_idempotent: Whether doing it twice is doing it once.
+        read: Parses the JSON body of the answer.
+        extra: Body and headers, for httpx.
+        deadline_ms: Time after which the answer is useless, from the first try.
+        is_idempotent: Whether repeating it has no further effect.
     """
 
     method: str
@@ -99,14 +100,14 @@ class Call(Generic[T]):
     is_idempotent: bool = True
 
     def request(self, http: httpx.Client | httpx.AsyncClient, elapsed_s: float) -> httpx.Request:
-        """What to send, so many seconds after the first try: a deadline has come nearer meanwhile."""
+        """The request to send, `elapsed_s` after the first try, which shortens its deadline."""
         params = dict(self.params)
         if self.deadline_ms is not None:
             params["deadline_ms"] = str(max(1.0, self.deadline_ms - 1e3 * elapsed_s) if elapsed_s else self.deadline_ms)
         return http.build_request(self.method, self.path, params=params, **self.extra)
 
     def answer(self, response: httpx.Response) -> T:
-        """What the server said; raises ServerError where it is an error, ForeignError where it is not the server's."""
+        """Parses an answer. Raises ServerError for an error, and ForeignError if the answer is not a ToMe Server's."""
         if not response.is_success:
             raise error_of(response)
         try:
@@ -117,9 +118,9 @@ class Call(Generic[T]):
             ) from error
 
     def wait_s(self, retries: Retries, error: Exception, tries: int, elapsed_s: float, chance: float) -> float | None:
-        """Seconds to wait before the next try after an error, or None where there is none."""
-        # A refusal has done nothing; where the connection broke, or the engine with it, the change may have been made,
-        # and would then be in conflict with itself.
+        """Seconds to wait before the next try after an error; None if there is none."""
+        # A refused request has had no effect. If the connection or the engine broke, the change may have been made, and
+        # a repetition would conflict with it.
         kinds: tuple[type[Exception], ...] = (UnreachableError, QueueFullError)
         if self.is_idempotent:
             kinds += (CutOffError, UnavailableError)
@@ -131,28 +132,28 @@ class Call(Generic[T]):
 
 
 def classify(images: Sequence[ImageLike], asked: Asked) -> Call[list[Answer]]:
-    """Asks for the classes of images, in one request: one answer each."""
+    """The call that classifies images in one request: one answer each."""
     files, extra = _sent(images)
     read = partial(read_answers, filenames=[file.filename for file in files])
     return Call("POST", "classify", read, _said(asked), extra, asked.get("deadline_ms"))
 
 
 def embed(images: Sequence[ImageLike], asked: EmbedAsked) -> Call[list[Embedding]]:
-    """Asks for the vectors of images, in one request: one each."""
+    """The call for the vectors of images in one request: one each."""
     _, extra = _sent(images)
     said = {**_said(asked), "encoding_format": "base64"}
     return Call("POST", "v1/embeddings", read_embeddings, said, extra, asked.get("deadline_ms"))
 
 
 def _sent(images: Sequence[ImageLike]) -> tuple[list[Encoded], dict[str, Any]]:
-    """The files, and the body that holds them."""
+    """The files, and the body with them."""
     if isinstance(images, str | bytes | bytearray | memoryview) or not isinstance(images, Sequence):
         raise TypeError(f"images is a {type(images).__qualname__}; it must be a list or a tuple of images")
     if not images:
-        raise ValueError("images is empty; it must hold an image or more")
+        raise ValueError("images is empty; it must have at least one image")
     files = [encode(image) for image in images]
-    # A raw body costs the server least, as it has no form to parse and no base64 (150 kB: 0.02 ms, a form 0.13, JSON
-    # 0.68); it has room for one image. The server looks at the image, not at the type that is said.
+    # A raw body costs the server least, because there is no form or base64 to parse (150 kB: 0.02 ms, a form 0.13, JSON
+    # 0.68). It has room for one image. The server checks the image itself, not the content type.
     kind = "application/octet-stream"
     if len(files) == 1:
         extra: dict[str, Any] = {"content": files[0].content, "headers": {"content-type": kind}}
@@ -162,7 +163,7 @@ def _sent(images: Sequence[ImageLike]) -> tuple[list[Encoded], dict[str, Any]]:
 
 
 def _said(asked: Dial) -> dict[str, str]:
-    """The query, but for the deadline, which comes nearer with each try."""
+    """The query without the deadline, which shrinks with each try."""
     return {name: _text(value) for name, value in asked.items() if value is not None and name != "deadline_ms"}
 
 
@@ -185,13 +186,13 @@ def set_r(
     min_agreement: float | None,
     inflect: float | None,
     if_version: int | None,
-) -> Call[Model]:
-    """Asks for another `r` of a deployment."""
+) -> Call[ModelSummary]:
+    """The call that changes the `r` of a deployment."""
     said = {"r": _text(r), "max_r": max_r, "min_agreement": min_agreement, "inflect": inflect}
     extra: dict[str, Any] = {"json": {name: value for name, value in said.items() if value is not None}}
     if if_version is not None:
         extra["headers"] = {"if-match": f'"{if_version}"'}
-    return Call("PATCH", _path(name), read_model, extra=extra, is_idempotent=if_version is None)
+    return Call("PATCH", _path(name), read_summary, extra=extra, is_idempotent=if_version is None)
 
 
 def _path(name: str) -> str:
@@ -199,5 +200,5 @@ def _path(name: str) -> str:
 
 
 def _text(value: object) -> str:
-    """A parameter as text; a list in brackets, without which a list of one would be a number."""
+    """A parameter as text. A list has brackets, because a list of one would be a number without them."""
     return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)

@@ -1,4 +1,4 @@
-"""The two clients. They differ in how they send and wait, and in nothing else."""
+"""The two clients. They differ only in how they send and wait."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 URL = "http://localhost:8000"
 RETRIES = Retries()
-_CONNECT_S = 5.0  # a host that is there takes up at once, however long its answer takes
+_CONNECT_S = 5.0  # a reachable host accepts at once, however long its answer takes
 
 
 def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    """What both of httpx's clients are made of."""
+    """Common arguments of httpx's two clients."""
     base = httpx.URL(url)
     if base.scheme not in ("http", "https") or not base.host:
         raise ValueError(f"url is {url!r}; it must be like {URL}")
@@ -41,17 +41,17 @@ def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
 class Client:
     """A client of one ToMe Server, for any number of threads.
 
-    To have many images classified, ask for several at a time, so that the server can batch them:
-    `with ThreadPoolExecutor(16) as pool: answers = list(pool.map(client.classify, paths))`.
+    To classify many images, send several requests at a time, so that the server can batch them: `with
+    ThreadPoolExecutor(16) as pool: answers = list(pool.map(client.classify, paths))`.
 
     Args:
-        url: Where the server is; a path before the API's own is kept.
-        api_key: The key to bear; changes may need the admin key.
-        timeout_s: Longest silence of the server that is borne; longer than its `deadline_s`.
-        retries: The patience with a server that is full, restarts or hangs up; what took too long is not repeated.
-        transport: What httpx sends by: a Unix socket, a proxy, an application in this process.
+        url: The server; a path prefix is kept.
+        api_key: The key to send; changes may need the admin key.
+        timeout_s: Longest silence of the server; must exceed its `deadline_s`.
+        retries: Retries when the server is full, restarts or hangs up; never after a timeout.
+        transport: httpx's transport: a Unix socket, a proxy, an application in this process.
 
-    Every method raises a ServerError as the server has it (`server.errors`), or a NoAnswerError.
+    Every method raises a ServerError of `server.errors`, or a NoAnswerError.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Client:
         self._retries = retries
 
     def classify(self, image: ImageLike, **asked: Unpack[Asked]) -> Answer:
-        """Names what is in an image; `Asked` lists the parameters."""
+        """Classifies an image; `Asked` lists the parameters."""
         return self._ask(calls.classify([image], asked))[0]
 
     def classify_all(self, images: Sequence[ImageLike], **asked: Unpack[Asked]) -> list[Answer]:
-        """Names what is in each image, in one request: all at one `r`, and all or none."""
+        """Classifies images in one request: all with one `r`, and all or none."""
         return self._ask(calls.classify(images, asked))
 
     def embed(self, image: ImageLike, **asked: Unpack[EmbedAsked]) -> Embedding:
@@ -79,19 +79,19 @@ class Client:
         return self._ask(calls.embed([image], asked))[0]
 
     def embed_all(self, images: Sequence[ImageLike], **asked: Unpack[EmbedAsked]) -> list[Embedding]:
-        """The vector of each image, in one request: all at one `r`, and all or none."""
+        """The vectors of images in one request: all with one `r`, and all or none."""
         return self._ask(calls.embed(images, asked))
 
     def models(self) -> list[ModelSummary]:
-        """The models that are served, the default first."""
+        """The served models, the default first."""
         return self._ask(calls.models())
 
     def model(self, name: str) -> Model:
-        """All about a model."""
+        """The full description of a model."""
         return self._ask(calls.model(name))
 
     def curve(self, name: str) -> ModelCurve:
-        """What each `r` of a model costs and keeps; raises NotFoundError where nobody measured it."""
+        """The cost and accuracy of each `r` of a model; raises NotFoundError if nobody measured them."""
         return self._ask(calls.curve(name))
 
     def set_r(
@@ -103,13 +103,13 @@ class Client:
         min_agreement: float | None = None,
         inflect: float | None = None,
         if_version: int | None = None,
-    ) -> Model:
+    ) -> ModelSummary:
         """Changes the deployment's `r`, for requests that name none.
 
         Args:
             name: The model.
-            r: As `Asked` has it, with `max_r`, `min_agreement` and `inflect`.
-            if_version: The `config_version` that the change is meant for; raises ConflictError where it is another.
+            r: See `Asked`, also for `max_r`, `min_agreement` and `inflect`.
+            if_version: The `config_version` that the change is based on; raises ConflictError if it is another now.
                 Such a change is not repeated when its answer is lost.
         """
         return self._ask(calls.set_r(name, r, max_r, min_agreement, inflect, if_version))
@@ -141,7 +141,7 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio; `asyncio.gather` asks for several at a time. Files are read and written in threads."""
+    """`Client` for asyncio; use `asyncio.gather` for several requests at a time. Files are read in threads."""
 
     def __init__(
         self,
@@ -156,11 +156,11 @@ class AsyncClient:
         self._retries = retries
 
     async def classify(self, image: ImageLike, **asked: Unpack[Asked]) -> Answer:
-        """Names what is in an image; `Asked` lists the parameters."""
+        """Classifies an image; `Asked` lists the parameters."""
         return (await self.classify_all([image], **asked))[0]
 
     async def classify_all(self, images: Sequence[ImageLike], **asked: Unpack[Asked]) -> list[Answer]:
-        """Names what is in each image, in one request: all at one `r`, and all or none."""
+        """Classifies images in one request: all with one `r`, and all or none."""
         return await self._ask(await asyncio.to_thread(calls.classify, images, asked))
 
     async def embed(self, image: ImageLike, **asked: Unpack[EmbedAsked]) -> Embedding:
@@ -168,19 +168,19 @@ class AsyncClient:
         return (await self.embed_all([image], **asked))[0]
 
     async def embed_all(self, images: Sequence[ImageLike], **asked: Unpack[EmbedAsked]) -> list[Embedding]:
-        """The vector of each image, in one request: all at one `r`, and all or none."""
+        """The vectors of images in one request: all with one `r`, and all or none."""
         return await self._ask(await asyncio.to_thread(calls.embed, images, asked))
 
     async def models(self) -> list[ModelSummary]:
-        """The models that are served, the default first."""
+        """The served models, the default first."""
         return await self._ask(calls.models())
 
     async def model(self, name: str) -> Model:
-        """All about a model."""
+        """The full description of a model."""
         return await self._ask(calls.model(name))
 
     async def curve(self, name: str) -> ModelCurve:
-        """What each `r` of a model costs and keeps; raises NotFoundError where nobody measured it."""
+        """The cost and accuracy of each `r` of a model; raises NotFoundError if nobody measured them."""
         return await self._ask(calls.curve(name))
 
     async def set_r(
@@ -192,8 +192,8 @@ class AsyncClient:
         min_agreement: float | None = None,
         inflect: float | None = None,
         if_version: int | None = None,
-    ) -> Model:
-        """Changes the deployment's `r`, for requests that name none; `Client.set_r` says more."""
+    ) -> ModelSummary:
+        """Changes the deployment's `r`, for requests that name none; see `Client.set_r`."""
         return await self._ask(calls.set_r(name, r, max_r, min_agreement, inflect, if_version))
 
     async def close(self) -> None:

@@ -1,10 +1,10 @@
-"""What goes wrong on the way. An error that the server answers with is one of `server.errors`, as the server has it.
+"""Errors of the connection. An error answer of the server is raised as its class in `server.errors`.
 
 NoAnswerError             no answer of a ToMe Server came
 ├── UnreachableError      nothing was sent: refused, no such host
-├── CutOffError           the connection broke: nobody knows whether the server has done it
-├── LateError             no answer within `timeout_s`: nobody knows either
-└── ForeignError          something answered that is no ToMe Server
+├── CutOffError           the connection broke: the server may have done it or not
+├── LateError             no answer within `timeout_s`: likewise
+└── ForeignError          the answer is not a ToMe Server's
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from server.client.retries import retry_after_s
 from server.errors import ServerError, UnavailableError, shown
 
 _BY_STATUS = {kind.status: kind for kind in ServerError.__subclasses__()} | {500: ServerError, 502: UnavailableError}
-"""What a proxy before the server means by a status: its 500 says nothing of the engine, its 502 that none is there."""
+"""Meaning of a proxy's status: its 500 does not concern the engine, its 502 means that no server is there."""
 
 
 class NoAnswerError(ConnectionError):
@@ -44,7 +44,7 @@ class ForeignError(NoAnswerError):
 
 @contextmanager
 def no_answer(url: str) -> Iterator[None]:
-    """Says what httpx raises in our words."""
+    """Turns httpx's errors into ours."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
@@ -52,11 +52,11 @@ def no_answer(url: str) -> Iterator[None]:
     except httpx.TimeoutException as error:
         raise LateError(f"no answer from {url} within the timeout: {_why(error)}") from error
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
-        raise CutOffError(f"the connection to {url} broke before the answer was there: {_why(error)}") from error
+        raise CutOffError(f"the connection to {url} broke before the answer: {_why(error)}") from error
 
 
 def error_of(response: httpx.Response) -> ServerError:
-    """The error that an answer without success holds."""
+    """The error of an answer without success."""
     asked_s = retry_after_s(response.headers.get("retry-after"), time.time())  # noqa: TID251 - a date in the header
     try:
         told = response.json()["error"]
@@ -64,9 +64,11 @@ def error_of(response: httpx.Response) -> ServerError:
     except (ValueError, KeyError, TypeError):
         kind = _BY_STATUS.get(response.status_code, ServerError)
         answered = f"{response.url} answered {response.status_code} {response.reason_phrase}"
-        error = kind(f"{answered}, in no words of a ToMe Server: {shown(response.text)}", retry_after_s=asked_s)
+        error = kind(
+            f"{answered}, which is not an answer of a ToMe Server: {shown(response.text)}", retry_after_s=asked_s
+        )
     if request_id := response.headers.get("x-request-id"):
-        error.add_note(f"x-request-id: {request_id}")  # the server's log has it
+        error.add_note(f"x-request-id: {request_id}")  # the server's log has the same id
     return error
 
 

@@ -1,4 +1,4 @@
-"""How often a call is tried again, and after how long. Pure: the caller has the clock, the chance and the sleep."""
+"""The number and timing of retries. Pure: the caller has the clock, the random numbers and the sleep."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ _DOUBLINGS = 6
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How much patience a client has with a server that is full, restarts or hangs up.
+    """Retries when a server is full, restarts or hangs up.
 
     Attributes:
-        count: Tries after the first; 0 is none.
-        budget_s: Seconds after the start of a call when no other try begins; a `deadline_ms` that is shorter counts
-            instead. A try whose wait would end later is given up at once.
+        count: Tries after the first; 0 for none.
+        budget_s: Seconds after the start of a call within which a try may begin; a shorter `deadline_ms` limits it
+            further. If the next wait would end later, the call fails at once.
     """
 
     count: int = 5
     budget_s: float = 30.0
 
     def wait_s(self, tries: int, elapsed_s: float, asked_s: float | None, chance: float) -> float | None:
-        """Seconds to wait before the next try, or None where there is none.
+        """Seconds to wait before the next try; None if there is none.
 
-        Callers that were refused together must not come back together: each waits a random part of 0.1 s, 0.2 s, 0.4 s
-        and so on up to 6.4 s, after what the server asked for.
+        Callers that were refused together must not return together: after the server's own delay, each waits a random
+        part of 0.1 s, 0.2 s, 0.4 s and so on up to 6.4 s.
 
         Args:
-            tries: Tries that have failed, from 1.
+            tries: Failed tries, from 1.
             elapsed_s: Seconds since the first one began.
-            asked_s: What the server asked for by `Retry-After`.
+            asked_s: The server's `Retry-After`.
             chance: A random number, 0 to 1.
         """
         if tries > self.count:
@@ -41,7 +41,7 @@ class Retries:
 
 
 def retry_after_s(said: str | None, now: float) -> float | None:
-    """Reads a `Retry-After`, seconds or a date (RFC 9110, section 10.2.3), at a time in seconds since 1970."""
+    """Parses a `Retry-After`, seconds or a date (RFC 9110, section 10.2.3); `now` is in seconds since 1970."""
     said = (said or "").strip()
     if said.isascii() and said.isdigit():
         return float(said)

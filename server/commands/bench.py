@@ -11,13 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from server.errors import SettingsError
+from server.dial import parse_r
+from server.errors import InvalidError, SettingsError
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.bench.rate import Found, Probe
-    from server.bench.rows import LoadRow
-    from server.bench.session import R, Session
+    from server.bench.rows import LoadRow, R
+    from server.bench.session import Session
 
 HELP = "measure how fast a running server answers, at each r under each load"
 SETTINGS: tuple[str, ...] = ("api_key", "api_key_file")
@@ -34,15 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--url", default="http://localhost:8000", help="the server (default: http://localhost:8000)")
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos to send, as they are")
-    parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
+    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
     # Not the settings r and model, which say what to serve.
-    parser.add_argument("--r", dest="ladder", metavar="R,R", help="numbers, or auto (default: the deployment's r)")
+    parser.add_argument(
+        "--r",
+        dest="ladder",
+        nargs="+",
+        metavar="R",
+        help="each r to measure: a number, a list like 16,14,12, or auto (default: the deployment's r)",
+    )
     parser.add_argument(
         "--model", dest="model_name", metavar="NAME", help="as the server names it (default: its first)"
     )
     loads = parser.add_mutually_exclusive_group()
-    loads.add_argument("--rate", metavar="N,N", help="requests per second, at random times (Poisson)")
-    loads.add_argument("--concurrency", metavar="N,N", help="clients, each with one request at a time (default: 64)")
+    loads.add_argument("--rate", nargs="+", metavar="N", help="requests per second, at random times (Poisson)")
+    loads.add_argument(
+        "--concurrency", nargs="+", metavar="N", help="clients, each with one request at a time (default: 64)"
+    )
     loads.add_argument("--find-rate", action="store_true", help="find the highest rate that keeps --p99-ms")
     parser.add_argument("--p99-ms", type=float, metavar="MS", help="what 99 of 100 requests may take, for --find-rate")
     parser.add_argument("--duration", type=float, default=30, metavar="S", help="seconds of each load (default: 30)")
@@ -54,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.bench.client import Target
+    from server.bench.rows import name_of
     from server.bench.session import Session
     from server.images.photos import choose_photos
 
@@ -64,14 +74,14 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         raise SettingsError(f"--url: {error}") from None
     ladder = _ladder(args.ladder)
     rates, crowds = _numbers("rate", args.rate, float), _numbers("concurrency", args.concurrency, int)
-    photos = [file.read_bytes() for file in choose_photos(args.images, args.photos, args.seed, least=1)]
+    photos = [file.read_bytes() for file in choose_photos(args.images, args.limit, args.seed, least=1)]
     headers = {"x-api-key": settings.api_key} if settings.api_key else None
     session = Session(
         target, photos, model=args.model_name, deadline_ms=args.deadline_ms, headers=headers, seed=args.seed
     )
     for r in ladder:  # better now than after minutes
         if problem := session.check(r):
-            raise SettingsError(f"{target}{'' if r is None else f' at r={r}'}: {problem}")
+            raise SettingsError(f"{target}{'' if r is None else f' at {name_of(r)}'}: {problem}")
     deadline = "no deadline" if args.deadline_ms is None else f"deadline {args.deadline_ms:g} ms"
     title = f"{target}, {len(photos)} photos, {args.duration:g} s a load, {deadline}"
     print(title)
@@ -129,7 +139,7 @@ def _find(session: Session, r: R, args: argparse.Namespace) -> dict[str, Any]:
     """The highest rate at one `r`, told in words and as JSON."""
     from server.bench.progress import tell
     from server.bench.rate import Probe, find_rate
-    from server.bench.rows import row_of
+    from server.bench.rows import name_of, row_of
 
     bound_s = args.p99_ms / 1e3
     probes: list[dict[str, Any]] = []
@@ -142,7 +152,7 @@ def _find(session: Session, r: R, args: argparse.Namespace) -> dict[str, Any]:
 
     def hear(per_s: float, seen: Probe) -> None:
         probes.append({"per_s": per_s, "passed": seen.passed, "sure": seen.sure, **asdict(seen)})
-        tell(f"r={r} at {per_s:.1f}/s {'passes' if seen.passed else 'fails'}: {_seen(seen, args.p99_ms)}")
+        tell(f"{name_of(r)} at {per_s:.1f}/s {'passes' if seen.passed else 'fails'}: {_seen(seen, args.p99_ms)}")
 
     session.with_clients(r, CLIENTS, args.warmup)
     lone = row_of(session.with_clients(r, 1, min(args.duration, LEARN_S)), r)
@@ -185,12 +195,14 @@ def _lone(row: LoadRow) -> str:
 
 
 def _name(r: R) -> str:
-    return "" if r is None else f"r={r}: "
+    from server.bench.rows import name_of
+
+    return "" if r is None else f"{name_of(r)}: "
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses numbers out of range, and options that do not go together."""
-    for name in ("duration", "photos", "p99_ms", "deadline_ms"):
+    for name in ("duration", "limit", "p99_ms", "deadline_ms"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise SettingsError(f"--{name.replace('_', '-')} is {value:g}; it must be above 0")
     if not 0 <= args.warmup < math.inf:
@@ -203,27 +215,29 @@ def _check(args: argparse.Namespace) -> None:
         raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
 
 
-def _ladder(text: str | None) -> list[R]:
-    """`0,8,auto` as written; the server knows which numbers it can do."""
-    if text is None:
+def _ladder(words: Sequence[str] | None) -> list[R]:
+    """Each `r` once; the server knows which ones its model takes."""
+    if words is None:
         return [None]
-    parts = [part.strip() for part in text.split(",")]
-    if wrong := [part for part in parts if part != "auto" and not part.isdecimal()]:
-        raise SettingsError(f"--r holds {wrong[0]!r}; it must list integers from 0, or auto, like 0,8,auto")
-    return [part if part == "auto" else int(part) for part in dict.fromkeys(parts)]
-
-
-def _numbers(name: str, text: str | None, kind: Callable[[str], N]) -> list[N]:
-    """`50,100` as numbers above 0; none where nothing is said."""
-    if text is None:
-        return []
     try:
-        numbers = [kind(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(0 < number < math.inf for number in numbers):
-        raise SettingsError(f"--{name} is {text!r}; it must list numbers above 0, like 50,100")
-    return numbers
+        return list(dict.fromkeys("auto" if word == "auto" else parse_r(word) for word in words))
+    except InvalidError as error:
+        raise SettingsError(f"--r: {error.message}") from None
+
+
+def _numbers(name: str, words: Sequence[str] | None, kind: Callable[[str], N]) -> list[N]:
+    """Words as numbers above 0."""
+
+    def number(word: str) -> N:
+        try:
+            read = kind(word)
+            if 0 < read < math.inf:
+                return read
+        except ValueError:
+            pass
+        raise SettingsError(f"--{name} holds {word!r}; it must list numbers above 0, like --{name} 50 100")
+
+    return [number(word) for word in words or ()]
 
 
 def _draw(rows: Sequence[LoadRow], title: str, file: Path) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.commands.output import spare_others, tell
-from server.dial import PlainR, Schedule, parse_r, r_of, text_of
+from server.commands.output import check_place, spare_others, tell
+from server.commands.progress import Bar
+from server.dial import RSetting, parse_setting, r_of, text_of
 from server.errors import InvalidError, SettingsError
+from server.images.photos import choose_photos
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.curve import AgreementOf, Curve, CurveRow
-    from server.device.models import LoadedModel
 
 HELP = "measure what each r costs and keeps on this machine, for r=auto and for you"
 SETTINGS: tuple[str, ...] = (
@@ -31,7 +29,6 @@ SETTINGS: tuple[str, ...] = (
     "max_batch_size",
     "state_dir",
 )
-WIDTH = 40
 COLUMNS: dict[AgreementOf, tuple[str, ...]] = {
     "top1": ("agree", "top-1 %"),
     "labels": ("labels agree", ""),
@@ -58,12 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # Not the setting r, which is one r.
     parser.add_argument(
-        "--r", dest="ladder", metavar="R,R", help="what to measure beside r=0 (default: up to half of the arithmetic)"
+        "--r",
+        dest="ladder",
+        nargs="+",
+        metavar="R",
+        help="each r to measure beside r=0: a number, or a list like 16,14,12 (default: numbers up to half of the "
+        "arithmetic)",
     )
-    parser.add_argument(
-        "--schedule", action="append", default=[], metavar="LIST", help="a list of one r per block to measure; several"
-    )
-    parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
+    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="where to keep it (default: beside the model)"
     )
@@ -71,53 +70,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
+    ladder, spec = _check(args), settings.specs()[0]
+    files = choose_photos(args.images, args.limit, seed=0)
+    tell(f"loading {spec.name}")  # before torch is imported, which takes seconds
+
     from server.calibration import agreement, places
     from server.calibration.facts import facts_of
     from server.calibration.labels import read_labels
     from server.calibration.measure import measure
     from server.calibration.photos import read_photos
-    from server.curve import Curve
+    from server.calibration.timing import schedules as default_ladder
+    from server.curve import Curve, today
     from server.device.backend import BackendOptions
     from server.device.models import load_model
     from server.device.runner import Runner
     from server.device.torch_backend import set_threads
-    from server.images.photos import choose_photos
 
-    if args.photos < 2:
-        raise SettingsError(f"--photos is {args.photos}; it must be 2 or more")
-    if args.output:
-        spare_others(args.output, lambda file: Curve.from_json(file.read_bytes()), "holds no curve")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
     set_threads(settings.threads)
-    spec = settings.specs()[0]
     loaded = load_model(spec, settings.state_dir)
     info, batch = loaded.info, settings.max_batch_size
-    schedules = _ladder(loaded, args)
+    schedules = [info.schedule(r) for r in ladder] or default_ladder(loaded)
     of: AgreementOf = "neighbours" if args.neighbours else agreement.default_for(info)
     if args.labels and of != "top1":
         raise SettingsError(
             f"--labels measures top-1, of one right class for each photo; the agreement here is of {of}"
         )
-    files = choose_photos(args.images, args.photos, seed=0)
     if of == "neighbours" and len(files) < agreement.FEWEST_PHOTOS:
         raise SettingsError(
             f"{len(files)} photos are too few to measure a photo's {agreement.NEAREST} nearest neighbours; "
             f"it takes {agreement.FEWEST_PHOTOS} or more"
         )
     labels = read_labels(args.labels, files, args.images, len(info.labels)) if args.labels else [None] * len(files)
+    tell(f"reading {len(files):,} photos")
     photos = read_photos(files, info, settings.max_image_pixels)
     options = BackendOptions(settings.backend, settings.threads, settings.cache_dir(), batch)
     runner = Runner({info.name: loaded}, settings.device, settings.precision, options)
     facts = facts_of(loaded, runner)
     if facts is None:
         raise SettingsError(f"{info.name} has random weights; a curve is of weights that stay")
-    rows = measure(loaded, runner, schedules, photos, labels, batch, of, _bar())
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    rows = measure(loaded, runner, list(dict.fromkeys(schedules)), photos, labels, batch, of, Bar())
     curve = Curve(
         model=info.name,
         facts=facts,
-        measured=today,
+        measured=today(),
         photos=len(photos),
         max_batch_size=batch,
         agreement_of=of,
@@ -141,34 +136,23 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     return 0
 
 
-def _ladder(loaded: LoadedModel, args: argparse.Namespace) -> list[Schedule]:
-    """What to measure: r=0 first, then numbers, then lists."""
-    from server.calibration.timing import schedules
+def _check(args: argparse.Namespace) -> list[RSetting]:
+    """Refuses arguments that are wrong for any model; gives each `r` to measure, or none for a ladder by default."""
+    from server.curve import Curve
 
-    asked: list[PlainR] = [0]
+    if args.limit < 2:
+        raise SettingsError(f"--limit is {args.limit}; it must be 2 or more")
+    if args.output:
+        check_place("-o", args.output)
+        spare_others(args.output, lambda file: Curve.from_json(file.read_bytes()), "holds no curve")
+    if args.plot:
+        check_place("--plot", args.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
     try:
-        if args.ladder is not None:
-            numbers = parse_r(args.ladder)
-            asked += [numbers] if isinstance(numbers, int) else numbers
-        elif not args.schedule:
-            return schedules(loaded)
-        asked += [parse_r(text) for text in args.schedule]
-        return list(dict.fromkeys(loaded.info.schedule(r) for r in asked))
+        return [0, *map(parse_setting, args.ladder)] if args.ladder else []
     except InvalidError as error:
-        raise SettingsError(f"--r or --schedule: {error.message}") from None
-
-
-def _bar() -> Callable[[float], None]:
-    """Draws progress where a person looks on, and nothing else."""
-    if not sys.stderr.isatty():
-        return lambda share: None
-
-    def draw(share: float) -> None:
-        filled = int(share * WIDTH)
-        end = "\n" if share >= 1 else ""
-        print(f"\r[{'#' * filled:<{WIDTH}}] {share:4.0%}", end=end, file=sys.stderr, flush=True)
-
-    return draw
+        raise SettingsError(f"--r: {error.message}") from None
 
 
 def _print_table(curve: Curve) -> None:

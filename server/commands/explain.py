@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.commands.asked import plain_r
+from server.commands.output import check_place
 from server.errors import SettingsError
 from server.settings import Settings
 
@@ -36,6 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
+    output = Path(args.output)
+    if output.suffix.lower() != ".png":
+        raise SettingsError(f"-o is {output}; the file is a PNG, so its name must end in .png")
+    check_place("-o", output)
+    r = plain_r(settings)
+    try:
+        Path(args.photo).open("rb").close()
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        raise SettingsError(f"{args.photo}: {getattr(error, 'strerror', None) or error}") from None
+
     import torch
     from PIL import Image
 
@@ -47,14 +59,11 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.images.photos import read_photo
     from tome_core.visualize import paint, sources
 
-    output = Path(args.output)
-    if output.suffix.lower() != ".png":
-        raise SettingsError(f"-o is {args.output}; the file is a PNG, so its name must end in .png")
     set_threads(settings.threads)
     spec = settings.specs()[0]
     loaded = load_model(spec, settings.state_dir)
     info = loaded.info
-    schedule = info.schedule(spec.r or 0)
+    schedule = info.schedule(r)
     blocks = _blocks(args.blocks, info.num_blocks)
     grid, patch = patches(loaded)
     runner = Runner({info.name: loaded}, settings.device, settings.precision)

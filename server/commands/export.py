@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from server import __version__
-from server.commands.output import spare_others
+from server.commands.asked import plain_r
+from server.commands.output import check_place, spare_others
 from server.errors import SettingsError
 from server.settings import Settings
 
@@ -18,20 +18,26 @@ SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "r", "state_dir")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="ONNX file to write")
-    parser.add_argument("--inflect", type=float, help="makes r a ramp: -1 from 2r down to 0, 1 from 0 up to 2r")
-    parser.add_argument("--opset", type=int, default=20, help="version of the ONNX operators (default: 20)")
+    parser.add_argument(
+        "--inflect", type=float, metavar="X", help="makes r a ramp: -1 from 2r down to 0, 1 from 0 up to 2r"
+    )
+    parser.add_argument(
+        "--opset", type=int, default=20, metavar="N", help="version of the ONNX operators (default: 20)"
+    )
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
+    check_place("-o", args.output)
+    spare_others(args.output, _check_name, "is no .onnx file")
+    r = plain_r(settings)
+
     from server.device.models import load_model
     from tome_core import ExportError, export_onnx
 
-    if not os.path.isdir(args.output):  # a folder is refused by the export
-        spare_others(args.output, _check_name, "is no .onnx file")
     spec = settings.specs()[0]
     loaded = load_model(spec, settings.state_dir)
     info = loaded.info
-    schedule = info.schedule(spec.r or 0, args.inflect)
+    schedule = info.schedule(r, args.inflect)
     tokens = info.token_counts(schedule)
     facts = {
         "name": info.name,

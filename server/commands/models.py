@@ -1,4 +1,4 @@
-"""`tome-server models`: load the models that serve would and describe them, or check a model folder."""
+"""`tome-server models`: describe the models that serve would load, check a model folder, or list timm's models."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from server.errors import SettingsError
 from server.settings import Settings
 from server.settings_sources import load_settings
 from server.types import ModelInfo
+from tome_core import names
 
-HELP = "load the models that serve would and describe them, or check a model folder"
+HELP = "describe the models that serve would load, check a model folder, or list timm's models that can be served"
 SETTINGS: tuple[str, ...] = ("model", "weights", "tuned", "state_dir")
 
 
@@ -22,9 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="load this model folder instead, compute a black image, and say in one line what it is or what is wrong",
     )
+    parser.add_argument(
+        "--supported",
+        metavar="PATTERN",
+        nargs="?",
+        const="*",
+        help="list the names of timm's models in which tokens can merge, with their classes; no weights are loaded. "
+        "A pattern is a part of the name, such as dinov3, or has wildcards, such as 'vit_*_224'",
+    )
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
+    if args.supported is not None:
+        print("\n".join(_supported(args.supported, args.json)))
+        return 0
     from server.device.models import load_model
 
     if args.check is not None:
@@ -50,6 +63,21 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         if info.tuned:
             print(f"  tuned for {_bands(info.tuned)}: {loaded.tuned_file}")
     return 0
+
+
+def _supported(pattern: str, as_json: bool) -> list[str]:
+    """A line for each of timm's models of that name in which tokens can merge.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    found, classes = names.list_models(pattern), names.classes()
+    if not found:
+        raise SettingsError(f"none of the {len(classes)} supported models of timm has a name like {pattern!r}")
+    if as_json:
+        return [json.dumps({"name": name, "class": classes[name]}) for name in found]
+    width = max(map(len, found))
+    return [f"{name:<{width}}  {classes[name]}" for name in found]
 
 
 def _checked(folder: str, settings: Settings) -> str:

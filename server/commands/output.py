@@ -15,6 +15,23 @@ def tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def check_place(flag: str, output: Path) -> None:
+    """Refuses an output file that cannot be written because of its path.
+
+    Args:
+        flag: That names it.
+        output: Where a file is to be written.
+
+    Raises:
+        SettingsError: It lies in no folder, or is a folder.
+    """
+    # os.path, because the methods of Path raise an error where a name is too long.
+    if not os.path.isdir(output.absolute().parent):
+        raise SettingsError(f"{flag} is {output}: there is no folder {output.parent}")
+    if os.path.isdir(output):
+        raise SettingsError(f"{flag} is {output}, which is a folder; it must be a file")
+
+
 def spare_others(output: Path, read: Callable[[Path], object], other: str) -> None:
     """Refuses to overwrite what is not of the kind that is written.
 

@@ -12,9 +12,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.commands.output import spare_others, tell
+from server.commands.asked import add_class_arguments, classification, plain_r
+from server.commands.output import check_place, spare_others, tell
+from server.commands.progress import Progress
 from server.commands.stopping import Stop
-from server.commands.top_k import add_class_arguments, named_classes
 from server.dial import r_of, text_of
 from server.errors import SettingsError
 from server.settings import Settings
@@ -22,7 +23,6 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from server.offline.formats import Format
     from server.offline.model import Answer, Ask, Served
-    from server.offline.progress import Progress
     from server.offline.rows import Table
     from server.offline.unfinished import Unfinished
     from server.types import ModelInfo
@@ -62,15 +62,16 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.offline.devices import open_devices
     from server.offline.files import files_of
     from server.offline.formats import format_of
-    from server.offline.progress import Progress
     from server.offline.reading import parts
     from server.offline.rows import Table, printable
     from server.offline.unfinished import Unfinished
 
     _check(args)
+    plain_r(settings)
     form = format_of(args.output)
     _spare(args.output, args.overwrite, form)
     files = files_of(args.source)
+    tell(f"loading {settings.specs()[0].name}")
     with closing(open_devices(settings)) as devices:
         served = devices.served
         ask = _ask(settings, args, served.info)
@@ -128,9 +129,7 @@ def _compute(
 
 def _spare(output: Path, may_replace: bool, form: Format) -> None:
     """Refuses an output that has no folder, or would replace what it may not."""
-    # os.path, for the methods of Path raise an error where a name is too long.
-    if not os.path.isdir(output.absolute().parent):
-        raise SettingsError(f"-o is {output}: there is no folder {output.parent}")
+    check_place("-o", output)
     spare_others(output, form.check, "holds no table of this command")
     if os.path.exists(output) and not may_replace:
         raise SettingsError(f"-o is {output}, which is there already; --overwrite replaces it")
@@ -148,21 +147,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
     """What is asked of every image; raises SettingsError or InvalidError where the model cannot answer that."""
-    from server.ipc.messages import Classify, Embed
+    from server.ipc.messages import Embed
 
-    schedule = info.schedule(settings.specs()[0].r or 0)
     if args.embed:
-        return Embed(model=info.name, images=[], r=schedule, deadline=math.inf)
-    top_k, activation = named_classes(args, info, default=1)
-    return Classify(
-        model=info.name,
-        images=[],
-        r=schedule,
-        deadline=math.inf,
-        top_k=top_k,
-        activation=activation,
-        threshold=args.threshold,
-    )
+        return Embed(model=info.name, images=[], r=info.schedule(plain_r(settings)), deadline=math.inf)
+    return classification(settings, args, info, default=1)
 
 
 def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: Ask) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 
+from server.errors import SettingsError
 from server.keys import KEYS
 from server.settings import Settings
 
@@ -27,7 +29,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     from server.supervisor import serve
     from server.tracing.start import traces_endpoint
 
-    traces_endpoint()  # what is wrong with it stops the start here, in one sentence
+    traces_endpoint()  # checks it
+    _check(settings)
     configure_logging(settings.log_level, settings.log_format)
     for key in KEYS:
         if getattr(args, key, None):
@@ -35,5 +38,19 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
             logger.warning(
                 "%s: every user of this machine sees the key (ps); %s-file or TOME_%s hides it", flag, flag, key.upper()
             )
-    settings.known_models()  # a repository that cannot be read stops a start, but no engine that starts again
     return serve(settings)
+
+
+def _check(settings: Settings) -> None:
+    """Checks what needs no torch before any process starts; raises SettingsError."""
+    from server.model_config import check_files
+
+    settings.known_models()  # a repository that cannot be read stops a start, but no engine that starts again
+    settings.state_file()
+    for spec in settings.specs():
+        try:
+            check_files(spec)
+        except SettingsError as error:
+            raise SettingsError(f"model {spec.name}: {error}") from None
+    if settings.backend == "openvino" and importlib.util.find_spec("openvino") is None:
+        raise SettingsError("backend openvino needs the package openvino: pip install 'tome-server[openvino]'")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.commands.output import spare_others, tell
+from server.commands.output import check_place, spare_others, tell
 from server.commands.stopping import Stop
 from server.errors import SettingsError
+from server.images.photos import choose_photos
 from server.model_spec import ModelSpec
 from server.settings import Settings
+from server.tuning import FEWEST
 
 if TYPE_CHECKING:
     from server.tuning.judging import Gain
@@ -36,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Ctrl-C keeps the best so far, and the same command goes on from there."
     )
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos like those to be served")
-    # Not the setting r, which is one r.
     parser.add_argument(
-        "--r", dest="band", metavar="LOW..HIGH", help="the band of r (default: 12..18 for 196 patches in 12 blocks)"
+        "--band", metavar="LOW..HIGH", help="the r to tune for (default: 12..18 for 196 patches in 12 blocks)"
     )
     parser.add_argument(
         "--minutes",
@@ -47,27 +47,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help=f"the most minutes to learn for (default: {DEFAULT_MINUTES:g}; a GPU takes fewer)",
     )
-    parser.add_argument("--photos", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
+    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="where to keep the numbers (default: beside the weights)"
     )
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
+    _check(args)
+    spec = settings.specs()[0].model_copy(update={"tuned": "none"})
+    tell(f"loading {spec.name}")  # before torch is imported, which takes seconds
+
     from server.device.models import load_model
     from server.device.runner import device_of, on
     from server.device.torch_backend import set_threads
     from server.tuning import bands, photos
     from server.tuning.session import Session
 
-    _check(args)
     set_threads(settings.threads)
     device = device_of(settings.device)
-    spec = settings.specs()[0].model_copy(update={"tuned": "none"})
     loaded = load_model(spec, settings.state_dir)
     _check_answers(loaded.info)
     band = bands.default(loaded.info) if args.band is None else bands.parse(args.band, loaded.info)
-    taken = photos.read(args.images, args.photos, loaded.info, settings.max_image_pixels)
+    taken = photos.read(args.images, args.limit, loaded.info, settings.max_image_pixels)
     with on(device):
         session = Session(loaded, spec, device, band, taken, args.output, settings.state_dir)
         tell(
@@ -101,20 +103,20 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses arguments that are wrong for any model."""
-    from server.tuning.photos import FEWEST
-    from tome_core.tuned import Tuned
-
     if not 0 < args.minutes <= MOST_MINUTES:
         raise SettingsError(f"--minutes is {args.minutes:g}; it must be above 0, and {MOST_MINUTES:g} at most")
-    if args.photos < FEWEST:
-        raise SettingsError(f"--photos is {args.photos}; it must be {FEWEST} or more")
+    if args.limit < FEWEST:
+        raise SettingsError(f"--limit is {args.limit}; it must be {FEWEST} or more")
     if output := args.output:
-        # os.path, for the methods of Path raise an error where a name is too long.
-        if not os.path.isdir(output.absolute().parent):
-            raise SettingsError(f"-o is {output}: there is no folder {output.parent}")
-        if os.path.isdir(output):
-            raise SettingsError(f"-o is {output}, which is a folder; it must be a file")
-        spare_others(output, Tuned.load, "holds no tuned numbers")
+        check_place("-o", output)
+        spare_others(output, _load_tuned, "holds no tuned numbers")
+    choose_photos(args.images, args.limit, seed=0, least=FEWEST)  # they are read when the model is there
+
+
+def _load_tuned(file: Path) -> object:
+    from tome_core.tuned import Tuned
+
+    return Tuned.load(file)
 
 
 def _check_answers(info: ModelInfo) -> None:

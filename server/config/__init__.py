@@ -1,15 +1,15 @@
-"""The live configuration: each model's deployment `r`, versioned, and where it is kept.
+"""The live configuration: each model's deployment `r`, versioned, and the stores that keep it.
 
-A change holds for the very next request on every HTTP process and every engine of a server: the engines share one file
-(`local.py`), which is replaced as a whole; who needs the `r` looks whether it was replaced (one `stat`) and reads it
-only then. A live `r` is stored with the start setting that it replaced, and outlives restarts while that setting stays
-the same: who starts the server with another `--r` means that one.
+A change applies to the very next request on every HTTP process and every engine of a server. The engines share one file
+(`local.py`), which is replaced as a whole. A reader checks with one `stat` whether it was replaced, and reads it only
+then. A live `r` is stored with the start setting that it replaced. It outlives restarts while that setting stays the
+same; a start with another `--r` drops it.
 
-Many servers share one configuration by Redis (`in_redis.py`: a change through any of them reaches all, is compared
-with the version that it is made upon, and is refused while Redis is away; versions never go back) or by a file that
-somebody else writes (`watched.py`). On Ray it is pushed (`pushed.py`). What is wrong for a model of this server is
-refused whole.
+Several servers share one configuration by Redis or by a file. With Redis (`in_redis.py`), a change through any server
+reaches all. It is compared with the version that it is based on, and refused while Redis does not answer; versions
+never decrease. A file (`watched.py`) is written by somebody else. On Ray the configuration is pushed (`pushed.py`). A
+configuration that is wrong for a model of this server is refused as a whole.
 
-Whatever becomes of a source, the last good configuration goes on (`last_good.py`): a copy in memory outlives the
-engine, one in the state folder outlives the server. `tome_config_stale` is 1 meanwhile.
+If a source fails, the last good configuration stays in force (`last_good.py`): a copy in memory outlives the engine,
+and one in the state folder outlives the server. `tome_config_stale` is 1 meanwhile.
 """

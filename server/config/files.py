@@ -1,4 +1,4 @@
-"""The files of a configuration: read as a whole without waiting, and replaced as a whole."""
+"""The files of a configuration: read without blocking, and replaced as a whole."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def read_file(path: Path) -> tuple[os.stat_result, bytes]:
     """The status and the content of a regular file.
 
     Raises:
-        InvalidError: It is a folder, a pipe, which would be waited for, or another thing; or it is too long.
+        InvalidError: It is too long, or no regular file (a read of a pipe would block).
         OSError: It cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InvalidError("it is no regular file")
+            raise InvalidError("it is not a regular file")
         content = b""
         while len(content) <= MOST_BYTES and (more := os.read(descriptor, MOST_BYTES)):
             content += more
@@ -37,13 +37,13 @@ def read_file(path: Path) -> tuple[os.stat_result, bytes]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file as a whole: a start after a crash sees the old one or the new one, whoever else writes it.
+    """Writes a file as a whole. A start after a crash sees the old file or the new one, also with several writers.
 
-    Its time is later than that of the one it replaces, by a nanosecond at least: a file system counts ticks of
-    milliseconds, and may give the inode of the last but one.
+    Its modification time is at least a nanosecond later than that of the file that it replaces. File systems count in
+    ticks of milliseconds and may reuse an inode, so that the two files could look the same otherwise.
 
     Raises:
-        OSError: It cannot be written; the old one is as it was.
+        OSError: It cannot be written; the old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.new")
@@ -63,7 +63,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings a new name to the disk. Not every file system can, and the new file is in force in any case."""
+    """Writes a new name to disk. Some file systems cannot, but the new file is in force in any case."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -20,26 +20,26 @@ from server.types import Configuration
 from server.unnamed import UnnamedFile
 
 KEY = "tome:configuration"
-"""Of the document, and of the channel that says that it has changed."""
+"""Key of the document, and name of the channel that announces its changes."""
 POLL_S = 2.0
-"""A message may be lost; the document is read this often in any case."""
+"""Seconds between reads of the document, in case a message is lost."""
 RETRY_S = 0.5
 TIMEOUT_S = 2.0
 _URL = re.compile(r"(rediss?://[^/?#]*(/[0-9]*)?|unix://[^/?#]*/[^?#@]*)(\?[^#@]*)?")
 
 
 class RedisConfig(SharedConfig):
-    """Follows one document in Redis and changes it, by comparison with its version, so that no change is lost.
+    """Follows one document in Redis. A change compares versions, so that no change is lost.
 
-    While Redis is away the last good configuration goes on and changes are refused. A Redis that comes back without its
-    data gets the newest document from whoever holds it: versions never go back.
+    While Redis does not answer, the last good configuration stays in force and changes are refused. A Redis that comes
+    back without its data gets the newest document of any server: versions never decrease.
 
     Args:
-        url: `redis://[:PASSWORD@]HOST[:PORT][/DATABASE]`, or `rediss://` for TLS; deployments that share a Redis take a
+        url: `redis://[:PASSWORD@]HOST[:PORT][/DATABASE]`, or `rediss://` for TLS. Deployments that share a Redis use a
             database each.
 
     Raises:
-        SettingsError: The URL is none of Redis.
+        SettingsError: The URL is not one of Redis.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class RedisConfig(SharedConfig):
         memory: UnnamedFile | None = None,
     ) -> None:
         try:
-            # Without timeouts of its own, which lose a cancellation that comes at the wrong moment (asyncio.wait_for).
+            # Redis' own timeouts use asyncio.wait_for, which may lose a cancellation.
             self._redis: Redis = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=None)
             if not _URL.fullmatch(url):
                 raise ValueError("it has another scheme, or a part of the password would be taken for the host")
-        except ValueError:  # whose text may hold a part of the password, as the URL does
+        except ValueError:  # its text may hold a part of the password, as the URL does
             raise SettingsError(
-                "shared configuration: it is no URL of Redis, like redis://[:PASSWORD@]HOST[:PORT][/DATABASE]; in a "
+                "shared configuration: the URL must have the form redis://[:PASSWORD@]HOST[:PORT][/DATABASE]; in the "
                 "password write / ? # @ : as %2F %3F %23 %40 %3A"
             ) from None
-        where = self._redis.connection_pool.connection_kwargs  # the URL may hold a password
+        where = self._redis.connection_pool.connection_kwargs  # never the URL, which may hold a password
         source = f"Redis at {where.get('host', 'localhost')}:{where.get('port', 6379)}"
         super().__init__(
             start, source, cache, lambda models: check({n: r for n, r in models.items() if n in self._start}), memory
@@ -68,7 +68,7 @@ class RedisConfig(SharedConfig):
         with redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S) as client:
             try:
                 self._take_over(client.get(KEY))
-            except (redis.RedisError, OSError, ValueError) as error:  # ValueError: of a URL with decode_responses
+            except (redis.RedisError, OSError, ValueError) as error:  # ValueError: a URL with decode_responses
                 self._say_reached(str(error))
 
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
@@ -80,7 +80,7 @@ class RedisConfig(SharedConfig):
                 f"{self._source} keeps the configuration and does not answer ({str(error) or 'timeout'})",
                 retry_after_s=1,
             ) from error
-        if document.version > self._shared.version:  # else its message was faster
+        if document.version > self._shared.version:  # otherwise its message was faster
             self._adopt(document)
         return self.configuration
 
@@ -99,18 +99,18 @@ class RedisConfig(SharedConfig):
                 except (redis.RedisError, OSError, TimeoutError) as error:
                     self._say_reached(str(error) or "no answer")
                     await asyncio.sleep(RETRY_S)
-                except Exception as error:  # the next document may be a good one
+                except Exception as error:  # the next document may be good
                     self._say_refused(error)
                     await asyncio.sleep(RETRY_S)
 
     async def _catch_up(self) -> None:
-        """Reads the document; one that is older than what it said once, or gone, is written again."""
+        """Reads the document. A document that is older than before, or missing, is written again."""
         version = self._take_over(await self._redis.get(KEY))
         if version is not None and version < self._shared.version and self._shared.models:
             await self._write({}, None)
 
     def _take_over(self, raw: bytes | str | None) -> int | None:
-        """Adopts a document that is newer; gives its version, 0 for none at all, None for one that is refused."""
+        """Adopts a newer document. Returns its version, 0 if there is none, or None if it is refused."""
         try:
             document = _document(raw)
             if document.version > self._shared.version:
@@ -123,11 +123,11 @@ class RedisConfig(SharedConfig):
         return document.version
 
     async def _write(self, changes: Mapping[str, RSetting], expected_version: int | None) -> Configuration:
-        """Puts changes upon the newest document that is known, here or there.
+        """Applies changes to the newest known document, of Redis or of this server.
 
         Raises:
-            UnavailableError: What is there is no configuration, or holds an `r` that a model of this server cannot
-                merge and the changes leave.
+            UnavailableError: The stored document is no configuration, or keeps an `r` that a model of this server
+                cannot merge.
         """
         self._check(changes)
         async with self._redis.pipeline() as transaction:
@@ -138,8 +138,10 @@ class RedisConfig(SharedConfig):
                     newest = max(_document(raw), self._shared, key=lambda each: each.version)
                     document = Configuration(newest.version + bool(changes), {**newest.models, **changes})
                     self._check(document.models)
-                except ServerError as error:  # which is no fault of the changes
-                    raise UnavailableError(f"what {self._source} says is refused: {error.message}") from error
+                except ServerError as error:  # not the fault of the changes
+                    raise UnavailableError(
+                        f"the configuration of {self._source} is refused: {error.message}"
+                    ) from error
                 refuse_stale(expected_version, newest.version)
                 transaction.multi()  # type: ignore[no-untyped-call]
                 transaction.set(KEY, json.dumps(document.to_json()))
@@ -147,12 +149,12 @@ class RedisConfig(SharedConfig):
                 try:
                     await transaction.execute()
                 except redis.WatchError:
-                    continue  # another server was faster; upon what it wrote
+                    continue  # another server was faster; try again on its document
                 return document
 
 
 def _document(raw: bytes | str | None) -> Configuration:
-    """Raises InvalidError for what no server has written."""
+    """Raises InvalidError for a document that no server has written."""
     if raw is None:
         return Configuration(0, {})
     try:

@@ -1,4 +1,4 @@
-"""The last good configuration, kept for a start whose source gives none."""
+"""The last good configuration, for a start whose source gives none."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LastGood:
     """Keeps one document in two places: in memory for an engine that restarts, in a file for a server that restarts.
 
     Args:
-        memory: Outlives the engine process, whatever becomes of disks; None where the engine is not supervised.
-        file: Outlives the server; None where it keeps no state.
-        what: What the log calls the document.
+        memory: Outlives the engine process, whatever happens to the disk; None without a supervisor.
+        file: Outlives the server; None if the server keeps no state.
+        what: The log's name of the document.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class LastGood:
         self._problem: str | None = None
 
     def keep(self, line: str) -> None:
-        """Keeps a document of one line. Where the file cannot be written, that is logged once."""
+        """Keeps a document of one line. A file that cannot be written is logged once."""
         if self._memory is not None:
             self._memory.write(f"{line}\n".encode())
         if self._file is None or self._holds(self._file, line):
@@ -54,7 +54,7 @@ class LastGood:
             return False
 
     def recall(self, read: Callable[[bytes], T]) -> T | None:
-        """What was kept, as `read` understands it; None where nothing was kept that it does not refuse."""
+        """Returns the kept document as `read` parses it; None if there is none or `read` refuses it."""
         if self._memory is not None and (line := self._memory.read().partition(b"\n")[0]):
             try:
                 return read(line)

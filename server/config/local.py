@@ -1,4 +1,4 @@
-"""The live configuration of one server: changed through its own API, and kept over a restart when it has a file."""
+"""The live configuration of one server: changed through its own API, and kept over a restart in a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from server.unnamed import UnnamedFile
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_S = 5.0
-"""Who holds the lock needs milliseconds, unless it was stopped; then the supervisor kills it, and the lock is free."""
+"""A change holds the lock for milliseconds. The supervisor kills a stopped holder, which frees the lock."""
 _RETRY_S = 0.002
 
 Change = tuple[RSetting, RSetting]
@@ -34,23 +34,23 @@ Change = tuple[RSetting, RSetting]
 class LocalConfig:
     """The deployment `r` of every model.
 
-    A live change is kept together with the start setting that it replaced. It outlives a restart while that start
-    setting stays the same; whoever starts the service with another one means that one.
+    A live change is kept with the start setting that it replaced. It outlives a restart while that setting stays the
+    same; a start with another setting drops it.
 
-    The engines of a server share a file, and with it their configuration: a change holds for the next job of each. The
-    file is only ever replaced as a whole, so one look at its inode and times says whether it did change (microseconds),
-    and nothing is lost with the process that changed it. Changes take turns by a lock beside it, which the kernel frees
-    when its holder dies.
+    The engines of a server share a file, and so their configuration: a change applies to the next job of each. The file
+    is only ever replaced as a whole. A look at its inode and times shows whether it was replaced (microseconds), and
+    nothing is lost with the process that changed it. Changes take turns by a lock file, which the kernel frees when its
+    holder dies.
 
-    A file that is spoilt or removed never stops the service: the last good configuration goes on, also over a restart,
-    for which a copy of it is kept beside the file. The spoilt file stays where it is, to be mended; the next change
-    moves it aside, to `.1.refused` or the next number that is free.
+    A damaged or removed file never stops the service. The last good configuration stays in force, also over a restart:
+    a copy is kept beside the file. The damaged file stays in place, so that it can be repaired; the next change moves
+    it to `.1.refused`, or the next free number.
 
     Args:
         start: Each model's `r` from the settings.
         path: JSON file that keeps live changes; None keeps them in memory.
-        check: Raises InvalidError where the models cannot merge as the file says.
-        memory: What keeps the last good configuration over a restart of the engine.
+        check: Raises InvalidError if the models cannot merge by the file.
+        memory: Keeps the last good configuration over a restart of the engine.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class LocalConfig:
         return start
 
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
-        """On disk before in memory."""
+        """See `ConfigStore`. Writes to disk before memory."""
         if self._path is None:
             self._take_over(*self._changed(changes, expected_version))
             self._keep()
@@ -120,10 +120,10 @@ class LocalConfig:
         return self._configuration
 
     async def follow(self) -> None:
-        """What other engines change is seen when it is asked for."""
+        """Needs no task: each read sees the changes of other engines."""
 
     def _changed(self, changes: Mapping[str, RSetting], expected_version: int | None) -> tuple[int, dict[str, Change]]:
-        """The next version, and all that it holds."""
+        """The next version, and all its changes."""
         refuse_stale(expected_version, self._configuration.version)
         ours = {name: (r, self._start[name]) for name, r in changes.items()}
         return self._configuration.version + 1, self._without_outdated() | ours
@@ -133,9 +133,10 @@ class LocalConfig:
         return {n: change for n, change in self._changes.items() if self._start.get(n, change[1]) == change[1]}
 
     def _forget_outdated(self, path: Path) -> None:
-        """Removes what was set live over other start settings; of several engines that start, one does it.
+        """Removes live changes that were made over other start settings. When several engines start, one of them does
+        it.
 
-        Where it cannot be removed from the file, each engine leaves it out for itself.
+        If the file cannot be written, each engine leaves them out for itself.
         """
         try:
             with _lock_file(path) as lock:
@@ -155,19 +156,19 @@ class LocalConfig:
             self._take_over(self._configuration.version + 1, self._without_outdated())
 
     def _catch_up(self, path: Path) -> None:
-        """Reads the file if it has changed. If it is not good, the last good configuration stays."""
+        """Reads the file if it has changed. The last good configuration stays if the file is bad."""
         try:
             self._look(path)
             problem = None
         except (FileNotFoundError, NotADirectoryError):  # nothing has been changed yet, or somebody removed it
-            problem = "it is gone" if self._stamp is not None or self._changes else None
+            problem = "it is missing" if self._stamp is not None or self._changes else None
         except (OSError, ServerError) as error:
             problem = str(error)
         if problem == self._problem:
-            return  # it was said: the file is looked at for every job
+            return  # logged once, although the file is looked at for every job
         if problem is not None:
             logger.error(
-                "state file %s is not used: %s; configuration %d goes on, and the next change replaces the file",
+                "state file %s is not used: %s; configuration %d stays in force, and the next change replaces the file",
                 path,
                 problem,
                 self._configuration.version,
@@ -176,10 +177,10 @@ class LocalConfig:
         CONFIG_STALE.set(problem is not None)
 
     def _look(self, path: Path) -> None:
-        """Takes over what the file says, if it was replaced since.
+        """Adopts the content of the file if it was replaced.
 
         Raises:
-            InvalidError: It is no configuration, or none for these models.
+            InvalidError: It is no configuration, or a wrong one for these models.
             OSError: It cannot be read.
         """
         stamp = _stamp(os.stat(path))
@@ -199,7 +200,9 @@ class LocalConfig:
         self._keep()
 
     def _read(self, content: bytes) -> tuple[int, dict[str, Change]]:
-        """Version and changes; raises InvalidError where a file holds none, or none for these models."""
+        """Version and changes. Raises InvalidError if the content is no configuration, or a wrong one for these
+        models.
+        """
         version, said = read_versioned(content)
         changes = {name: _change(name, entry) for name, entry in said.items()}
         self._check(self._in_force(changes))
@@ -214,7 +217,7 @@ class LocalConfig:
         CONFIG_VERSION.set(version)
 
     def _in_force(self, changes: Mapping[str, Change]) -> dict[str, RSetting]:
-        """Of the changes those that were made over the `r` that this server was started with."""
+        """The changes that were made over this server's start settings."""
         return {name: r for name, (r, replaced) in changes.items() if self._start.get(name) == replaced}
 
     def _write(self, path: Path, version: int, changes: Mapping[str, Change]) -> None:
@@ -235,7 +238,7 @@ def _line(version: int, changes: Mapping[str, Change]) -> str:
 
 def _change(name: str, entry: object) -> Change:
     if not isinstance(entry, dict) or not entry.keys() >= {"r", "start"}:
-        raise InvalidError(f"of {shown(name)} it says {shown(entry)}, and not r and start")
+        raise InvalidError(f"the entry of {shown(name)} is {shown(entry)}; it must have r and start")
     return setting_from_json(entry["r"]), setting_from_json(entry["start"])
 
 
@@ -243,18 +246,18 @@ _Stamp = tuple[int, int, int]
 
 
 def _stamp(status: os.stat_result) -> _Stamp:
-    """What is another one whenever `replace_file` has replaced the file."""
+    """Differs whenever `replace_file` has replaced the file."""
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _lock_file(path: Path) -> IO[str]:
-    """The file to lock: the other one is replaced with every change, and a lock on it would be, too."""
+    """The file to lock. A lock on the state file would be replaced with it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_suffix(".lock").open("a")
 
 
 async def _until_locked(file: IO[str]) -> None:
-    """Waits for the lock while the event loop goes on; raises TimeoutError."""
+    """Waits for the lock without blocking the event loop; raises TimeoutError."""
     async with asyncio.timeout(LOCK_TIMEOUT_S):
         while True:
             try:
@@ -264,7 +267,7 @@ async def _until_locked(file: IO[str]) -> None:
 
 
 def refuse_stale(expected_version: int | None, version: int) -> None:
-    """Raises ConflictError when a change was meant for another version."""
+    """Raises ConflictError if a change was made for another version."""
     if expected_version not in (None, version):
         raise ConflictError(
             f"the configuration is at version {version}, not {expected_version}; read it again", config_version=version

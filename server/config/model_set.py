@@ -1,4 +1,4 @@
-"""Which models were loaded and unloaded live: kept over a restart, and shared by the engines of a server."""
+"""The models that were loaded and unloaded live: kept over a restart, and shared by the engines of a server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from server.unnamed import UnnamedFile
 
 @dataclass(frozen=True)
 class _Entry:
-    """What became of a model, and how the start named it then; None where it did not.
+    """A load or unload of a model, and the model's source at the start.
 
     Attributes:
-        version: The one that was loaded; None where the model was unloaded.
-        start: The source that the start had for the name.
+        version: The loaded version; None if the model was unloaded.
+        start: The model's source in the settings; None if the settings do not name it.
     """
 
     version: str | None
@@ -30,14 +30,14 @@ class _Entry:
 
 
 class ModelSet:
-    """What has changed over the models of the start.
+    """The loads and unloads since the start.
 
-    A change is kept together with what the start said of that name. It outlives a restart while that stays the same:
-    whoever starts the service with another source, or another version, means that one.
+    A change is kept with the settings' source of that name. It outlives a restart while that stays the same; a start
+    with another source or version drops it.
 
     Args:
-        settings: Of the server.
-        memory: Outlives an engine process, and tells the engines of a server of each other's changes.
+        settings: The server's settings.
+        memory: Outlives an engine process, and shares changes among the engines of a server.
     """
 
     def __init__(self, settings: Settings, memory: UnnamedFile | None = None) -> None:
@@ -46,14 +46,14 @@ class ModelSet:
         self._kept = LastGood(memory, settings.models_file(), "which models were loaded")
         with self._alone():
             if entries := self._read():
-                self._write(entries)  # into memory, of which an engine looks at every second
+                self._write(entries)  # into memory, which the engines read every second
 
     def entries(self) -> dict[str, str | None]:
-        """The version of each model that was loaded over those of the start, and None for each that was unloaded."""
+        """The version of each model that was loaded since the start; None for each that was unloaded."""
         return {name: e.version for name, e in self._read().items() if e.start == self._starts.get(name)}
 
     def keep(self, name: str, version: str | None) -> None:
-        """Notes that a version was loaded, or None that the model was unloaded."""
+        """Records that a version was loaded, or with None that the model was unloaded."""
         with self._alone():
             self._write(self._read() | {name: _Entry(version, self._starts.get(name))})
 
@@ -66,7 +66,7 @@ class ModelSet:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keeps the other engines from changing what is read here and written."""
+        """Keeps other engines from changing the entries between a read and a write."""
         if self._memory is None:
             yield
             return
@@ -78,16 +78,16 @@ class ModelSet:
 
 
 def _told(spec: ModelSpec) -> str:
-    """What a start says of a model that makes it another one."""
+    """The part of a model's settings that identifies it."""
     return ",".join(filter(None, [spec.source, spec.weights and f"weights={spec.weights}", spec.version]))
 
 
 def _entries(content: bytes) -> dict[str, _Entry]:
-    """Raises InvalidError for what `ModelSet` has not written."""
+    """Raises InvalidError for content that `ModelSet` has not written."""
     document = read_json(content)
     models = document.get("models") if isinstance(document, dict) else None
     if not isinstance(models, dict):
-        raise InvalidError(f"it is {shown(document)}, and no object with models")
+        raise InvalidError(f"it is {shown(document)}; it must be an object with models")
     return {name: _entry(name, said) for name, said in models.items()}
 
 
@@ -96,4 +96,4 @@ def _entry(name: str, said: object) -> _Entry:
         version, start = said.get("version"), said.get("start")
         if all(isinstance(each, str | None) for each in (version, start)):
             return _Entry(version, start)
-    raise InvalidError(f"of {shown(name)} it says {shown(said)}, and not version and start")
+    raise InvalidError(f"the entry of {shown(name)} is {shown(said)}; it must have version and start")

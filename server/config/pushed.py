@@ -1,4 +1,4 @@
-"""A live configuration that somebody else decides and this process is told: `user_config` of Ray Serve, a file."""
+"""A live configuration that is pushed to this process: by `user_config` of Ray Serve, or from a file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from server.types import Configuration
 
 
 class PushedConfig(SharedConfig):
-    """Holds what it was told last. The version is this server's own count."""
+    """Holds the last configuration that it received. The version is this server's own count."""
 
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
-        raise ConflictError(f"the configuration is that of {self._source}; change it there")
+        raise ConflictError(f"the configuration comes from {self._source}; change it there")
 
     async def follow(self) -> None:
-        """It is told."""
+        """Nothing to follow: changes are pushed."""
 
     def take_over(self, models: Mapping[str, RSetting]) -> None:
-        """Has the models that are named so, and the others as they were started.
+        """Adopts the `r` of the named models; other models return to their start settings.
 
         Raises:
-            ServerError: A model cannot merge like that; nothing changes.
+            ServerError: A model cannot merge by its `r`; nothing changes.
         """
         if models != self._shared.models:
             self._adopt(Configuration(self._shared.version + 1, dict(models)))
@@ -31,5 +31,5 @@ class PushedConfig(SharedConfig):
             self._say_taken()
 
     def refuse(self, error: Exception) -> None:
-        """Says that what came is not taken over."""
+        """Logs that a configuration was refused."""
         self._say_refused(error)

@@ -1,4 +1,4 @@
-"""A configuration that servers share: the last good one goes on serving, whatever becomes of its source."""
+"""A configuration that servers share. The last good one stays in force if its source fails."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from server.unnamed import UnnamedFile
 logger = logging.getLogger(__name__)
 
 Check = Callable[[Mapping[str, RSetting]], None]
-"""Raises InvalidError where a model cannot merge like that, NotFoundError where there is no such model."""
+"""Raises InvalidError if a model cannot merge by its `r`, and NotFoundError if there is no such model."""
 
 
 class SharedConfig:
-    """The last good shared configuration. What it says of a model holds whatever this server was started with.
+    """The last good shared configuration. It overrides the start settings of the models that it names.
 
     Args:
-        start: Each model's `r` from the settings, for models that the shared one does not name.
-        source: Where it comes from, for the log.
-        cache: JSON file that keeps the last good one for a start without the source; None for none.
-        check: Whether the models of this server can merge like that.
-        memory: What keeps the last good one over a restart of the engine.
+        start: Each model's `r` from the settings, for models that the shared configuration does not name.
+        source: Name of the source, for the log.
+        cache: JSON file that keeps the last good configuration for a start without the source; None for none.
+        check: Checks the `r` of this server's models.
+        memory: Keeps the last good configuration over a restart of the engine.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class SharedConfig:
         return Configuration(self._shared.version, models)
 
     def setting(self, name: str, start: RSetting) -> RSetting:
-        """As of `ConfigStore`, and so are the next ones."""
+        """See `ConfigStore`, also for the next methods."""
         return self._shared.models.get(name, start)
 
     def add(self, name: str, start: RSetting) -> None:
@@ -66,10 +66,10 @@ class SharedConfig:
         return self._start.pop(name)
 
     def _adopt(self, shared: Configuration) -> None:
-        """Takes over another one.
+        """Adopts another configuration.
 
         Raises:
-            ServerError: A model of this server cannot merge like that; nothing changes.
+            ServerError: A model of this server cannot merge by its `r`; nothing changes.
         """
         self._check(shared.models)
         self._shared, self._refusal = shared, None
@@ -79,20 +79,20 @@ class SharedConfig:
         self._last_good.keep(json.dumps(shared.to_json()))
 
     def _say_taken(self) -> None:
-        """Notes that what the source says is what holds."""
+        """Records that the source's configuration is in force."""
         if self._refusal is not None:
-            logger.info("what %s says is in force again", self._source)
+            logger.info("the configuration of %s is in force again", self._source)
         self._refusal = None
         CONFIG_REFUSED.set(0)
         self._note_staleness()
 
     def _say_refused(self, error: Exception) -> None:
-        """Says it once for each cause; where nobody has foreseen it, with the traceback."""
+        """Logs each cause once; an unexpected error with its traceback."""
         cause, unforeseen = (error.message, None) if isinstance(error, ServerError) else (repr(error), error)
         if cause != self._refusal:
             version = self._shared.version
             logger.error(
-                "what %s says is refused: %s; configuration %d goes on",
+                "the configuration of %s is refused: %s; configuration %d stays in force",
                 self._source,
                 cause,
                 version,
@@ -103,13 +103,13 @@ class SharedConfig:
         self._note_staleness()
 
     def _say_reached(self, problem: str | None = None) -> None:
-        """Notes whether the source can be read, and says so when that changes."""
+        """Records whether the source can be read, and logs changes."""
         CONFIG_SOURCE_UP.set(problem is None)
         if problem is None and self._problem is not None:
             logger.info("%s can be read again", self._source)
         if problem is not None and self._problem is None:
             version = self._shared.version
-            logger.warning("%s cannot be read (%s); configuration %d goes on", self._source, problem, version)
+            logger.warning("%s cannot be read (%s); configuration %d stays in force", self._source, problem, version)
         self._problem = problem
         self._note_staleness()
 
@@ -117,7 +117,7 @@ class SharedConfig:
         CONFIG_STALE.set(self._problem is not None or self._refusal is not None)
 
     def _read(self, content: bytes) -> Configuration:
-        """What was kept; raises a ServerError where it is none for these models."""
+        """Parses a kept configuration; raises a ServerError if it is wrong for these models."""
         kept = read_configuration(content)
         self._check(kept.models)
         return kept

@@ -1,4 +1,4 @@
-"""What every keeper of the live configuration can do, and the choice among them."""
+"""The protocol of all stores of the live configuration, and the choice among them."""
 
 from __future__ import annotations
 
@@ -21,57 +21,58 @@ class ConfigStore(Protocol):
 
     @property
     def configuration(self) -> Configuration:
-        """What holds at this moment."""
+        """The configuration at this moment."""
         ...
 
     def setting(self, name: str, start: RSetting) -> RSetting:
-        """The `r` that a model has which is started with this one."""
+        """The `r` of a model whose start setting is `start`."""
         ...
 
     def add(self, name: str, start: RSetting) -> None:
-        """Keeps the `r` of one more model, which is started with this one."""
+        """Adds a model with its start setting."""
         ...
 
     def remove(self, name: str) -> RSetting:
-        """Says no more of a model; what was changed is there when it comes back. Gives what it was started with."""
+        """Removes a model and returns its start setting. Its live change returns when the model does."""
         ...
 
     async def change(self, changes: Mapping[str, RSetting], expected_version: int | None = None) -> Configuration:
-        """Changes some models, all or none; the caller has checked what they can merge.
+        """Changes some models, all or none. The caller has checked that they can merge so.
 
         Raises:
-            ConflictError: `expected_version` is given and another change came first, or it is not changed here.
+            ConflictError: Another change came before `expected_version`, or the configuration is not changed here.
             EngineError: The change cannot be kept.
-            UnavailableError: Whoever keeps it does not answer.
+            UnavailableError: The store does not answer.
         """
         ...
 
     async def follow(self) -> None:
-        """Takes over what others change, until it is cancelled; returns at once where nobody else can."""
+        """Adopts the changes of others until it is cancelled; returns at once if there are no others."""
         ...
 
 
 def open_store(
     settings: Settings, check: Check, otherwise: Path | None = None, memory: UnnamedFile | None = None
 ) -> ConfigStore:
-    """The keeper that the settings ask for: this machine's, a file that somebody else writes, or Redis.
+    """The store that the settings ask for: a file of this machine, a file that somebody else writes, or Redis.
 
     Args:
-        settings: Those of the server.
-        check: Whether its models can merge like that.
-        otherwise: The file by which its engines agree where the settings name no folder for one.
-        memory: What keeps the last good configuration over a restart of the engine.
+        settings: The server's settings.
+        check: Checks the `r` of this server's models.
+        otherwise: The file that the engines share if the settings name no folder for one.
+        memory: Keeps the last good configuration over a restart of the engine.
 
     Raises:
-        SettingsError: What servers share cannot be read, or holds an `r` that a model cannot merge, and nothing good
-            was kept of it.
+        SettingsError: The shared configuration cannot be read, or a model cannot merge by its `r`, and no good one was
+            kept.
     """
     start = {spec.name: settings.spec(spec.name).r or 0 for spec in settings.model}
     shared, file = settings.shared_config, settings.state_file() or otherwise
     if shared is None:
         return LocalConfig(start, file, check, memory)
     cache = file.with_name(f"shared-{settings.port}.json") if file else None
-    if "://" not in shared and not shared.startswith(("redis:", "rediss:")):  # a slash less is no file
+    # a Redis URL that lacks a slash is not a file
+    if "://" not in shared and not shared.startswith(("redis:", "rediss:")):
         return WatchedFile(start, shared, cache, check, memory)
     try:
         from server.config.in_redis import RedisConfig

@@ -16,19 +16,20 @@ from server.errors import InvalidError, ServerError, SettingsError, shown
 from server.unnamed import UnnamedFile
 
 POLL_S = 0.3
-"""A look costs microseconds, and works where notifications do not: on network mounts, over the swap of a symlink."""
+"""A look takes microseconds. It also works where notifications do not: on network mounts, and when a symlink is
+swapped.
+"""
 
 
 class WatchedFile(PushedConfig):
     """Follows a YAML or JSON file: `models: {NAME: {r: 8}}`, with `max_r` and `min_agreement` beside `r: auto`.
 
-    The file is read as a whole whenever what it holds has changed, through whatever symbolic links lead to it. One that
-    cannot be read or is wrong changes nothing. A start then goes on with what was kept of it; where nothing was, it
-    ends the start.
+    The file is read as a whole whenever its content has changed, through any symbolic links. A file that is wrong or
+    cannot be read changes nothing. A start then uses the last good configuration, and fails if there is none.
 
     Raises:
-        SettingsError: It cannot be read, or names an `r` that a model cannot merge, or a model that is not served; and
-            no good one was kept.
+        SettingsError: The file cannot be read, or names a model that is not served or an `r` that a model cannot merge;
+            and no good configuration was kept.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class WatchedFile(PushedConfig):
         try:
             _, self._seen = read_file(self._path)
             self.take_over(_models(self._seen))
-        except (OSError, ValueError, ServerError) as error:  # ValueError: a path that can be none
+        except (OSError, ValueError, ServerError) as error:  # ValueError: not a possible path
             if not self._is_recalled:
                 raise SettingsError(f"shared configuration {path}: {error}") from error
             self._say_why(error)
@@ -55,7 +56,7 @@ class WatchedFile(PushedConfig):
             await asyncio.sleep(POLL_S)
             try:
                 _, content = await asyncio.to_thread(read_file, self._path)
-            except Exception as error:  # the next look may find what is good
+            except Exception as error:  # the next look may succeed
                 self._seen = None
                 self._say_why(error)
                 continue
@@ -64,11 +65,11 @@ class WatchedFile(PushedConfig):
                 self._seen = content
                 try:
                     self.take_over(_models(content))
-                except Exception as error:  # so may the next content be
+                except Exception as error:  # the next content may be good
                     self.refuse(error)
 
     def _say_why(self, error: Exception) -> None:
-        """Says why the file changes nothing: what is there is refused, or it cannot be read."""
+        """Logs why the file changes nothing: it is refused, or it cannot be read."""
         if isinstance(error, ServerError):
             self.refuse(error)
         else:
@@ -76,18 +77,18 @@ class WatchedFile(PushedConfig):
 
 
 def _models(content: bytes) -> dict[str, RSetting]:
-    """Raises InvalidError for anything but a mapping of models to what may be set of them."""
+    """Raises InvalidError for anything but a mapping of models to their settings."""
     document = read_yaml(content)
     models = document.get("models") if isinstance(document, dict) and document.keys() == {"models"} else None
     if not isinstance(models, dict):
-        raise InvalidError("it must hold 'models:' and nothing else, and below that each model's name with its r")
+        raise InvalidError("it must hold only 'models:', and below it each model's name with its r")
     return dict(_setting(name, entry) for name, entry in models.items())
 
 
 def _setting(name: Any, entry: Any) -> tuple[str, RSetting]:
     if not isinstance(entry, dict) or "r" not in entry or not entry.keys() <= {"r", "max_r", "min_agreement"}:
         raise InvalidError(
-            f"of {shown(name)} it may say r, and with r: auto max_r and min_agreement, not {shown(entry)}"
+            f"the entry of {shown(name)} is {shown(entry)}; it may have r, and with r: auto max_r and min_agreement"
         )
     return (name if isinstance(name, str) else shown(name)), parse_setting(
         entry["r"], entry.get("max_r"), entry.get("min_agreement")

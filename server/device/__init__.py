@@ -19,3 +19,5 @@ that comes later is answered by torch, at once; once it was asked for three time
 sizes. What is compiled so fits a quarter of the container's memory; where that is full, what is used least makes room.
 Every graph is compared with torch on random images before it is used.
 """
+
+from server.device import lean  # noqa: F401 - before any file of this room imports timm

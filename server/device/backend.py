@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from server.dial import Schedule
 from server.memory import available_bytes
-from server.types import BackendInfo
+from server.types import BackendInfo, Compiling, ComputedBy
 from tome_core import MergedViT
 
 
@@ -37,6 +38,27 @@ class Backend(Protocol):
         """Whether `outputs` of such a batch only begins what the device does then, in no time."""
         ...
 
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """What computes a batch of this schedule now; right after `outputs`, what computed it. Any thread may ask."""
+        ...
+
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Has schedules compiled in the background, in this order; nothing where any schedule runs as it is.
+
+        Args:
+            schedules: Those that `auto` and the curve have.
+            compiled: Is called after each schedule that was compiled, on the thread that compiles.
+        """
+        ...
+
+    def compiling(self) -> Compiling | None:
+        """What is compiled in the background; None while nothing is. Any thread may ask."""
+        ...
+
+    def close(self) -> None:
+        """Ends what is done in the background."""
+        ...
+
     def warm_further(self) -> bool:
         """Does one piece of what `warm_up` left, while there is nothing else to do; False where nothing is left."""
         ...
@@ -52,6 +74,7 @@ class BackendOptions:
         cache_dir: Where compiled models are kept; None keeps none.
         max_batch_size: Most images in a batch.
         beside: Other models compute while this one is made ready.
+        in_background: `compile_later` will come: what is warmed is compiled for a lone image until then.
         memory_bytes: What graphs may take that are compiled while the server runs; a quarter of the memory that the
             container may use. Its models share it.
     """
@@ -61,4 +84,5 @@ class BackendOptions:
     cache_dir: Path | None = None
     max_batch_size: int = 32
     beside: bool = False
+    in_background: bool = False
     memory_bytes: int = field(default_factory=lambda: available_bytes() // 4)

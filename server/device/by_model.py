@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from server.device.device import Device
+from server.device.device import Device, OnDevice, Timed
 from server.device.runner import check
 from server.ipc.messages import Item
-from server.types import BatchKey, ModelInfo
+from server.types import BatchKey, Compiling, ComputedBy, ModelInfo
 
 
 class ByModel:
@@ -40,6 +40,8 @@ class ByModel:
 
     def remove(self, info: ModelInfo) -> None:
         """Drops a model, and with it its memory."""
+        if (device := self._models.get((info.name, info.revision))) is not None:
+            device.close()
         self._models = {key: each for key, each in self._models.items() if key != (info.name, info.revision)}
 
     def prepare(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
@@ -47,6 +49,19 @@ class ByModel:
 
     def compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Any]:
         return self._models[key.model, key.revision].compute(key, work)
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        return self._models[key.model, key.revision].computed_by(key)
+
+    def compiling(self, info: ModelInfo) -> Compiling | None:
+        return self._models[info.name, info.revision].compiling(info.name)
+
+    def begin(self, info: ModelInfo, on_device: OnDevice, timed: Timed) -> None:
+        self._models[info.name, info.revision].begin(on_device, timed)
+
+    def close(self) -> None:
+        for device in self._models.values():
+            device.close()
 
     def check(self) -> None:
         check(self._device)

@@ -1,4 +1,4 @@
-"""The choice of a backend: torch anywhere; OpenVINO on the CPU, where it is installed and takes the model."""
+"""The choice of a backend: torch anywhere; OpenVINO on the CPU, if it is installed and supports the model."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def choose_backend(
     options: BackendOptions,
     alone: AbstractContextManager[bool],
 ) -> Backend:
-    """The backend for a model, with the reason in its info and in the log.
+    """The backend for a model. Its info and the log have the reason.
 
     Args:
         loaded: The model; its weights are moved to the device, in the backend's dtype.
-        device: Where it runs.
+        device: The device.
         precision: "fp32", "bf16", "fp16", "fp8" or "auto".
-        options: What was asked for.
-        alone: Is held while something is recorded.
+        options: The settings for backends.
+        alone: Held while something is recorded.
 
     Raises:
-        SettingsError: OpenVINO or fp8 was asked for, and cannot be had here; the message says why.
+        SettingsError: OpenVINO or fp8 was requested, and is not available here; the message says why.
     """
     refusal = "asked for" if options.name == "torch" else _refusal(device, precision)
     if refusal is None:
@@ -41,7 +41,7 @@ def choose_backend(
 
         try:
             return _told(loaded, OpenVINOBackend(loaded, precision, options))
-        except Exception as error:  # whatever the converter raises: torch can do without it
+        except Exception as error:  # any error of the converter: torch works without it
             refusal = f"OpenVINO does not take the model: {error}".splitlines()[0]
             logger.debug("OpenVINO does not take %s", loaded.info.name, exc_info=error)
     if options.name == "openvino":
@@ -53,7 +53,7 @@ def choose_backend(
 
 
 def _refusal(device: torch.device, precision: str) -> str | None:
-    """Why OpenVINO cannot be used, before anything of it is tried. It is imported where it could be, and only there."""
+    """The reason why OpenVINO cannot be used, before it is tried. It is imported only on a CPU."""
     if device.type != "cpu":
         return f"OpenVINO is used on the CPU, not on {device.type}"
     if precision in ("fp16", "fp8"):
@@ -67,5 +67,5 @@ def _refusal(device: torch.device, precision: str) -> str | None:
 
 def _told(loaded: LoadedModel, backend: Backend) -> Backend:
     info = backend.info
-    logger.info("%s runs on %s in %s: %s", loaded.info.name, info.name, info.precision, info.reason)
+    logger.debug("%s runs on %s in %s: %s", loaded.info.name, info.name, info.precision, info.reason)
     return backend

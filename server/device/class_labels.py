@@ -1,4 +1,4 @@
-"""The words for each class of a model: its own, else ImageNet's, else numbers."""
+"""The name of each class of a model: its own, else ImageNet's, else numbers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _LONGEST = 1000
 
 
 def class_labels(names: object, descriptions: object, num_classes: int) -> tuple[str, ...]:
-    """Words for each class, in class order.
+    """The name of each class, in class order.
 
     Args:
         names: `label_names` of a model's configuration: a list of names in class order, a mapping of class numbers to
-            names, or one of names to class numbers. None where the model has no names: then the number of classes tells
-            whether they are ImageNet's.
-        descriptions: `label_descriptions`: a mapping of names to the words that are shown, or a list in class order.
-        num_classes: Of the model; 0 without a classifier.
+            names, or a mapping of names to class numbers. If None, the number of classes tells whether they are
+            ImageNet's.
+        descriptions: `label_descriptions`: a mapping of names to displayed texts, or a list in class order.
+        num_classes: Number of classes; 0 without a classifier.
 
     Raises:
-        SettingsError: A class has no name, or what should be text is none.
+        SettingsError: A class has no name, or a name is not text.
     """
     if not num_classes:
         return ()
@@ -40,7 +40,7 @@ def class_labels(names: object, descriptions: object, num_classes: int) -> tuple
 
 
 def _in_order(values: object, num_classes: int, field: str = "label_names") -> Sequence[object]:
-    """Values in class order, of a list or of a mapping from or to class numbers."""
+    """Values in class order, from a list or a mapping from or to class numbers."""
     if isinstance(values, Mapping):
         by_class = _by_class(values, field)
         missing = next((index for index in range(num_classes) if index not in by_class), None)
@@ -82,7 +82,7 @@ def _texts(values: Sequence[object], field: str) -> tuple[str, ...]:
 
 
 def _can_be_sent(text: str) -> bool:
-    """Whether it is Unicode: JSON can write half of a character that takes two."""
+    """Whether it is valid Unicode: JSON can hold a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

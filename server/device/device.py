@@ -1,9 +1,9 @@
-"""The device as the engine has it: each operation's computation, after the images are prepared."""
+"""The engine's device: the computation of each operation, after the images are prepared."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from server.device.explainer import Explainer
@@ -14,25 +14,39 @@ from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.errors import ServerError
 from server.ipc.messages import Item, Merges, TopK, Vector
-from server.types import BatchKey
+from server.types import BatchKey, Compiling, ComputedBy
 
 logger = logging.getLogger(__name__)
 
 Result = TopK | Vector | Merges
+OnDevice = Callable[[Callable[[], Any]], Any]
+"""Does a piece of work on the thread that computes, between two batches, and gives its result."""
+
+Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
+"""Is told what a batch of each key takes in seconds, and each image in it."""
+
 Compute = Callable[[BatchKey, Sequence[Prepared]], Sequence[Result]]
 
 
 class Device:
-    """Prepares and computes batches; what does not fit into memory goes in parts.
+    """Prepares and computes batches; a batch that does not fit into memory is split.
 
     Args:
-        runner: Computes what requests want of a model's outputs.
-        explainer: Says what merged; None where nobody asks that.
-        preparer: Makes pixels of files, as a stage of its own; None where every image comes as pixels.
+        runner: Computes a model's outputs.
+        explainer: Finds what merged; None if nobody asks for it.
+        preparer: Turns files into pixels in a separate stage; None if every image comes as pixels.
+        background: Begins the model's background work; None if there is none.
     """
 
-    def __init__(self, runner: Runner, explainer: Explainer | None, preparer: Preparer | None = None) -> None:
-        self._runner = runner
+    def __init__(
+        self,
+        runner: Runner,
+        explainer: Explainer | None,
+        preparer: Preparer | None = None,
+        background: Callable[[OnDevice, Timed], None] | None = None,
+    ) -> None:
+        self._background = background
+        self._runner, self._explainer = runner, explainer
         self._prepare = Fitting(preparer) if preparer is not None else None
         operations: dict[str, Compute] = {"forward": runner.forward}
         if explainer is not None:
@@ -53,25 +67,44 @@ class Device:
         return prepared
 
     def _launch_ahead(self, key: BatchKey, prepared: Sequence[Prepared]) -> None:
-        """Has the device go on with this batch as soon as it is done with the one before: it never waits for us."""
+        """Queues this batch on the device behind the previous one, so that the device never waits for the host."""
         if not prepared or not is_whole(prepared) or not self._runner.is_quick(key, len(prepared)):
             return
         batch = prepared[0].batch
         try:
             batch.launched = self._runner.launch(key, batch.pixels, wanted_by([each.item for each in prepared]))
-        except Exception:  # `compute` tries again, in smaller parts where it was the memory
+        except Exception:  # `compute` tries again, in smaller parts if memory was the reason
             logger.exception("a batch of %d could not be launched ahead", len(prepared))
 
     def compute(self, key: BatchKey, work: Sequence[Any]) -> Sequence[Result]:
-        """The result of each image: of `Prepared`, or of items where nothing prepares them."""
+        """The result of each image, from `Prepared`, or from items if nothing prepares them."""
         if self._prepare is None:
             batch = PixelBatch(joined(work, key.input_size, self._runner.device))
             work = [Prepared(item, batch, row) for row, item in enumerate(work)]
         return self._operations[key.operation](key, work)
 
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes a batch of this key now; right after `compute`, what computed it."""
+        if key.operation == "explain" and self._explainer is not None:
+            return self._explainer.computed_by(key)
+        return self._runner.computed_by(key)
+
+    def compiling(self, model: str) -> Compiling | None:
+        """What is compiled of the model in the background; None while nothing is."""
+        return self._runner.compiling(model)
+
+    def begin(self, on_device: OnDevice, timed: Timed) -> None:
+        """Begins what is done in the background."""
+        if self._background is not None:
+            self._background(on_device, timed)
+
+    def close(self) -> None:
+        """Ends what is done in the background."""
+        self._runner.close()
+
     def check(self) -> None:
         self._runner.check()
 
     def warm_further(self) -> bool:
-        """Does one piece more of what makes later batches faster; False where nothing is left."""
+        """Does one more piece of work that makes later batches faster; returns False if none is left."""
         return self._runner.warm_further()

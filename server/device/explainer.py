@@ -1,4 +1,4 @@
-"""What merged in an image: the groups of patches after every block. Called from the device's thread."""
+"""The groups of merged patches after every block of an image. Called from the device's thread."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from server.device.prepared import Prepared, rows
 from server.device.runner import Runner, on
 from server.errors import InvalidError
 from server.ipc.messages import Merges, TopK
-from server.types import BatchKey
+from server.types import BatchKey, ComputedBy
 from tome_core import MergedViT
 from tome_core.visualize import groups, sources
 
 
 class Explainer:
-    """Explains by torch in float32 on the model's own weights, whatever computes the answers of the service.
+    """Explains by torch in float32 on the model's own weights, independent of the backend of the service.
 
-    Make it before the runner, which may bring the models to another device or precision.
+    Make it before the runner, which may move the models to another device or precision.
 
     Args:
         models: The models by name.
@@ -37,12 +37,16 @@ class Explainer:
         self._models = {name: replace(loaded, merged=_sharing(loaded.merged)) for name, loaded in models.items()}
         self._runner = Runner(self._models, device, "fp32")
 
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes the explanation."""
+        return self._runner.computed_by(key)
+
     @torch.inference_mode()
     def explain(self, key: BatchKey, prepared: Sequence[Prepared]) -> list[Merges]:
-        """Classifies images under the key's schedule, and says what merged in each.
+        """Classifies images under the key's schedule, and finds what merged in each.
 
         Raises:
-            InvalidError: The model's patches are no grid of squares.
+            InvalidError: The model's patches are not a grid of squares.
         """
         loaded = self._models[key.model]
         grid, patch = patches(loaded)
@@ -61,12 +65,12 @@ def patches(loaded: LoadedModel) -> tuple[tuple[int, int], int]:
     """The grid of patches, rows and columns, and the side of a patch in pixels.
 
     Raises:
-        InvalidError: They are no grid of squares, and so cannot be painted.
+        InvalidError: They are not a grid of squares, and so cannot be drawn.
     """
     model: Any = loaded.merged.model
     height, width = loaded.info.preprocessing.input_size
     rows, columns = loaded.merged.family.grid(model, (height, width))
-    patch = int(model.feature_info[-1]["reduction"])  # timm's word for it, in every family
+    patch = int(model.feature_info[-1]["reduction"])  # timm's name for it, in every family
     if (rows, columns) != (height // patch, width // patch):
         raise InvalidError(
             f"model {loaded.info.name}: its {rows} x {columns} patches cannot be painted as squares of {patch} px"
@@ -75,7 +79,7 @@ def patches(loaded: LoadedModel) -> tuple[tuple[int, int], int]:
 
 
 def _sharing(merged: MergedViT) -> MergedViT:
-    """A model of its own with the same weights in memory, until one of the two is moved or cast."""
+    """A copy that shares the weights in memory, until one of the two is moved or cast."""
     weights: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in merged.parameters()
     }

@@ -1,4 +1,4 @@
-"""Batches that do not fit into the device's memory are computed in smaller parts."""
+"""Splits batches that do not fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ P = TypeVar("P")
 A = TypeVar("A")
 
 REMEMBERED_S = 60.0
-"""How long a size that was found to fit holds; then a whole batch is tried, for others may have left the device."""
+"""Seconds for which a size that fits is remembered. Then a whole batch is tried again, because memory may be free."""
 
 MOST_REMEMBERED = 256
-"""Keys whose size is remembered: any client may name another list of `r`."""
+"""Keys whose size is remembered, because clients may name any number of lists of `r`."""
 
 
 class Fitting(Generic[P, A]):
-    """A device's function of a batch, in parts of the size that last fitted under the batch's key.
+    """Runs a device's function of a batch, in parts of the size that last fitted under the batch's key.
 
     Args:
         run_batch: Computes one batch.
@@ -40,7 +40,7 @@ class Fitting(Generic[P, A]):
         self._fits = Recent[BatchKey, tuple[int, float]](MOST_REMEMBERED)
 
     def __call__(self, key: BatchKey, jobs: Sequence[P]) -> list[A]:
-        """Computes a batch; raises what the device raises, and that it is out of memory for one image alone."""
+        """Computes a batch. Raises the device's errors, and out-of-memory if one image alone does not fit."""
         size = self._size(key, len(jobs))
         answers: list[A] = []
         while len(answers) < len(jobs):
@@ -51,7 +51,7 @@ class Fitting(Generic[P, A]):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(part) == 1:
                     raise
-            # Here and not above: while the exception lives, so do the tensors of the frames that it went through.
+            # Outside the except block, because the exception keeps the tensors of its frames alive.
             size = len(part) // 2
             self._fits[key] = size, self._clock() + REMEMBERED_S
             OUT_OF_MEMORY.inc()
@@ -69,6 +69,6 @@ class Fitting(Generic[P, A]):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it was the memory: torch has a class for it on a GPU, and only words on the CPU."""
+    """Whether the error is out-of-memory: torch has a class for it on a GPU, and only a message on the CPU."""
     words = ("can't allocate memory", "not enough memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(each in str(error) for each in words)

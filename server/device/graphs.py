@@ -1,6 +1,6 @@
 """Recorded forward passes: a CUDA graph for each schedule and bucket of batch sizes, replayed without its launches.
 
-Token counts depend on the schedule alone, so every batch of one bucket under one schedule is the same graph.
+Token counts depend only on the schedule, so every batch of one bucket under one schedule is the same graph.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from server.recent import Recent
 logger = logging.getLogger(__name__)
 
 SEEN_OFTEN = 3
-"""Batches after which a schedule that nobody warmed is recorded too; until then it runs launch by launch. Where that
-fails it is tried again after twice as many, and so on."""
+"""Batches after which a schedule that was not warmed is recorded too; until then it is launched normally. A failed
+recording is tried again after twice as many, and so on.
+"""
 
 MOST_SEEN = 1024
-"""Schedules and sizes that are counted towards a recording: any client may name others."""
+"""Schedules and sizes that are counted towards a recording, because clients may name any number of others."""
 
 
 class Recording(Protocol):
-    """A function of fixed inputs, recorded."""
+    """A recorded function of fixed inputs."""
 
     output: Tensor
 
     def replay(self) -> None:
-        """Computes `output` anew from what the inputs hold now."""
+        """Computes `output` from the present content of the inputs."""
         ...
 
 
@@ -47,16 +48,16 @@ class Graphs:
 
     Args:
         forward: Images (B, ...) and a schedule to outputs, (B, K + C).
-        image: An image as `forward` takes it: its shape, dtype and device.
+        image: An example image for `forward`: its shape, dtype and device.
         max_batch_size: Most images in a batch.
         record: Makes a recording.
-        alone: Is held while something is recorded, which tolerates no other thread's work on the device.
+        alone: Held while something is recorded, which tolerates no other thread's work on the device.
         has_room: Whether the device has memory for one more recording.
-        max_recordings: Most that are kept, the warmed ones among them. A warmed one is kept for good; of the others the
-            one used least makes room.
+        max_recordings: Most recordings, including warmed ones. A warmed one is kept for good; of the others the least
+            used makes room.
 
     Attributes:
-        buckets: Batch sizes that are recorded; a batch runs padded to the next of them.
+        buckets: Recorded batch sizes; a batch is padded to the next of them.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class Graphs:
 
         Args:
             schedule: `r` of each block.
-            is_likely: It is asked for at once: every batch size is recorded. Else the largest and 1, and the others are
-                left to `record_next`.
+            is_likely: Whether it will be used at once: every batch size is recorded. Otherwise the largest and 1 are,
+                and the others are left to `record_next`.
         """
-        sizes = list(reversed(self.buckets))  # the largest first: the others fit into its memory
+        sizes = list(reversed(self.buckets))  # the largest first, because the others fit into its memory
         self._warmed |= {(schedule, bucket) for bucket in sizes}
         first = sizes if is_likely else list(dict.fromkeys([sizes[0], sizes[-1]]))
         for bucket in first:
@@ -99,18 +100,18 @@ class Graphs:
         self._later.extend((schedule, bucket) for bucket in sizes if bucket not in first)
 
     def record_next(self) -> bool:
-        """Records one of the batch sizes that `warm_up` left; False where it left none."""
+        """Records one of the batch sizes that `warm_up` left; returns False if none is left."""
         if not self._later:
             return False
         self._try_to_record(*self._later.popleft())
         return True
 
     def has(self, num_images: int, schedule: Schedule) -> bool:
-        """Whether a batch would be replayed: then its launch takes no time."""
+        """Whether a batch would be replayed, which launches in no time."""
         return (schedule, self._bucket(num_images)) in self._recordings
 
     def __call__(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Outputs, (B, K + C), of images (B, ...); more than `max_batch_size` are launched."""
+        """Outputs, (B, K + C), of images (B, ...); batches larger than `max_batch_size` are launched normally."""
         key = (schedule, self._bucket(len(images)))
         if key not in self._recordings and len(images) <= self.buckets[-1]:
             self._seen[key] = seen = self._seen.get(key, 0) + 1
@@ -121,12 +122,12 @@ class Graphs:
             recording = self._recordings.get(key)
             if recording is None:
                 return self._forward(images, schedule)
-            self._held[: len(images)] = images  # what a longer batch left behind it changes no other image
+            self._held[: len(images)] = images  # rows of a longer, earlier batch do not affect other images
             recording.replay()
-            return recording.output[: len(images)].clone()  # the next replay of any graph may take its memory
+            return recording.output[: len(images)].clone()  # the next replay of any graph may reuse its memory
 
     def _try_to_record(self, schedule: Schedule, bucket: int) -> None:
-        """Records a batch size, or says why not: it is launched then, as one that nobody recorded."""
+        """Records a batch size, or logs why it cannot; it is then launched normally."""
         if (schedule, bucket) in self._recordings:
             return
         try:
@@ -138,7 +139,7 @@ class Graphs:
             logger.exception("a batch of %d cannot be recorded", bucket)
 
     def _make_room_for(self, key: tuple[Schedule, int]) -> bool:
-        """Whether one may be recorded that nobody warmed; where memory is short it takes the place of one used less."""
+        """Whether an unwarmed graph may be recorded. If memory is short it replaces a less used one."""
         with self._turn:
             if key in self._warmed or (len(self._recordings) < self._max_recordings and self._has_room()):
                 return True
@@ -153,7 +154,7 @@ class Graphs:
 
 
 def _is_time(seen: int) -> bool:
-    """Whether what was seen so often is to be recorded: after 3, 6, 12, ... batches."""
+    """Whether this count is due for a recording: after 3, 6, 12, ... batches."""
     times, rest = divmod(seen, SEEN_OFTEN)
     return rest == 0 and times & (times - 1) == 0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,23 @@ import timm
 import torch
 
 import tome_core
+from server import model_config
 from server.device import weights
 from server.device.class_labels import class_labels
-from server.device.model_config import FILE as CONFIG_FILE
-from server.device.model_config import NEEDED, Described, ImageConfig, checked, read_config
 from server.device.tuned_file import served
+from server.device.unfilled import Unfilled
 from server.documents import sentence
 from server.errors import SettingsError, shown
 from server.images.preprocessing import Preprocessing
+from server.model_config import FILE as CONFIG_FILE
+from server.model_config import WEIGHTS_FILE, Described, ImageConfig, checked, read_config, weights_in
 from server.model_spec import ModelSpec
 from server.types import ModelInfo
 from server.versions import UNVERSIONED
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
+BUNDLED = model_config.BUNDLED
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,6 @@ class _Source:
         if source == "bundled":
             return _Source(source, BUNDLED)
         if kind == "local-dir":
-            if not rest:
-                raise SettingsError("local-dir: names no folder")
             return _Source(source, Path(rest))
         if kind in ("hf-hub", "hf_hub"):
             repo, _, revision = rest.partition("@")
@@ -86,12 +87,12 @@ class _Source:
 
     def describe(self) -> Described:
         """What timm is to build."""
-        if self.folder is not None:
-            if not self.folder.is_dir():
-                raise SettingsError(f"there is no folder {self.folder}; {NEEDED}")
-            return read_config(self.folder / CONFIG_FILE)
-        if self.repo:
-            return read_config(_fetched(self, self.repo, self.revision, CONFIG_FILE))
+        if self.folder is not None or self.repo:
+            file = self._config_file()
+            described = read_config(file)
+            if not timm.is_model(described.architecture):
+                raise SettingsError(f"{file}: timm has no architecture {shown(described.architecture)}")
+            return described
         if not timm.is_model(self.name):
             raise SettingsError(
                 f"timm has no model {shown(self.name)}; a model is bundled, a name of timm's, hf-hub:ORG/NAME or "
@@ -99,16 +100,21 @@ class _Source:
             )
         return Described(self.name)
 
+    def _config_file(self) -> Path:
+        if self.folder is None:
+            return _fetched(self, self.repo, self.revision, CONFIG_FILE)
+        return self.folder / CONFIG_FILE
+
     def weights_file(self, pretrained_cfg: Mapping[str, Any]) -> Path:
         """Where the source keeps its weights; from a hub they are downloaded, or taken from its cache."""
         if self.folder is not None:
-            return weights.weights_in(self.folder)
+            return weights_in(self.folder)
         repo, revision = self.repo, self.revision
         if not repo:
             repo, _, revision = str(pretrained_cfg.get("hf_hub_id") or "").partition("@")
         if not repo:
             raise SettingsError(f"{self.name} comes without weights on the hub; give a file with weights=")
-        return _fetched(self, repo, revision, weights.FILE)
+        return _fetched(self, repo, revision, WEIGHTS_FILE)
 
 
 def _fetched(source: _Source, repo: str, revision: str, file: str) -> Path:
@@ -117,7 +123,7 @@ def _fetched(source: _Source, repo: str, revision: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(repo, file, revision=revision or None))
     except (OSError, ValueError) as error:
-        hint = "; give a file with weights=" if file == weights.FILE else ""
+        hint = "; give a file with weights=" if file == WEIGHTS_FILE else ""
         raise SettingsError(f"{source.name}: cannot fetch {file} of {repo} ({sentence(error)}){hint}") from error
 
 
@@ -133,25 +139,39 @@ def load_model(spec: ModelSpec, state_dir: Path | None = None) -> LoadedModel:
             the tuned numbers that it names cannot be used. The message is one line.
     """
     try:
-        return _load(spec, state_dir)
+        with _one_thread():
+            return _load(spec, state_dir)
     except SettingsError as error:
         raise SettingsError(f"model {spec.name}: {error}") from error
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch to one thread: with many small tensors the other threads only wait, which takes CPU time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _load(spec: ModelSpec, state_dir: Path | None) -> LoadedModel:
+    model_config.check_files(spec)
     source = _Source.of(spec.source)
     described = source.describe()
-    with torch.device("meta"):  # shapes alone: whatever sizes are asked for, nothing is computed and no memory taken
+    with torch.device("meta"), Unfilled():  # shapes alone: any size takes no memory and no time
         plan, images = _sized(described)
     labels = class_labels(described.label_names, described.label_descriptions, plan.num_classes)
-    file = state = None
+    file = None
     if spec.weights == "random":
         logger.warning("%s has random weights: its answers mean nothing", spec.name)
+        model, _ = _sized(described)
     else:
         file = Path(spec.weights) if spec.weights else source.weights_file(plan.pretrained_cfg)
         state = weights.read_weights(file, plan)
-    model, _ = _sized(described)
-    if state is not None:
+        with Unfilled():
+            model, _ = _sized(described)
         model.load_state_dict(state)
     merged = tome_core.wrap(model).eval()
     found = served(spec, merged, file, state_dir)

@@ -1,18 +1,22 @@
 """OpenVINO as the backend: the fastest on CPUs, and the only one here that must compile before it runs.
 
-Graphs are compiled for each schedule. A schedule that is not compiled is answered by torch, at once. Once it was asked
-for three times a thread compiles it for the next time, where there is memory for it or it is used more than another.
+Graphs are compiled for each schedule. Torch in float32 stands in for a schedule that is not compiled. A thread compiles
+what requests ask for, from the first request on, and then what the server planned: the ladder of the curve.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import time
 import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from server.cpus import cpu_name
 from server.device.backend import BackendOptions
 from server.device.later import Later
 from server.device.models import LoadedModel
@@ -21,15 +25,16 @@ from server.device.openvino_graphs import BATCH_SIZES, FEWER_BATCH_SIZES, AnyBat
 from server.device.torch_backend import TorchBackend
 from server.device.uses import Uses
 from server.dial import Schedule, r_of, text_of
-from server.types import BackendInfo
+from server.types import BackendInfo, Compiling, ComputedBy
+from tome_core.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
 MOST_SCHEDULES = 16
 """Schedules kept in memory besides the warmed ones, however much of it there is."""
 
-SEEN_OFTEN = 3
-"""Batches after which a schedule that nobody warmed is compiled."""
+PLANNED_SHARE = 0.75
+"""The part of these that the plan may take. The rest is for what requests name beside it."""
 
 _FASTER = 1.05
 """How much faster bf16 must be for `auto` to take it."""
@@ -41,8 +46,8 @@ _TOLERANCES = {"fp32": 1e-3, "bf16": 0.5}
 class OpenVINOBackend:
     """Runs the merging model by OpenVINO, and by torch what OpenVINO has not compiled.
 
-    The compiled graphs are of the one thread that calls it. Another one compiles, touches none of them, and hands over
-    what it has made.
+    The compiled graphs belong to the one thread that calls it. Another thread compiles, touches none of them, and hands
+    over what it has made.
 
     Args:
         loaded: The model; its weights stay float32, which torch answers in.
@@ -70,22 +75,26 @@ class OpenVINOBackend:
             options.cache_dir,
             options.beside,
         )
-        self._max_batch_size = options.max_batch_size
+        self._max_batch_size, self._in_background = options.max_batch_size, options.in_background
         self._unmerged = loaded.info.schedule(0)
+        if self._in_background and self._compiler.threads > 1:
+            self._compiler.translate_ahead(loaded.info.schedule(1))
         reason = "asked for"
         if precision == "auto":
             precision, reason = self._faster_precision()
         self.info = BackendInfo("openvino", precision, f"{reason}; {self._compiler.threads} threads")
         self._runs: dict[Schedule, AnyBatch] = {}
+        self._ready = frozenset[Schedule]()  # the keys of `_runs`, for other threads
         self._warmed: set[Schedule] = set()
+        self._planned: set[Schedule] = set()
         self._uses = Uses[Schedule]()
-        schedule_bytes = (1 + len(FEWER_BATCH_SIZES)) * self._compiler.graph_bytes
+        schedule_bytes = (1 + max(map(len, FEWER_BATCH_SIZES.values()))) * self._compiler.graph_bytes
         self.most_schedules = max(0, min(MOST_SCHEDULES, options.memory_bytes // schedule_bytes - 1))
         # By weak references: as a circle a model that is unloaded would keep its memory until the collector comes, and
         # that is kept off what was there at the start.
         ours = weakref.proxy(self)
         self._later = Later[Schedule, AnyBatch](
-            lambda schedule: ours._compile(schedule, aside=True), lambda schedule: ours._called(schedule), "openvino"
+            lambda schedule: ours._compile_aside(schedule), lambda schedule: ours._called(schedule), "openvino"
         )
         self.warm_up(self._unmerged)  # a model that OpenVINO gets wrong is refused here
         logger.info(
@@ -99,17 +108,41 @@ class OpenVINOBackend:
         uses = self._uses.note(schedule)
         if run := self._runs.get(schedule):
             return run(self.merged.normalised(pixels))
-        if uses >= SEEN_OFTEN and self._has_room_for(uses):
+        if schedule in self._planned or self._has_room_for(uses):
             self._later.ask(schedule)
         return self._torch.outputs(pixels, schedule)
 
     def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
-        """Compiles the schedule for every batch size, and keeps it for good."""
+        """Compiles the schedule, and keeps it for good: for all batches, or for one image until the plan ran."""
         self._warmed.add(schedule)
         self._compiler.keep(schedule)
         self._take_over()
         if schedule not in self._runs:
-            self._runs[schedule] = self._compile(schedule, aside=False)
+            self._put({schedule: self._compile(schedule, () if self._in_background else None)})
+
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Compiles these schedules on a thread, as many as there is memory for.
+
+        What was warmed for one image is compiled for batches behind the first of them: whoever opens the page compares
+        two schedules by one image. Requests have others compiled; `compiled` is called of those, too.
+        """
+        warmed = list(self._warmed) if self._in_background else []
+        others = [schedule for schedule in schedules if schedule not in self._warmed]
+        planned = others[: int(PLANNED_SHARE * self.most_schedules)]
+        self._planned = set(planned)
+        self._later.then(compiled)
+        self._later.plan([*planned[:1], *warmed, *planned[1:]])
+
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """OpenVINO, or torch for a schedule that is not compiled."""
+        stands_in = schedule not in self._ready
+        info = self._torch.info if stands_in else self.info
+        return ComputedBy(info.name, info.precision, stands_in)
+
+    def compiling(self) -> Compiling | None:
+        """The schedule that is compiled now, and how many are done and wait."""
+        progress = self._later.progress()
+        return progress and Compiling(progress.key, progress.done, progress.total)
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
         """Never: it returns when all is computed."""
@@ -119,26 +152,41 @@ class OpenVINOBackend:
         """Nothing is left."""
         return False
 
+    def close(self) -> None:
+        """Compiles nothing more, and ends a translation."""
+        self._later.close()
+        self._compiler.close()
+
     def _take_over(self) -> None:
-        """Takes what was compiled meanwhile; of those that nobody warmed the ones used least make room."""
+        """Takes what was compiled meanwhile; of what only requests named, the schedules used least make room."""
         if made := self._later.take():
-            self._runs |= made
-            while len(unwarmed := self._unwarmed()) > self.most_schedules:
-                del self._runs[self._uses.least(unwarmed)]
+            self._put(made)
+
+    def _put(self, made: dict[Schedule, AnyBatch]) -> None:
+        self._runs |= made
+        while len(others := self._others()) > self.most_schedules - len(self._planned):
+            del self._runs[self._uses.least(others)]
+        self._ready = frozenset(self._runs)
 
     def _has_room_for(self, uses: int) -> bool:
         """Whether a schedule of so many uses is compiled: there is memory left, or one that is used less makes room."""
-        unwarmed, coming = self._unwarmed(), len(self._later)
-        if len(unwarmed) + coming < self.most_schedules:
+        others, coming = self._others(), len(self._later)
+        if len(others) + coming < self.most_schedules - len(self._planned):
             return True
-        return bool(unwarmed) and not coming and uses > self._uses.of(self._uses.least(unwarmed))
+        return bool(others) and not coming and uses > self._uses.of(self._uses.least(others))
 
-    def _unwarmed(self) -> list[Schedule]:
-        return [each for each in self._runs if each not in self._warmed]
+    def _others(self) -> list[Schedule]:
+        """What is compiled because requests named it."""
+        return [each for each in self._runs if each not in self._warmed and each not in self._planned]
 
-    def _compile(self, schedule: Schedule, aside: bool) -> AnyBatch:
+    def _compile_aside(self, schedule: Schedule) -> AnyBatch:
+        """Compiles what requests ask for, and what is planned; on the thread that compiles."""
+        sizes = None if schedule in self._warmed else FEWER_BATCH_SIZES[self.info.precision]
+        return self._compile(schedule, sizes, aside=True)
+
+    def _compile(self, schedule: Schedule, sizes: Sequence[int] | None, aside: bool = False) -> AnyBatch:
         start, precision = time.perf_counter(), self.info.precision
-        run = self._compiler.any_batch(schedule, self._max_batch_size, precision, aside)
+        run = self._compiler.any_batch(schedule, self._max_batch_size, precision, sizes, aside)
         with TRACING:
             for size, graph in run.graphs:
                 self._check(graph, schedule, size)
@@ -167,9 +215,23 @@ class OpenVINOBackend:
             )
 
     def _faster_precision(self) -> tuple[str, str]:
-        """Measures fp32 and bf16 in turn, unmerged, and says which to take and why."""
+        """Whether to take fp32 or bf16, and why: measured once for a model, a CPU and a number of threads."""
         if not self._compiler.has_bf16:
             return "fp32", "this CPU has no bf16"
+        file, here = self._compiler.folder / "precision.json", [cpu_name(), self._compiler.threads]
+        try:
+            kept = json.loads(file.read_bytes())
+            ratio = float(kept["ratio"]) if kept["on"] == here else None
+        except (OSError, ValueError, KeyError, TypeError):
+            ratio = None
+        if ratio is None:
+            ratio = self._measured_ratio()
+            with contextlib.suppress(OSError):  # it is measured again at the next start
+                write_whole(file, json.dumps({"on": here, "ratio": ratio}).encode())
+        return ("bf16" if ratio > _FASTER else "fp32"), f"bf16 measured {ratio:.2f} times as fast as fp32"
+
+    def _measured_ratio(self) -> float:
+        """How many times as fast as fp32 bf16 is, unmerged: both are measured in turn."""
         threads = self._compiler.threads
         size = max(size for size in BATCH_SIZES["fp32"] if size <= self._max_batch_size)
         runs = {
@@ -183,5 +245,4 @@ class OpenVINOBackend:
                 run(images)
                 seconds[precision].append(time.perf_counter() - start)
         fp32, bf16 = (min(times) for times in seconds.values())  # the least disturbed
-        reason = f"bf16 measured {fp32 / bf16:.2f} times as fast as fp32"
-        return ("bf16" if fp32 > _FASTER * bf16 else "fp32"), reason
+        return fp32 / bf16

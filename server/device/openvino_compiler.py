@@ -1,7 +1,14 @@
-"""Models compiled by OpenVINO: translated once, compiled for each schedule, batch size and precision, kept on disk."""
+"""Models compiled by OpenVINO, for each schedule, batch size and precision.
+
+Torch traces a model for seconds to translate it. Where merging is one compiled operator, that is done twice: for r=0,
+and for all schedules that merge (`tome_core.openvino_schedules`). Elsewhere each schedule has a translation of its own.
+Translations are kept on disk. Compiled graphs are not: OpenVINO reads one in half of the time that it takes to compile
+one, and each takes the space of the weights.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import multiprocessing
@@ -10,7 +17,8 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +27,9 @@ import torch
 
 import tome_core
 from server.cpus import available_cpus
-from server.device.openvino_files import Translations, remove_outdated, touch
+from server.device.openvino_files import Translations, make_room, touch
 from server.device.openvino_graphs import (
     BATCH_SIZES,
-    FEWER_BATCH_SIZES,
     GRAPH_PER_WEIGHTS,
     AnyBatch,
     Run,
@@ -30,12 +37,14 @@ from server.device.openvino_graphs import (
     config_of,
     run_of,
 )
+from server.device.translation import translate_pickled
 from server.dial import Schedule, r_of, text_of
-from server.lifetime import end_with_parent
 from tome_core.openvino import save, to_openvino
 from tome_core.openvino_core import add_operator, core
 from tome_core.openvino_operator import build_operator, to_bfloat16
+from tome_core.openvino_schedules import name_no_tokens, set_schedule
 from tome_core.quiet import openvino
+from tome_core.schedule import mean_r
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +59,8 @@ class Compiler:
         merged: The merging model, in eval mode and float32.
         input_size: Height and width of its images.
         threads: CPU threads; 0 takes what the container may use.
-        cache_dir: Where translated and compiled graphs are kept for the next start, so many of them; None keeps them
-            for this process.
-        beside: Others compute in this process: all that is translated is translated in another one.
+        cache_dir: Where translations are kept for the next start; None keeps them for this process.
+        beside: Other models compute in this process: all translations are made in another one.
 
     Attributes:
         input_size: As given.
@@ -75,31 +83,57 @@ class Compiler:
             cache_dir = Path(tempfile.mkdtemp(prefix="tome-server-openvino-"))
             weakref.finalize(self, shutil.rmtree, cache_dir, ignore_errors=True)
         self._operator = self._built(cache_dir)
+        self._differs: set[Schedule] = set()
+        """Schedules whose graph differs from the common one in more than `r`."""
+        self._process: BaseProcess | None = None
+        self._aside = threading.Lock()
+        self._is_closed = False
         self._files = Translations(cache_dir / _fingerprint(merged, input_size, self._operator))
-        remove_outdated(cache_dir)
+        make_room(cache_dir)
 
     @property
     def has_bf16(self) -> bool:
         """Whether the CPU computes in bf16 itself."""
         return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
-    def keep(self, schedule: Schedule) -> None:
-        """Keeps what is made of a schedule on disk whatever else is made."""
-        self._files.keep(schedule)
+    @property
+    def folder(self) -> Path:
+        """What is kept of this model, these versions and this code."""
+        return self._files.folder
 
     @property
     def graph_bytes(self) -> int:
         """Memory that a compiled graph takes, at most."""
         return GRAPH_PER_WEIGHTS * sum(4 * each.numel() for each in self._merged.model.parameters())
 
-    def any_batch(self, schedule: Schedule, max_batch_size: int, precision: str, aside: bool = False) -> AnyBatch:
-        """Compiles a schedule for any number of images up to `max_batch_size`, or takes it from the cache.
+    def keep(self, schedule: Schedule) -> None:
+        """Never removes the translation of a schedule to make room on disk."""
+        self._files.keep(self._name(schedule))
+
+    def close(self) -> None:
+        """Ends a translation in another process; nothing is translated there any more."""
+        self._is_closed = True
+        if (process := self._process) is not None:
+            with contextlib.suppress(ValueError):  # it has ended, and was closed
+                process.kill()
+
+    def any_batch(
+        self,
+        schedule: Schedule,
+        max_batch_size: int,
+        precision: str,
+        sizes: Sequence[int] | None = None,
+        aside: bool = False,
+    ) -> AnyBatch:
+        """Compiles a schedule for any number of images up to `max_batch_size`.
 
         Args:
             schedule: `r` of each block.
             max_batch_size: Most images at a time.
             precision: "fp32" or "bf16".
-            aside: Translates it in a process of its own, so that answers go on, and compiles it for fewer batch sizes.
+            sizes: Batch sizes that run side by side; None takes all that pay. The graph for a lone image is always
+                there, and does for what they leave.
+            aside: Translates it in a process of its own, so that answers go on.
 
         Raises:
             RuntimeError: It cannot be translated or compiled.
@@ -108,13 +142,12 @@ class Compiler:
         def graph(size: int, side_by_side: int) -> Run:
             return self.graph(schedule, size, precision, side_by_side, aside)
 
-        sizes = FEWER_BATCH_SIZES if aside else BATCH_SIZES[precision]
-        return any_batch(graph, self.threads, max_batch_size, sizes)
+        return any_batch(graph, self.threads, max_batch_size, BATCH_SIZES[precision] if sizes is None else sizes)
 
     def graph(
         self, schedule: Schedule, batch_size: int, precision: str, side_by_side: int = 1, aside: bool = False
     ) -> Run:
-        """Compiles one graph, or takes it from the cache.
+        """Compiles one graph.
 
         Args:
             schedule: `r` of each block.
@@ -126,57 +159,97 @@ class Compiler:
         Returns:
             A function of any multiple of `batch_size` images.
         """
-        config = config_of(precision, self.threads, side_by_side) | {
-            "CACHE_DIR": str(self._files.compiled(schedule)),
-            "CACHE_MODE": "OPTIMIZE_SIZE",  # weights come from the translation
-        }
-        compiled = self.compiled(schedule, batch_size, precision, config, aside)
-        return run_of(compiled, batch_size, side_by_side)
+        config = config_of(precision, self.threads, side_by_side)
+        return run_of(self.compiled(schedule, batch_size, precision, config, aside), batch_size, side_by_side)
 
     def compiled(
         self, schedule: Schedule, batch_size: int, precision: str, config: Mapping[str, Any], aside: bool = False
     ) -> openvino.CompiledModel:
         """The graph as OpenVINO compiles it under its settings `config`."""
-        if self._files.use(schedule):
+        model = self._translated(schedule, aside)
+        if self._name(schedule) == self._common(schedule):
             try:
-                return self._read(schedule, batch_size, precision, config)
-            except RuntimeError as error:  # another server has removed it by now, or a crash has spoilt it
-                logger.info("r=%s is translated again: %s", text_of(r_of(schedule)), error)
-        self._files.remove(schedule)
-        self._translate(schedule, aside or self._beside)
-        self._files.make_room()
-        return self._read(schedule, batch_size, precision, config)
-
-    def _read(
-        self, schedule: Schedule, batch_size: int, precision: str, config: Mapping[str, Any]
-    ) -> openvino.CompiledModel:
-        """Raises RuntimeError where the files are not there, or hold no graph."""
-        model = core().read_model(self._files.graph(schedule))
+                set_schedule(model, schedule)
+            except RuntimeError as error:
+                logger.info("r=%s has a translation of its own: %s", text_of(r_of(schedule)), error)
+                self._differs.add(schedule)
+                model = self._translated(schedule, aside)
         model.reshape([batch_size, 3, *self.input_size])
         if precision == "bf16":
             to_bfloat16(model)
         return core().compile_model(model, "CPU", dict(config))
 
-    def _translate(self, schedule: Schedule, aside: bool) -> None:
-        """Makes the schedule's graph.
+    def _name(self, schedule: Schedule) -> str:
+        """What the translation is called that a schedule is made of."""
+        is_common = self._operator is not None and max(schedule) > 0 and schedule not in self._differs
+        return self._common(schedule) if is_common else f"r{text_of(r_of(schedule)).replace(',', '-')}"
 
-        Aside, it is a process that does, since no thread may run a model while torch traces one.
+    def _common(self, schedule: Schedule) -> str:
+        """What the translation is called that schedules share: all, or all of one band of tuned numbers."""
+        mean = mean_r(schedule)
+        bands = self._merged.tuned.bands if self._merged.tuned else ()
+        band = next((f"-{band.low}-{band.high}" for band in bands if mean in band), "")
+        return f"merging{band}"
+
+    def translate_ahead(self, schedule: Schedule) -> None:
+        """Begins what schedules that merge are made of, in another process, while this one does something else."""
+        if self._name(schedule) == self._common(schedule) and not self._files.graph(self._name(schedule)).exists():
+            merged = self._pickled()  # now: soon this thread may trace
+
+            def translate() -> None:
+                with contextlib.suppress(RuntimeError):  # whoever needs it tries again, and says what is wrong
+                    self._translate(schedule, self._name(schedule), merged)
+
+            threading.Thread(target=translate, name="translation", daemon=True).start()
+
+    def _translated(self, schedule: Schedule, aside: bool) -> openvino.Model:
+        """The translation that a schedule is made of, from the disk or made now."""
+        name = self._name(schedule)
+        if self._files.use(name):
+            try:
+                return core().read_model(self._files.graph(name))
+            except RuntimeError as error:  # another server has removed it by now, or a crash has spoilt it
+                logger.info("%s is translated again: %s", name, error)
+                self._files.remove(name)
+        self._translate(schedule, name, self._pickled() if aside or self._beside else None)
+        make_room(self._files.folder.parent, self._files.kept | {self._files.graph(name)})
+        return core().read_model(self._files.graph(name))
+
+    def _pickled(self) -> bytes:
+        """The model. multiprocessing would put its weights in shared memory, of which a container has 64 MB."""
+        with TRACING:
+            return pickle.dumps(self._merged)
+
+    def _translate(self, schedule: Schedule, name: str, merged: bytes | None) -> None:
+        """Makes a translation, where it is not there by now.
+
+        Args:
+            schedule: For which.
+            name: What it is called.
+            merged: The pickled model for a process that translates, since no thread may run a model while torch traces
+                one; None translates here.
 
         Raises:
             RuntimeError: It cannot be translated; the process has said why.
         """
-        file = self._files.graph(schedule)
-        if not aside:
+        file, is_common = self._files.graph(name), name == self._common(schedule)
+        if merged is None:
             with TRACING:
-                _translate(self._merged, schedule, self.input_size, file, self._operator)
+                translate(self._merged, schedule, is_common, self.input_size, file, self._operator)
             return
-        with TRACING:
-            # Here: multiprocessing would put the weights in shared memory, of which a container has 64 MB.
-            merged = pickle.dumps(self._merged)
-        args = (merged, schedule, self.input_size, file, self._operator)
-        process = multiprocessing.get_context("spawn").Process(target=_translate_pickled, args=args, name="translation")
+        args = (merged, schedule, is_common, self.input_size, file, self._operator)
+        with self._aside:
+            if not self._files.use(name):
+                self._translate_aside(args)
+
+    def _translate_aside(self, args: tuple[Any, ...]) -> None:
+        process = multiprocessing.get_context("spawn").Process(target=translate_pickled, args=args, name="translation")
+        self._process = process
+        if self._is_closed:
+            raise RuntimeError("the server ends")
         process.start()
         process.join()
+        self._process = None
         if process.exitcode != 0:
             raise RuntimeError(f"its translation ended with status {process.exitcode}")
 
@@ -193,18 +266,23 @@ class Compiler:
         return operator
 
 
-def _translate_pickled(
-    merged: bytes, schedule: Schedule, input_size: tuple[int, int], file: Path, operator: Path | None
-) -> None:
-    end_with_parent()
-    _translate(pickle.loads(merged), schedule, input_size, file, operator)
-
-
 @torch.no_grad()
-def _translate(
-    merged: tome_core.MergedViT, schedule: Schedule, input_size: tuple[int, int], file: Path, operator: Path | None
+def translate(
+    merged: tome_core.MergedViT,
+    schedule: Schedule,
+    is_common: bool,
+    input_size: tuple[int, int],
+    file: Path,
+    operator: Path | None,
 ) -> None:
-    model = to_openvino(merged, schedule, input_size, operator)
+    """Translates a model for a schedule, or for all that merge by the same numbers."""
+    if is_common:
+        numbers = tome_core.MergedViT(merged.at(schedule).model)
+        numbers = numbers.with_features() if merged.gives_features else numbers
+        model = to_openvino(numbers, 1, input_size, operator)
+        name_no_tokens(model)
+    else:
+        model = to_openvino(merged, schedule, input_size, operator)
     file.parent.mkdir(parents=True, exist_ok=True)  # another server may have removed it
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         written = Path(folder) / file.name

@@ -10,89 +10,89 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from server.dial import Schedule, r_of, text_of
-
-MOST_TRANSLATIONS = 16
-"""Of a model, besides those that are warmed. Each has weights of its own, 85 MB for ViT-S in float32: OpenVINO writes
-the constants of a graph into one file, in its order, and beside the weights there are some of each schedule."""
-
 DISK_SHARE = 0.1
-"""What translations of a model may take besides the warmed ones, of the disk's free space and themselves together."""
+"""What translations may take of the disk's free space and themselves together."""
 
-MOST_FOLDERS = 16
+MOST_BYTES = 8 << 30
+"""What they may take however large the disk is: those of twelve ViT-L, or of two hundred times the bundled model."""
+
 _DAY_S = 86_400.0
 OUTDATED_S = 30 * _DAY_S
-"""Folders of models, and operators, that nobody has used for so long are removed; beyond `MOST_FOLDERS` those that
-nobody has used for a day: a server touches its own when it starts, however many they are."""
+"""Folders of models, and operators, that nobody has used for so long are removed. A server touches its own when it
+starts."""
 
 _FOLDER, _OPERATOR, _UNFINISHED = re.compile("[0-9a-f]{24}"), re.compile(r"merge_tokens-\w+\.so"), re.compile("tmp.*")
 
 
 class Translations:
-    """The translated graphs of one model: for each schedule its graph, its weights, and what OpenVINO compiled of it.
+    """The translations of one model, by name: each a graph and its weights.
 
     The latest use is the time of the graph's file. The graph is written last and removed first: where it is, all is,
     unless a process was killed or another one removes it at this moment.
 
     Args:
         folder: Where they lie; it is made, also when it is gone.
+
+    Attributes:
+        folder: As given.
+        kept: Graphs that are never removed to make room.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._kept: set[Path] = set()
+        self.folder = folder
+        self.kept: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
         touch(folder)
         for each in _entries(folder, _UNFINISHED):
             if _unused_s(each) > _DAY_S:  # of a process that was killed
                 _remove(each)
 
-    def graph(self, schedule: Schedule) -> Path:
+    def graph(self, name: str) -> Path:
         """The file of its graph."""
-        return self._folder / f"r{text_of(r_of(schedule)).replace(',', '-')}.xml"
+        return self.folder / f"{name}.xml"
 
-    def compiled(self, schedule: Schedule) -> Path:
-        """The folder in which OpenVINO keeps what it compiled of it: graphs without weights, a hundredth of them."""
-        return self.graph(schedule).with_suffix(".compiled")
+    def keep(self, name: str) -> None:
+        """Never removes it to make room."""
+        self.kept.add(self.graph(name))
 
-    def keep(self, schedule: Schedule) -> None:
-        """Never removes it for the sake of others."""
-        self._kept.add(self.graph(schedule))
-
-    def use(self, schedule: Schedule) -> bool:
+    def use(self, name: str) -> bool:
         """Whether it is there; it then is the one used last."""
-        touch(self._folder)
-        return touch(self.graph(schedule))
+        touch(self.folder)
+        return touch(self.graph(name))
 
-    def remove(self, schedule: Schedule) -> None:
+    def remove(self, name: str) -> None:
         """Removes all of it."""
-        self._remove(self.graph(schedule))
-
-    def make_room(self) -> None:
-        """Removes those that were used longest ago, beyond the number and the share of the disk that is kept."""
-        graphs = [each for each in self._folder.glob("*.xml") if each not in self._kept]
-        sizes = {graph: sum(map(_bytes_of, _parts(graph))) for graph in sorted(graphs, key=_unused_s)}
-        most, taken = DISK_SHARE * (_free_bytes(self._folder) + sum(sizes.values())), 0
-        for number, (graph, size) in enumerate(sizes.items()):
-            taken += size
-            if number > 0 and (number >= MOST_TRANSLATIONS or taken > most):  # the latest is about to be read
-                self._remove(graph)
-
-    def _remove(self, graph: Path) -> None:
-        for each in _parts(graph):
-            _remove(each)
+        _remove_graph(self.graph(name))
 
 
-def remove_outdated(cache_dir: Path) -> None:
-    """Removes what other models, versions and weights have left, and nobody has used for long."""
-    folders = sorted(_entries(cache_dir, _FOLDER), key=_unused_s)
-    outdated = [each for each in folders[MOST_FOLDERS:] if _unused_s(each) > _DAY_S]
-    outdated += [each for each in folders + _entries(cache_dir, _OPERATOR) if _unused_s(each) > OUTDATED_S]
+def make_room(cache_dir: Path, kept: Collection[Path] = ()) -> None:
+    """Removes what nobody has used for long, and of all models the translations used longest ago, beyond the bounds.
+
+    Args:
+        cache_dir: Holds a folder for each model.
+        kept: Graphs that stay.
+    """
+    folders = _entries(cache_dir, _FOLDER)
+    outdated = [each for each in folders + _entries(cache_dir, _OPERATOR) if _unused_s(each) > OUTDATED_S]
     outdated += [each for each in _entries(cache_dir, _UNFINISHED) if _unused_s(each) > _DAY_S]
     for each in outdated:
+        _remove(each)
+    graphs = sorted((graph for folder in folders for graph in folder.glob("*.xml")), key=_unused_s)
+    sizes = {graph: sum(map(_bytes_of, _parts(graph))) for graph in graphs}
+    taken = sum(size for graph, size in sizes.items() if graph in kept)
+    most = min(MOST_BYTES, DISK_SHARE * (_free_bytes(cache_dir) + sum(sizes.values())))
+    for graph, size in sizes.items():
+        if graph not in kept:
+            taken += size
+            if taken > most:
+                _remove_graph(graph)
+
+
+def _remove_graph(graph: Path) -> None:
+    for each in _parts(graph):
         _remove(each)
 
 
@@ -114,8 +114,8 @@ def touch(path: Path) -> bool:
     return True
 
 
-def _parts(graph: Path) -> tuple[Path, Path, Path]:
-    """All that is of a translation, the graph first."""
+def _parts(graph: Path) -> tuple[Path, ...]:
+    """All that is of a translation, the graph first. An older version kept compiled graphs beside it."""
     return graph, graph.with_suffix(".compiled"), graph.with_suffix(".bin")
 
 

@@ -19,8 +19,9 @@ BATCH_SIZES = {"fp32": (1, 2, 4), "bf16": (1, 2, 4, 8, 16)}
 """What graphs are compiled for. In fp32 a thread is no faster with more images at a time; in bf16 layers are so fast
 that fetching their weights takes long beside them, and merging gains a sixth from 4 to 16."""
 
-FEWER_BATCH_SIZES = (1, 4)
-"""What graphs are compiled for of a schedule that nobody warmed: the most of that speed for the least memory."""
+FEWER_BATCH_SIZES = {"fp32": (4,), "bf16": (4, 16)}
+"""What graphs are compiled for in the background: nearly all of that speed for less memory and time. What they leave of
+a batch, the graph for a lone image computes, one after the other."""
 
 GRAPH_PER_WEIGHTS = 4
 """Memory of a compiled graph in either precision, as a multiple of the weights in float32: OpenVINO copies and reorders
@@ -66,13 +67,13 @@ def any_batch(
         graph: Compiles for a batch size, to run so many of them side by side.
         threads: How many there are.
         max_batch_size: Most images in a batch.
-        batch_sizes: What to compile for, of 1 and more; those that no batch is large enough for are left out.
+        batch_sizes: What to compile for; those that no batch is large enough for are left out.
     """
     sizes = [size for size in batch_sizes if size <= max(1, math.ceil(max_batch_size / threads))]
     lone = graph(1, 1)
-    lone_will_do = 1 in (threads, max_batch_size)
-    side_by_side = {size: lone if size == 1 and lone_will_do else graph(size, threads) for size in sizes}
-    return AnyBatch(lone, side_by_side, threads)
+    if 1 in (threads, max_batch_size):
+        sizes = [size for size in sizes if size != 1]
+    return AnyBatch(lone, {1: lone} | {size: graph(size, threads) for size in sizes}, threads)
 
 
 def groups_of(num_images: int, sizes: Sequence[int], threads: int) -> list[tuple[int, int]]:

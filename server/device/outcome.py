@@ -1,4 +1,4 @@
-"""What requests want of a model's outputs: gathered on the device for a whole batch, read back image by image."""
+"""The model outputs that requests want: gathered on the device for a whole batch, then read image by image."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from server.types import Activation
 
 
 class Wanted(NamedTuple):
-    """What is fetched of the outputs of a batch: what any of its images wants.
+    """The outputs to fetch for a batch: those that any of its images wants.
 
     Attributes:
-        activations: What makes scores of logits, for each image; one for all where they do not differ.
-        top_k: How many of the likeliest classes; 0 for none.
-        scores: Whether the scores of all classes are.
-        features: Whether the pooled features are.
+        activations: The activation of each image; one for all if they are equal.
+        top_k: Number of likeliest classes; 0 for none.
+        scores: Whether to fetch the scores of all classes.
+        features: Whether to fetch the pooled features.
     """
 
     activations: tuple[Activation, ...]
@@ -30,8 +30,8 @@ class Wanted(NamedTuple):
 
 
 def wanted_by(items: Sequence[Item]) -> Wanted:
-    """What a batch of images wants, together."""
-    requests = list({id(item.request): item.request for item in items}.values())  # images of one share it
+    """The outputs that a batch of images wants."""
+    requests = list({id(item.request): item.request for item in items}.values())  # the images of a request share it
     named: list[Activation] = [request.activation for request in requests if not isinstance(request, Embed)] or ["none"]
     is_mixed = len(set(named)) > 1
     return Wanted(
@@ -49,16 +49,16 @@ def _activation_of(item: Item, default: Activation) -> Activation:
 
 
 def gathered(outputs: Tensor, num_classes: int, wanted: Wanted) -> Tensor:
-    """What is wanted of a batch, as one tensor, so that one copy brings it back.
+    """Gathers the wanted outputs of a batch in one tensor, so that one copy fetches them.
 
     Args:
         outputs: Logits and pooled features, (B, K + C).
         num_classes: K.
-        wanted: What is.
+        wanted: The wanted outputs.
 
     Returns:
-        Float32, (B, columns): the classes' indices, their scores, the scores of all classes, the features; each where
-        it is wanted. An index up to 2^24 is itself in float32.
+        Float32, (B, columns): the classes' indices, their scores, the scores of all classes, the features; each if it
+        is wanted. Float32 holds indices up to 2^24 exactly.
     """
     logits = outputs[:, :num_classes].float()
     scores = _activated(logits, wanted.activations) if wanted.top_k or wanted.scores else logits
@@ -70,16 +70,16 @@ def gathered(outputs: Tensor, num_classes: int, wanted: Wanted) -> Tensor:
         columns.append(scores)
     if wanted.features:
         columns.append(outputs[:, num_classes:].float())
-    return torch.cat(columns, dim=1) if columns else logits[:, :0]  # what merged in a model without classes
+    return torch.cat(columns, dim=1) if columns else logits[:, :0]  # an explanation by a model without classes
 
 
 class Found:
-    """What `gathered` gave, on the CPU.
+    """The result of `gathered`, on the CPU.
 
     Args:
-        columns: As it gave them.
-        num_classes: Of the model.
-        wanted: As it got it.
+        columns: The result.
+        num_classes: Number of the model's classes.
+        wanted: The wanted outputs.
     """
 
     def __init__(self, columns: Tensor, num_classes: int, wanted: Wanted) -> None:
@@ -110,7 +110,7 @@ class Found:
             return _vector(self._features[row])
         indices, scores = self._indices[row][: request.top_k], self._scores[row][: request.top_k]
         if isinstance(request, Classify) and request.threshold is not None:
-            named = sum(score >= request.threshold for score in scores)  # they fall
+            named = sum(score >= request.threshold for score in scores)  # scores are in descending order
             indices, scores = indices[:named], scores[:named]
         return TopK(indices, scores)
 
@@ -119,7 +119,7 @@ def _activated(logits: Tensor, activations: Sequence[Activation]) -> Tensor:
     """Scores of logits (B, K), by the activation of each image."""
     if len(activations) == 1:
         return _activation(logits, activations[0])
-    # Row after row: to gather those of one activation would copy their numbers to a GPU, and wait for it.
+    # By runs of rows, because gathering the rows of one activation would copy indices to a GPU, and wait for it.
     runs = [(activation, len(list(run))) for activation, run in itertools.groupby(activations)]
     parts = logits.split([rows for _, rows in runs])
     return torch.cat([_activation(part, activation) for part, (activation, _) in zip(parts, runs, strict=True)])
@@ -128,7 +128,7 @@ def _activated(logits: Tensor, activations: Sequence[Activation]) -> Tensor:
 def _activation(logits: Tensor, activation: Activation) -> Tensor:
     if activation == "softmax":
         return logits.softmax(dim=1)
-    # Zero times infinity is no number: a logit that overflowed is told, and not taken for certainty.
+    # Zero times infinity is NaN: an overflowed logit becomes an error instead of certainty.
     return logits.sigmoid() + 0 * logits if activation == "sigmoid" else logits
 
 

@@ -22,7 +22,7 @@ class PixelBatch:
 
     Attributes:
         pixels: (B, H, W, 3) in uint8.
-        launched: What is computed of all of them, where it has begun already.
+        launched: The computation of all of them, if it has begun.
     """
 
     pixels: Tensor
@@ -39,7 +39,7 @@ class Prepared:
 
 
 def joined(items: Sequence[Item], input_size: tuple[int, int], device: torch.device) -> Tensor:
-    """The pixels of items that are no files: a batch (B, H, W, 3) in uint8, on the device."""
+    """The pixels of items without files: a batch (B, H, W, 3) in uint8, on the device."""
     images = [item.image for item in items]
     assert all(isinstance(image, Pixels) for image in images), "files go to an engine that decodes"
     return stacked([image.data for image in images], input_size, device)
@@ -52,7 +52,7 @@ def stacked(images: Sequence[bytes], input_size: tuple[int, int], device: torch.
 
 
 def rows(prepared: Sequence[Prepared]) -> Tensor:
-    """The pixels of these images: those of the batch that they were prepared in, where it is theirs alone."""
+    """The pixels of these images; the whole batch in which they were prepared, if they are all of it."""
     if is_whole(prepared):
         return prepared[0].batch.pixels
     return torch.stack([each.batch.pixels[each.row] for each in prepared])

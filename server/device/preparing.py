@@ -17,14 +17,14 @@ from server.ipc.messages import Classify, Item
 from server.types import BatchKey, ModelInfo
 
 PART_PIXELS = 1 << 26
-"""Of JPEGs that are decoded together, so that memory is bounded: 200 MB of bytes."""
+"""Most pixels of JPEGs that are decoded together, which bounds memory: 200 MB of bytes."""
 
 
 class Preparer:
-    """Decodes and resizes; on a GPU in a stream of its own, beside the batch that computes.
+    """Decodes and resizes; on a GPU in a separate stream, beside the batch that computes.
 
     Args:
-        device: That of the pixels.
+        device: The device of the pixels.
         models: The models by name.
         max_pixels: Largest width x height of a file.
 
@@ -39,12 +39,12 @@ class Preparer:
 
     @torch.inference_mode()
     def __call__(self, key: BatchKey, items: Sequence[Item]) -> list[Prepared | ServerError]:
-        """A batch of items, ready to be computed, and the errors of those whose files cannot be decoded."""
+        """A batch of items that are ready to be computed, and the errors of those whose files cannot be decoded."""
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             return self._prepare(key, items)
 
     def warm_up(self, key: BatchKey) -> None:
-        """Prepares one image, so that no request pays for what is done once."""
+        """Prepares one image, so that no request pays for one-time work."""
         self(key, [Item(Classify(model=key.model, images=[simplest_jpeg()], deadline=monotonic(), top_k=1), 0)])
 
     def _prepare(self, key: BatchKey, items: Sequence[Item]) -> list[Prepared | ServerError]:
@@ -55,10 +55,10 @@ class Preparer:
         errors: dict[int, ServerError] = {}
         for part, files in _parts(images):
             refused = self._decode(files, preprocessing, batch, part)
-            # The memory of a part is that of the next one, which nvJPEG fills from streams of its own; and the files
-            # must stay until they are read.
+            # The next part reuses this part's memory, which nvJPEG fills from its own streams; and the files must stay
+            # until they are read.
             self._finish()
-            for position in refused:  # Pillow reads more, and else says what is wrong
+            for position in refused:  # Pillow reads more files, and reports errors
                 index = part[position]
                 try:
                     pixels[index] = decode(files[position].data, preprocessing, self._max_pixels)
@@ -77,7 +77,7 @@ class Preparer:
         return [errors.get(index) or Prepared(item, prepared, next(rows)) for index, item in enumerate(items)]
 
     def _finish(self) -> None:
-        """Returns when the device has done what it was told."""
+        """Waits until the device has done its work."""
         if self._stream is not None:
             self._stream.synchronize()
 

@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -18,11 +18,11 @@ from server.device.choosing import choose_backend
 from server.device.models import LoadedModel
 from server.device.outcome import Found, Wanted, gathered, wanted_by
 from server.device.prepared import Prepared, is_whole, rows
-from server.dial import r_of, text_of
+from server.dial import Schedule, r_of, text_of
 from server.documents import sentence
 from server.errors import EngineError, ServerError, SettingsError
 from server.ipc.messages import TopK, Vector
-from server.types import Activation, BackendInfo, BatchKey
+from server.types import Activation, BackendInfo, BatchKey, Compiling, ComputedBy
 from tome_core import MergedViT
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,27 @@ class Runner:
         """What computes a model's answers here, and why."""
         return self._backends[model].info
 
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        """What computes a batch of this key now; right after a batch, what computed it."""
+        return self._backends[key.model].computed_by(key.schedule)
+
+    def compile_later(self, model: str, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Has schedules of a model compiled in the background, where it must be compiled; as of `Backend`."""
+        self._backends[model].compile_later(schedules, compiled)
+
+    def compiles(self, model: str) -> bool:
+        """Whether a model's schedules are compiled before they are as fast as they can be."""
+        return self._backends[model].info.name == "openvino"
+
+    def close(self) -> None:
+        """Ends what is done in the background."""
+        for backend in self._backends.values():
+            backend.close()
+
+    def compiling(self, model: str) -> Compiling | None:
+        """What is compiled of a model in the background; None while nothing is."""
+        return self._backends[model].compiling()
+
     def merged(self, model: str) -> MergedViT:
         """A model as torch computes it here, from pixels: to follow tokens, or to do without recordings."""
         return self._backends[model].merged
@@ -186,7 +207,7 @@ class Runner:
             logger.debug("%s cannot be warmed up", key.model, exc_info=True)
             raise EngineError(f"{key.model} cannot compute a black image: {sentence(error)}") from error
         took_s, r = time.perf_counter() - start, text_of(r_of(key.schedule))
-        logger.info(
+        logger.debug(
             "%s at r=%s is warm on %s in %s (%.2f s)", key.model, r, self._device, backend.info.precision, took_s
         )
 

@@ -1,7 +1,8 @@
-"""torch as the backend: any device, any schedule at once."""
+"""torch as the backend: any device, any schedule without preparation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -13,30 +14,30 @@ from server.device.graphs import Graphs, Record
 from server.device.models import LoadedModel
 from server.dial import Schedule
 from server.errors import SettingsError
-from server.types import BackendInfo
+from server.types import BackendInfo, Compiling, ComputedBy
 from tome_core import MergedViT, UnsupportedModelError
 
 CPU_PART = 16
 """Images that a CPU computes at a time: more do not fit its caches, and 32 at once take a fifth longer."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"""What a model is brought to; fp8 then multiplies most products of its blocks in float8."""
+"""Dtype of the model's weights; fp8 then multiplies most products of its blocks in float8."""
 
 
 class TorchBackend:
-    """Runs the merging model as it is.
+    """Runs the merging model directly.
 
     Args:
         loaded: The model; its weights are moved to the device.
         device: A torch device.
         precision: "fp32", "bf16", "fp16", "fp8", or "auto": bf16 on cuda, fp32 elsewhere.
-        reason: Why it was chosen.
+        reason: The reason for this choice.
 
     Attributes:
-        info: What it is.
-        merged: The model on its device; it takes pixels, and gives features beside logits.
-        black: A black image as it takes them, (H, W, 3) in uint8 on the device.
-        implementation: How it computes, and why so.
+        info: Name, precision and reason.
+        merged: The model on its device; it takes pixels, and returns features beside logits.
+        black: A black input image, (H, W, 3) in uint8 on the device.
+        implementation: Its implementation, and the reason.
 
     Raises:
         SettingsError: The model or the device has no fp8; the message says why.
@@ -62,7 +63,9 @@ class TorchBackend:
         return torch.cat([self.merged(part, schedule) for part in parts])
 
     def _in_float8(self, name: str) -> MergedViT:
-        """The model in float8, or a SettingsError: what is asked for is computed, or nothing is."""
+        """The model in float8. Raises SettingsError if it is unavailable, because another precision must not replace
+        it.
+        """
         try:
             merged = self.merged.in_float8()
         except UnsupportedModelError as error:
@@ -72,11 +75,25 @@ class TorchBackend:
         return merged
 
     def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
-        """Nothing: torch warms up by running."""
+        """Does nothing: torch warms up by running."""
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
         """Whether the launch of a batch takes no time: never."""
         return False
+
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """Itself, whatever the schedule."""
+        return ComputedBy(self.info.name, self.info.precision)
+
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Nothing: any schedule runs as it is."""
+
+    def close(self) -> None:
+        """Nothing is done in the background."""
+
+    def compiling(self) -> Compiling | None:
+        """Nothing: torch runs any schedule as it is."""
+        return None
 
     def warm_further(self) -> bool:
         """Nothing is left."""
@@ -84,17 +101,17 @@ class TorchBackend:
 
 
 class RecordedBackend:
-    """torch by recorded forward passes: on a GPU small batches are bound by launches, which a CUDA graph has not.
+    """torch by recorded forward passes. On a GPU, small batches are bound by launches, which a CUDA graph avoids.
 
     Args:
-        backend: What is recorded.
+        backend: The recorded backend.
         max_batch_size: Most images in a batch.
         record: Makes a recording.
-        alone: Is held while something is recorded.
+        alone: Held while something is recorded.
 
     Attributes:
-        info: What it is.
-        merged: The model that is recorded.
+        info: Name, precision and reason.
+        merged: The recorded model.
     """
 
     def __init__(
@@ -116,17 +133,31 @@ class RecordedBackend:
         self._graphs.warm_up(schedule, is_likely)
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
-        """Whether the launch of a batch takes no time: it is recorded."""
+        """Whether the launch of a batch takes no time, because it is recorded."""
         return self._graphs.has(num_images, schedule)
+
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """Itself, whatever the schedule."""
+        return ComputedBy(self.info.name, self.info.precision)
+
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Nothing: any schedule runs as it is."""
+
+    def close(self) -> None:
+        """Nothing is done in the background."""
+
+    def compiling(self) -> Compiling | None:
+        """Nothing: what is not recorded is launched."""
+        return None
 
     @torch.inference_mode()
     def warm_further(self) -> bool:
-        """Records one more batch size; False where all are."""
+        """Records one more batch size; returns False if all are recorded."""
         return self._graphs.record_next()
 
 
 def has_room(device: torch.device) -> bool:
-    """Whether a tenth of a GPU's memory is free, which large batches may want."""
+    """Whether a tenth of a GPU's memory is free, which large batches may need."""
     if device.type != "cuda":
         return True
     free, total = torch.cuda.mem_get_info(device)
@@ -134,10 +165,10 @@ def has_room(device: torch.device) -> bool:
 
 
 def set_threads(threads: int) -> None:
-    """Gives torch that many CPU threads; 0 leaves the choice to it, up to what the container may use.
+    """Sets the number of torch's CPU threads; 0 leaves torch's choice, limited to the CPUs that the container may use.
 
-    Its own choice is the machine's cores, of which a container has a share; and it is fewer than CPUs where a core has
-    two, so it is never raised.
+    Torch's own choice is the machine's cores, of which a container has a share. It is less than the number of CPUs if a
+    core has two, so it is never raised.
     """
     if threads or torch.get_num_threads() > available_cpus():
         torch.set_num_threads(threads or available_cpus())

@@ -1,4 +1,4 @@
-"""Where the tuned numbers of a model lie, and which of them it is served with: found, and checked against its weights.
+"""The tuned numbers of a model: their place, and the choice of those to serve, checked against its weights.
 
 They lie beside weights that have a place of their own, else in the state folder.
 """
@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 from server.errors import SettingsError
 from server.keeping import keep, state_folder
+from server.model_config import TUNED_SUFFIX
 from server.model_spec import ModelSpec
 from tome_core import MergedViT
 from tome_core.tuned import Tuned, TunedError, fingerprint
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".tuned.safetensors"
+SUFFIX = TUNED_SUFFIX
 
 
 class TunedFile(NamedTuple):
@@ -34,7 +35,7 @@ class TunedFile(NamedTuple):
 def beside(spec: ModelSpec, weights_file: Path | None) -> Path | None:
     """The place beside the weights.
 
-    None for random weights and for those of a hub; for the bundled model too, unless a file is there.
+    None for random weights and weights of a hub; also for the bundled model, unless a file is there.
     """
     if weights_file is None:
         return None
@@ -45,10 +46,10 @@ def beside(spec: ModelSpec, weights_file: Path | None) -> Path | None:
 
 
 def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
-    """The place in the state folder; None where nothing is kept.
+    """The place in the state folder; None if nothing is kept.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         weights: `fingerprint` of the model in float32.
         state_dir: The state folder.
     """
@@ -57,7 +58,7 @@ def in_state(name: str, weights: str, state_dir: Path | None) -> Path | None:
 
 
 def places(spec: ModelSpec, weights: str, weights_file: Path | None, state_dir: Path | None) -> list[Path]:
-    """Where `save` may write tuned numbers, its first choice first.
+    """The places where `save` may write tuned numbers, the first choice first.
 
     Args:
         spec: The model.
@@ -69,7 +70,7 @@ def places(spec: ModelSpec, weights: str, weights_file: Path | None, state_dir: 
 
 
 def can_be_written(file: Path) -> bool:
-    """Whether a file can be written to this place: its name may be too long, too. Makes its folder."""
+    """Whether a file can be written to this place; its name may be too long. Makes its folder."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}."):
@@ -79,13 +80,13 @@ def can_be_written(file: Path) -> bool:
 
 
 def save(tuned: Tuned, spec: ModelSpec, weights_file: Path | None, state_dir: Path | None) -> tuple[Path, str | None]:
-    """Writes tuned numbers to their place, which is where `find` takes them from.
+    """Writes tuned numbers to the place where `find` finds them.
 
     Returns:
-        The file, and why it is not beside the weights where it should be.
+        The file, and why it is not beside the weights if it should be.
 
     Raises:
-        SettingsError: There is no place that can be written.
+        SettingsError: No place is writable.
     """
     own, kept = _own(spec, weights_file), in_state(spec.name, tuned.weights["float32"], state_dir)
     file, refusal = keep(tuned.save, spec.name, own, kept)
@@ -98,12 +99,13 @@ def read(file: Path, merged: MergedViT, weights: str | None = None) -> TunedFile
     """Reads tuned numbers for a model.
 
     Args:
-        file: What `save` wrote.
+        file: A file of `save`.
         merged: The model, in float32.
-        weights: Its `fingerprint`, where it is known.
+        weights: Its `fingerprint`, if it is known.
 
     Raises:
-        SettingsError: The file cannot be read, or holds no tuned numbers, or those of another model or other weights.
+        SettingsError: The file cannot be read, holds no tuned numbers, or holds those of another model or other
+            weights.
     """
     try:
         with file.open("rb") as opened:
@@ -113,7 +115,7 @@ def read(file: Path, merged: MergedViT, weights: str | None = None) -> TunedFile
         raise SettingsError(f"there is no file of tuned numbers {file}") from None
     except TunedError as error:
         raise SettingsError(str(error)) from None
-    except (OSError, ValueError) as error:  # ValueError: a path that can be none
+    except (OSError, ValueError) as error:  # ValueError: not a possible path
         raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
         tuned.check(merged.model, merged.family, weights)
@@ -125,12 +127,12 @@ def read(file: Path, merged: MergedViT, weights: str | None = None) -> TunedFile
 def find(
     spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None
 ) -> tuple[TunedFile | None, list[str]]:
-    """The tuned numbers that lie where `save` puts them: those of the state folder before those beside the weights.
+    """The tuned numbers that `save` has written: those of the state folder before those beside the weights.
 
-    The weights are hashed once at most, and only where there is a file to compare them with.
+    The weights are hashed at most once, and only if there is a file to compare them with.
 
     Returns:
-        They, or None; and what is wrong with files that are there and cannot be used.
+        The parameters, or None; and the errors of files that cannot be used.
     """
     refusals: list[str] = []
     weights = kept = None
@@ -149,9 +151,9 @@ def find(
 
 
 def served(spec: ModelSpec, merged: MergedViT, weights_file: Path | None, state_dir: Path | None) -> TunedFile | None:
-    """The tuned numbers that a model is served with, as its settings say: "none", a file, or else what `find` finds.
+    """The tuned numbers that a model is served with, by its settings: "none", a file, or the result of `find`.
 
-    A file that was found and cannot be used is told to the log.
+    A file that was found and cannot be used is logged.
 
     Raises:
         SettingsError: The file that the settings name cannot be used.
@@ -176,7 +178,7 @@ def _forget(kept: Path | None) -> None:
 
 
 def _own(spec: ModelSpec, weights_file: Path | None) -> Path | None:
-    """The place beside the weights, where `save` may write there: not for the bundled model."""
+    """The place beside the weights, if `save` may write there; never for the bundled model."""
     return None if spec.source == "bundled" and not spec.weights else beside(spec, weights_file)
 
 

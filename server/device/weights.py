@@ -14,38 +14,16 @@ from safetensors import SafetensorError, safe_open
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from server.device.tuned_file import SUFFIX
 from server.documents import sentence
 from server.errors import SettingsError, shown
 from tome_core.tuned import FORMAT
 
 logger = logging.getLogger(__name__)
 
-FILE = "model.safetensors"
-_INDEX = f"{FILE}.index.json"
 _POSITIONS = "pos_embed"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def weights_in(folder: Path) -> Path:
-    """The weights file of a model folder: model.safetensors, or the only one that ends so; tuned numbers are none.
-
-    Raises:
-        SettingsError: There is none, or nobody can tell which.
-    """
-    if (folder / FILE).exists():
-        return folder / FILE
-    if (folder / _INDEX).exists():
-        raise SettingsError(f"{folder} has its weights in parts ({_INDEX}); they must be one file, {FILE}")
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    files = [name for name in names if not name.endswith(SUFFIX)]
-    if len(files) == 1:
-        return folder / files[0]
-    if files:
-        raise SettingsError(f"{folder} has several weights files ({', '.join(files[:3])}); one must be named {FILE}")
-    raise SettingsError(f"{folder} has no {FILE}; weights are read from safetensors only")
 
 
 def read_weights(file: Path, model: Any) -> dict[str, Tensor]:

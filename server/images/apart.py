@@ -1,4 +1,4 @@
-"""Decoding apart: decoder processes, started when they are needed, that take turns by the memory that images need."""
+"""Decoder processes, started on demand. Images take turns by the memory that they need."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _IDLE_S = 60.0
 
 
 class Apart:
-    """Decodes images in processes of their own, each within its memory and `MOST_CPU_S`.
+    """Decodes images in separate processes, each limited to its memory and `MOST_CPU_S`.
 
     Args:
-        memory: Bytes for all that are decoded at once.
-        processes: The most of them.
+        memory: Bytes for all images in progress.
+        processes: Most processes.
         max_pixels: Largest width x height.
     """
 
@@ -36,11 +36,11 @@ class Apart:
         self._ends_idle: asyncio.TimerHandle | None = None
 
     async def decode(self, encoded: bytes, preprocessing: Preprocessing, cost: Cost) -> bytes:
-        """Rows of RGB bytes, as of `decode`, once it is this image's turn. A caller who leaves stops it.
+        """Decodes an image to rows of RGB bytes, like `decode`, when its turn comes. Cancelling stops it.
 
         Raises:
-            TooLargeError: It takes more memory or time than there is for it.
-            UndecodableError, UnsupportedError: As `decode`.
+            TooLargeError: It takes more memory or time than is available.
+            UndecodableError, UnsupportedError: See `decode`.
             UnavailableError: No process can be started.
         """
         if cost.least_memory > self._memory:
@@ -60,9 +60,9 @@ class Apart:
                 decoder.kill()
                 raise
             except UndecodableError as error:
-                if memory < cost.memory:  # libraries have other words for a lack of memory
+                if memory < cost.memory:  # libraries report a lack of memory in other words
                     raise TooLargeError(
-                        f"with {memory >> 20} MiB of memory, all that there is for it, {error.message}",
+                        f"with {memory >> 20} MiB of memory, the most available, {error.message}",
                         max_memory=memory,
                     ) from error
                 raise

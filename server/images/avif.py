@@ -1,6 +1,6 @@
-"""AVIF files without EXIF and XMP: libavif gives up a file whose EXIF is broken, and neither of them turns an AVIF.
+"""AVIF files without EXIF and XMP: libavif refuses a file with broken EXIF, and neither of them orients an AVIF.
 
-What turns it are its own properties (`irot`, `imir`), as the format's specification says and browsers do.
+Its own properties (`irot`, `imir`) orient it, by the specification and in browsers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ _METADATA = re.compile(rb"(infe[\2\3]\0\0.(?:..|\0\0..)\0\0)(?:Exif|mime)", re.D
 
 
 def is_avif(encoded: bytes) -> bool:
-    """Whether a file begins as AVIF does."""
+    """Whether a file begins like an AVIF."""
     return encoded[4:8] == b"ftyp"
 
 
 def without_metadata(encoded: bytes) -> bytes:
-    """The file with its EXIF and XMP declared as items of no known kind, which decoders leave alone."""
+    """The file with its EXIF and XMP declared as items of an unknown kind, which decoders ignore."""
     return _METADATA.sub(rb"\1free", encoded)

@@ -1,8 +1,8 @@
-"""BMP files, written again in the few forms that Pillow is known to read right.
+"""BMP files, rewritten in the few forms that Pillow reads correctly.
 
-Of the many kinds of header, palette and run-length code Pillow misreads some without a word: a palette of black and
-white for 8 bits a pixel, one of greys for 4, rows that a run-length code skips. So the header is read here, a palette
-gets all its entries, and runs are spelled out. What is on no list is refused by its name.
+Among the many kinds of header, palette and run-length code, Pillow silently misreads some: a palette of black and white
+for 8 bits a pixel, one of greys for 4, rows that a run-length code skips. So the header is parsed here, a palette gets
+all its entries, and runs are expanded. A kind that is not listed is refused by its name.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _LAYOUTS = {
         (0xFF000000, 0xFF0000, 0xFF00, 0xFF),
     ],
 }
-"""Where red, green, blue and alpha lie in a pixel, by its bits."""
+"""The masks of red, green, blue and alpha in a pixel, by its bits."""
 
 _header = struct.Struct("<IiiHHIIiiII")
-_GREYLESS = b"\1\2\3\0"  # a palette of nothing but greys Pillow would leave out
+_GREYLESS = b"\1\2\3\0"  # Pillow would drop a palette of greys only
 
 
 class _Bitmap(NamedTuple):
     width: int
-    height: int  # below zero: the first row is the topmost
+    height: int  # negative: the first row is the topmost
     bits: int
     compression: int
     palette: bytes  # blue, green, red, 0
@@ -53,7 +53,7 @@ def plain(encoded: bytes, max_pixels: int) -> bytes:
         max_pixels: Largest width x height.
 
     Raises:
-        UnsupportedError: It is of a kind that is not read.
+        UnsupportedError: Its kind is not read.
         TooLargeError: It has more than `max_pixels`.
         UndecodableError: It is cut off.
     """
@@ -107,7 +107,7 @@ def _read(encoded: bytes, max_pixels: int) -> _Bitmap:
 
 
 def _check_kind(size: int, bits: int, compression: int, masks: tuple[int, ...], height: int) -> None:
-    """Refuses a combination that is on no list, by its name."""
+    """Refuses a combination that is not listed, by its name."""
     if compression in (_MASKS, _MASKS_WITH_ALPHA) and size != _OS2_LONG:
         is_read = bits in (16, 24, 32) and (not any(masks) or masks in _LAYOUTS[bits])
         what = f"{bits} bits a pixel and the masks {', '.join(f'{mask:x}' for mask in masks)}"
@@ -120,7 +120,7 @@ def _check_kind(size: int, bits: int, compression: int, masks: tuple[int, ...], 
 
 
 def _spelled_out(bitmap: _Bitmap) -> bytes:
-    """Rows of 8 bits a pixel of a run-length code; what it skips is the first colour, as on Windows."""
+    """Expands a run-length code to rows of 8 bits a pixel. Skipped pixels have the first colour, as on Windows."""
     width, height, four_bits = bitmap.width, bitmap.height, bitmap.compression == _RLE4
     code, stride = bytes(bitmap.pixels), -(-width // 4) * 4
     rows = bytearray(stride * height)

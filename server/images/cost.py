@@ -1,8 +1,8 @@
-"""What decoding an image will take, computed from the file's structure before anything is decoded; and the budget.
+"""The cost of decoding an image, computed from the file's structure before decoding; and the budget.
 
-A quarter of the container's memory is for decoding. The HTTP processes share it evenly. Photos are decoded in
-threads, each within a small part of it. Images that need more, and files that are not plain, are decoded apart, in
-processes that share the rest and can be killed.
+A quarter of the container's memory is for decoding. The HTTP processes share it evenly. Photos are decoded in threads,
+each within a small part of it. Images that need more, and files that are not plain, are decoded in separate processes,
+which share the rest and can be killed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from server.images.preprocessing import Preprocessing
 from server.images.structure import Structure, structure_of
 
 MOST_BLOCK_VISITS = 500_000_000
-"""Blocks of a JPEG times its scans: 4 s. A photo of 50 megapixels has 2 million blocks at most."""
+"""Most blocks times scans of a JPEG: 4 s. A photo of 50 megapixels has at most 2 million blocks."""
 
 MOST_PARTS = 1 << 18
-"""Strips or tiles of a TIFF: as many as rows, of an image that is 190 pixels wide."""
+"""Most strips or tiles of a TIFF: one a row of an image that is 190 pixels wide."""
 
-_MOST_OF_A_THREAD = 96 << 20  # what any usual photo of 24 megapixels needs, progressive ones too
+_MOST_OF_A_THREAD = 96 << 20  # enough for any usual photo of 24 megapixels, also progressive
 _FIXED = 4 << 20
 
 
@@ -30,8 +30,8 @@ class Budget:
     """Memory for decoding, in bytes.
 
     Attributes:
-        of_a_thread: For one image that is decoded in a thread.
-        apart: For all images together that are decoded in processes of their own.
+        of_a_thread: For one image in a thread.
+        apart: For all images together in separate processes.
     """
 
     of_a_thread: int
@@ -39,12 +39,12 @@ class Budget:
 
     @staticmethod
     def of(memory: int, processes: int, threads: int) -> Budget:
-        """The part of one HTTP process.
+        """The budget of one HTTP process.
 
         Args:
-            memory: What all processes of the server may use together.
-            processes: HTTP processes.
-            threads: Of each, that decode.
+            memory: Bytes that all processes of the server may use together.
+            processes: Number of HTTP processes.
+            threads: Number of decoding threads of each.
         """
         whole = memory // 4 // processes
         of_a_thread = min(_MOST_OF_A_THREAD, whole // 2 // threads)
@@ -53,12 +53,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What decoding one image takes at most.
+    """Upper bounds on the cost of decoding one image.
 
     Attributes:
-        memory: Bytes; 0 where the file does not say.
-        least_memory: Bytes that it takes at least.
-        is_plain: Whether that is certain, and its time is that of a usual photo.
+        memory: Bytes; 0 if the file does not tell.
+        least_memory: Lower bound, in bytes.
+        is_plain: Whether `memory` is certain and its time is that of a usual photo.
     """
 
     memory: int
@@ -70,19 +70,19 @@ _NOTHING = Cost(0, 0, True)
 
 
 def cost_of(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> Cost:
-    """What decoding a file takes, in microseconds for a photo.
+    """The cost of decoding a file. Takes microseconds for a photo.
 
     Args:
         encoded: A whole image file.
-        preprocessing: Sizes that the model wants: a large JPEG is decoded at a part of its size.
+        preprocessing: The model's sizes: a large JPEG is decoded at a reduced size.
         max_pixels: Largest width x height.
 
     Raises:
-        TooLargeError: It has too many pixels, or more scans or parts than decoding may take time for.
+        TooLargeError: It has too many pixels, or more scans or parts than the time for decoding allows.
     """
     found = structure_of(encoded)
     if found is None:
-        return _NOTHING  # it is refused without being decoded
+        return _NOTHING  # it is refused without decoding
     width, height = found.width, found.height
     check_pixels(width, height, max_pixels)
     if found.blocks * found.scans > MOST_BLOCK_VISITS:
@@ -107,7 +107,7 @@ def cost_of(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> Co
 
 
 def _shrink(found: Structure, preprocessing: Preprocessing) -> int:
-    """How many times smaller a JPEG is decoded at least, whichever way it is turned."""
+    """The smallest factor by which a JPEG is reduced in decoding, for any orientation."""
     width, height = found.width, found.height
     turns = [(width, height)] if found.is_upright else [(width, height), (height, width)]
     return min(shrink_of(size, preprocessing, found.is_upright) for size in turns)

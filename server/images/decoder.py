@@ -1,7 +1,7 @@
-"""A decoder process: decodes image files one after the other, under limits of memory and time that the kernel keeps.
+"""A decoder process: decodes image files one after the other, under the kernel's limits of memory and time.
 
-It is a program of its own, started as `python -c "from server.images.decoder import main; main()"`. It loads Pillow,
-and neither torch nor HTTP. It may be killed at any moment: only the image that it decodes is lost.
+It is a separate program, started as `python -c "from server.images.decoder import main; main()"`. It imports Pillow,
+but neither torch nor HTTP. It may be killed at any moment; only the present image is lost.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from server.images.preprocessing import Preprocessing
 from server.memory import give_large_blocks_back
 
 READY = b"ready"
-"""What the process writes first. If it dies after this, an image is the cause."""
+"""The first bytes that the process writes. If it dies later, an image is the cause."""
 
-_SPARE = 32 << 20  # a thread's stack, and what Python itself needs
+_SPARE = 32 << 20  # a thread's stack, and Python's own memory
 _NICENESS = 5  # photos in the other processes come first
 
 
@@ -36,9 +36,9 @@ class Job(Struct, frozen=True, array_like=True):
 
     Attributes:
         size: Bytes of the file.
-        preprocessing, max_pixels: As for `decode`.
-        memory: Bytes that decoding may take.
-        cpu_s: Seconds of processor time that it may take.
+        preprocessing, max_pixels: Arguments of `decode`.
+        memory: Most bytes for decoding.
+        cpu_s: Most seconds of processor time.
     """
 
     size: int
@@ -63,7 +63,7 @@ class Refused(Struct, frozen=True, array_like=True, tag="refused"):
 
 
 def send(stream: IO[bytes], message: Struct, file: bytes = b"") -> None:
-    """Writes a message, behind its length, and a file."""
+    """Writes a message, after its length, and a file."""
     packed = msgspec.msgpack.encode(message)
     stream.write(len(packed).to_bytes(4, "big"))
     stream.write(packed)
@@ -72,7 +72,7 @@ def send(stream: IO[bytes], message: Struct, file: bytes = b"") -> None:
 
 
 def receive(stream: IO[bytes]) -> bytes | None:
-    """Reads a message; None when the other side is gone, even in the middle of one."""
+    """Reads a message; None if the other side is gone, also in the middle of a message."""
     header = stream.read(4)
     size = int.from_bytes(header, "big")
     packed = stream.read(size)
@@ -80,8 +80,8 @@ def receive(stream: IO[bytes]) -> bytes | None:
 
 
 def main() -> None:
-    """Decodes what comes by standard input, until nobody is there to ask."""
-    # Both may be sent to all processes of the service. The HTTP process first waits for the images in flight.
+    """Decodes images from standard input until the other side is gone."""
+    # Both signals may be sent to all processes of the service. The HTTP process first waits for the images in flight.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -108,14 +108,14 @@ def _decoded(encoded: bytes, job: Job) -> Decoded | Refused:
         pass  # the traceback holds the image's memory until this block ends
     return Refused(
         TooLargeError.code,
-        f"decoding the image takes more than the {job.memory >> 20} MiB of memory that it may have",
+        f"decoding the image takes more than the {job.memory >> 20} MiB of memory for it",
         {"max_memory": job.memory},
     )
 
 
 def _limit(memory: int, cpu_s: int) -> None:
-    """Allows so much memory from now on, and so much processor time, past which the kernel kills."""
-    with contextlib.suppress(OSError, ValueError):  # not Linux, or a lower limit of the user's
+    """Limits memory and processor time from now on. The kernel kills a process that exceeds its time."""
+    with contextlib.suppress(OSError, ValueError):  # not Linux, or a lower limit of the user
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + memory + _SPARE
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -127,7 +127,7 @@ def _limit(memory: int, cpu_s: int) -> None:
 
 
 def _yield_to_others() -> None:
-    """Lets other processes compute first; and where the container's memory ends, this one is killed first."""
+    """Lets other processes compute first; if the container's memory runs out, the kernel kills this one first."""
     with contextlib.suppress(OSError):
         os.nice(_NICENESS)
     with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def _yield_to_others() -> None:
 
 
 def _end_with_parent(pipe: int) -> None:
-    """Ends the process as soon as nobody holds the other end of a pipe, even in the middle of an image."""
+    """Ends the process as soon as nobody holds the other end of a pipe, also in the middle of an image."""
 
     def watch() -> None:
         poll = select.poll()

@@ -1,4 +1,4 @@
-"""A decoder process, seen from the process that asks it: `server.images.decoder` is what runs in it."""
+"""The parent's side of a decoder process; `server.images.decoder` runs in it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PROGRAM = "from server.images.decoder import main; main()"
 
 
 class DecoderProcess:
-    """One decoder process, started by the first image. `close` kills it if need be, and waits for its end."""
+    """One decoder process, started by its first image. `close` kills it if necessary and waits for its end."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -33,16 +33,16 @@ class DecoderProcess:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it can be asked again."""
+        """Whether it can decode another image."""
         return not self._is_spent and self._process is not None and self._process.poll() is None
 
     def decode(self, job: Job, encoded: bytes) -> bytes:
-        """Decodes an image; blocks, and is called from a thread.
+        """Decodes an image; blocks, so call it from a thread.
 
         Raises:
             TooLargeError: It takes too much time or memory.
             UndecodableError: It cannot be decoded, or crashes the decoder.
-            UnavailableError: There is no process to be had.
+            UnavailableError: No process can be started.
         """
         if self._process is None:
             self._process = _start()
@@ -68,14 +68,14 @@ class DecoderProcess:
         return answer.data
 
     def kill(self) -> None:
-        """Ends the process, whatever it does; may be called from any thread."""
+        """Ends the process at once; may be called from any thread."""
         self._is_spent = True
         if self._process is not None:
             self._process.kill()
 
 
 def environment() -> dict[str, str]:
-    """For a Python process that reads files of strangers: the same modules as here, and no settings, such as keys."""
+    """The environment of a Python process that reads foreign files: the same modules, and no settings, such as keys."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     return inherited | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
@@ -83,10 +83,10 @@ def environment() -> dict[str, str]:
 def _start() -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM],  # which gets no descriptors but its pipes
+            [sys.executable, "-P", "-c", _PROGRAM],  # inherits only its pipes
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # One arena of memory: each further one reserves 64 MiB of its address space.
+            # One arena of memory, because each further one reserves 64 MiB of address space.
             env=environment() | {"MALLOC_ARENA_MAX": "1"},
         )
     except OSError as error:
@@ -95,7 +95,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _epitaph(status: int, job: Job) -> ServerError:
-    """What a client is told of a process's death by its image."""
+    """The error for a client whose image ended the process."""
     if status == -signal.SIGXCPU:
         return TooLargeError(
             f"decoding the image takes more than {job.cpu_s} s of processor time", max_decode_s=job.cpu_s
@@ -110,7 +110,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     for pipe in _pipes(process):
-        with contextlib.suppress(OSError):  # what could not be written any more
+        with contextlib.suppress(OSError):  # unwritten data
             pipe.close()
 
 

@@ -6,7 +6,7 @@ from msgspec import Struct
 
 
 class Pixels(Struct, frozen=True, array_like=True, gc=False, tag="pixels"):
-    """An image as a model's preprocessing leaves it, not yet normalised.
+    """A resized and cropped image, not yet normalised.
 
     Attributes:
         data: RGB bytes, height x width x 3.
@@ -16,12 +16,12 @@ class Pixels(Struct, frozen=True, array_like=True, gc=False, tag="pixels"):
 
 
 class JpegFile(Struct, frozen=True, array_like=True, gc=False, tag="jpeg"):
-    """A JPEG file as it came; its header has been read.
+    """A JPEG file as the client sent it; its header has been checked.
 
     Attributes:
         data: The file.
-        width: In pixels, as the header says.
-        height: In pixels, as the header says.
+        width: Pixels, by its header.
+        height: Pixels, by its header.
     """
 
     data: bytes

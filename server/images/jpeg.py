@@ -1,8 +1,7 @@
-"""JPEG headers, read without Pillow: is a file one that an engine decodes as it came, and how large is its image?
+"""JPEG headers, read without Pillow: whether an engine can decode a file, and the size of its image.
 
-It says no wherever it is not sure; then Pillow looks again, in ten times the time. What it lets pass, Pillow's header
-reader takes as well (a test holds the two together), and every photo that a camera or an image program usually writes
-passes.
+The answer is no in any doubt; then Pillow looks again, in ten times the time. Pillow's header reader accepts every file
+that passes here (a test compares the two). All usual photos of cameras and image programs pass.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ import struct
 
 ENGINE_PIXELS = 1 << 24
 ENGINE_BYTES = 1 << 22
-"""The largest JPEG that is left to the engine: a photo of 16 megapixels, and what a full queue of them may weigh."""
+"""The largest JPEG for the engine: a photo of 16 megapixels, and a weight that a full queue can hold."""
 
 MOST_SEGMENTS = 256
-"""Before the first scan; more are not read. Cameras that keep a depth map in XMP write some 60."""
+"""Most segments before the first scan. Cameras that keep a depth map in XMP write some 60."""
 
 MOST_SCANS = 20
-"""Each may go through the whole image, for a few bytes. libjpeg writes 10 scans, other encoders up to 16 or so."""
+"""Most scans: each may visit the whole image, for a few bytes. libjpeg writes 10, other encoders up to about 16."""
 
 _LEAST_SCAN = 10  # bytes
 _BLOCK_VISITS = 1 << 25
-"""Blocks of 8 x 8 times scans that take no time to speak of: a third of a second of libjpeg."""
+"""Blocks of 8 x 8 times scans that take negligible time: a third of a second of libjpeg."""
 _MOST_SEARCHED = 1 << 18  # bytes, in 0.15 ms
 _WINDOW = 1 << 20
 
@@ -32,16 +31,16 @@ _FRAMES = (0xC0, 0xC2)  # baseline and progressive, 8 bits, Huffman; others are 
 SCAN, _QUANTIZATION, _HUFFMAN, _RESTARTS, COMMENT = 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
 APP0, APP1, APP2, APP13, APP14, APP15 = 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xEF
 _YCBCR = (bytes((1, 2, 3)), bytes((0, 1, 2)))
-"""Names of components that everyone takes for luminance and two colours."""
+"""Names of components that all decoders read as luminance and two colours."""
 
 SAMPLINGS = frozenset(map(bytes, [(0x11,), *((luminance, 0x11, 0x11) for luminance in (0x11, 0x21, 0x22, 0x12))]))
-"""How components are sampled (columns, then rows, in half a byte each) where libjpeg and nvJPEG are known to agree."""
+"""Samplings of components (columns, then rows, half a byte each) for which libjpeg and nvJPEG are known to agree."""
 
-_scan_marks = re.compile(rb"\xff\xda").findall  # in 0.5 ms a megabyte; bytes.count takes three times as long
+_scan_marks = re.compile(rb"\xff\xda").findall  # 0.5 ms a megabyte; bytes.count takes three times as long
 read_segment = struct.Struct(">BBH").unpack_from
-"""255, the kind of a segment, and its length, which counts itself."""
+"""255, the kind of a segment, and its length, which includes itself."""
 read_frame = struct.Struct(">BHHB").unpack_from
-"""Bits a sample, height, width and components: what a frame's segment begins with."""
+"""The start of a frame: bits a sample, height, width and components."""
 _said_by_xmp = re.compile(rb'tiff:Orientation(?:="|>)([0-9])').search
 _ORIENTATION, _SHORT = 0x0112, 3
 
@@ -50,8 +49,8 @@ def usual_jpeg(encoded: bytes) -> tuple[int, int] | None:
     """Reads the header of a file, up to its first scan.
 
     Returns:
-        Width and height of a whole JPEG of one or three colours, upright, of one picture, and no larger than the engine
-        takes; None of any other file, and of any that is in doubt.
+        Width and height if the file is a complete JPEG of one or three colours, upright, with one picture, within the
+        engine's limits; otherwise, or in doubt, None.
     """
     if not (encoded.startswith(START) and encoded.endswith(END) and len(encoded) <= ENGINE_BYTES):
         return None
@@ -71,7 +70,7 @@ def _read(encoded: bytes) -> tuple[int, int] | None:
         if mark != 0xFF or length < 2 or at > len(encoded):
             return None
         if kind == _QUANTIZATION:
-            # Tables of 8 bits, each behind its number.
+            # Tables of 8 bits, each after its number.
             if (length - 2) % 65 or max(encoded[start:at:65], default=0) > 3:
                 return None
         elif kind in (_HUFFMAN, COMMENT, _RESTARTS):
@@ -103,36 +102,36 @@ def _read(encoded: bytes) -> tuple[int, int] | None:
 
 
 def blocks_of(samplings: bytes, width: int, height: int) -> int:
-    """Blocks of 8 x 8 samples of all components, by how each is sampled: columns, then rows, in half a byte each."""
+    """Blocks of 8 x 8 samples of all components, by their samplings: columns, then rows, half a byte each."""
     across = max((sampling >> 4 for sampling in samplings), default=1) or 1
     down = max((sampling & 15 for sampling in samplings), default=1) or 1
-    units = -(-width // (8 * across)) * -(-height // (8 * down))  # the parts that are coded together
+    units = -(-width // (8 * across)) * -(-height // (8 * down))  # the units that are coded together
     return units * sum((sampling >> 4) * (sampling & 15) for sampling in samplings)
 
 
 def scans_from(encoded: bytes, at: int) -> int:
-    """Counts the scans of a JPEG that begin at a place or behind it.
+    """Counts the scans of a JPEG from a place on.
 
-    Coded data never contains a scan's mark, for each of its bytes 255 is followed by 0. Segments between scans may, so
-    that there are fewer scans than this at times, but never more. The search goes by windows, so that other threads get
-    Python's lock between them.
+    Coded data never contains a scan's mark, because each of its bytes 255 is followed by 0. Segments between scans may,
+    so the count may be too high, but never too low. The search goes by windows, so that other threads get Python's lock
+    between them.
     """
     windows = range(at, len(encoded), _WINDOW)
     return sum(len(_scan_marks(encoded, start, start + _WINDOW + 1)) for start in windows)
 
 
 def _has_few_scans(encoded: bytes, at: int, blocks: int) -> bool:
-    """Whether the scans of a progressive file are few enough, for its size; no, where it takes long to count them."""
+    """Whether a progressive file has few enough scans for its size; False if counting them takes long."""
     if (len(encoded) - at) // _LEAST_SCAN * blocks <= _BLOCK_VISITS:
         return True
     return len(encoded) - at <= _MOST_SEARCHED and 1 + scans_from(encoded, at) <= MOST_SCANS
 
 
 def _is_harmless(kind: int, content: bytes) -> bool:
-    """Whether a program's segment neither says anything of the image nor is one that Pillow stumbles over."""
+    """Whether an application's segment neither describes the image nor makes Pillow fail."""
     if kind == APP0:
         return not content.startswith(b"JFIF") or len(content) >= 12
-    if kind == APP2:  # a profile, or that there are more pictures
+    if kind == APP2:  # a profile, or a list of more pictures
         return not content.startswith(b"MPF") and (not content.startswith(b"ICC_PROFILE\0") or len(content) >= 14)
     if kind == APP13:
         return content[-6:-2] != b"8BIM"

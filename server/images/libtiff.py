@@ -1,7 +1,7 @@
 """Keeps libtiff from writing to standard error.
 
-For a broken fax it writes a line for each row, so one small file could fill a log. Pillow reports the error to the
-client, but cannot silence the library. So the error handler is removed through libtiff's own function.
+It writes a line for each row of a broken fax, so one small file could fill a log. Pillow reports the error to the
+client, but cannot silence the library. So libtiff's own function removes the error handler.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ _library = re.compile(r"\s(/\S*/libtiff\S*)$", re.MULTILINE)
 
 
 def silence() -> bool:
-    """Takes the error handler from the libtiff that Pillow has loaded.
+    """Removes the error handler of the libtiff that Pillow has loaded.
 
     Returns:
-        Whether there is one; without it broken files write into the log.
+        Whether that library was found; without it, broken files write to the log.
     """
     try:
         found = _library.search(Path("/proc/self/maps").read_text())
         if found is None:
             return False
         set_handler = ctypes.CDLL(found[1]).TIFFSetErrorHandler
-    except (OSError, AttributeError):  # no Linux; built into Pillow
+    except (OSError, AttributeError):  # not Linux; built into Pillow
         return False
     set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
     set_handler(None)

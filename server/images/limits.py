@@ -1,4 +1,4 @@
-"""How large an image may be: decided from its header, before anything is decoded."""
+"""Limits on the size of an image, checked by its header before decoding."""
 
 from __future__ import annotations
 

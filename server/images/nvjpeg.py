@@ -1,4 +1,4 @@
-"""JPEG files to the pixels that a model wants, on the device, a batch at a time: by nvJPEG, on the CPU by libjpeg."""
+"""JPEG files to a model's pixels on the device, a batch at a time: by nvJPEG on a GPU, by libjpeg on the CPU."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class Decoder(Protocol):
     def __call__(
         self, files: Sequence[JpegFile], preprocessing: Preprocessing, batch: Tensor, rows: Sequence[int]
     ) -> list[int]:
-        """Decodes files together; what it gives to the device may still be at work.
+        """Decodes files together. The device may still work when it returns.
 
         Args:
             files: The files. They must stay until the device is done.
-            preprocessing: Sizes, crop and interpolation of the model.
-            batch: Where to: (B, H, W, 3) in uint8, on the device.
-            rows: Of each file, where in the batch.
+            preprocessing: The model's sizes, crop and interpolation.
+            batch: The output: (B, H, W, 3) in uint8, on the device.
+            rows: The place of each file in the batch.
 
         Returns:
-            Indices of files that it refuses, or whose image is not of the size that their header told Pillow.
+            Indices of files that it refuses, or whose size differs from their header's by Pillow.
         """
         ...
 
 
 @cache
 def decoder_on(device: torch.device) -> Decoder:
-    """The decoder of a device, which serves one thread at a time; raises whatever is wrong with it."""
+    """The decoder of a device, for one thread at a time; raises its error if it does not work."""
     if device.type != "cuda":
         return by_libjpeg
-    from server.images.nvjpeg_planes import NvJpegDecoder  # by kernels, for which not every machine has the compiler
+    from server.images.nvjpeg_planes import NvJpegDecoder  # uses kernels; not every machine has their compiler
 
     return NvJpegDecoder(device)
 
@@ -65,7 +65,7 @@ def _decoded(file: JpegFile) -> Tensor | None:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     try:
-        # A copy: torch takes no memory that it may not write to, as that of bytes.
+        # A copy, because torch wants writable memory, and bytes are not.
         image: Tensor = decode_jpeg(torch.frombuffer(bytearray(file.data), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError as error:
         logger.debug("a JPEG is refused: %s", error)
@@ -74,14 +74,14 @@ def _decoded(file: JpegFile) -> Tensor | None:
 
 
 def engine_decodes(decode: str, device: torch.device) -> bool:
-    """Whether the engine decodes JPEG itself; the log says why.
+    """Whether the engine decodes JPEG itself. The reason is logged.
 
     Args:
-        decode: "cpu", "device", or "auto": the device where it is a GPU whose decoder works.
-        device: The engine's.
+        decode: "cpu", "device", or "auto": the device if it is a GPU whose decoder works.
+        device: The engine's device.
 
     Raises:
-        SettingsError: "device" was asked for, and cannot decode.
+        SettingsError: "device" was requested, and cannot decode.
     """
     if decode == "cpu" or (decode == "auto" and device.type != "cuda"):
         return False
@@ -90,27 +90,27 @@ def engine_decodes(decode: str, device: torch.device) -> bool:
         logger.info("JPEGs are decoded by the engine, on %s", device)
         return True
     if decode == "device":
-        raise SettingsError(f"--decode device: {device} decodes no JPEG: {refusal}")
-    logger.warning("JPEGs are decoded by the HTTP processes, for %s decodes none: %s", device, refusal)
+        raise SettingsError(f"--decode device: {device} cannot decode JPEG: {refusal}")
+    logger.warning("JPEGs are decoded by the HTTP processes, because %s cannot decode them: %s", device, refusal)
     return False
 
 
 def simplest_jpeg() -> JpegFile:
-    """A small one that any decoder takes, 64 x 48 pixels."""
+    """A small JPEG that any decoder accepts, 64 x 48 pixels."""
     file = io.BytesIO()
     Image.new("RGB", (64, 48), (200, 100, 50)).save(file, "JPEG")
     return JpegFile(file.getvalue(), 64, 48)
 
 
 def _refusal(device: torch.device) -> str | None:
-    """Why a device cannot decode, by trying it."""
+    """The reason why a device cannot decode, found by trying; None if it can."""
     half = (0.5, 0.5, 0.5)
     preprocessing = Preprocessing((32, 32), (32, 32), "center", "bilinear", half, half)
     try:
         batch = torch.zeros(1, 32, 32, 3, dtype=torch.uint8, device=device)
         if decoder_on(device)([simplest_jpeg()], preprocessing, batch, [0]):
-            return "its decoder refuses the simplest"
+            return "its decoder refuses the simplest file"
         off = (batch.int().cpu() - torch.tensor([200, 100, 50])).abs().max()
-        return None if off <= 4 else "its decoder gives other colours than are in the file"
-    except Exception as error:  # a torchvision without decoders, or a device that it has none for
+        return None if off <= 4 else "its decoder returns wrong colours"
+    except Exception as error:  # a torchvision without decoders, or without one for this device
         return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,10 +1,10 @@
-"""NVIDIA's decoder itself, by ctypes: JPEG files to planes of luminance and colours, as they lie in the file.
+"""NVIDIA's decoder by ctypes: JPEG files to planes of luminance and colours, as they are coded.
 
-torchvision's own call gives RGB only, for which nvJPEG repeats every colour over two by two pixels, where libjpeg
-interpolates. The planes before that are libjpeg's, bit by bit where the GPU's decoding engine makes them. The library
-is the one that torchvision brings: its symbols are found through the extension that is linked to it.
+torchvision's own call gives RGB only. For it, nvJPEG repeats every colour over two by two pixels, where libjpeg
+interpolates. The planes before that step equal libjpeg's, bit by bit if the GPU's decoding engine makes them. The
+library is torchvision's: its symbols are found through the extension that is linked to it.
 
-Calls that return at once keep Python's interpreter lock: had they given it back, each could wait 5 ms to have it again.
+Calls that return at once keep Python's interpreter lock. If they released it, each could wait 5 ms to get it back.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _PLANES = 1  # NVJPEG_OUTPUT_YUV: each component in its own size
 _DEFAULT, _ENGINE = 0, 3  # NVJPEG_BACKEND_DEFAULT, NVJPEG_BACKEND_HARDWARE
 _ARCH_MISMATCH = 7
 _MOST_COMPONENTS = 4
-_BASELINE = struct.Struct(">HHBHH")  # how a frame begins: its mark, length, bits, height and width
+_BASELINE = struct.Struct(">HHBHH")  # the start of a frame: mark, length, bits, height and width
 
 AT_ONCE = 3
-"""Threads that give orders: nvJPEG keeps one busy with those of one image after the other, whatever decodes them."""
+"""Threads that call nvJPEG: it keeps a thread busy with one image after the other, whatever decodes them."""
 LEAST = 16
-"""Files that are worth another thread."""
+"""Fewest files for another thread."""
 
 _pointer, _int, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 _SIGNATURES: dict[str, list[Any]] = {
@@ -69,11 +69,11 @@ class NvJpeg:
         self._workers = [_Worker(self._quick, long) for _ in range(AT_ONCE)]
 
     def sizes(self, files: Sequence[bytes]) -> NDArray[np.int32]:
-        """What nvJPEG reads in the headers, and so what it will write.
+        """Reads the sizes of components from the headers; nvJPEG will write these sizes.
 
         Returns:
-            (N, 2, 4): of each file the widths and the heights of its components, zeros for those that it has not and
-            for a file that nvJPEG refuses.
+            (N, 2, 4): widths and heights of each file's components; zeros for missing components and for a file that
+            nvJPEG refuses.
         """
         sizes = np.zeros((len(files), 2, _MOST_COMPONENTS), np.int32)
         said, handle, ask = (_int * 2)(), self._workers[0].handle, self._quick.nvjpegGetImageInfo
@@ -89,12 +89,12 @@ class NvJpeg:
     def decode(
         self, files: Sequence[bytes], sizes: NDArray[np.int32], images: NDArray[np.uint64], stream: int
     ) -> list[int]:
-        """Has files decoded.
+        """Decodes files.
 
         Args:
             files: The files; they must stay until the stream is done.
-            sizes: Theirs, as of `sizes`.
-            images: (N, 8): of each file the addresses of its four planes, and how far apart their lines are.
+            sizes: Their result of `sizes`.
+            images: (N, 8): the addresses of each file's four planes, and the distances of their lines.
             stream: The CUDA stream.
 
         Returns:
@@ -109,10 +109,10 @@ class NvJpeg:
 
 
 class _Worker:
-    """What a thread needs to have files decoded: nvJPEG's states, each of which serves one thread at a time.
+    """The nvJPEG state of one thread.
 
     Attributes:
-        handle: One of nvJPEG's, which any thread may use.
+        handle: nvJPEG's handle, which any thread may use.
     """
 
     def __init__(self, quick: ctypes.PyDLL, long: ctypes.CDLL) -> None:
@@ -126,7 +126,7 @@ class _Worker:
             self._header = self._made("nvjpegJpegStreamCreate", self._engine)
 
     def _opened(self, backend: int) -> ctypes.c_void_p | None:
-        """A handle; None where the GPU has no engine for JPEG."""
+        """Opens a handle; None if the GPU has no JPEG engine."""
         handle = ctypes.c_void_p()
         status = self._long.nvjpegCreateEx(backend, None, None, 0, ctypes.byref(handle))
         if backend == _ENGINE and status == _ARCH_MISMATCH:
@@ -144,7 +144,7 @@ class _Worker:
     def decode(
         self, files: Sequence[bytes], sizes: NDArray[np.int32], images: NDArray[np.uint64], stream: int
     ) -> list[int]:
-        """As `NvJpeg.decode`: together what the engine decodes, and one by one what is left."""
+        """See `NvJpeg.decode`. Decodes the engine's files together, and all others one by one."""
         batch = self._look_baseline(files, sizes) if self._engine is not None else []
         if batch and not self._decode_batch([files[index] for index in batch], images[batch], stream):
             batch = [index for index in batch if self._is_for_the_engine(files[index])]
@@ -154,7 +154,7 @@ class _Worker:
         return [index for index in alone if not self._decode_one(files[index], images[index], stream)]
 
     def _look_baseline(self, files: Sequence[bytes], sizes: NDArray[np.int32]) -> list[int]:
-        """Files that have the frame which the engine decodes; of what else they have, the engine says no itself."""
+        """Files with a frame that the engine decodes. The engine itself refuses other unsupported features."""
         lengths = 8 + 3 * (sizes[:, 0] > 0).sum(1)
         facts = np.column_stack([lengths, sizes[:, :, 0]]).tolist()
         return [

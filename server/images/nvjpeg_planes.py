@@ -1,7 +1,7 @@
-"""JPEG files to a model's pixels on a GPU: nvJPEG writes the planes of a batch, two kernels make pixels of them.
+"""JPEG files to a model's pixels on a GPU: nvJPEG writes the planes of a batch, kernels turn them into pixels.
 
-Whatever the number of files, that is a handful of calls of torch. All that Python does for each is a look at its header
-by nvJPEG; what follows from the sizes is worked out for all together.
+This takes a handful of torch calls for any number of files. For each file, Python only has nvJPEG read the header; the
+rest is computed for all files together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from server.images.nvjpeg_library import NvJpeg
 from server.images.preprocessing import Preprocessing
 from tome_core.kernels.launch import missing_on
 
-_ALIGNED = 16  # bytes, and lines too, so that every plane begins at such an address
+_ALIGNED = 16  # bytes, and lines too, so that every plane begins at an aligned address
 
 
 class NvJpegDecoder:
@@ -37,13 +37,13 @@ class NvJpegDecoder:
             raise OSError(missing)
         self._device = device
         with torch.cuda.device(device):
-            torch.cuda.current_stream().synchronize()  # without a context there is no nvJPEG
+            torch.cuda.current_stream().synchronize()  # nvJPEG needs a CUDA context
             self._library = NvJpeg()
 
     def __call__(
         self, files: Sequence[JpegFile], preprocessing: Preprocessing, batch: Tensor, rows: Sequence[int]
     ) -> list[int]:
-        """As `Decoder` says."""
+        """See `Decoder`."""
         with torch.cuda.device(self._device):
             encoded = [file.data for file in files]
             sizes = self._library.sizes(encoded)
@@ -65,15 +65,15 @@ class NvJpegDecoder:
 
 
 def is_known(sizes: NDArray[np.int32], told: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Of which files the kernel knows what libjpeg makes.
+    """Selects the files for which the kernel does what libjpeg does.
 
     Args:
         sizes: (N, 2, 4): widths and heights of their components.
-        told: Width and height of each file.
+        told: Width and height of each file, by its header.
 
     Returns:
-        (N,): True for one colour, and for three of which two are of the full or half the width and height. Not for an
-        image of another size than was told; nor for tiny ones, for which libjpeg has other rules.
+        (N,): True for one colour, and for three of which two have the full or half the width and height. False for a
+        size other than the header's, and for tiny images, for which libjpeg has other rules.
     """
     full, first, second = sizes[:, :, 0], sizes[:, :, 1], sizes[:, :, 2]
     halved = first < full
@@ -86,20 +86,20 @@ def is_known(sizes: NDArray[np.int32], told: Sequence[tuple[int, int]]) -> NDArr
 
 
 def laid_out(sizes: NDArray[np.int32]) -> tuple[NDArray[np.int64], int]:
-    """Where the planes of images go in one piece of memory.
+    """Places the planes of images in one piece of memory.
 
     Args:
         sizes: (N, 2, 4): widths and heights of their components; zeros take no memory.
 
     Returns:
-        Rows of `resize_kernel`'s table, in which addresses count from the beginning of the memory, and its length.
+        Rows of `resize_kernel`'s table, with addresses from the beginning of the memory, and its length.
     """
     widths, heights = sizes[:, 0, :3].astype(np.int64), sizes[:, 1, :3].astype(np.int64)
     lines = -(-widths // _ALIGNED) * _ALIGNED
     ends = (lines * (-(-heights // _ALIGNED) * _ALIGNED)).reshape(-1).cumsum()
     starts = np.concatenate([[0], ends[:-1]]).reshape(-1, 3)
     is_grey = widths[:, 1] == 0
-    # The kernel reads some colours in any case.
+    # The kernel reads some colour planes in any case.
     colours = np.where(is_grey, 0, 1), np.where(is_grey, 0, 2)
     each = np.arange(len(sizes))
     images = np.zeros((len(sizes), table.GIVEN), np.int64)
@@ -116,7 +116,7 @@ def laid_out(sizes: NDArray[np.int32]) -> tuple[NDArray[np.int64], int]:
 
 
 def _destinations(images: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """What nvJPEG wants to know of each: the addresses of its planes, and how far apart their lines are."""
+    """nvJPEG's arguments for each image: the addresses of its planes, and the distances of their lines."""
     coloured = images[:, table.IS_GREY] == 0
     written = np.zeros((len(images), 8), np.uint64)
     written[:, 0], written[:, 4] = images[:, table.LUMA], images[:, table.LINE]

@@ -1,4 +1,4 @@
-"""Photos from the command line: which of a folder, and as the model of a command wants them."""
+"""Photos for the commands: choosing them in a folder, and reading them for a model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """Image files of a folder and the folders below it, by their names' suffixes, in the order of their paths."""
+    """Image files of a folder and its subfolders, by suffix, sorted by path."""
     found = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
     return sorted(file for file in found if file.suffix.lower() in SUFFIXES)
 
 
 def choose_photos(folder: Path, count: int, seed: int, least: int = 2) -> list[Path]:
-    """Image files of a folder and the folders below it, in random order.
+    """Image files of a folder and its subfolders, in random order.
 
     Args:
-        folder: Where to look.
-        count: The most to take.
-        seed: Of the order, which decides too which are taken where there are more.
-        least: So many there must be.
+        folder: The folder.
+        count: Most files.
+        seed: Seed of the order, and of the choice if there are more.
+        least: Fewest files.
 
     Raises:
         SettingsError: There are fewer.
@@ -38,7 +38,7 @@ def choose_photos(folder: Path, count: int, seed: int, least: int = 2) -> list[P
 
 
 def read_photo(file: str, preprocessing: Preprocessing, max_pixels: int) -> bytes:
-    """Reads and decodes a file as the service decodes an upload; gives rows of RGB bytes, height x width x 3.
+    """Reads and decodes a file like an upload of the service; returns rows of RGB bytes, height x width x 3.
 
     Raises:
         SettingsError: It cannot be read or decoded; the message names it.

@@ -1,4 +1,4 @@
-"""Image bytes to the RGB pixels that a model wants, under limits that are checked before anything is decoded."""
+"""Image bytes to the RGB pixels that a model wants, under limits that are checked before decoding."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "
 _RESAMPLING = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 }
-_ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel cap is
-_LYING = (5, 6, 7, 8)  # EXIF orientations of images whose rows stand upright as columns
-_REPAIRED = "repaired"  # in `info` of an image whose file is not the one that came
-_LEFT_TO_RESIZE = 2  # a JPEG is not decoded smaller than this times the size that is wanted
+_ALWAYS_ALLOWED = 16  # aspect ratio that is resized whatever the pixel limit is
+_LYING = (5, 6, 7, 8)  # EXIF orientations that swap rows and columns
+_REPAIRED = "repaired"  # in `info` of an image whose file was repaired
+_LEFT_TO_RESIZE = 2  # a JPEG is decoded at no less than this times the wanted size
 _BAND_PIXELS = 1 << 18
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 # By default one AVIF takes a thread for each CPU of the machine, even if the container may use fewer.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-# The header check below tells the client of large images, and odd metadata needs no warning for each file.
+# The header check below reports large images to the client, and odd metadata needs no warning for each file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -45,9 +45,9 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
 
     Args:
         encoded: A whole image file.
-        preprocessing: Sizes, crop and interpolation of the model; the result equals timm's evaluation transform. Of a
-            JPEG of four times the size or more it equals it nearly: that is decoded at half its size, or less, which
-            takes a third of the time.
+        preprocessing: The model's sizes, crop and interpolation. The result equals timm's evaluation transform; nearly
+            so for a JPEG of four times the size or more, which is decoded at half its size or less, in a third of the
+            time.
         max_pixels: Largest width x height, read from the header.
 
     Returns:
@@ -56,27 +56,27 @@ def decode(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> byt
     Raises:
         UndecodableError: Empty, truncated or broken.
         UnsupportedError: Not one of `FORMATS`.
-        TooLargeError: More than `max_pixels`: in the file, or once the shorter side of a thin strip fits the model.
+        TooLargeError: More than `max_pixels`, in the file or after a thin strip is resized.
     """
     with _opened(encoded, max_pixels) as image:
         return _pixels(image, preprocessing, max_pixels)
 
 
 def read(encoded: bytes, preprocessing: Preprocessing, max_pixels: int, decodes_jpeg: bool) -> Pixels | JpegFile:
-    """What the engine is to get of an image file: pixels as of `decode`, or a JPEG that it decodes itself.
+    """The engine's input for an image file: pixels as by `decode`, or a JPEG for an engine that decodes.
 
-    Of such a JPEG nothing but the header is read. What the engine's decoder may not know, or would take for something
-    else, is decoded here all the same: four colours, RGB that is not YCbCr, EXIF orientations, several pictures in one
-    file, and files that are cut off, which it would fill with grey.
+    Only the header of such a JPEG is read. A JPEG that the engine's decoder may not know, or might misread, is decoded
+    here: four colours, RGB instead of YCbCr, EXIF orientations, several pictures in one file, and cut-off files, which
+    it would fill with grey.
 
     Args:
         encoded: A whole image file.
-        preprocessing: As for `decode`.
-        max_pixels: As for `decode`.
-        decodes_jpeg: The engine decodes.
+        preprocessing: See `decode`.
+        max_pixels: See `decode`.
+        decodes_jpeg: Whether the engine decodes.
 
     Raises:
-        UndecodableError, UnsupportedError, TooLargeError: As `decode`.
+        UndecodableError, UnsupportedError, TooLargeError: See `decode`.
     """
     with _opened(encoded, max_pixels) as image:
         if decodes_jpeg and _is_for_the_engine(encoded, image):
@@ -86,10 +86,10 @@ def read(encoded: bytes, preprocessing: Preprocessing, max_pixels: int, decodes_
 
 
 def as_it_came(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) -> JpegFile | None:
-    """A file for an engine that decodes, where its header says so plainly: in microseconds. `read` looks at all others.
+    """A file for an engine that decodes, if its header is plain enough; takes microseconds. `read` handles all others.
 
     Raises:
-        TooLargeError: As `decode`.
+        TooLargeError: See `decode`.
     """
     size = usual_jpeg(encoded)
     if size is None or size[0] * size[1] > max_pixels:
@@ -101,9 +101,9 @@ def as_it_came(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) ->
 def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
     return (
         isinstance(image, JpegImageFile)
-        and image.format == "JPEG"  # and not MPO, a JPEG with more behind it
+        and image.format == "JPEG"  # not MPO, a JPEG with more pictures after it
         and _REPAIRED not in image.info
-        and bool(image.tile)  # nvJPEG takes a header without a scan for an image
+        and bool(image.tile)  # nvJPEG accepts a header without a scan
         and image.mode in ("L", "RGB")
         and bytes(16 * columns + rows for _, columns, rows, _ in image.layer) in SAMPLINGS
         and image.info.get("adobe_transform") != 0
@@ -118,7 +118,7 @@ def _is_for_the_engine(encoded: bytes, image: Image.Image) -> bool:
 
 @contextmanager
 def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """An image file whose header has been read; what it raises, then or later, becomes the client's error."""
+    """Opens an image file and checks its header. All errors, also later ones, become the client's."""
     if not encoded:
         raise UndecodableError("the image is empty")
     try:
@@ -133,12 +133,12 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
         ) from None
     except Image.DecompressionBombError:
         raise TooLargeError(f"the image has more than {max_pixels} pixels", max_pixels=max_pixels) from None
-    except Exception as error:  # Pillow's readers raise whatever broken bytes lead them to
+    except Exception as error:  # Pillow raises arbitrary errors on broken bytes
         raise UndecodableError(f"the image cannot be decoded: {error}") from error
 
 
 def _readable(encoded: bytes, max_pixels: int) -> bytes:
-    """A file of the same picture whose pixels Pillow gives right; an error names the kind of one that it would not."""
+    """A file of the same picture whose pixels Pillow reads correctly; an error names a kind that it would misread."""
     if encoded.startswith(START):
         return ended(encoded, max_pixels)
     if encoded.startswith(png.SIGNATURE):
@@ -178,10 +178,10 @@ def _pixels(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tuple[int, int]]:
-    """Has a large JPEG decoded at a half, a quarter or an eighth of its size, in a third of the time.
+    """Lets a large JPEG be decoded at a half, a quarter or an eighth of its size, in a third of the time.
 
     Returns:
-        How many times smaller, 1 for not at all, and the whole image's width and height as it stands upright.
+        The factor of reduction, 1 for none, and the whole upright image's width and height.
     """
     if not isinstance(image, JpegImageFile):
         return 1, image.size
@@ -194,30 +194,31 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, tupl
 
 
 def shrink_of(size: tuple[int, int], preprocessing: Preprocessing, is_upright: bool) -> int:
-    """How many times smaller a JPEG is decoded; 1 for not at all.
+    """The factor by which a JPEG is reduced in decoding; 1 for none.
 
     Args:
-        size: Width and height of the image as it stands upright.
-        preprocessing: What the model wants.
-        is_upright: Whether its file holds it so.
+        size: Width and height of the upright image.
+        preprocessing: The model's sizes.
+        is_upright: Whether the file stores it upright.
     """
     width, height = size
     to_width, to_height = preprocessing.resized(width, height)
     most = min(width // max(to_width, 1), height // max(to_height, 1)) // _LEFT_TO_RESIZE
-    # Of a side that is no multiple, the last pixel is more than there is; turned, it would be the first.
+    # If a side is not a multiple, its last reduced pixel covers more than there is; in a turned image it would be the
+    # first.
     exact = (shrink for shrink in (8, 4, 2) if is_upright or not (width % shrink or height % shrink))
     return next((shrink for shrink in exact if shrink <= most), 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The first frame, upright, in 8-bit RGB; what is transparent becomes white."""
+    """The first frame, upright, in 8-bit RGB; transparent pixels become white."""
     turn_upright(image)
     if image.mode in _SIXTEEN_BITS:
         image = _eight_bits(image)
     elif image.mode == "La":  # grey multiplied by its alpha, which Pillow converts to LA only
         image = image.convert("LA")
     elif image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
-        return image.convert("RGB")  # as browsers: an alpha that would hide everything is none
+        return image.convert("RGB")  # as browsers do: an alpha that would hide everything is ignored
     if image.has_transparency_data:
         return _over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -235,7 +236,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """An image with alpha on a white ground, a band of rows at a time: the whole at once takes three more copies."""
+    """An image with alpha on a white ground, a band of rows at a time, because the whole at once takes three more
+    copies.
+    """
     opaque = Image.new("RGB", image.size)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):

@@ -1,8 +1,8 @@
-"""Removes everything but pixels from PNG files, so that text, profiles, times and animation cannot stop decoding.
+"""Removes everything but pixels from PNG files, so that text, profiles, times and animation cannot prevent decoding.
 
-Pillow gives up a file for a comment of more than a MiB, or for a chunk of metadata that is cut off or has a wrong
-checksum. Browsers show such a file, and so does Pillow where the chunk is left out. What turns the image (EXIF and XMP)
-stays, where it is whole and small.
+Pillow refuses a file with a comment of more than a MiB, or with a metadata chunk that is cut off or has a wrong
+checksum. Browsers show such a file, and so does Pillow without the chunk. Metadata that turns the image (EXIF and XMP)
+stays if it is intact and small.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _EXIF_AS_TEXT, _XMP = b"Raw profile type exif", b"XML:com.adobe.xmp"
 _ORDER = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", _EXIF_AS_TEXT, _XMP)
-"""What is kept beside the pixels, and where: chunks, and text chunks by their keyword."""
+"""Chunks that stay besides the pixels, in their order; text chunks by their keyword."""
 
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_MOST_TEXT = 1 << 20  # Pillow's own bound for what it unpacks
+_MOST_TEXT = 1 << 20  # Pillow's own limit for unpacked text
 _GREY, _RGB, _PALETTE = 0, 2, 3
 _FRAME = 12  # bytes of a chunk besides its content: length, name, checksum
 
@@ -28,13 +28,13 @@ _length_and_name = struct.Struct(">I4s")
 
 
 def only_pixels(encoded: bytes) -> bytes:
-    """A PNG of the same pixels, which stands the same way up.
+    """A PNG of the same pixels and orientation.
 
     Args:
-        encoded: A file that begins with `SIGNATURE`. Of one that is cut off the part that is there is kept.
+        encoded: A file that begins with `SIGNATURE`. If it is cut off, the present part is kept.
 
     Raises:
-        UnsupportedError: One colour of an RGB image of 16 bits is transparent: of 16 bits Pillow compares 8.
+        UnsupportedError: An RGB image of 16 bits has a transparent colour. Pillow compares only 8 of the bits.
     """
     kept: dict[bytes, bytes | memoryview] = {}
     pixels: list[memoryview] = []
@@ -76,7 +76,7 @@ def _is_intact(chunk: memoryview) -> bool:
 
 
 def _transparency(said: bytes, depth: int, kind: int) -> bytes | None:
-    """The content of a tRNS chunk as Pillow takes it; None where libpng ignores the chunk."""
+    """The content of a tRNS chunk in Pillow's form; None if libpng ignores the chunk."""
     if kind == _PALETTE:
         return said[:256]
     if kind == _GREY and len(said) == 2:
@@ -95,7 +95,7 @@ def _keyword(content: memoryview) -> bytes:
 
 
 def _is_small_text(name: bytes, chunk: memoryview) -> bool:
-    """Whether a text chunk is intact, and no longer than Pillow reads once it is unpacked."""
+    """Whether a text chunk is intact, and small enough for Pillow when unpacked."""
     if len(chunk) > _MOST_TEXT or not _is_intact(chunk):
         return False
     _, _, content = bytes(chunk[8:-4]).partition(b"\0")

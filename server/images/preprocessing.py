@@ -1,4 +1,4 @@
-"""How a model wants its images: sizes, crop and interpolation, and the sizes that follow from them."""
+"""A model's preprocessing: sizes, crop and interpolation, and the sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a model wants its images, from its own configuration; sizes in pixels."""
+    """A model's preprocessing, from its own configuration; sizes in pixels."""
 
     input_size: tuple[int, int]
     resize_size: tuple[int, int]
@@ -18,7 +18,7 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height to which an image of these is brought before the crop; rounds as torchvision does."""
+        """Width and height of a resized image before the crop; rounds like torchvision."""
         to_height, to_width = self.resize_size
         if self.crop_mode == "squash":
             return to_width, to_height
@@ -29,6 +29,6 @@ class Preprocessing:
         return scaled_width, scaled_height
 
     def crop_corner(self, width: int, height: int) -> tuple[int, int]:
-        """Left and top of the crop in a resized image, below zero where that is smaller; rounds as torchvision does."""
+        """Left and top of the crop in a resized image, negative if the image is smaller; rounds like torchvision."""
         to_height, to_width = self.input_size
         return round((width - to_width) / 2), round((height - to_height) / 2)

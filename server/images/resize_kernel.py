@@ -1,9 +1,9 @@
-"""Planes of JPEGs to the pixels that a model wants, by four launches a batch, byte for byte as Pillow does it.
+"""Planes of JPEGs to a model's pixels, by four launches a batch, equal to Pillow's byte for byte.
 
-The planes become pixels as libjpeg makes them: colours of half the size are interpolated (`_colour`). Pillow's filter
-adds those up, across first, then down, and in between they are whole numbers in bytes. The weights are Pillow's: whole
-numbers too, 22 bits behind the point, so that sums are exact in any order. They come from float64; there no product may
-be fused with a sum, or a pixel on the edge of a filter would fall to the other side.
+The planes become pixels by libjpeg's rules: colours of half the size are interpolated (`_colour`). Pillow's filter then
+sums the pixels across, and then down; the values in between are bytes. The weights are Pillow's integers with 22
+fractional bits, so that sums are exact in any order. They are computed in float64 without fused multiply-add, which
+would move a pixel at the edge of a filter to the other side.
 
 `server.images.resizing` is the same in plain PyTorch, for images that are decoded elsewhere.
 """
@@ -27,17 +27,18 @@ from server.images.resizing import FILTERS, axes
 from tome_core.kernels.launch import Kernel, ceil_div
 
 LUMA, CB, CR, LINE, COLOUR_LINE = range(5)
-"""Of a table's columns: addresses of the planes, and how far apart their lines are."""
+"""Columns of the table: addresses of the planes, and the distances of their lines."""
 WIDTH, HEIGHT, COLOUR_WIDTH, COLOUR_HEIGHT, HALF_WIDTH, HALF_HEIGHT, IS_GREY = range(5, 12)
-"""Sizes of the file and of its planes of colours, whether those are half as wide and high, and whether they mean
-nothing: then they must be some plane all the same, for it is read.
+"""Sizes of the file and of its colour planes, whether those have half the width and height, and whether they have no
+meaning. They must then still point to some plane, because it is read.
 """
 ROW = 12
-"""Where in the batch it goes."""
+"""Place in the batch."""
 GIVEN = 13
 _FIELDS = GIVEN + 10
-"""Then what follows from the sizes: resized width and height, left and top of the crop, how many pixels count for one
-across and down, the first line that is needed, how many are, and where they lie as pixels and when they are narrow."""
+"""Then values that follow from the sizes: resized width and height, left and top of the crop, the number of taps across
+and down, the first needed line, the number of needed lines, and their places as pixels and as narrow lines.
+"""
 
 _PIXELS, _OUTPUTS, _ROWS, _BYTES = 512, 64, 4, 256
 
@@ -80,7 +81,7 @@ def _weigh(
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, HALF: tl.constexpr, FILTER: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """One program: OUTPUTS of an image's columns or rows: the first pixel that counts for each, and the weights."""
+    """One program: OUTPUTS of an image's columns or rows: the first tap of each, and the weights."""
     axis, image = tl.program_id(1), tl.program_id(2)
     table += image * FIELDS + axis
     into = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -129,7 +130,7 @@ def _colour(plane, near, far, column, beside, half_width, half_height, bias, shi
 
 @triton.jit
 def _convert(table, pixels, FIELDS: tl.constexpr, PIXELS: tl.constexpr):
-    """One program: PIXELS of an image's lines that are needed, from planes to red, green and blue."""
+    """One program: PIXELS of an image's needed lines, from planes to red, green and blue."""
     table += tl.program_id(1) * FIELDS
     width, count = tl.load(table + 5).to(tl.int32), tl.load(table + 20).to(tl.int32)
     if tl.program_id(0) * PIXELS < width * count:
@@ -150,7 +151,7 @@ def _convert(table, pixels, FIELDS: tl.constexpr, PIXELS: tl.constexpr):
         near, far = near * colour_line, far * colour_line
         column = tl.where(half_width, x // 2, x)
         beside = tl.where(x % 2 == 0, tl.maximum(column - 1, 0), tl.minimum(column + 1, colour_width - 1))
-        # Exact halves go up at one pixel and down at the next: along lines, or down columns where lines are whole.
+        # Exact halves round up at one pixel and down at the next: along lines, or down columns if lines are whole.
         halved = tl.where(half_width, tl.where(x % 2 == 0, 1, 2), tl.where(y % 2 == 0, 1, 2))
         quartered = tl.where(x % 2 == 0, 8, 7)
         bias = tl.where(half_width & half_height, quartered, tl.where(half_width | half_height, halved, 0))
@@ -159,7 +160,7 @@ def _convert(table, pixels, FIELDS: tl.constexpr, PIXELS: tl.constexpr):
         v = _colour(cr, near, far, column, beside, half_width, half_height, bias, shift, inside)
         u, v = tl.where(is_grey, 0, u), tl.where(is_grey, 0, v)
 
-        # libjpeg's factors, 16 bits behind the point.
+        # libjpeg's factors, with 16 fractional bits.
         red = luminance + ((91881 * v + 32768) >> 16)
         green = luminance + ((-22554 * u - 46802 * v + 32768) >> 16)
         blue = luminance + ((116130 * u + 32768) >> 16)
@@ -174,10 +175,10 @@ def _across(
     table, weights, pixels, narrow, stride, width, height,
     FIELDS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One program: PIXELS of an image's lines, which become as wide as the model wants.
+    """One program: PIXELS of an image's lines, resized to the model's width.
 
-    All loads are of one shape, and none is known to be of neighbours: else Triton would lay out weights and pixels
-    differently, and one of them anew at every step.
+    All loads have one shape, and none is known to be contiguous. Otherwise Triton would lay out weights and pixels
+    differently, and convert one of them at every step.
     """
     image = tl.program_id(1)
     table += image * FIELDS
@@ -232,12 +233,12 @@ def _down(
 
 
 def resize(images: NDArray[np.int64], preprocessing: Preprocessing, batch: Tensor) -> None:
-    """Brings decoded JPEGs to a model's input size, as `server.images.pillow` does.
+    """Brings decoded JPEGs to a model's input size, like `server.images.pillow`.
 
     Args:
-        images: (N, `GIVEN`), a row an image; its planes lie on the batch's device, and must stay until that is done.
-        preprocessing: Sizes, crop and interpolation of the model.
-        batch: Where to: (B, H, W, 3) in uint8.
+        images: (N, `GIVEN`), a row an image. Their planes lie on the batch's device, and must stay until it is done.
+        preprocessing: The model's sizes, crop and interpolation.
+        batch: The output: (B, H, W, 3) in uint8.
     """
     height, width = preprocessing.input_size
     filter, count = preprocessing.interpolation, len(images)
@@ -268,7 +269,7 @@ def resize(images: NDArray[np.int64], preprocessing: Preprocessing, batch: Tenso
 
 
 class _Unfused:
-    """A kernel whose products and sums stay apart."""
+    """A kernel without fused multiply-add."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
@@ -283,7 +284,7 @@ _launch_across, _launch_down = Kernel(_across), Kernel(_down)
 
 @lru_cache(1 << 14)
 def _place(width: int, height: int, preprocessing: Preprocessing) -> Sequence[int]:
-    """What follows from an image's size."""
+    """The values that follow from an image's size."""
     sides = axes(width, height, preprocessing)
     half = FILTERS[preprocessing.interpolation][0] if preprocessing.interpolation in FILTERS else 0.0
     taps = [math.ceil(half * max(side.size / side.resized, 1.0)) * 2 + 1 for side in sides]

@@ -1,10 +1,11 @@
-"""Resizing with antialiasing as Pillow does it, in plain PyTorch: images of different sizes by two matrix products.
+"""Pillow's antialiased resizing in plain PyTorch: images of different sizes by two matrix products.
 
-For what is decoded on the CPU; `server.images.resize_kernel` does it on a GPU, and is held against this.
+It is for images that are decoded on the CPU, and the reference for `server.images.resize_kernel` on a GPU.
 
-Pillow's rule (the filter is stretched by the factor of shrinking, its weights sum to one) is linear along each axis, so
-an axis is a matrix of weights: across first, then down, and whole numbers after both, as in Pillow. (Pillow 13 goes
-down first where it has more than twice as many rows to lose as columns: other roundings, which a photo hardly shows.)
+Pillow's rule (the filter is stretched by the factor of reduction, its weights sum to one) is linear along each axis. So
+an axis is a matrix of weights: across first, then down, rounded to integers after both, as in Pillow. (Pillow 13 goes
+down first if it drops more than twice as many rows as columns. The rounding then differs, which hardly shows in a
+photo.)
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import Tensor
 from server.images.preprocessing import Preprocessing
 
 GROUP_PIXELS = 1 << 24
-"""Of images that are padded to one size and resized together: 200 MB in float32."""
+"""Most pixels of images that are padded to one size and resized together: 200 MB in float32."""
 
 MOST_PADDING = 2.0
-"""How much larger such a group may be than its images."""
+"""Largest ratio of such a group's size to its images' size."""
 
 
 def _box(x: Tensor) -> Tensor:
@@ -60,13 +61,13 @@ FILTERS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of one image: which of its pixels count, and for what.
+    """One axis of one image.
 
     Attributes:
         size: Pixels of the file.
         resized: Pixels before the crop.
         start: The first of them that the crop keeps.
-        low, high: The pixels of the file that count for those kept.
+        low, high: The pixels of the file that the kept ones depend on.
     """
 
     size: int
@@ -77,11 +78,11 @@ class Axis:
 
 
 def resize(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
-    """Brings images to a model's input size, as `server.images.pillow` does.
+    """Brings images to a model's input size, like `server.images.pillow`.
 
     Args:
         images: Each (3, H, W) in uint8, of any size, on one device.
-        preprocessing: Sizes, crop and interpolation of the model.
+        preprocessing: The model's sizes, crop and interpolation.
 
     Returns:
         (N, H, W, 3) in uint8, contiguous.
@@ -92,7 +93,7 @@ def resize(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
     for group in _groups([(x.high - x.low, y.high - y.low) for x, y in placed]):
         across, down = [placed[index][0] for index in group], [placed[index][1] for index in group]
         width, height = (max(axis.high - axis.low for axis in side) for side in (across, down))
-        # Rows outermost, colours within: then either product is one matrix for each image.
+        # Rows outermost, colours inside, so that each product is one matrix for each image.
         padded = torch.zeros(len(group), height, 3, width, device=device)
         for row, index, x, y in zip(padded, group, across, down, strict=True):
             cut = images[index][:, y.low : y.high, x.low : x.high]
@@ -107,7 +108,7 @@ def resize(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
 
 
 def axes(width: int, height: int, preprocessing: Preprocessing) -> tuple[Axis, Axis]:
-    """Across and down, of an image of this size."""
+    """Across and down, for an image of this size."""
     resized = preprocessing.resized(width, height)
     corner, kept = preprocessing.crop_corner(*resized), preprocessing.input_size[::-1]
     half = FILTERS.get(preprocessing.interpolation, (0.5, _box))[0]
@@ -117,7 +118,7 @@ def axes(width: int, height: int, preprocessing: Preprocessing) -> tuple[Axis, A
 
 def _axis(size: int, resized: int, start: int, kept: int, half: float) -> Axis:
     scale = size / resized
-    reach = half * max(scale, 1.0) + 1  # one more than the rule's, whatever the rounding
+    reach = half * max(scale, 1.0) + 1  # one more than the rule's, for any rounding
     first, last = max(start, 0), min(start + kept, resized)
     low = max(int((first + 0.5) * scale - reach), 0)
     high = min(math.ceil((last - 0.5) * scale + reach), size)
@@ -125,7 +126,7 @@ def _axis(size: int, resized: int, start: int, kept: int, half: float) -> Axis:
 
 
 def _groups(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Indices of images that are padded to one size: similar ones, and no more than memory should hold."""
+    """Groups of indices whose images are padded to one size: similar ones, within a limit of memory."""
     group: list[int] = []
     width = height = pixels = 0
     for index in sorted(range(len(sizes)), key=lambda index: sizes[index][0] * sizes[index][1]):
@@ -141,9 +142,9 @@ def _groups(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
 
 
 def _weights(axes: Sequence[Axis], kept: int, width: int, interpolation: str, device: torch.device) -> Tensor:
-    """What each pixel of the file (N, kept, width), from `low` on, gives to each that is kept; what lies outside is 0.
+    """Weights (N, kept, width) of the file's pixels, from `low` on, for each kept pixel; 0 outside.
 
-    In float64 as in Pillow, so that a pixel at the edge of a filter falls on the same side of it.
+    In float64, as in Pillow, so that a pixel at the edge of a filter falls on the same side of it.
     """
     facts = [(axis.size, axis.resized, axis.start, axis.low) for axis in axes]
     table = torch.tensor(facts, dtype=torch.float64).to(device)
@@ -152,7 +153,7 @@ def _weights(axes: Sequence[Axis], kept: int, width: int, interpolation: str, de
     inputs = low + torch.arange(width, dtype=torch.float64, device=device)
     scale = size / resized
     centre = (outputs + 0.5) * scale
-    if interpolation == "nearest":  # where that is the edge of two pixels, Pillow, which adds up, may take the other
+    if interpolation == "nearest":  # at the edge of two pixels, Pillow, which accumulates, may take the other one
         weights = (inputs == centre.floor()).to(torch.float64)
     else:
         half, shape = FILTERS[interpolation]
@@ -165,5 +166,5 @@ def _weights(axes: Sequence[Axis], kept: int, width: int, interpolation: str, de
 
 
 def _rounded(pixels: Tensor) -> Tensor:
-    """Whole numbers from 0 to 255; halves go up, as in Pillow."""
+    """Rounds to integers from 0 to 255; halves go up, as in Pillow."""
     return pixels.add_(0.5).floor_().clamp_(0, 255)

@@ -1,6 +1,6 @@
-"""JPEG files without what programs have written into them beside the image.
+"""JPEG files without the application segments besides the image.
 
-Pillow refuses a file for a segment that is too short for what it begins as. libjpeg passes over such segments.
+Pillow refuses a file with a segment that is too short for its kind. libjpeg ignores such segments.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ _LENGTHS = {_JFIF: 14, _ADOBE: 12}
 def without_segments(encoded: bytes) -> bytes:
     """A JPEG of the same pixels and orientation.
 
-    What names the colours (JFIF, Adobe) stays where it is whole. So do EXIF and XMP, of which Pillow takes anything.
+    Segments that define the colours (JFIF, Adobe) stay if they are complete. EXIF and XMP stay, because Pillow accepts
+    any content in them.
 
     Args:
-        encoded: A file that begins as a JPEG.
+        encoded: A file that begins like a JPEG.
     """
     kept, at = [START], len(START)
     while at + 4 <= len(encoded):
         mark, kind, length = read_segment(encoded, at)
         if mark != 0xFF or kind == SCAN:
             break
-        if kind == 0xFF:  # one more of those before a mark
+        if kind == 0xFF:  # padding before a mark
             at += 1
             continue
         end = at + 2 + length

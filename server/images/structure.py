@@ -43,17 +43,17 @@ _MOST_ENTRIES = 512
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What is known of an image file before it is decoded.
+    """Facts about an image file before decoding.
 
     Attributes:
-        width, height: In pixels; 0 where it is not known.
-        bytes_per_pixel: That decoding holds at once, at most.
+        width, height: Pixels; 0 if unknown.
+        bytes_per_pixel: Most bytes that decoding holds at once.
         is_plain: Whether memory and time follow from the size.
-        copies: Of the file itself, that its reader makes at most.
-        coefficients: Bytes that a decoder holds besides the pixels, as libjpeg for several scans.
+        copies: Most copies of the file that its reader makes.
+        coefficients: Bytes that a decoder holds besides the pixels, like libjpeg for several scans.
         blocks, scans: Of a JPEG: its blocks of 8 x 8 samples, and its scans, each of which may visit every block.
-        parts: Strips or tiles of a TIFF; else 0.
-        may_shrink: Whether it is a JPEG, which can be decoded at a part of its size.
+        parts: Strips or tiles of a TIFF; otherwise 0.
+        may_shrink: Whether it is a JPEG, which can be decoded at a reduced size.
         is_upright: Whether no metadata turns it.
     """
 
@@ -98,7 +98,7 @@ def _jpeg(encoded: bytes) -> Structure:
         if mark != 0xFF or length < 2 or kind < 0xC0 or 0xD0 <= kind <= 0xD9:
             break
         if kind == SCAN:
-            # Of several scans the decoder keeps all coefficients, 2 bytes each, until the last has come.
+            # For several scans the decoder keeps all coefficients, 2 bytes each, until the last scan.
             several = progressive or encoded[start] < components
             scans = 1 + (scans_from(encoded, at) if several else 0)
             plain = plain and blocks > 0 and scans <= MOST_SCANS
@@ -133,7 +133,7 @@ def _is_upright(content: bytes) -> bool:
 
 
 def _directory(tiff: bytes) -> int:
-    """How many entries the first directory of EXIF says it has."""
+    """The declared number of entries in the first EXIF directory."""
     order = ">" if tiff.startswith(b"MM") else "<"
     try:
         (first,) = struct.unpack_from(order + "I", tiff, 4)
@@ -144,7 +144,7 @@ def _directory(tiff: bytes) -> int:
 
 def _png(encoded: bytes) -> Structure:
     width, height, bits, colours = struct.unpack_from(">IIBB", encoded, 16)
-    if encoded[12:16] != b"IHDR":  # the header is not where it belongs, so its fields are not read here
+    if encoded[12:16] != b"IHDR":  # the header is misplaced, so its fields are not read here
         return _ANY
     at, metadata, plain, transparent = 8, 0, True, colours in (4, 6)
     for _ in range(_MOST_CHUNKS):
@@ -199,7 +199,7 @@ def _webp(encoded: bytes) -> Structure:
 def _gif(encoded: bytes) -> Structure:
     width, height, flags = struct.unpack_from("<HHB", encoded, 6)
     at = 13 + (3 << 1 + (flags & 7) if flags & 0x80 else 0)
-    steps = iter(range(_MOST_BLOCKS))  # of both loops together
+    steps = iter(range(_MOST_BLOCKS))  # for both loops together
     for _ in steps:
         if encoded[at] == 0x2C:
             left, top, columns, rows = struct.unpack_from("<HHHH", encoded, at + 1)
@@ -235,13 +235,13 @@ def _tiff(encoded: bytes) -> Structure:
         tag, kind, number = struct.unpack_from(order + "HHI", encoded, at)
         if tag in sides:
             (sides[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), encoded, at + 8)
-        elif tag in (273, 279, 324, 325):  # where strips or tiles are, and how long
+        elif tag in (273, 279, 324, 325):  # places and lengths of strips or tiles
             parts = max(parts, number)
     return replace(_ANY, width=sides[256], height=sides[257], parts=parts)
 
 
 def _avif(encoded: bytes) -> Structure:
-    """The largest of its parts: those of a grid have their size told as well."""
+    """The size of the largest part; the parts of a grid have sizes of their own."""
     largest, at = (0, 0), 0
     for _ in range(_MOST_ENTRIES):
         at = encoded.find(b"ispe", at) + 4

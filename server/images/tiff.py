@@ -1,10 +1,11 @@
-"""TIFF: the page that is the image, with the tags that its pixels need, if it is of a kind that is known to be read.
+"""TIFF: selects the page of the image, with only the tags that its pixels need, if its kind is known to be read
+correctly.
 
-A dozen tags of a TIFF say how its samples are to be understood, and Pillow looks at some of them: it clips 32 bits,
-takes signed samples for unsigned ones, and lays uncompressed planes of 16 bits over one another. So the tags are held
-against a list of combinations whose pixels are right, as a test proves. Every other combination is refused by its name.
-What is on the list is read by libtiff, whatever its compression, from a directory that holds nothing else: no tag that
-says nothing of the pixels can break the reading.
+A dozen tags of a TIFF define the meaning of its samples, and Pillow respects only some of them: it clips 32 bits, reads
+signed samples as unsigned, and mixes up uncompressed planes of 16 bits. So the tags are compared with a list of
+combinations that give the right pixels, as a test proves. Every other combination is refused by its name. libtiff reads
+the listed ones, with any compression, from a directory that holds nothing else: tags that do not concern the pixels
+cannot prevent the reading.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from server.images.tiff_pages import HEIGHT, NUMBERS, WIDTH, Page, Tag, image_of
 SIGNATURES = tuple(TiffImagePlugin.PREFIXES)
 
 libtiff.silence()
-TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader knows neither planes of 16 bits nor tiles of planes
+TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader supports neither planes of 16 bits nor tiles of planes
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 258, 259, 262, 266
 _ORIENTATION, _SAMPLES, _PLANES, _PREDICTOR, _PALETTE = 274, 277, 284, 317, 320
@@ -28,8 +29,8 @@ _INKS, _EXTRA, _FORMAT, _SUBSAMPLING = 332, 338, 339, 530
 _KEPT = frozenset(
     [WIDTH, HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION, _SAMPLES, _PLANES, _PREDICTOR]
     + [_PALETTE, _EXTRA]
-    + [273, 278, 279, 322, 323, 324, 325]  # where strips or tiles lie
-    + [292, 293, 347, 529, 530, 531, 532]  # options of fax codes, tables of JPEG, how YCbCr is to be understood
+    + [273, 278, 279, 322, 323, 324, 325]  # places of strips or tiles
+    + [292, 293, 347, 529, 530, 531, 532]  # options of fax codes, tables of JPEG, the meaning of YCbCr
 )
 
 _WHITE, _BLACK, _RGB, _PALETTED, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
@@ -51,17 +52,17 @@ _READ: dict[int, dict[int, list[tuple[int, ...]]]] = {
     _YCBCR: {8: [()]},
     _LAB: {8: [()]},
 }
-"""What is read, by photometric interpretation and bits a sample: which samples there may be besides the colours."""
+"""The supported extra samples, by photometric interpretation and bits a sample."""
 
 _NONE, _JPEG = 1, 7
-_FAX = (3, 4)  # but not 2, of which libtiff may lose the last row
+_FAX = (3, 4)  # but not 2, whose last row libtiff may lose
 _PREDICTED = (5, 8, 32946, 34925, 50000)  # LZW, Deflate by both its numbers, LZMA, Zstandard
 _COMPRESSIONS = (_NONE, _JPEG, *_FAX, *_PREDICTED, 32773)  # the last is PackBits
 _BY_JPEG = (_BLACK, _RGB, _CMYK, _YCBCR)
 _FORMATS = {2: "signed samples", 3: "floating-point samples", 5: "complex samples", 6: "complex samples"}
 _UNSIGNED, _UNDEFINED = 1, 4
 
-# Kinds of grey that Pillow's table lacks; `shades` makes 8 bits of them.
+# Kinds of grey that Pillow's table lacks; `shades` converts them to 8 bits.
 for _order, _suffix in ((TiffImagePlugin.II, ""), (TiffImagePlugin.MM, "B")):
     for _shade in (_WHITE, _BLACK):
         TiffImagePlugin.OPEN_INFO[(_order, _shade, (1,), 1, (12,), ())] = ("I;16", "I;12")
@@ -69,15 +70,15 @@ for _order, _suffix in ((TiffImagePlugin.II, ""), (TiffImagePlugin.MM, "B")):
 
 
 def one_page(encoded: bytes) -> bytes:
-    """A TIFF whose first directory is that of the image, with no more tags than its pixels need.
+    """A TIFF whose first directory is that of the image, with only the tags that its pixels need.
 
-    The image is the first page; where that is a thumbnail (as in DNG), the largest page that is none.
+    The image is the first page. If that is a thumbnail (as in DNG), the image is the largest page that is not.
 
     Args:
         encoded: A file that begins with one of `SIGNATURES`.
 
     Raises:
-        UnsupportedError: The page is of a kind that is not known to be read right.
+        UnsupportedError: The kind of the page is not known to be read correctly.
         UndecodableError: Its directory is broken.
     """
     try:
@@ -89,7 +90,7 @@ def one_page(encoded: bytes) -> bytes:
 
 
 def _check_kind(page: Page) -> None:
-    """Refuses files that are not on the list, and names their kind."""
+    """Refuses a page whose kind is not listed, and names the kind."""
     if _PHOTOMETRIC not in page.tags:
         raise UndecodableError("the TIFF does not say what its samples mean (no PhotometricInterpretation)")
     photometric, compression = page.value(_PHOTOMETRIC), page.value(_COMPRESSION, _NONE)
@@ -105,7 +106,7 @@ def _check_kind(page: Page) -> None:
     if min(bits) != max(bits) or len(bits) not in (1, samples):
         raise UnsupportedError(f"a TIFF with samples of {', '.join(map(str, bits[:8]))} bits is not read")
     if photometric == _RGB and samples == 4 and not extra:
-        extra = (_ALPHA,)  # as all readers take a fourth sample of which nothing is said
+        extra = (_ALPHA,)  # as all readers interpret an undeclared fourth sample
     if extra not in _READ[photometric].get(bits[0], []) or samples != _COLOURS.get(photometric, 1) + len(extra):
         more = f" and extra samples {list(extra)}" if extra else ""
         raise UnsupportedError(f"a TIFF with {bits[0]} bits a sample, {samples} a pixel ({colour}){more} is not read")
@@ -139,11 +140,11 @@ def _check_coding(page: Page, photometric: int, compression: int, bits: int) -> 
 
 
 def _alone(page: Page) -> bytes:
-    """The file with one more directory, behind all else, at which its header points."""
+    """The file with one more directory at its end, to which its header points."""
     file = page.file
     kept = {number: tag for number, tag in page.tags.items() if number in _KEPT}
     if page.value(_SAMPLES, 1) == 1:
-        kept.pop(_PLANES, None)  # of one plane, which Pillow takes for three
+        kept.pop(_PLANES, None)  # describes a single plane, which Pillow would read as three
     if page.value(_COMPRESSION, _NONE) not in _PREDICTED:
         kept.pop(_PREDICTOR, None)
     turned = kept.get(_ORIENTATION)
@@ -177,7 +178,7 @@ def _palette(page: Page) -> tuple[int, ...]:
 
 
 def shades(image: Image.Image) -> bytes:
-    """What each of 65,536 greys is in 8 bits, of an image that Pillow holds in 16."""
+    """The 8-bit value of each of 65,536 greys, for an image that Pillow holds in 16 bits."""
     bits, is_white = 16, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         bits, is_white = image.tag_v2.get(_BITS, (16,))[0], image.tag_v2.get(_PHOTOMETRIC) == _WHITE

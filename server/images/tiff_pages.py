@@ -1,4 +1,4 @@
-"""The directories of a TIFF: its pages, and the tags of each. `tiff.py` says what they mean."""
+"""The directories of a TIFF: its pages, and the tags of each. `tiff.py` interprets them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KIND, _OLD_KIND, _SUB_PAGES = 254, 255, 330
 _SMALLER_OR_MASK, _OLD_SMALLER = 0b101, 2
 
 NUMBERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-"""Types of whole numbers, as `struct` writes them."""
+"""Integer types, in the notation of `struct`."""
 
 _MOST_PAGES, _MOST_TAGS, _MOST_VALUES = 256, 1024, 1024
 
@@ -23,14 +23,14 @@ _MOST_PAGES, _MOST_TAGS, _MOST_VALUES = 256, 1024, 1024
 class Tag(NamedTuple):
     type: int
     length: int
-    field: bytes  # the values, or where they lie
+    field: bytes  # the values, or their place
 
 
 class File(NamedTuple):
     encoded: bytes
-    order: str  # of bytes, as `struct` writes it
-    pointer: str  # what an offset is: I, or Q in BigTIFF
-    tags: str  # what the number of tags is
+    order: str  # byte order, in the notation of `struct`
+    pointer: str  # type of an offset: I, or Q in BigTIFF
+    tags: str  # type of the number of tags
 
     @property
     def tag(self) -> struct.Struct:
@@ -38,7 +38,7 @@ class File(NamedTuple):
 
     @property
     def first(self) -> int:
-        """Where the offset of the first directory lies."""
+        """Place of the first directory's offset."""
         return 8 if self.pointer == "Q" else 4
 
 
@@ -51,7 +51,7 @@ class Page(NamedTuple):
         """The first values of a tag.
 
         Raises:
-            UndecodableError: They are no whole numbers, or lie outside the file.
+            UndecodableError: They are not integers, or lie outside the file.
         """
         tag = self.tags.get(number)
         if tag is None:
@@ -60,7 +60,7 @@ class Page(NamedTuple):
         count = min(tag.length, _MOST_VALUES)
         layout = struct.Struct(f"{order}{count}{NUMBERS.get(tag.type, '')}")
         if tag.type not in NUMBERS or count == 0:
-            raise UndecodableError(f"the TIFF's tag {number} holds no whole number")
+            raise UndecodableError(f"the TIFF's tag {number} holds no integer")
         if tag.length * (layout.size // count) <= len(tag.field):
             return layout.unpack_from(tag.field)
         (offset,) = struct.unpack(order + pointer, tag.field)
@@ -77,7 +77,7 @@ class Page(NamedTuple):
 
     @property
     def is_image(self) -> bool:
-        """It is neither a smaller version of another page nor a mask of one."""
+        """Whether it is neither a smaller version nor a mask of another page."""
         return not self.value(_KIND) & _SMALLER_OR_MASK and self.value(_OLD_KIND) != _OLD_SMALLER
 
 
@@ -105,7 +105,7 @@ def _page(file: File, offset: int) -> Page:
 
 
 def _pages(file: File) -> Iterator[Page]:
-    """All pages, each before the smaller ones or larger ones that it refers to; no page twice."""
+    """All pages, each before the pages that it refers to; no page twice."""
     (first,) = struct.unpack_from(file.order + file.pointer, file.encoded, file.first)
     waiting, seen = [first], {0}
     while waiting and len(seen) <= _MOST_PAGES:

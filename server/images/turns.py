@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 
 
 class Turns:
-    """Memory and places that are shared, first come, first served. For one event loop.
+    """Shared memory and places, first come, first served; for one event loop.
 
     Args:
-        memory: Bytes for all.
-        places: The most at once.
+        memory: Bytes for all tasks.
+        places: Most tasks at once.
     """
 
     def __init__(self, memory: int, places: int) -> None:
@@ -22,7 +22,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def turn(self, memory: int) -> AsyncIterator[None]:
-        """Holds a place and this much memory, which must not be more than the whole."""
+        """Holds a place and this much memory, which must not exceed the whole."""
         await self._take(memory)
         try:
             yield

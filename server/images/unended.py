@@ -1,8 +1,8 @@
-"""JPEG files that lack nothing but their end.
+"""JPEG files that lack only their end.
 
-Some programs and some broken connections leave the end mark off. libjpeg waits for it, and Pillow calls such a file
-truncated though all rows are there. Whether they are is found out by decoding with different bits behind the last one:
-they change no pixel of a whole image.
+Some programs and some broken connections leave out the end mark. libjpeg waits for it, and Pillow calls such a file
+truncated even if all rows are present. To find out, the file is decoded with different bits after the last one: they do
+not change the pixels of a complete image.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from server.images.limits import check_pixels
 
 
 def _any_bits(seed: int) -> bytes:
-    """Codes of all lengths, and each of the eight marks at which a decoder may wait to begin anew."""
+    """Codes of all lengths, and each of the eight marks at which a decoder may resume."""
     bits = bytes(random.Random(seed).choices(range(0xFF), k=200))
     return bits + b"".join(bytes((0xFF, restart)) + bits[:20] for restart in range(0xD0, 0xD8))
 
 
-_ANY_BITS = [_any_bits(seed) for seed in (1, 2)]  # a hundredth of the files that lack a few bytes look whole with one
+# with one seed, a hundredth of the files that lack a few bytes look complete
+_ANY_BITS = [_any_bits(seed) for seed in (1, 2)]
 _ROWS = 64
 
 _FRAMES = (0xC0, 0xC1, 0xC2)
@@ -36,15 +37,15 @@ _next_mark = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL).search
 
 
 def ended(encoded: bytes, max_pixels: int) -> bytes:
-    """A JPEG with its end mark, where that alone was missing; else the file as it is.
+    """A JPEG with its end mark, if only that was missing; otherwise the file unchanged.
 
     Args:
-        encoded: A file that begins as a JPEG.
+        encoded: A file that begins like a JPEG.
         max_pixels: Largest width x height.
 
     Raises:
         TooLargeError: The end is missing, and the image has more than `max_pixels`.
-        Exception: Whatever Pillow raises of a broken file.
+        Exception: Any error of Pillow on a broken file.
     """
     if has_end(encoded):
         return encoded
@@ -58,12 +59,12 @@ def ended(encoded: bytes, max_pixels: int) -> bytes:
 
 
 def has_end(encoded: bytes) -> bool:
-    """Whether an end mark stands at the end of a JPEG, or anywhere behind its last scan."""
+    """Whether an end mark is at the end of a JPEG, or anywhere after its last scan."""
     return encoded.endswith(END) or encoded.rfind(END) > encoded.rfind(bytes((0xFF, SCAN)))
 
 
 def _checksum(encoded: bytes, max_pixels: int) -> int:
-    """Of the pixels, which are copied a few rows at a time."""
+    """A checksum of the pixels, which are copied a few rows at a time."""
     with Image.open(io.BytesIO(encoded), formats=("JPEG",)) as image:
         check_pixels(*image.size, max_pixels)
         checksum = 0

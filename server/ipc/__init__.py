@@ -1,13 +1,13 @@
-"""What crosses between processes, and both ends of the way. It knows neither HTTP nor torch.
+"""Messages between processes, and both ends of their connections. No HTTP and no torch.
 
-An HTTP process gets a connection to an engine through a pair of sockets without a name (`door.py`), which outlives
-both. A frame is a length and a message in MessagePack (`frames.py`); `messages.py` has every message, and its decoder
-checks what comes. An engine sends its catalog first. Calls carry an id and are answered in any order; a caller that
-gives up sends `Withdraw`; a connection that breaks fails all its calls at once, and the engine withdraws the requests
-of a process that is gone. What one turn of an event loop sends leaves in one write, and what has come is handled in one
-turn.
+An HTTP process connects to an engine through an unnamed socket pair (`door.py`), which outlives both. A frame is a
+length and a MessagePack message (`frames.py`). `messages.py` defines every message, and its decoder checks the input.
+An engine sends its catalog first. Calls carry an id and are answered in any order. A caller that gives up sends
+`Withdraw`. A connection that breaks fails all its calls at once, and the engine withdraws the requests of a process
+that is gone. Messages sent in one turn of an event loop leave in one write, and all messages that have arrived are
+handled in one turn.
 
-With several devices (`devices.py`) each request goes to the engine that has the fewest calls of this process in hand,
-of equals to the one that waited longest for its turn. What an engine held when it went down goes to another one, once;
-a request that was in flight at two such ends is refused, since an image that ends processes would end them all.
+With several devices (`devices.py`) a request goes to the engine with the fewest calls of this process; among equals, to
+the one that has waited longest for its turn. The requests of an engine that goes down go to another one, once. A
+request that was in flight at two such ends is refused, because an image that ends processes would end them all.
 """

@@ -1,4 +1,4 @@
-"""The engine as an HTTP process has it: in another process, behind a door."""
+"""The HTTP process's view of an engine in another process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from server.ipc.messages import (
     Configure,
     Deployed,
     Failure,
+    GetCompiling,
     GetConfiguration,
     GetCurve,
     GetRepository,
     Load,
     Measured,
     Probe,
+    Progress,
     Reply,
     Repository,
     Request,
@@ -38,22 +40,22 @@ from server.ipc.messages import (
     reply_of,
 )
 from server.metrics import ENGINE_UP
-from server.types import Configuration, ModelInfo, ModelState
+from server.types import Compiling, Configuration, ModelInfo, ModelState
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 RECONNECT_S = 0.05
-CALL_TIMEOUT_S = 12.0  # longer than the engine takes to say that a check failed
+CALL_TIMEOUT_S = 12.0  # longer than the engine takes to report a failed check
 LOAD_TIMEOUT_S = 3600.0
-"""A large model from a slow disk, compiled for the first time, takes minutes."""
+"""A large model from a slow disk takes minutes when it is compiled for the first time."""
 GRACE_S = 1.0
-"""The engine keeps the deadline; so much later is for an engine that no longer does."""
+"""The engine keeps the deadline. This much later, the caller gives up on an engine that does not."""
 
 
 MOST_UNSENT = 256 << 20
-"""Bytes that wait for an engine that does not read: what is asked beyond is refused, or goes to another engine."""
+"""Bytes that wait for an engine that does not read. Beyond that, requests are refused or go to another engine."""
 
 
 class LostEngineError(UnavailableError):
@@ -61,14 +63,14 @@ class LostEngineError(UnavailableError):
 
 
 class RemoteEngine:
-    """An engine in another process, which it connects to again for as long as it lives.
+    """An engine in another process. It reconnects for as long as it lives.
 
     When the connection breaks, every call in flight fails at once. A caller that gives up withdraws its call. While no
-    engine runs a connection waits for the next one, so the engine is up once it has greeted with its catalog.
+    engine runs, a connection waits for the next one; so the engine is up once it has sent its catalog.
 
     Args:
-        door: The way to the engine.
-        index: Which of the server's engines it is, for the metrics.
+        door: Connects to the engine.
+        index: The engine's place among the server's engines, for the metrics.
     """
 
     def __init__(self, door: Door, index: int = 0) -> None:
@@ -76,18 +78,18 @@ class RemoteEngine:
         self._catalog: dict[str, ModelInfo] | None = None
         self._connected: Frames[Reply] | None = None
         self._frames: Frames[Reply] | None = None
-        """The connection, once the engine has greeted."""
+        """The connection, after the engine has sent its catalog."""
         self._calls: dict[int, tuple[asyncio.Future[Any], float]] = {}
         self._deadlines = Deadlines(self._expire)
         self._ids = itertools.count()
         self._connection: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to connect; call it inside a running event loop."""
+        """Begins to connect. Call it inside a running event loop."""
         self._connection = asyncio.create_task(self._stay_connected(), name="engine connection")
 
     async def close(self) -> None:
-        """Leaves the engine."""
+        """Closes the connection."""
         assert self._connection is not None
         self._connection.cancel()
         await asyncio.wait([self._connection])
@@ -95,12 +97,12 @@ class RemoteEngine:
 
     @property
     def is_up(self) -> bool:
-        """Whether it is connected, and has said what it serves."""
+        """Whether the engine is connected and has sent its catalog."""
         return self._frames is not None
 
     @property
     def num_calls(self) -> int:
-        """Calls of this process that it has not answered."""
+        """Calls of this process that the engine has not answered."""
         return len(self._calls)
 
     def catalog(self) -> dict[str, ModelInfo]:
@@ -116,6 +118,10 @@ class RemoteEngine:
         measured: Measured = await self._call(GetCurve(model))
         return measured.curve
 
+    async def compiling(self, model: str) -> Compiling | None:
+        progress: Progress = await self._call(GetCompiling(model))
+        return progress.compiling
+
     async def configuration(self) -> Configuration:
         deployed: Deployed = await self._call(GetConfiguration())
         return deployed.configuration
@@ -128,7 +134,7 @@ class RemoteEngine:
         await self._call(Load(name, version), time.monotonic() + LOAD_TIMEOUT_S)
 
     async def unload(self, name: str) -> None:
-        await self._call(Unload(name), time.monotonic() + LOAD_TIMEOUT_S)  # a load may be before it
+        await self._call(Unload(name), time.monotonic() + LOAD_TIMEOUT_S)  # a load may come before it
 
     async def repository(self) -> list[ModelState]:
         repository: Repository = await self._call(GetRepository())
@@ -145,7 +151,7 @@ class RemoteEngine:
             raise UnavailableError("the engine is not running", retry_after_s=1)
         call_id, frames = next(self._ids), self._frames
         if frames.num_unsent > MOST_UNSENT:
-            raise UnavailableError("the engine takes nothing at the moment", retry_after_s=1)
+            raise UnavailableError("the engine does not read its requests", retry_after_s=1)
         deadline = time.monotonic() + CALL_TIMEOUT_S if deadline is None else deadline
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future, deadline
@@ -160,7 +166,7 @@ class RemoteEngine:
             del self._calls[call_id]
 
     def _expire(self, now: float) -> float:
-        """Gives up the calls that the engine should have answered; gives the next deadline."""
+        """Gives up the calls that the engine should have answered; returns the next deadline."""
         nearest = math.inf
         for future, deadline in self._calls.values():
             if deadline > now:
@@ -202,7 +208,7 @@ class RemoteEngine:
             return
         future, _ = self._calls.get(reply.id, (None, None))
         if future is None or future.done():
-            return  # its caller gave up
+            return  # its caller has given up
         if isinstance(answer, Failure):
             future.set_exception(answer.error())
         else:

@@ -1,4 +1,4 @@
-"""Several engines as one, a device each: a request goes to the one with the least to do."""
+"""Several engines as one, an engine for each device. A request goes to the least loaded engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server.images.image import JpegFile
 from server.ipc.client import LostEngineError
 from server.ipc.engine import Engine
 from server.ipc.messages import Answered, Request
-from server.types import Configuration, ModelInfo, ModelState
+from server.types import Compiling, Configuration, ModelInfo, ModelState
 
 T = TypeVar("T")
 
@@ -24,11 +24,11 @@ FAILED_COUNTS_S = 1.0
 
 
 class Device(Engine, Protocol):
-    """An engine that may be down, and knows its load: `RemoteEngine`."""
+    """An engine that may be down and knows its load, as `RemoteEngine` does."""
 
     @property
     def is_up(self) -> bool:
-        """Whether it takes calls, and its models are known."""
+        """Whether it takes calls and its models are known."""
         ...
 
     @property
@@ -41,20 +41,21 @@ class Device(Engine, Protocol):
         ...
 
     async def close(self) -> None:
-        """Leaves it."""
+        """Closes the connection."""
         ...
 
 
 class Devices:
     """The engines of one server behind the `Engine` protocol.
 
-    While one is down the others serve. What it held when it went down goes to another one, once: an image that ends two
-    processes would end them all, and is refused. One that hangs answers nothing, has soon the most to do, and gets no
-    more. One that fails would always have the least to do, so what it has failed at, or been too late for, counts for a
-    second more.
-    All have the same configuration and, but for the seconds in which they load, the same models, so any is asked for
-    those. A request goes to one that has its model in the revision that its images were prepared for; a JPEG to one
-    that decodes.
+    While an engine is down the others serve. Its requests go to another engine, once: an image that ends two processes
+    would end them all, and is refused. An engine that hangs answers nothing, soon has the most calls, and gets no more.
+    An engine that fails fast would always have the fewest calls, so each failure or late answer counts as a call for
+    one more second.
+
+    All engines have the same configuration and, except for the seconds of a load, the same models; so any engine
+    answers questions about those. A request goes to an engine with the model revision that its images were prepared
+    for, and a JPEG to an engine that decodes.
 
     Args:
         engines: In the order of the devices.
@@ -67,16 +68,16 @@ class Devices:
         self._failed: dict[Device, deque[float]] = {engine: deque() for engine in engines}
 
     def start(self) -> None:
-        """Begins to connect; call it inside a running event loop."""
+        """Begins to connect. Call it inside a running event loop."""
         for engine in self._engines:
             engine.start()
 
     async def close(self) -> None:
-        """Leaves the engines."""
+        """Closes the connections."""
         await asyncio.gather(*(engine.close() for engine in self._engines))
 
     def catalog(self) -> dict[str, ModelInfo]:
-        """As of `Engine`: what the first says, and what others have that it has not loaded yet."""
+        """See `Engine`. The catalog of the first engine, and models that it has not loaded yet but others have."""
         up = [engine.catalog() for engine in self._engines if engine.is_up]
         if up:
             first, *others = up
@@ -85,10 +86,10 @@ class Devices:
         return self._last_catalog()
 
     def _last_catalog(self) -> dict[str, ModelInfo]:
-        """What one says that was up once.
+        """The catalog of an engine that was up once.
 
         Raises:
-            UnavailableError: None ever was.
+            UnavailableError: No engine was up yet.
         """
         for engine in self._engines[:-1]:
             with contextlib.suppress(UnavailableError):  # it has not been up yet
@@ -114,18 +115,21 @@ class Devices:
             self._failed[engine].append(self._clock())
             raise
         except asyncio.CancelledError:
-            if request.deadline <= self._clock():  # given up by a caller who could wait no longer
+            if request.deadline <= self._clock():  # the caller could wait no longer
                 self._failed[engine].append(self._clock())
             raise
 
     async def curve(self, model: str) -> Curve:
         return await self._read(lambda engine: engine.curve(model))
 
+    async def compiling(self, model: str) -> Compiling | None:
+        return await self._read(lambda engine: engine.compiling(model))
+
     async def configuration(self) -> Configuration:
         return await self._read(lambda engine: engine.configuration())
 
     async def _read(self, ask: Callable[[Device], Awaitable[T]]) -> T:
-        """What one engine says; another one is asked where it goes down meanwhile."""
+        """Asks one engine; asks another if the first goes down meanwhile."""
         first = self._least_loaded()
         try:
             return await ask(first)
@@ -141,26 +145,26 @@ class Devices:
         return await self._least_loaded().configure(changes, expected_version)
 
     async def load(self, name: str, version: str | None = None) -> None:
-        """Loads it on all engines side by side; where one refuses it, the others go back to what they had.
+        """Loads a model on all engines at once. If one refuses it, the others return to their previous version.
 
-        One that is down or starts takes over later what the others have.
+        An engine that is down or starting takes over the models of the others later.
         """
         before = self.catalog().get(name)
         loaded, error = await self._on_all(lambda engine: engine.load(name, version))
         if error is None:
             return
         for engine in loaded:
-            with contextlib.suppress(ServerError):  # it goes on with what it has
+            with contextlib.suppress(ServerError):  # the engine keeps what it has
                 await (engine.unload(name) if before is None else engine.load(name, before.version))
         raise error
 
     async def unload(self, name: str) -> None:
         unloaded, error = await self._on_all(lambda engine: engine.unload(name))
-        if error is not None and not (unloaded and isinstance(error, NotFoundError)):  # one did not have it
+        if error is not None and not (unloaded and isinstance(error, NotFoundError)):  # one engine did not have it
             raise error
 
     async def _on_all(self, work: Callable[[Device], Awaitable[None]]) -> tuple[list[Device], Exception | None]:
-        """Has all engines do something; gives those that did it, and what one of the others says against it."""
+        """Runs work on all engines; returns those that succeeded, and the error of one that did not."""
         engines = self._up()
         outcomes = await asyncio.gather(*(work(engine) for engine in engines), return_exceptions=True)
         done = [engine for engine, outcome in zip(engines, outcomes, strict=True) if outcome is None]
@@ -174,7 +178,7 @@ class Devices:
         return await self._read(lambda engine: engine.repository())
 
     async def check(self) -> None:
-        """Asks all at once: one that answers is enough, and one that hangs delays nobody."""
+        """Asks all engines at once: one answer is enough, and an engine that hangs delays nobody."""
         asked = {asyncio.create_task(engine.check()) for engine in self._up()}
         try:
             while asked:
@@ -189,7 +193,7 @@ class Devices:
         raise failures[0]
 
     def _up(self) -> list[Device]:
-        """Those that take calls, whoever was given one last at the end."""
+        """Engines that take calls; the one that got the last call comes last."""
         up = [engine for engine in self._turns if engine.is_up]
         if not up:
             raise UnavailableError("no engine is running", retry_after_s=1)
@@ -201,13 +205,13 @@ class Devices:
             up = _fit_for(request, up)
         if not up:
             raise UnavailableError("the engine that decodes went down", retry_after_s=1)
-        engine = min(up, key=self._load)  # of equals the first
+        engine = min(up, key=self._load)  # the first of equals
         self._turns.remove(engine)
         self._turns.append(engine)
         return engine
 
     def _load(self, engine: Device) -> int:
-        """Calls that it has not answered, and those that it has failed at just now."""
+        """Unanswered calls, and recent failures."""
         failed, since = self._failed[engine], self._clock() - FAILED_COUNTS_S
         while failed and failed[0] < since:
             failed.popleft()
@@ -215,10 +219,11 @@ class Devices:
 
 
 def _fit_for(request: Request[Any], engines: list[Device]) -> list[Device]:
-    """Of the engines that are up, those that can answer a request."""
+    """The engines that can answer a request, of those that are up."""
     infos = {engine: engine.catalog().get(request.model) for engine in engines}
     fit = [engine for engine, info in infos.items() if info is not None and info.revision == request.revision]
-    # Else one that is about to free it: any, until its catalog has come, and then none that is listed here.
+    # Without a fit, any engine that has the model will do: it is about to free it. Before a catalog has come, any
+    # engine will do.
     fit = fit or [engine for engine, info in infos.items() if info is not None] or engines
     if any(isinstance(image, JpegFile) for image in request.images):
         fit = [engine for engine in fit if (info := infos[engine]) is not None and info.decodes_jpeg]

@@ -1,8 +1,8 @@
-"""The way to an engine process: a pair of sockets without a name, which the supervisor makes and all processes share.
+"""The connection to an engine process: an unnamed socket pair, which the supervisor makes and all processes share.
 
-An HTTP process that wants a connection makes a pair of connected sockets, and sends one of them through the door. There
-is no file that somebody could remove, a full disk could refuse, or another user could open. Connections that are sent
-while no engine runs wait for the next one.
+To connect, an HTTP process makes a pair of connected sockets and sends one of them through the door. There is no file
+that somebody could remove, a full disk could prevent, or another user could open. Connections sent while no engine runs
+wait for the next one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 
 
 class Door:
-    """HTTP processes send connections through it (`knock`), and the engine receives them (`take`). It never blocks.
+    """HTTP processes send connections through it (`knock`) and the engine receives them (`take`). It never blocks.
 
     A process gets it as an argument.
     """
@@ -20,17 +20,17 @@ class Door:
     def __init__(self) -> None:
         self._inside, self._outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         for each in (self._inside, self._outside):
-            each.setblocking(False)  # for all processes: send_fds and recv_fds mind no flags
+            each.setblocking(False)  # in all processes, because send_fds and recv_fds ignore flags
 
     def fileno(self) -> int:
-        """A descriptor that is readable while a connection waits to be taken."""
+        """A descriptor that is readable while a connection waits."""
         return self._inside.fileno()
 
     def knock(self) -> socket.socket:
-        """One end of a new connection, of which the engine gets the other.
+        """Makes a connection and sends the engine its end; returns the other end.
 
         Raises:
-            OSError: As many wait as the system lets, or there are no descriptors left.
+            OSError: Too many connections wait, or there are no descriptors left.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -42,7 +42,7 @@ class Door:
         return ours
 
     def take(self) -> socket.socket | None:
-        """The engine's end of a connection that waits; None where none does, or no descriptor is left for it."""
+        """The engine's end of a waiting connection; None if none waits, or no descriptor is left."""
         with contextlib.suppress(OSError):
             _, descriptors, _, _ = socket.recv_fds(self._inside, 1, 1)
             if descriptors:
@@ -50,6 +50,6 @@ class Door:
         return None
 
     def close(self) -> None:
-        """Of this process; the others keep theirs."""
+        """Closes this process's ends; other processes keep theirs."""
         self._inside.close()
         self._outside.close()

@@ -1,4 +1,4 @@
-"""The engine as the HTTP side sees it: in this process, or behind a local socket."""
+"""The HTTP side's view of an engine: in this process, or behind a local socket."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from typing import Protocol, TypeVar
 from server.curve import Curve
 from server.dial import RSetting
 from server.ipc.messages import Answered, Request
-from server.types import Configuration, ModelInfo, ModelState
+from server.types import Compiling, Configuration, ModelInfo, ModelState
 
 T = TypeVar("T")
 
 
 class Engine(Protocol):
-    """What answers requests, and keeps the deployment's `r`."""
+    """Answers requests and keeps the deployment's `r`."""
 
     def catalog(self) -> dict[str, ModelInfo]:
-        """The loaded models by name, the default first; raises UnavailableError before they are known."""
+        """The loaded models by name, the default first. Raises UnavailableError before they are known."""
         ...
 
     def answer(self, request: Request[T]) -> Awaitable[Answered[T]]:
-        """Answers every image of a request, or raises a ServerError; cancelling the call withdraws the request."""
+        """Answers every image of a request, or raises a ServerError. Cancelling the call withdraws the request."""
         ...
 
     async def curve(self, model: str) -> Curve:
-        """What was measured of the model, at the speeds of this moment; raises NotFoundError where nothing was."""
+        """The model's curve with the present speeds. Raises NotFoundError if it has none."""
+        ...
+
+    async def compiling(self, model: str) -> Compiling | None:
+        """Which of the model's schedules are being compiled; None where none is."""
         ...
 
     async def configuration(self) -> Configuration:
@@ -37,14 +41,14 @@ class Engine(Protocol):
 
         Raises:
             NotFoundError: There is no such model.
-            InvalidError: A model cannot merge like that.
+            InvalidError: A model cannot merge by its `r`.
             ConflictError: The version is no longer the expected one.
-            UnavailableError: The configuration is shared, and whoever keeps it does not answer.
+            UnavailableError: The store of a shared configuration does not answer.
         """
         ...
 
     async def load(self, name: str, version: str | None = None) -> None:
-        """Loads a model beside the others; it serves once this returns. One of that name is replaced in one step.
+        """Loads a model beside the others and puts it into service. A model of the same name is replaced in one step.
 
         Args:
             name: A model that was named at the start, or one of the repository.
@@ -53,17 +57,17 @@ class Engine(Protocol):
         Raises:
             NotFoundError: There is no such model to load.
             InvalidError: There is no such version, or it cannot be loaded.
-            EngineError: It is loaded, but computes nothing here.
-            ConflictError: This engine loads no models while it runs.
+            EngineError: It is loaded but cannot compute on this device.
+            ConflictError: This engine loads no models at run time.
         """
         ...
 
     async def unload(self, name: str) -> None:
-        """Takes a model out of service; what has been asked of it is answered. Then its memory is freed.
+        """Takes a model out of service. Its present requests are answered, then its memory is freed.
 
         Raises:
             NotFoundError: There is no such model.
-            ConflictError: This engine unloads no models while it runs.
+            ConflictError: This engine unloads no models at run time.
         """
         ...
 
@@ -72,5 +76,5 @@ class Engine(Protocol):
         ...
 
     async def check(self) -> None:
-        """Returns once the batch loop and the device have answered; raises UnavailableError when they do not."""
+        """Returns once the batch loop and the device have answered; raises UnavailableError if they do not."""
         ...

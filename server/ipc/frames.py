@@ -1,4 +1,4 @@
-"""Frames on a stream: a length, and a message. What is sent in one turn of the event loop leaves in one write."""
+"""Frames on a stream: a length and a message. Messages of one turn of the event loop leave in one write."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("!I")
 _LONGEST = 1 << 30
-"""Bytes of a message: many times what a request may hold. What announces more is no message of ours."""
+"""Most bytes of a message: many times the largest request. A longer one is not ours."""
 _ROOM = 256 << 10
-"""Bytes received at once: as many as a Unix socket holds, so that one turn takes all messages that have come."""
+"""Bytes received at once: the buffer of a Unix socket, so that one turn takes all messages that have arrived."""
 
 Received = TypeVar("Received")
 
@@ -25,13 +25,13 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
     """One end of a connection that carries messages both ways.
 
     Args:
-        decode: Bytes to a message; what it makes shares no memory with them.
-        received: Gets every message that has come.
-        lost: Called once, when the connection is gone, or given up for what came over it.
-        greeting: Gives a message that is sent before all others.
+        decode: Turns bytes into a message that shares no memory with them.
+        received: Gets every message.
+        lost: Called once, when the connection is gone, or given up because of a bad message.
+        greeting: Returns the first message to send.
 
     Attributes:
-        is_open: Messages arrive at the other end.
+        is_open: Whether messages reach the other end.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
         self._room, self._filled = bytearray(_ROOM), 0
 
     def send(self, message: Call | Reply) -> None:
-        """Queues a message for sending; one for a connection that is gone is lost."""
+        """Queues a message; on a connection that is gone it is lost."""
         if self._is_gone:
             return  # uvloop's transports would raise
         start = len(self._unsent)
@@ -73,7 +73,7 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
         return len(self._unsent) + self._transport.get_write_buffer_size()
 
     def close(self) -> None:
-        """Leaves, after what is queued is sent."""
+        """Sends what is queued, then closes."""
         assert self._transport is not None
         self._flush()
         self._transport.close()
@@ -94,8 +94,8 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
         self._filled += nbytes
         try:
             self._take_messages()
-        except Exception:  # whatever came over it: a new connection may do better
-            logger.exception("a connection is given up for what came over it")
+        except Exception:  # any bad message: a new connection may do better
+            logger.exception("a connection is closed after a bad message")
             assert self._transport is not None
             self._transport.abort()
 
@@ -106,20 +106,20 @@ class Frames(asyncio.BufferedProtocol, Generic[Received]):
             self._transport.write(unsent)
 
     def _take_messages(self) -> None:
-        """Hands over the messages that are whole, and makes room for the rest of the one that is not."""
+        """Delivers the complete messages, and makes room for the rest of an incomplete one."""
         start, came, wanted = 0, memoryview(self._room)[: self._filled], _ROOM
         while len(came) - start >= _LENGTH.size:
             begin = start + _LENGTH.size
             end = begin + int(_LENGTH.unpack_from(came, start)[0])
             if end - begin > _LONGEST:
-                raise ValueError(f"a message of {end - begin} bytes is announced; at most {_LONGEST} are one of ours")
+                raise ValueError(f"a message of {end - begin} bytes is announced; the limit is {_LONGEST}")
             if end > len(came):
                 wanted = max(_ROOM, end - start)
                 break
             self._received(self._decode(came[begin:end]))
             start = end
         if start == 0 and len(self._room) == wanted:
-            return  # the rest of a long message comes behind what is there
+            return  # the rest of a long message follows
         left = bytes(came[start:])
         if len(self._room) != wanted:
             self._room = bytearray(wanted)

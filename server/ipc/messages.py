@@ -16,7 +16,7 @@ from server.curve import Curve
 from server.dial import AutoR, RSetting, Schedule
 from server.errors import ServerError
 from server.images.image import Image
-from server.types import Activation, Configuration, ModelInfo, ModelState
+from server.types import Activation, Compiling, ComputedBy, Configuration, ModelInfo, ModelState
 
 T = TypeVar("T")
 
@@ -161,6 +161,7 @@ class Answered(Struct, Generic[T], frozen=True, array_like=True, tag="answered")
         batch_size: Images in the batch; of several batches the largest.
         queue_s: Seconds in the queue; of several images the longest.
         inference_s: Seconds from there to the answer; of several images the longest.
+        computed_by: The backend that computed it; where images differ, the one that stands in for the model's own.
         auto: What `auto` chose, where it was to choose.
     """
 
@@ -170,6 +171,7 @@ class Answered(Struct, Generic[T], frozen=True, array_like=True, tag="answered")
     batch_size: int
     queue_s: float
     inference_s: float
+    computed_by: ComputedBy
     auto: Choice | None = None
 
 
@@ -179,6 +181,12 @@ class Probe(Struct, frozen=True, array_like=True, tag="probe"):
 
 class GetCurve(Struct, frozen=True, array_like=True, tag="get_curve"):
     """Asks for what was measured of a model."""
+
+    model: str
+
+
+class GetCompiling(Struct, frozen=True, array_like=True, tag="get_compiling"):
+    """Asks which schedules of a model are being compiled."""
 
     model: str
 
@@ -247,6 +255,12 @@ class Measured(Struct, frozen=True, array_like=True, tag="measured"):
     curve: Curve
 
 
+class Progress(Struct, frozen=True, array_like=True, tag="progress"):
+    """What is compiled of a model; None where nothing is."""
+
+    compiling: Compiling | None
+
+
 class Deployed(Struct, frozen=True, array_like=True, tag="deployed"):
     """The configuration that holds now."""
 
@@ -280,6 +294,7 @@ class Call(Struct, frozen=True, array_like=True):
         | Explain
         | Probe
         | GetCurve
+        | GetCompiling
         | GetConfiguration
         | Configure
         | Load
@@ -294,7 +309,17 @@ class Reply(Struct, frozen=True, array_like=True):
     """What the engine says to the call of that id. The catalog answers no call."""
 
     id: int
-    answer: Answered[TopK | Vector | Merges] | Alive | Measured | Deployed | Done | Repository | Failure | Catalog
+    answer: (
+        Answered[TopK | Vector | Merges]
+        | Alive
+        | Measured
+        | Progress
+        | Deployed
+        | Done
+        | Repository
+        | Failure
+        | Catalog
+    )
 
 
 def to_bytes(message: Call | Reply, into: bytearray) -> None:

@@ -20,12 +20,14 @@ from server.ipc.messages import (
     Deployed,
     Done,
     Failure,
+    GetCompiling,
     GetConfiguration,
     GetCurve,
     GetRepository,
     Load,
     Measured,
     Probe,
+    Progress,
     Reply,
     Repository,
     Request,
@@ -39,18 +41,18 @@ logger = logging.getLogger(__name__)
 
 
 SEEN_WITHIN_S = 2.0
-"""An HTTP process that has not seen a new catalog within this time is stopped, or about to end."""
+"""An HTTP process that has not confirmed a new catalog within this time is stopped, or about to end."""
 
 
 class EngineServer:
-    """Answers calls, in whatever order they are done. What a process has asked is withdrawn when it is gone.
+    """Answers calls in the order in which they finish. The calls of a process that is gone are withdrawn.
 
-    A call that loads or unloads a model is answered once every HTTP process has the new catalog: whoever got the answer
-    may ask any of them for the model.
+    A load or unload is answered once every HTTP process has the new catalog, because its caller may use the model
+    through any of them.
 
     Args:
-        engine: Who answers.
-        door: Where the HTTP processes come from.
+        engine: Answers the calls.
+        door: Brings the connections of HTTP processes.
     """
 
     def __init__(self, engine: Engine, door: Door) -> None:
@@ -63,11 +65,11 @@ class EngineServer:
         self._loop.add_reader(door.fileno(), self._take)
 
     def close(self) -> None:
-        """Takes no new connection."""
+        """Takes no new connections."""
         self._loop.remove_reader(self._door.fileno())
 
     def _take(self) -> None:
-        """Takes one connection; the loop comes back where more wait."""
+        """Takes one connection; the loop calls again while more wait."""
         end = self._door.take()
         if end is None:
             return
@@ -83,7 +85,7 @@ class EngineServer:
         return connection.frames
 
     async def left(self, within_s: float) -> None:
-        """Returns when every HTTP process has left, or when the time is over."""
+        """Waits until every HTTP process has left, at most `within_s`."""
         try:
             async with asyncio.timeout(within_s):
                 await self._is_alone.wait()
@@ -91,11 +93,11 @@ class EngineServer:
             logger.warning("%d HTTP processes have not left within %g s", len(self._connections), within_s)
 
     def show_catalog(self) -> list[asyncio.Future[None]]:
-        """Sends the catalog to all HTTP processes; the futures are done when they have it."""
+        """Sends the catalog to all HTTP processes; each future is done when a process has it."""
         return [connection.show_catalog() for connection in self._connections]
 
     async def _spread(self) -> None:
-        """Sends the catalog to all HTTP processes, and returns when they have it."""
+        """Sends the catalog to all HTTP processes, and waits until they have it."""
         if seeing := self.show_catalog():
             await asyncio.wait(seeing, timeout=SEEN_WITHIN_S)
 
@@ -106,7 +108,7 @@ class EngineServer:
 
 
 class _Connection:
-    """The engine's end of the connection of one HTTP process, and its calls in flight."""
+    """The engine's end of one HTTP process's connection, and its calls in flight."""
 
     def __init__(self, engine: Engine, lost: Any, spread: Callable[[], Awaitable[None]]) -> None:
         self._engine, self._lost, self._spread = engine, lost, spread
@@ -119,12 +121,12 @@ class _Connection:
         return Reply(self._num_shown, Catalog(list(self._engine.catalog().values())))
 
     def show_catalog(self) -> asyncio.Future[None]:
-        """Sends the catalog; the future is done when it has been seen, or nobody is there to see it."""
+        """Sends the catalog; the future is done when it has been confirmed, or the process is gone."""
         self._num_shown += 1
         self._unseen[self._num_shown] = seen = asyncio.get_running_loop().create_future()
         if self.frames.is_open:
             self.frames.send(self._catalog())
-        else:  # it is greeted with this catalog, or is gone
+        else:  # the greeting will carry this catalog, or the process is gone
             self._has_seen(self._num_shown)
         return seen
 
@@ -141,21 +143,21 @@ class _Connection:
             return self._has_seen(call.id)
         try:
             answering = asyncio.ensure_future(self._answer(call.ask))
-        except Exception as error:  # the engine refuses it at once, or breaks
+        except Exception as error:  # the engine refuses the call at once, or fails
             self._fail(call.id, error)
             return
         self._calls[call.id] = answering
         answering.add_done_callback(functools.partial(self._reply, call.id))
 
     def _answer(self, ask: Any) -> Any:
-        """What will be the answer: for a request the engine's own future, so that it takes no task."""
+        """The awaitable of the answer. A request uses the engine's own future, which saves a task."""
         if isinstance(ask, Request):
             return self._engine.answer(ask)
         return self._tell(ask)
 
     async def _tell(
-        self, ask: Probe | GetCurve | GetConfiguration | Configure | Load | Unload | GetRepository
-    ) -> Alive | Measured | Deployed | Done | Repository:
+        self, ask: Probe | GetCurve | GetCompiling | GetConfiguration | Configure | Load | Unload | GetRepository
+    ) -> Alive | Measured | Progress | Deployed | Done | Repository:
         engine = self._engine
         match ask:
             case Probe():
@@ -163,6 +165,8 @@ class _Connection:
                 return Alive()
             case GetCurve():
                 return Measured(await engine.curve(ask.model))
+            case GetCompiling():
+                return Progress(await engine.compiling(ask.model))
             case GetConfiguration():
                 return Deployed(await engine.configuration())
             case Configure():
@@ -188,17 +192,18 @@ class _Connection:
             return
         try:
             self.frames.send(Reply(call_id, answering.result()))
-        except Exception as unsendable:  # what an engine answers is of some other type than it says
+        except Exception as unsendable:  # the engine's answer has a wrong type
             self._fail(call_id, unsendable)
 
     def _fail(self, call_id: int, error: BaseException) -> None:
-        if not isinstance(error, ServerError):  # the caller must get an answer whatever broke
+        if not isinstance(error, ServerError):  # the caller must get an answer in any case
             logger.error("call %d failed", call_id, exc_info=error)
             error = EngineError(f"the engine failed: {error!r}")
         self.frames.send(Reply(call_id, Failure.of(error)))
 
     def _withdraw_all(self) -> None:
-        logger.info("an HTTP process left; %d of its calls are withdrawn", len(self._calls))
+        if self._calls:
+            logger.info("an HTTP process left; %d of its calls are withdrawn", len(self._calls))
         for answering in list(self._calls.values()):
             answering.cancel()
         for number in list(self._unseen):

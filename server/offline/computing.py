@@ -1,4 +1,4 @@
-"""One device with one model: batches of files to answers, each stage in threads of its own."""
+"""One device with one model: batches of files to answers, each stage in its own threads."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ _ERROR = (str, ServerError)
 Stage = Callable[[BatchKey, Sequence[Any]], Sequence[Any]]
 
 MOST_UNDER_WAY = 5
-"""Batches: one that is computed, one launched behind it, and others that are read. They are what memory holds."""
+"""Batches: one is computed, one is launched after it, and others are read. They bound the memory."""
 
 _MOST_PROCESSES = 16
-"""That read files. Each takes 50 MB; a few read small photos faster than any GPU computes them."""
+"""Processes that read files. Each takes 50 MB; a few read small photos faster than any GPU computes them."""
 
 
 class Computing:
     """Loads the first model of the settings to their one device, as `tome-server serve` does.
 
     Args:
-        settings: Of the command.
-        devices: That share the cores with this one, itself counted.
+        settings: The command's settings.
+        devices: Number of devices that share the cores, including this one.
 
     Raises:
-        SettingsError: The model cannot be loaded, or its backend or decoder cannot be had.
+        SettingsError: The model cannot be loaded, or its backend or decoder is not available.
         EngineError: Processes that read files cannot be started.
     """
 
@@ -75,7 +75,7 @@ class Computing:
         self._reading = open_readers(info, max_pixels, devices)
 
     def warm_up(self, ask: Ask) -> None:
-        """Compiles or records what `ask` needs, and takes the garbage collector off what is there.
+        """Compiles or records what `ask` needs, and excludes the existing objects from garbage collection.
 
         Raises:
             EngineError: The model gives no numbers.
@@ -87,7 +87,7 @@ class Computing:
         self._warm.enter_context(_undisturbed())
 
     def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
-        """The answers to each batch of files, in order. It takes some batches more than it has given.
+        """Yields the answers to each batch of files, in order. It reads some batches ahead.
 
         Raises:
             EngineError: The device is broken, no image of a batch can be computed, or a process that reads has ended.
@@ -111,7 +111,9 @@ class Computing:
         self._warm.close()
 
     def _prepare(self, ask: Ask, read: Sequence[Future[list[Image | str]]]) -> Sequence[Any]:
-        """Of each file an error, or what the device computes: on a GPU pixels that lie there, else an item."""
+        """The device's input for each file, or an error: pixels on the GPU if the device prepares them, otherwise an
+        item.
+        """
 
         def prepare(images: Sequence[Any]) -> Sequence[Any]:
             request = structs.replace(ask, images=images)
@@ -125,11 +127,11 @@ class Computing:
         return [answer.message if isinstance(answer, ServerError) else answer for answer in answers]
 
     def _run(self, ask: Ask, stage: Stage, work: Sequence[Any]) -> Sequence[Any]:
-        """What a stage makes of a batch; where that fails, it is split until what makes it fail is alone."""
+        """Runs a stage on a batch. If it fails, the batch is split until the failing image is alone."""
         key = self.served.info.batch_key(schedule_of(ask))
         try:
             return stage(key, work)
-        except Exception as error:  # whatever the device raises
+        except Exception as error:  # # the device may raise anything
             logger.debug("a batch of %d has failed", len(work), exc_info=error)
 
         async def run(part: Sequence[Any]) -> Sequence[Any]:
@@ -141,14 +143,14 @@ class Computing:
             raise EngineError(f"{self._runner.device} does not work any more: {error}") from error
         outcomes = asyncio.run(run_split(run, work))
         failed = [each for each in outcomes if isinstance(each, ServerError) and not isinstance(each, OF_A_FILE)]
-        if len(failed) == len(work) > 1:  # it is not the images
+        if len(failed) == len(work) > 1:  # # then the images are not the reason
             raise failed[0]
         return outcomes
 
 
 def open_readers(info: ModelInfo, max_pixels: int, devices: int = 1) -> Reads:
-    """What reads files for a model: processes where the device decodes, which Python's lock would keep waiting; else
-    threads, which decode.
+    """Opens the readers of files for a model: processes if the device decodes, because threads would wait for Python's
+    lock; otherwise threads, which also decode.
 
     Raises:
         EngineError: The processes cannot be started.
@@ -160,7 +162,7 @@ def open_readers(info: ModelInfo, max_pixels: int, devices: int = 1) -> Reads:
 
 @contextmanager
 def _ended(*stages: ThreadPoolExecutor) -> Iterator[None]:
-    """Drops at its end what stages have not begun, and waits for the rest."""
+    """On exit, drops the work that stages have not begun, and waits for the rest."""
     try:
         yield
     finally:
@@ -172,7 +174,7 @@ def _ended(*stages: ThreadPoolExecutor) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Within it threads take turns quickly, and the garbage collector leaves all of torch alone."""
+    """Inside, threads switch quickly, and the garbage collector skips all objects of torch."""
     interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     take_turns_quickly()
     spare_the_collector()
@@ -185,7 +187,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _of_the_good(outcomes: Sequence[Any], stage: Callable[[Sequence[Any]], Sequence[Any]]) -> Sequence[Any]:
-    """What a stage makes of the outcomes of the one before, with the errors among them in their places."""
+    """Runs a stage on the good outcomes of the stage before it; errors keep their places."""
     good = [each for each in outcomes if not isinstance(each, _ERROR)]
     made = stage(good) if good else ()
     if len(good) == len(outcomes):

@@ -1,4 +1,4 @@
-"""Several devices: a process for each, which get batches in turn."""
+"""Several devices: a process for each; batches go to them in turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from server.offline.model import Answer, Ask, Computes
 from server.settings import Settings
 
 _MOST_UNDER_WAY = 6
-"""Batches of a device: one more than `Computing` holds, so that it never waits for the next."""
+"""Batches for each device: one more than `Computing` holds, so that it never waits for the next."""
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -27,18 +27,18 @@ def open_devices(settings: Settings) -> Computes:
     """Loads the first model of the settings to their device, or to each of them.
 
     Raises:
-        SettingsError: The model cannot be loaded, or its backend or decoder cannot be had.
-        EngineError: A process ends instead.
+        SettingsError: The model cannot be loaded, or its backend or decoder is not available.
+        EngineError: A process has ended.
     """
     if len(settings.devices()) > 1:
         return Devices(settings)
-    from server.offline.computing import Computing  # which needs torch
+    from server.offline.computing import Computing  # # needs torch
 
     return Computing(settings)
 
 
 class Devices:
-    """Several devices, each with a process that loads the model; `open_devices` says what it raises."""
+    """Several devices, each with a process that loads the model; raises the errors of `open_devices`."""
 
     def __init__(self, settings: Settings) -> None:
         names = settings.devices()
@@ -50,14 +50,14 @@ class Devices:
             raise
 
     def warm_up(self, ask: Ask) -> None:
-        """Has all devices warm up at the same time."""
+        """Warms up all devices at the same time."""
         for process in self._processes:
             process.send(ask)
         for process in self._processes:
             process.receive()
 
     def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
-        """The answers to each batch. In turn, so that they come in order; the devices should be equally fast."""
+        """Yields the answers to each batch, in order. Devices take turns, so they should be equally fast."""
         under_way: deque[_Process] = deque()
         for files, process in zip(batches, itertools.cycle(self._processes), strict=False):
             process.send(files)
@@ -70,13 +70,15 @@ class Devices:
             yield under_way.popleft().receive()
 
     def close(self) -> None:
-        """Ends the processes, whatever they do."""
+        """Ends the processes, even if they are busy."""
         for process in self._processes:
             process.end()
 
 
 class _Process:
-    """The process of one device. It sends its model; it gets what is asked, and says when it is warm; then batches."""
+    """The process of one device. It sends its model; it receives the request and says when it is warm; then come
+    batches.
+    """
 
     def __init__(self, settings: Settings, device: str, devices: int) -> None:
         self._device = device
@@ -87,11 +89,11 @@ class _Process:
         theirs.close()
 
     def send(self, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `receive` says what has happened
+        with contextlib.suppress(BrokenPipeError):  # # `receive` raises the reason
             self._connection.send(message)
 
     def receive(self) -> Any:
-        """What it sends; raises the error that it sends."""
+        """The process's next message; raises it if it is an error."""
         try:
             message = self._connection.recv()
         except (EOFError, ConnectionResetError):
@@ -108,14 +110,16 @@ class _Process:
 
 
 def _work(settings: Settings, devices: int, connection: Connection) -> None:
-    """Computes what comes until None does."""
+    """Computes batches until None arrives."""
     from server.offline.computing import Computing
 
     end_with_parent()
     batches: queue.SimpleQueue[Sequence[str] | None] = queue.SimpleQueue()
 
     def receive() -> None:
-        """Takes batches off the connection as they come: the parent, which sends them, never waits for this process."""
+        """Takes batches from the connection at once, so that the parent, which sends them, never waits for this
+        process.
+        """
         while (files := connection.recv()) is not None:
             batches.put(files)
         batches.put(None)

@@ -1,12 +1,30 @@
-"""What is to be computed: the photos of a folder, or the files that a list names."""
+"""What is to be computed: the photos of a folder, the files that a list names, or those of a command line."""
 
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from server.errors import SettingsError
 from server.images.photos import photos_in
+
+
+def images_of(paths: Iterable[str]) -> list[str]:
+    """Files in the order of the command line; a folder stands for its image files and those of the folders below it.
+
+    Raises:
+        SettingsError: A path does not exist, or a folder holds no images.
+    """
+    files: list[str] = []
+    for path in paths:
+        try:
+            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+            raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        files += _images_in(path) if is_folder else [path]
+    return files
 
 
 def files_of(source: str) -> list[str]:
@@ -21,10 +39,7 @@ def files_of(source: str) -> list[str]:
         SettingsError: It is neither, or there are no files.
     """
     if os.path.isdir(source):
-        files = [str(file) for file in photos_in(Path(source))]
-        if not files:
-            raise SettingsError(f"{source} holds no images")
-        return files
+        return _images_in(source)
     try:
         content = Path(source).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path that can be none
@@ -35,4 +50,12 @@ def files_of(source: str) -> list[str]:
     files = list(dict.fromkeys(line for line in lines if line.strip()))
     if not files:
         raise SettingsError(f"{source} names no files")
+    return files
+
+
+def _images_in(folder: str) -> list[str]:
+    """The image files of a folder and of the folders below it; raises SettingsError where there are none."""
+    files = [str(file) for file in photos_in(Path(folder))]
+    if not files:
+        raise SettingsError(f"{folder} holds no images")
     return files

@@ -53,10 +53,10 @@ def format_of(output: Path) -> Format:
 
 
 class JsonLines:
-    """An object a line."""
+    """An object a line, in which `r` reads as in an answer of the server: a number, or a list where blocks differ."""
 
     def part(self, rows: Sequence[Row], columns: Sequence[str]) -> bytes:
-        return b"".join(_json(row) + b"\n" for row in rows)
+        return b"".join(_json(row | {"r": r_of(tuple(row["r"]))}) + b"\n" for row in rows)
 
     def files(self, part: Path) -> list[str]:
         with part.open("rb") as lines:

@@ -1,4 +1,4 @@
-"""What is asked of every file, what is answered, and what answers: in words that need no torch."""
+"""The request for every file, its answer, and the protocol of a model that answers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from server.ipc.messages import Classify, Embed, TopK, Vector
 from server.types import ModelInfo
 
 Ask = Classify | Embed
-"""What is asked of every image: a request without images, whose `r` is a schedule."""
+"""The request for every image: without images, with a schedule as `r`."""
 
 Answer = TopK | Vector | str
-"""Of one file; text says what is wrong with it."""
+"""The answer for one file; a string is its error."""
 
 
 def schedule_of(ask: Ask) -> Schedule:
@@ -25,12 +25,12 @@ def schedule_of(ask: Ask) -> Schedule:
 
 @dataclass(frozen=True)
 class Served:
-    """A model as it is loaded.
+    """A loaded model.
 
     Attributes:
-        info: What it is.
-        weights: sha256 of their file; None for random ones.
-        tuned: sha256 of the file of its tuned numbers; None where it has none.
+        info: Its description.
+        weights: sha256 of its weights file; None for random weights.
+        tuned: sha256 of the file of its tuned numbers; None without.
     """
 
     info: ModelInfo
@@ -48,11 +48,11 @@ class Computes(Protocol):
     served: Served
 
     def warm_up(self, ask: Ask) -> None:
-        """Does what is done once for what is asked; raises EngineError where the model gives no numbers."""
+        """Compiles or records for a request, once; raises EngineError if the model gives no numbers."""
         ...
 
     def answers(self, ask: Ask, batches: Iterable[Sequence[str]]) -> Generator[list[Answer], None, None]:
-        """The answers to each batch of files, in order. It takes some batches more than it has given.
+        """Yields the answers to each batch of files, in order. It reads some batches ahead.
 
         Raises:
             EngineError: A device is broken, or no image of a batch can be computed.
@@ -61,5 +61,5 @@ class Computes(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what was started."""
+        """Ends threads and processes."""
         ...

@@ -1,7 +1,7 @@
-"""A reader process: reads files and looks at their headers for a device that decodes JPEG.
+"""A reader process: reads files and parses their headers for a device that decodes JPEG.
 
-It is a program of its own, started as `python -c "from server.offline.reader import main; main()"`. It loads Pillow,
-and neither torch nor HTTP. Threads cannot do this work: they share Python's lock with the threads that feed the GPU.
+It is a separate program, started as `python -c "from server.offline.reader import main; main()"`. It loads Pillow, but
+neither torch nor HTTP. Threads cannot do this work: they share Python's lock with the threads that feed the GPU.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from server.memory import give_large_blocks_back
 from server.offline.reading import Reader
 
 SEPARATOR = "\0"
-"""Stands between paths, and in none of them."""
+"""Separates paths; no path contains it."""
 
 _LENGTH = 8
 _LARGE = 1 << 18
-"""Bytes of a file from which on it follows its message: msgspec would copy it while it holds Python's lock."""
+"""Bytes from which a file follows its message: msgspec would copy it while it holds Python's lock."""
 
 
 class Setup(Struct, frozen=True, array_like=True):
-    """What a reader process is told first.
+    """The first message to a reader process.
 
     Attributes:
         preprocessing, max_pixels: As for `Reader`.
-        processes: Reader processes, which share the memory for decoding.
+        processes: Number of reader processes, which share the memory for decoding.
     """
 
     preprocessing: Preprocessing
@@ -45,7 +45,7 @@ class Setup(Struct, frozen=True, array_like=True):
 
 
 class Following(Struct, frozen=True, array_like=True, gc=False, tag="following"):
-    """A `JpegFile` whose bytes, so many, follow the message."""
+    """A `JpegFile` whose `size` bytes follow the message."""
 
     size: int
     width: int
@@ -53,25 +53,25 @@ class Following(Struct, frozen=True, array_like=True, gc=False, tag="following")
 
 
 class Read(Struct, frozen=True, array_like=True, gc=False, tag="read"):
-    """The image of each file, or what is wrong with it."""
+    """The image of each file, or its error."""
 
     images: list[Pixels | JpegFile | Following | str]
 
 
 def send(connection: socket.socket, message: bytes) -> None:
-    """Writes a message, behind its length."""
+    """Writes a message after its length."""
     connection.sendall(len(message).to_bytes(_LENGTH, "big"))
     connection.sendall(message)
 
 
 class Inbox:
-    """Receives messages, each into the memory of the one before it."""
+    """Receives messages into one memory; each replaces the last."""
 
     def __init__(self) -> None:
         self._memory = memoryview(bytearray(1 << 16))
 
     def receive(self, connection: socket.socket) -> memoryview | None:
-        """The next message; None when the other side is gone, even in the middle of one."""
+        """The next message; None if the other side is gone, even in the middle of a message."""
         if not _fill(self._memory[:_LENGTH], connection):
             return None
         size = int.from_bytes(self._memory[:_LENGTH], "big")
@@ -82,7 +82,7 @@ class Inbox:
 
 
 def receive_file(connection: socket.socket, size: int) -> bytes | None:
-    """So many bytes; None when the other side is gone."""
+    """Reads `size` bytes; None if the other side is gone."""
     content = b""
     while len(content) < size:
         try:
@@ -91,12 +91,12 @@ def receive_file(connection: socket.socket, size: int) -> bytes | None:
             return None
         if not more:
             return None
-        content = content + more if content else more  # all of it at once, but for a signal
+        content = content + more if content else more  # # normally all bytes at once; a signal may interrupt
     return content
 
 
 def _fill(memory: memoryview, connection: socket.socket) -> bool:
-    """Whether so many bytes came; by one call of the system, so that Python's lock is taken once."""
+    """Fills the memory, or returns False. It normally takes one system call, so Python's lock is taken once."""
     at = 0
     while at < len(memory):
         try:
@@ -110,8 +110,8 @@ def _fill(memory: memoryview, connection: socket.socket) -> bool:
 
 
 def main() -> None:
-    """Reads the files that are asked for by the socket of standard input, until nobody is there to ask."""
-    # Both may be sent to all processes of the command, which ends this one when it has what it waits for.
+    """Reads the files that are requested through the socket of standard input, until that is closed."""
+    # # Both signals may reach all processes of the command. The command ends this process when it is done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     give_large_blocks_back()

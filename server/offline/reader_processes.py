@@ -1,4 +1,4 @@
-"""Reader processes, seen from the process that asks them: `server.offline.reader` is what runs in them."""
+"""Reader processes, from the side that calls them; `server.offline.reader` runs in them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from server.offline.reader import SEPARATOR, Following, Inbox, Read, Setup, rece
 from server.offline.reading import parts
 
 FILES_OF_A_PROCESS = 16
-"""Files that a process reads in one go. Several read a batch together, and still messages are few."""
+"""Files that a process reads in one go: several processes read a batch together, with few messages."""
 
 _PROGRAM = "from server.offline.reader import main; main()"
 _answers: msgspec.msgpack.Decoder[Read | Refused] = msgspec.msgpack.Decoder(Read | Refused)
 
 
 class ReaderProcesses:
-    """Has processes read files, for a device that decodes JPEG. They begin to load at once.
+    """Reads files in processes, for a device that decodes JPEG. They start to load at once.
 
     Args:
-        preprocessing: Sizes that the model wants.
+        preprocessing: The model's preprocessing.
         max_pixels: Largest width x height.
-        count: How many processes.
+        count: Number of processes.
 
     Raises:
         EngineError: They cannot be started.
@@ -53,7 +53,9 @@ class ReaderProcesses:
         self._turns = itertools.cycle(self._processes)
 
     def read(self, files: Sequence[str]) -> list[Future[list[Image | str]]]:
-        """Begins to read a batch: parts of it, in order. One thread receives them in the order they were asked in."""
+        """Starts to read a batch; returns its parts, in order. One thread receives them in the order of the
+        requests.
+        """
         read = []
         for part, process in zip(parts(files, FILES_OF_A_PROCESS), self._turns, strict=False):
             process.ask(part)
@@ -70,10 +72,10 @@ class ReaderProcesses:
         return [process.follow(image) if isinstance(image, Following) else image for image in answer.images]
 
     def close(self) -> None:
-        """Ends the processes, whatever they do."""
+        """Ends the processes, even if they are busy."""
         for process in self._processes:
             process.kill()
-        self._receiving.shutdown(cancel_futures=True)  # what it still waits for ends with the process
+        self._receiving.shutdown(cancel_futures=True)  # # a pending receive ends with its process
         for process in self._processes:
             process.wait()
             process.connection.close()
@@ -86,7 +88,7 @@ class _Process:
         self.connection, theirs = socket.socketpair()
         with contextlib.ExitStack() as unless_started, theirs:
             unless_started.callback(self.connection.close)
-            # In a group of its own, so that Ctrl-C does not reach it while it loads.
+            # # Its own process group: Ctrl-C must not reach it while it loads.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM],
                 stdin=theirs.fileno(),
@@ -101,7 +103,7 @@ class _Process:
         self._send(os.fsencode(SEPARATOR.join(files)))
 
     def _send(self, message: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` says what has happened
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # # `receive` raises the reason
             send(self.connection, message)
 
     def follow(self, image: Following) -> JpegFile:
@@ -112,12 +114,12 @@ class _Process:
         return JpegFile(content, image.width, image.height)
 
     def death(self) -> EngineError:
-        """What is told of a process that has ended by itself."""
+        """The error for a process that has ended unexpectedly."""
         return EngineError(f"a process that reads files has ended with status {self.wait()}")
 
     def kill(self) -> None:
         self._process.kill()
 
     def wait(self) -> int:
-        """Its status, once it has ended."""
+        """Waits for its end; returns its status."""
         return self._process.wait()

@@ -1,4 +1,4 @@
-"""Files to images, in this process: read, and decoded unless the device does that."""
+"""Files to images in this process: read, and decoded unless the device decodes."""
 
 from __future__ import annotations
 
@@ -20,43 +20,44 @@ from server.images.preprocessing import Preprocessing
 OF_A_FILE = (UndecodableError, UnsupportedError, TooLargeError)
 
 FILES_OF_A_THREAD = 4
-"""Files that a thread reads in one go: a task a file costs as much as reading a small one."""
+"""Files that a thread reads in one go: a task for each file would cost as much as reading a small file."""
 
 
 class Reads(Protocol):
     """Threads or processes that read files."""
 
     def read(self, files: Sequence[str]) -> list[Future[list[Image | str]]]:
-        """Begins to read a batch: parts of it, in order. Of each file the image, or what is wrong with it."""
+        """Starts to read a batch; returns its parts, in order, with each file's image or error."""
         ...
 
     def close(self) -> None:
-        """Ends them, and what they have begun."""
+        """Ends the readers and their unfinished work."""
         ...
 
 
 class Reader:
-    """Reads files as the service reads uploads: what takes more memory than a photo is decoded in a process apart.
+    """Reads files as the service reads uploads: images that take more memory than a photo are decoded in another
+    process.
 
     Args:
-        preprocessing: Of the model that the images are for.
+        preprocessing: The model's preprocessing.
         decodes_jpeg: Whether the device decodes JPEG files.
         max_pixels: Largest width x height.
-        processes: That share the memory for decoding.
+        processes: Number of processes that share the memory for decoding.
     """
 
     def __init__(self, preprocessing: Preprocessing, decodes_jpeg: bool, max_pixels: int, processes: int = 1) -> None:
         self._preprocessing, self._decodes_jpeg, self._max_pixels = preprocessing, decodes_jpeg, max_pixels
         self._decoders = Decoders(max_pixels, processes)
-        self._loop = asyncio.new_event_loop()  # only decoding apart needs it
+        self._loop = asyncio.new_event_loop()  # # only for images that are decoded in another process
         self._thread = threading.Thread(target=self._loop.run_forever, name="decode apart", daemon=True)
         self._thread.start()
 
     def read(self, file: str) -> Image | str:
-        """The image, or what is wrong with the file.
+        """The image, or the file's error.
 
         Raises:
-            UnavailableError: It is to be decoded apart, and no process can be started.
+            UnavailableError: It needs another process to decode, and none can be started.
         """
         try:
             encoded = _content(file)
@@ -65,7 +66,7 @@ class Reader:
             return error.message
         except OSError as error:
             return error.strerror or str(error)
-        except ValueError as error:  # a path that can be none
+        except ValueError as error:  # # not a valid path
             return str(error)
         except MemoryError:
             return "it does not fit into memory"
@@ -80,7 +81,7 @@ class Reader:
         return image
 
     def close(self) -> None:
-        """Ends the processes, and with them what they decode."""
+        """Ends the processes and their work."""
         self._loop.call_soon_threadsafe(self._decoders.close)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -88,11 +89,11 @@ class Reader:
 
 
 class ReaderThreads:
-    """Has threads read files.
+    """Reads files in threads.
 
     Args:
-        reader: What each of them does.
-        count: How many threads.
+        reader: Reads one file.
+        count: Number of threads.
     """
 
     def __init__(self, reader: Reader, count: int) -> None:
@@ -100,25 +101,25 @@ class ReaderThreads:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="read")
 
     def read(self, files: Sequence[str]) -> list[Future[list[Image | str]]]:
-        """As `Reads` says."""
+        """See `Reads`."""
         return [self._threads.submit(self._read, part) for part in parts(files, FILES_OF_A_THREAD)]
 
     def _read(self, files: Sequence[str]) -> list[Image | str]:
         return [self._reader.read(file) for file in files]
 
     def close(self) -> None:
-        """As `Reads` says."""
+        """See `Reads`."""
         self._threads.shutdown(cancel_futures=True)
         self._reader.close()
 
 
 def parts(files: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Files in parts of so many, and the rest."""
+    """Splits files into parts of `size`; the last one may be smaller."""
     return (files[start : start + size] for start in range(0, len(files), size))
 
 
 def _content(file: str) -> bytes | None:
-    """The bytes of a file; None of a folder, a device or a pipe, which nobody may ever write to."""
+    """The bytes of a file; None for a folder, a device or a pipe, from which no byte may ever come."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

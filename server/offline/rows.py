@@ -1,4 +1,4 @@
-"""Answers to rows of a table: one for each file, whose error stands where an answer would."""
+"""Answers to rows of a table: one row for each file, with its answer or its error."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _COMMON = ("file", "model", "r", "tuned")
 
 @dataclass(frozen=True)
 class Table:
-    """What the rows of a run have in common.
+    """The common values of all rows of a run.
 
     Args:
         info: The model.
-        ask: What is asked of every image.
-        normalize: Whether vectors are brought to length 1.
+        ask: The request for every image.
+        normalize: Whether to scale vectors to length 1.
     """
 
     info: ModelInfo
@@ -32,7 +32,7 @@ class Table:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Their names, in order."""
+        """The names of the columns, in order."""
         return (*_COMMON, *self._answers, "error")
 
     @property
@@ -42,7 +42,7 @@ class Table:
         return ("label", "index", "score", *(("top_k",) if self.ask.top_k > 1 else ()))
 
     def rows(self, files: Sequence[str], answers: Sequence[Answer]) -> Iterator[Row]:
-        """A row for each file."""
+        """Yields a row for each file."""
         r, names = schedule_of(self.ask), self._answers
         same = {"model": self.info.name, "r": list(r), "tuned": self.info.is_tuned(r)}
         nothing: Row = {"file": "", **same, **dict.fromkeys(names), "error": None}
@@ -71,5 +71,5 @@ class Table:
 
 
 def printable(file: str) -> str:
-    """A path as a table can hold it: bytes that are no UTF-8 become escapes."""
+    """A path as text for a table: bytes that are not UTF-8 become escapes."""
     return file if file.isascii() else os.fsencode(file).decode("utf-8", "backslashreplace")

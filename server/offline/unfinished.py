@@ -1,7 +1,7 @@
-"""A table on its way: a folder beside the output with what it is of, and parts that are each a whole file.
+"""An unfinished table: a folder beside the output, with a description and parts that are complete files.
 
-A process that is killed loses the rows of the last seconds and nothing else. When all rows are there the parts are
-joined, the file takes its place, and the folder is removed.
+A process that is killed loses only the rows of the last seconds. When all rows are written, the parts are joined, the
+file moves to its place, and the folder is removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tome_core.whole_file import write_whole
 
 SUFFIX = ".unfinished"
 PART_S, PART_ROWS = 10.0, 1 << 13
-"""A part is written after so many seconds, or so many rows."""
+"""Write a part after this many seconds or rows."""
 
 _ABOUT = "about.json"
 
@@ -31,17 +31,17 @@ class Unfinished:
     """Opens the unfinished table of an output, or begins one.
 
     Args:
-        output: Where the whole table goes.
-        form: How it is written.
-        columns: Of the table.
-        about: What decides what stands in the rows. Another run goes on only if it has the same.
-        begins_anew: Whether a table of something else is thrown away.
+        output: Path of the finished table.
+        form: Its format.
+        columns: Its columns.
+        about: Everything that decides the rows. Another run continues only with equal values.
+        begins_anew: Whether to discard a table with other values.
 
     Attributes:
-        done: Files that have a row already.
+        done: Files that already have a row.
 
     Raises:
-        SettingsError: It is of something else, another process writes it, or it cannot be read or written.
+        SettingsError: It has other values, another process writes it, or it cannot be read or written.
     """
 
     def __init__(
@@ -62,12 +62,13 @@ class Unfinished:
         except SettingsError:
             self.close()
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:  # the last two: JSON and CSV of something else
+        # # KeyError and TypeError: JSON or CSV with other contents
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self.close()
             raise SettingsError(f"{self.folder} cannot be read ({error}); remove it to begin anew") from None
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Keeps rows, in memory until a part of them is written.
+        """Adds rows. They stay in memory until the next part is written.
 
         Raises:
             SettingsError: The part cannot be written.
@@ -77,10 +78,10 @@ class Unfinished:
             self.keep()
 
     def keep(self) -> None:
-        """Writes the rows that are in memory alone.
+        """Writes the rows in memory as a part.
 
         Raises:
-            SettingsError: They cannot be written.
+            SettingsError: It cannot be written.
         """
         if self._rows:
             number = max((int(part.stem) for part in self._parts()), default=0) + 1
@@ -92,10 +93,10 @@ class Unfinished:
         self._rows, self._since = [], time.monotonic()
 
     def finish(self) -> None:
-        """Puts the whole table in its place.
+        """Writes the finished table to its place.
 
         Raises:
-            SettingsError: That cannot be written; the parts stay.
+            SettingsError: It cannot be written; the parts stay.
         """
         self.keep()
         joined = self.folder / "joined"
@@ -107,16 +108,16 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Lets another process go on."""
+        """Releases the folder for other processes."""
         os.close(self._lock)
 
     def _parts(self) -> list[Path]:
-        """In the order in which they were written."""
+        """The parts in the order of writing."""
         found = self.folder.glob(f"*{self._output.suffix}")
         return sorted(part for part in found if part.stem.isdecimal())
 
     def _take_up(self, about: Mapping[str, Any], begins_anew: bool) -> None:
-        """Goes on with what is there, or throws it away where that is asked for and it is of something else."""
+        """Continues the existing table; discards one with other values if `begins_anew`."""
         file = self.folder / _ABOUT
         said = dict(json.loads(file.read_bytes())) if file.exists() else about
         if said != about and not begins_anew:
@@ -140,7 +141,7 @@ def _short(value: object) -> str:
 
 
 def _locked(folder: Path) -> int:
-    """A descriptor that holds the folder for this process; the system lets it go when the process ends."""
+    """A descriptor that locks the folder for this process; the system unlocks it when the process ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

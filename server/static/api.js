@@ -59,14 +59,14 @@ export async function model(name) {
   return { ...(await response.json()), etag: response.headers.get("etag") };
 }
 
-/** Sets the deployment's r, unless it has changed since `etag`. */
+/** Sets the deployment's r, unless it has changed since `etag`. Returns what the answer says of the model. */
 export async function setR(name, r, etag) {
   const response = await send(`v1/models/${encodeURIComponent(name)}`, {
     method: "PATCH",
     headers: { "content-type": "application/json", "if-match": etag },
     body: JSON.stringify({ r }),
   });
-  return { ...(await response.json()), etag: response.headers.get("etag") };
+  return { ...(await response.json()), name, etag: response.headers.get("etag") };
 }
 
 /** The measured curve of a model, or null where none has been measured. */

@@ -2,24 +2,32 @@
 
 import * as api from "./api.js";
 import { Blocks } from "./blocks.js";
-import { Curve } from "./curve.js";
+import { Curve, lastR } from "./curve.js";
 import { Deployment } from "./deployment.js";
 import { at, make, words } from "./dom.js";
+import { askForKey, listenForKeys } from "./key.js";
 import { Live } from "./live.js";
 import { listenForPhotos } from "./photo.js";
-import { Side, synonyms } from "./side.js";
+import { Side } from "./side.js";
+import * as status from "./status.js";
+import { FEW, isSame, MANY, results, Stopwatch } from "./times.js";
 import { Turns } from "./turns.js";
+import { compilation, judge } from "./verdict.js";
 
-const FIRST_R = 8;
+const FIRST_R = 16;
+const POLL_MS = 2000, LONGEST_POLL_MS = 32_000;
 
-let model = null; // as /v1/models/{name} tells it
+let model = null; // as /v1/models/{name} answers
 let photo = null; // {blob, bitmap, name}
 let lit = null; // the patch under the pointer
-let knownCurve = null;
+let polling = null; // the timer of the next poll of the model
+let pollMs = POLL_MS;
+const stale = new Set(); // sides whose answer is not that of their dial and photo
 const turns = new Turns();
 const a = new Side("a", { onTurn: look, onTouch: touch });
 const b = new Side("b", { onTurn: look, onTouch: touch });
 const sides = [a, b];
+const stopwatch = new Stopwatch(turns, sides, showTimes);
 const blocks = new Blocks(paint);
 const curve = new Curve((r) => {
   if (Array.isArray(r)) return;
@@ -30,92 +38,99 @@ const deployment = new Deployment({
   rOfA: () => words(Number(a.dial.value)),
   onModel: adopt,
   reload,
-  onDenied: askForKey,
+  onDenied: deny,
 });
-const live = new Live({ onAway: sayAway, onBack: sayBack, onVersion: () => attempt(reload) });
+const live = new Live({ onAway: leave, onBack: comeBack, onVersion: () => attempt(reload) });
 const takeFirstSample = listenForPhotos((chosen) => {
   photo = chosen;
   at("photo-error").hidden = true;
   at("photo-name").textContent = `${chosen.name}. It goes to this server and nowhere else.`;
   sides.forEach(look);
 });
-
+listenForKeys(() => attempt(model ? reload : start).then(() => sides.forEach(look)));
 at("b-follow").addEventListener("change", () => {
   b.showDial();
   look(b);
 });
 at("model").addEventListener("change", () => attempt(() => open(at("model").value)));
-at("key").addEventListener("submit", (event) => {
-  event.preventDefault();
-  api.keepKey(at("key-value").value.trim());
-  at("key-value").value = "";
-  at("key").hidden = true;
-  attempt(model ? reload : start).then(() => sides.forEach(look));
-});
+at("measure").addEventListener("click", () => stopwatch.start(MANY));
 
-/** Asks a side's question, once it is its turn. */
+/** Asks a side's question, once it is its turn; then measures both sides anew. */
 function look(side) {
   if (!photo || !model) return;
+  setStale(side, true);
+  stopwatch.stop();
+  pollMs = POLL_MS;
+  curve.mark(sides);
   turns.ask(side.name, async (signal) => {
     const asked = photo;
-    document.querySelector(".compare").toggleAttribute("data-busy", true);
     try {
       await side.look(asked, signal);
       at("photo-error").hidden = asked.bitmap !== null;
-      if (!asked.bitmap) at("photo-error").textContent = "This browser cannot show this file, but the server reads it: the answers stand.";
-      judge();
+      if (!asked.bitmap) at("photo-error").textContent = "This browser cannot show this file, but the server reads it: the answers are right.";
+      setStale(side, turns.isWaiting(side.name));
       paint();
-      time(side, asked);
+      curve.mark(sides);
+      if (!isSettled(side)) attempt(reload);
+      stopwatch.start(FEW);
     } catch (problem) {
       if (problem.name !== "AbortError" && asked === photo) fail(side, problem);
     } finally {
-      document.querySelector(".compare").toggleAttribute("data-busy", false);
+      showTimes();
     }
   });
 }
 
-/** Times the same question a few more times, each when nobody asks for more. */
-function time(side, asked) {
-  turns.ask(`the time of ${side.name}`, async (signal) => {
-    if (asked !== photo) return;
-    const more = await side.time(asked, signal).catch(() => false); // no time is told then, and nothing else is lost
-    if (more) time(side, asked);
-  });
-}
-
-/** Says what is wrong, and asks again where that may help. */
+/** Shows what is wrong, and asks again where that may help. */
 function fail(side, problem) {
   if (!(problem instanceof api.Problem)) throw problem;
-  if ([401, 403].includes(problem.status)) return askForKey(problem);
+  if ([401, 403].includes(problem.status)) return deny(problem);
   const retry = problem.passes ? " Trying again." : "";
   at("photo-error").textContent = `${photo.name}: ${problem.message}.${retry}`;
   at("photo-error").hidden = false;
   if (problem.passes) return void setTimeout(() => look(side), 1000 * problem.retryAfterS);
   side.clear();
+  setStale(side, false);
   paint();
-  judge();
 }
 
-/** Whether the two agree, in a sentence. */
-function judge() {
-  const verdict = at("verdict");
-  if (!a.answer || !b.answer) {
-    delete verdict.dataset.agree;
-    verdict.textContent = "Two settings, one photo: do they agree?";
-    return;
-  }
-  const [first, second] = sides.map((side) => synonyms(side.answer.results[0].top_k[0].label)[0]);
-  verdict.dataset.agree = first === second ? "yes" : "no";
-  const said = first === second
-    ? [make("b", {}, "Both agree"), `: ${first}.`]
-    : [make("b", {}, "They differ"), `: A says ${first}, B says ${second}.`];
-  const share = Math.round((100 * a.answer.tokens) / b.answer.tokens);
-  const left = a.answer.tokens === b.answer.tokens ? "Both end with as many tokens." : `A ends with ${share} % of B's tokens.`;
-  verdict.replaceChildren(...said, make("small", {}, left));
+function setStale(side, isStale) {
+  stale[isStale ? "add" : "delete"](side);
+  status.markStale([...stale]);
+}
+
+/** Shows the times of both sides, and the verdict on them. */
+function showTimes() {
+  const medians = results(a.times, b.times);
+  const slowestMs = isSame(a.times.by, b.times.by) ? Math.max(...medians.map((median) => median?.ms ?? 0)) : null;
+  sides.forEach((side, index) => side.showTime(medians[index], slowestMs));
+  const done = Math.min(a.times.count, b.times.count), isMeasuring = stopwatch.wanted >= MANY;
+  at("measure").disabled = status.isAway() || isMeasuring || !sides.every((side) => side.answer);
+  at("measured").textContent = isMeasuring ? `${done} of ${MANY}` : "";
+  if (model && !stale.size) judge(at("verdict"), a, b, model);
+  follow();
+}
+
+/** Whether the backend that serves the model has computed a side's answer, and no other in its place. */
+function isSettled({ times: { by } }) {
+  return !by || !model.backend || isSame(by, { backend: model.backend.name, precision: model.backend.precision });
+}
+
+/** Polls the model while it compiles; and more and more rarely, while the times cannot be compared. */
+function follow() {
+  const differ = a.times.by && b.times.by && !isSame(a.times.by, b.times.by);
+  if (polling || !model || !(model.compiling || differ)) return;
+  pollMs = model.compiling ? POLL_MS : Math.min(2 * pollMs, LONGEST_POLL_MS);
+  polling = setTimeout(async () => {
+    polling = null;
+    if (!document.hidden) await reload().catch(() => null); // the live view shows whether the server answers
+    if (differ && !model.compiling) stopwatch.start(FEW);
+    follow();
+  }, pollMs);
 }
 
 function paint() {
-  document.querySelector(".compare").toggleAttribute("data-empty", !sides.some((side) => side.merging));
+  at("compare").toggleAttribute("data-empty", !sides.some((side) => side.merging));
   for (const side of sides) side.paint(blocks.block, lit);
   blocks.draw(sides);
 }
@@ -123,60 +138,72 @@ function paint() {
 /** Lights the token of a patch, on both sides. */
 function touch(patch) {
   lit = patch;
-  const told = patch === null || !blocks.block ? [] : sides.filter((side) => side.merging && patch < side.merging.blocks[0].groups.length)
+  const sizes = patch === null || !blocks.block ? [] : sides.filter((side) => side.merging && patch < side.merging.blocks[0].groups.length)
     .map((side) => [side.name, side.sharing(patch, blocks.block)])
     .map(([name, size]) => `${name}: ${size === 1 ? "a token of its own" : `one token for ${size} patches`}`);
-  at("touched").textContent = told.join(" · ");
+  at("touched").textContent = sizes.join(" · ");
   paint();
 }
 
 /** Takes over what the server says of the model. */
-function adopt(told) {
+function adopt(now) {
   const old = model;
-  if (told.name !== old.name) return old; // asked before another model was chosen
-  model = told;
-  for (const side of sides) side.model = told;
-  deployment.show(told);
-  curve.show(knownCurve, told);
-  if (b.follows && words(told.r) !== words(old.r)) {
+  if (now.name !== old.name) return old; // asked before another model was chosen
+  model = { ...old, ...now }; // the answer to a change names less than the model does
+  for (const side of sides) side.model = model;
+  deployment.show(model);
+  curve.showModel(model);
+  status.sayReady(model);
+  if (b.follows && words(model.r) !== words(old.r)) {
     b.showDial();
     look(b);
   }
-  return told;
+  if (compilation(model) !== compilation(old)) {
+    readCurve();
+    if (!model.compiling || !sides.every(isSettled)) stopwatch.start(FEW);
+  }
+  showTimes();
+  return model;
 }
 
-/** Asks for the model again, until no newer word of it has come while we waited: an answer may be overtaken. */
+/** Asks for the model again, until no newer answer has come while we waited. */
 async function reload() {
-  let asked, told;
+  let asked, answer;
   do {
     asked = model;
-    told = await api.model(asked.name);
+    answer = await api.model(asked.name);
   } while (model !== asked);
-  adopt(told);
-  say("ready", "ready");
-  return told;
+  return adopt(answer);
 }
+
+/** Reads the curve again: its speeds change as schedules are compiled. */
+async function readCurve() {
+  const { name } = model;
+  const measured = await curveOf(name);
+  if (name === model.name) curve.show(measured, model);
+}
+
+/** The curve of a model; a problem in its place does not stop the page. */
+const curveOf = (name) => api.curve(name).catch((problem) => problem);
 
 /** Brings the page to a model. */
 async function open(name) {
-  const told = await api.model(name);
+  const [answer, measured] = await Promise.all([api.model(name), curveOf(name)]);
   if (name !== at("model").value) return; // another has been chosen meanwhile
-  model = told;
+  model = answer;
   turns.clear();
-  a.fit(model, FIRST_R);
-  b.fit(model, 0);
+  stopwatch.stop();
+  const most = lastR(measured, model);
+  a.fit(model, FIRST_R, most);
+  b.fit(model, 0, most);
   for (const side of sides) side.clear();
   blocks.fit(model.num_blocks);
   deployment.show(model);
   live.watch(name);
-  say("ready", "ready");
+  curve.show(measured, model);
+  status.sayReady(model);
   if (photo) sides.forEach(look);
   else takeFirstSample();
-  try {
-    curve.show((knownCurve = await api.curve(name)), model);
-  } catch (problem) {
-    curve.fail(problem.message);
-  }
 }
 
 /** Finds the models. */
@@ -192,39 +219,32 @@ async function attempt(task) {
     await task();
   } catch (problem) {
     if (!(problem instanceof api.Problem)) throw problem;
-    if ([401, 403].includes(problem.status)) return askForKey(problem);
-    say("waiting", problem.message);
+    if ([401, 403].includes(problem.status)) return deny(problem);
+    status.sayWaiting(problem.message);
     setTimeout(() => attempt(problem.status === 404 ? start : task), 1000 * problem.retryAfterS);
   }
 }
 
-function askForKey(problem) {
-  const why = api.hasKey() ? "The server does not take this key." : "This server asks for a key.";
-  at("key-why").textContent = problem.status === 403 ? "Changes need the admin key." : why;
-  at("key").hidden = false;
-  at("key-value").focus();
-  say("waiting", "a key is needed");
+function deny(problem) {
+  askForKey(problem);
+  status.sayWaiting("a key is needed");
 }
 
-function say(state, text) {
-  at("health").dataset.state = state;
-  at("health").textContent = text;
+/** Metrics cannot be read. They may be kept elsewhere or behind a key, by a server that answers all the same. */
+function leave(error) {
+  if ([401, 403, 404].includes(error.status)) {
+    if (status.isAway()) comeBack();
+    return status.sayNoMetrics(error);
+  }
+  stopwatch.stop();
+  status.sayAway();
+  showTimes();
 }
 
-function sayAway(error) {
-  const answers = [401, 404].includes(error.status); // and keeps its metrics elsewhere, or to those with a key
-  if (!answers) say("away", "no answer");
-  at("away").textContent = answers
-    ? `${error.message}.`
-    : "The server does not answer. Trying again every second; what you see is from before.";
-  at("away").hidden = false;
-  document.querySelector(".live").toggleAttribute("data-away", true);
-}
-
-function sayBack() {
-  at("away").hidden = true;
-  document.querySelector(".live").toggleAttribute("data-away", false);
-  attempt(reload); // it may be another server by now
+function comeBack() {
+  status.sayNoMetrics(null);
+  status.sayBack();
+  attempt(reload).then(() => sides.forEach(look)); // it may be another server by now
 }
 
 live.start();

@@ -1,43 +1,73 @@
-// The measured curve: agreement with r = 0, or top-1, over images a second; a dot for each r.
+// The measured curve: agreement with r = 0, or top-1, over images a second; a dot for each r, and marks for A and B.
 
 import { at, draw, make, words } from "./dom.js";
 
-const HIGH = 300, LEFT = 52, RIGHT = 56, TOP = 28, BOTTOM = 44; // pixels
-const LABEL = 50; // pixels that a label is wide
+const HIGH = 300, LEFT = 52, RIGHT = 56, TOP = 40, BOTTOM = 56; // pixels
+const LETTER = 6.5; // pixels of a label's letter
+const MARKS = { A: -20, B: 20 }; // pixels below the curve
+
+const isNumber = (r) => typeof r === "number";
+
+/** Where the dials end: at the curve's last r, else where a higher r leaves no fewer tokens. */
+export function lastR(curve, model) {
+  const measured = Math.max(...(curve?.rows ?? []).map(({ r }) => r).filter(isNumber));
+  if (measured > 0) return measured;
+  const left = Object.values(model.token_counts).map((counts) => counts.at(-1));
+  return Math.max(left.indexOf(Math.min(...left)), 1);
+}
 
 /** Draws a curve, or says how to make one. */
 export class Curve {
   #curve = null;
-  #operating = null;
+  #model = null;
+  #marks = []; // [name, r] of each side
   #onChoose;
 
-  /** @param onChoose Is told the r of a dot that was chosen. */
+  /** @param onChoose Is called with the r of a dot that was chosen. */
   constructor(onChoose) {
     this.#onChoose = onChoose;
     at("curve-what").addEventListener("change", () => this.#draw());
-    addEventListener("resize", () => this.#curve?.rows.length && this.#draw());
+    addEventListener("resize", () => this.#draw());
   }
 
-  /** Shows a curve (null: none has been measured) with the deployment's r marked. */
+  /** Shows a curve (null: none was measured; a Problem: it cannot be read) with the deployment's r marked. */
   show(curve, model) {
     this.#curve = curve;
-    this.#operating = words(model.r);
-    at("curve-what").hidden = !curve?.rows.some((row) => row.top1 !== null);
-    if (curve?.rows.length) return this.#draw();
-    at("curve-says").textContent = "";
-    at("curve").replaceChildren(make(
-      "div", { class: "empty" },
-      "No curve of this model has been measured on this machine yet. A folder of photos, without labels, is enough:",
+    this.#model = model;
+    at("curve-what").hidden = !curve?.rows?.some((row) => row.top1 !== null);
+    at("curve-says").textContent = at("curve-from").textContent = "";
+    if (curve?.rows?.length) return this.#draw();
+    at("curve").replaceChildren(make("div", { class: "empty" }, ...(curve ? [`The curve cannot be read: ${curve.message}.`] : [
+      "This model has no measured curve. A folder of photos, without labels, is enough to measure one:",
       make("code", {}, `tome-server calibrate --model ${model.source} --images FOLDER`),
-    ));
+    ])));
   }
 
-  /** Says that the curve could not be had. */
-  fail(message) {
-    at("curve").replaceChildren(make("div", { class: "empty" }, `The curve cannot be read: ${message}.`));
+  /** Marks the deployment's r of a model that has changed. */
+  showModel(model) {
+    const hasMoved = this.#operating !== words(model.r);
+    this.#model = model;
+    if (hasMoved) this.#draw();
+  }
+
+  /** Marks the r of each side. */
+  mark(sides) {
+    const marks = sides.map((side) => [side.name, side.shownR]);
+    if (JSON.stringify(marks) === JSON.stringify(this.#marks)) return;
+    this.#marks = marks;
+    this.#draw();
+  }
+
+  get #operating() {
+    return this.#model && words(this.#model.r);
+  }
+
+  #isOperating(row) {
+    return words(row.r) === this.#operating;
   }
 
   #draw() {
+    if (!this.#curve?.rows?.length) return;
     const what = document.querySelector("input[name=what]:checked").value;
     const rows = this.#curve.rows.filter((row) => row[what] !== null).sort((a, b) => a.images_per_s - b.images_per_s);
     const low = Math.min(...rows.map((row) => (what === "agreement" ? row.agreement_interval[0] : row.top1)));
@@ -54,7 +84,7 @@ export class Curve {
       );
     }
     for (const tick of xs) {
-      svg.append(draw("text", { x: x(tick), y: HIGH - BOTTOM + 20, "text-anchor": "middle" }, number(tick)));
+      svg.append(draw("text", { x: x(tick), y: HIGH - 22, "text-anchor": "middle" }, number(tick)));
     }
     svg.append(
       draw("text", { x: wide - RIGHT, y: HIGH - 4, "text-anchor": "end" }, "images/s"),
@@ -63,13 +93,16 @@ export class Curve {
       }),
       ...rows.map((row) => this.#dot(row, what, x, y)),
       ...this.#labels(rows, what, x, y),
+      ...this.#marks.map(([name, r]) => mark(name, place(rows, r, what), x, y)).filter(Boolean),
     );
+    const focused = [...at("curve").querySelectorAll(".dot")].indexOf(document.activeElement);
     at("curve").replaceChildren(svg);
-    this.#say(rows.find((row) => words(row.r) === this.#operating));
+    if (focused >= 0) svg.querySelectorAll(".dot")[focused]?.focus();
+    else this.#say(rows.find((row) => this.#isOperating(row)));
   }
 
   #dot(row, what, x, y) {
-    const [left, top] = [x(row.images_per_s), y(row[what])], here = words(row.r) === this.#operating;
+    const [left, top] = [x(row.images_per_s), y(row[what])];
     const dot = draw("g", { class: "dot", tabindex: 0, role: "button", "aria-label": `${this.#words(row)} Show it as A.` });
     if (what === "agreement") {
       const [from, to] = row.agreement_interval;
@@ -79,7 +112,7 @@ export class Curve {
       draw("circle", { class: "reach", cx: left, cy: top, r: 16 }),
       draw("circle", { class: "point", cx: left, cy: top, r: 5 }),
     );
-    if (here) dot.append(draw("circle", { class: "ring", cx: left, cy: top, r: 10 }));
+    if (this.#isOperating(row)) dot.append(draw("circle", { class: "ring", cx: left, cy: top, r: 9 }));
     dot.addEventListener("pointerenter", () => this.#say(row));
     dot.addEventListener("focus", () => this.#say(row));
     dot.addEventListener("click", () => this.#onChoose(row.r));
@@ -91,34 +124,63 @@ export class Curve {
     return dot;
   }
 
-  /** Names the dots that have room for it, where the deployment stands first of all. */
+  /** Labels the dots that have room for it, the deployment's first. */
   #labels(rows, what, x, y) {
-    const named = [];
-    const here = (row) => words(row.r) === this.#operating;
-    for (const row of [...rows].sort((one, other) => here(other) - here(one))) {
-      const left = x(row.images_per_s);
-      if (named.some((other) => Math.abs(x(other.images_per_s) - left) < LABEL)) continue;
-      named.push(row);
+    const labels = [];
+    for (const row of [...rows].sort((one, other) => this.#isOperating(other) - this.#isOperating(one))) {
+      const here = this.#isOperating(row);
+      const text = `r = ${Array.isArray(row.r) ? "a list" : row.r}${here ? ", deployment" : ""}`;
+      const from = x(row.images_per_s) + 14, to = from + LETTER * text.length;
+      if (labels.some((other) => from < other.to && other.from < to)) continue;
+      labels.push({ from, to, text, top: y(row[what]) - 9, here });
     }
-    return named.map((row) => draw("text", {
-      x: x(row.images_per_s) + 10, y: y(row[what]) - 9, class: here(row) ? "label here" : "label",
-    }, `r = ${Array.isArray(row.r) ? "a list" : row.r}`));
+    return labels.map(({ from, text, top, here }) => draw("text", { x: from, y: top, class: here ? "label here" : "label" }, text));
   }
 
   #say(row) {
-    const { device, precision, backend, measured, photos } = this.#curve;
-    const how = `Measured ${measured} on ${photos} photos: ${device}, ${backend}, ${precision}.`;
+    const { speed_from: speed, agreement_from: agreement } = this.#curve;
     at("curve-says").textContent = row
-      ? `${this.#words(row)} ${how}` : `${how} The deployment's r = ${this.#operating} is not among these.`;
+      ? this.#words(row) : `The curve has no row for the deployment's r = ${this.#operating}.`;
+    at("curve-from").textContent = `Speed: ${origin(speed)}. ` +
+      `Agreement: ${agreement.photos.toLocaleString("en")} photos, ${origin(agreement)}.`;
   }
 
   #words(row) {
     const interval = row.agreement_interval.map((share) => number(100 * share)).join(" to ");
     const top1 = row.top1 === null ? "" : `, ${number(100 * row.top1)} % top-1`;
-    const here = words(row.r) === this.#operating ? " The deployment stands here." : "";
-    return `r = ${words(row.r)}: ${number(row.images_per_s)} images/s, ${row.tokens} tokens left, ` +
+    const here = this.#isOperating(row) ? " This is the deployment's r." : "";
+    const unmerged = this.#curve.rows[0], times = row.images_per_s / unmerged.images_per_s;
+    const faster = row === unmerged ? "" : ` (${times.toFixed(1)}× r = 0)`;
+    return `r = ${words(row.r)}: ${number(row.images_per_s)} images/s${faster}, ${row.tokens} tokens left, ` +
       `agrees with r = 0 on ${number(100 * row.agreement)} % (95 %: ${interval})${top1}.${here}`;
   }
+}
+
+/** Where a measurement comes from. */
+const origin = ({ device, backend, precision, measured }) => `${device}, ${backend}, ${precision}, ${measured}`;
+
+/** Where r lies on the curve, between its neighbours if it has no row: [images/s, share]; null if it lies outside. */
+function place(rows, r, what) {
+  const own = rows.find((row) => words(row.r) === words(r));
+  if (own) return [own.images_per_s, own[what]];
+  const numbers = rows.filter((row) => isNumber(row.r)).sort((one, other) => one.r - other.r);
+  const next = numbers.findIndex((row) => row.r > r);
+  if (!isNumber(r) || next < 1) return null;
+  const [before, after] = [numbers[next - 1], numbers[next]], share = (r - before.r) / (after.r - before.r);
+  const between = (field) => before[field] + share * (after[field] - before[field]);
+  return [between("images_per_s"), between(what)];
+}
+
+/** The letter of a side, beside its place on the curve. */
+function mark(name, where, x, y) {
+  if (!where) return null;
+  const [left, top] = [x(where[0]), y(where[1])], away = MARKS[name];
+  return draw(
+    "g", { class: `mark-of ${name.toLowerCase()}`, role: "img", "aria-label": `${name} is here` },
+    draw("path", { d: `M${left} ${top}v${away}` }),
+    draw("circle", { cx: left, cy: top + away, r: 9 }),
+    draw("text", { x: left, y: top + away + 4, "text-anchor": "middle" }, name),
+  );
 }
 
 /** Round numbers that reach from below the least to above the greatest. */

@@ -1,4 +1,4 @@
-// The deployment's r: shown, and set unless somebody else has meanwhile.
+// The deployment's r: shown, and set unless somebody else has changed it meanwhile.
 
 import { setR } from "./api.js";
 import { at, words } from "./dom.js";
@@ -10,7 +10,7 @@ export class Deployment {
   #events;
   #last = Promise.resolve(); // changes go one after the other: each names the ETag of the one before
 
-  /** @param events rOfA(), onModel(model), reload(), onDenied(problem) */
+  /** @param events rOfA(), onModel(changed) and reload(), which return the model, and onDenied(problem) */
   constructor(events) {
     this.#events = events;
     at("deployment").addEventListener("submit", (event) => {
@@ -23,7 +23,7 @@ export class Deployment {
     });
   }
 
-  /** Shows a model's deployment; what somebody has typed and not yet set stays. */
+  /** Shows a model's deployment. Text that was typed and not yet set stays. */
   show(model) {
     const field = at("deployment-r"), untouched = field.value === this.#shown;
     this.#model = model;
@@ -31,7 +31,7 @@ export class Deployment {
     if (untouched) field.value = this.#shown;
   }
 
-  /** Shows it whatever has been typed. */
+  /** Shows it in place of what was typed. */
   #put(model) {
     at("deployment-r").value = this.#shown;
     this.show(model);
@@ -51,14 +51,13 @@ export class Deployment {
     const model = this.#model;
     try {
       const changed = await setR(model.name, r, model.etag);
-      this.#events.onModel(changed);
-      this.#put(changed);
+      this.#put(this.#events.onModel(changed));
       this.say(`Every request that names no r now gets r = ${words(changed.r)}, and after a restart too.`, "good");
     } catch (problem) {
       if ([409, 412].includes(problem.status)) {
         const now = await this.#events.reload().catch(() => null);
         if (now) this.#put(now);
-        const value = now ? `it is r = ${words(now.r)} now` : "its value cannot be read just now";
+        const value = now ? `it is r = ${words(now.r)} now` : "and it cannot be read now";
         this.say(`Not set: somebody else changed it meanwhile, ${value}. Set it again if you still want to.`, "bad");
       } else {
         this.say(`Not set: ${problem.message}.`, "bad");

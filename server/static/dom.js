@@ -27,3 +27,9 @@ export function fillTrack(slider) {
 
 /** A setting of r in words: a number, auto, or a list without the zeros that it ends in. */
 export const words = (r) => (Array.isArray(r) ? r.join(", ").replace(/(, 0)+$/, "") : String(r));
+
+/** A label's first word for its class, and the rest of them. */
+export function synonyms(label) {
+  const [first, ...more] = label.split(/(?=, )/);
+  return [first, more.join("")];
+}

@@ -12,17 +12,17 @@ export class Live {
   #scrapes = []; // {at, images, latency, inFlight, version}, the oldest first
   #series = { rate: [], flight: [], p50: [], p95: [] };
   #model = null;
-  #away = false;
+  #missing = null; // the status of the failure, while metrics cannot be read; 0 where nothing answers
   #events;
 
-  /** @param events onAway(error), onBack(), onVersion() when the configuration may have changed */
+  /** @param events onAway(error), onBack(), and onVersion() when the configuration may have changed */
   constructor(events) {
     this.#events = events;
   }
 
   start() {
     document.addEventListener("visibilitychange", () => {
-      if (!document.hidden) this.#scrapes = []; // what happened unseen is no rate of a second
+      if (!document.hidden) this.#scrapes = []; // no scrapes while hidden, so no rates
     });
     const loop = async () => {
       if (!document.hidden && this.#model) await this.#poll();
@@ -44,15 +44,15 @@ export class Live {
       scrape = { at: performance.now(), ...read(await metrics(AbortSignal.timeout(TIMEOUT_MS)), model) };
     } catch (error) {
       this.#scrapes = [];
-      if (!this.#away) this.#events.onAway(error);
-      this.#away = true;
+      if (this.#missing !== error.status) this.#events.onAway(error);
+      this.#missing = error.status;
       return;
     }
     if (model !== this.#model) return;
-    if (this.#away) this.#events.onBack();
-    this.#away = false;
+    if (this.#missing !== null) this.#events.onBack();
+    this.#missing = null;
     const before = this.#scrapes.at(-1);
-    // The first scrape knows of no change, and what was read before it may be older.
+    // At the first scrape the version that the page has read may be an older one.
     if (scrape.version !== before?.version) this.#events.onVersion();
     this.#scrapes.push(scrape);
     if (this.#scrapes.length > SHARE_OVER + 1) this.#scrapes.shift();

@@ -1,26 +1,21 @@
-// One of the two settings that look at the photo: its dial, its picture, its answer.
+// One of the two settings that look at the photo: its dial, its picture, its answer, its times.
 
 import { ask } from "./api.js";
-import { at, fillTrack, make, words } from "./dom.js";
+import { at, fillTrack, make, synonyms, words } from "./dom.js";
 import { Painter } from "./paint.js";
+import { Times } from "./times.js";
+import { backend, milliseconds } from "./verdict.js";
 
 const BARS = 5;
-const TIMES = 5; // answers whose median time is told: one alone says more of the machine than of r
-
-/** A label's first word for its class, and the rest of them. */
-export function synonyms(label) {
-  const [first, ...more] = label.split(/(?=, )/);
-  return [first, more.join("")];
-}
 
 /** Side A or B of the comparison. */
 export class Side {
   #id;
   #painter;
-  #tookMs = [];
-  #photo = null; // that the merging is of
+  #photo = null; // of the merging
   answer = null; // of /v1/classify
   merging = null; // of /v1/explain
+  times = new Times();
 
   constructor(id, { onTurn, onTouch }) {
     this.#id = id;
@@ -47,13 +42,11 @@ export class Side {
     return Boolean(at(`${this.#id}-follow`)?.checked);
   }
 
-  /** Brings the dial to a model: its range, and what each r leaves. */
-  fit(model, r) {
+  /** Brings the dial to a model: its range, and its r, which is clipped to that range. */
+  fit(model, r, most) {
     this.model = model;
-    const left = Object.values(model.token_counts).map((counts) => counts.at(-1));
-    // Past this r no fewer tokens are left, so the dial need not go there.
-    this.dial.max = Math.max(left.indexOf(Math.min(...left)), 1);
-    this.turn(r);
+    this.dial.max = most;
+    this.turn(Math.min(r, most));
   }
 
   turn(r) {
@@ -61,15 +54,20 @@ export class Side {
     this.showDial();
   }
 
-  /** Shows what the dial stands at, before any answer. */
+  /** Shows the r of the dial, before any answer. */
   showDial() {
     const follows = this.follows, r = follows ? this.model.r : Number(this.dial.value);
     this.dial.disabled = follows;
     if (follows && typeof r === "number") this.dial.value = r;
     fillTrack(this.dial);
-    at(`${this.#id}-r`).textContent = words(r);
+    this.#showR(r);
     const counts = this.model.token_counts[r]; // none for a list or for auto
     this.dial.setAttribute("aria-valuetext", counts ? `${r}, leaves ${counts.at(-1)} of ${counts[0]} tokens` : words(r));
+  }
+
+  #showR(r) {
+    this.shownR = r;
+    at(`${this.#id}-r`).textContent = words(r);
   }
 
   /** Asks about a photo; shows the answer, then what merged. Raises a Problem. */
@@ -78,9 +76,9 @@ export class Side {
     const answer = await ask("classify", photo.blob, this.model.name, r, signal);
     signal.throwIfAborted();
     this.answer = answer;
-    this.#tookMs = [];
+    this.times.clear();
+    this.times.add(answer);
     this.#showAnswer();
-    this.#showTime(this.answer);
     const merging = await ask("explain", photo.blob, this.model.name, r, signal);
     signal.throwIfAborted();
     this.merging = merging;
@@ -90,25 +88,27 @@ export class Side {
     at(`${this.#id}-work`).textContent = `${Math.round(100 * share)} %`;
   }
 
-  /** Asks the same again, for its time alone; says whether to ask once more. */
-  async time(photo, signal) {
+  /** Asks the same again for its time. Returns whether it was the same question still. */
+  async time(signal) {
     const answer = this.answer;
-    const again = await ask("classify", photo.blob, this.model.name, this.r, signal);
+    if (!answer || !this.#photo) return false;
+    const again = await ask("classify", this.#photo.blob, this.model.name, this.r, signal);
     if (answer !== this.answer || words(again.r) !== words(answer.r)) return false;
-    this.#showTime(again);
-    return this.#tookMs.length < TIMES;
+    this.times.add(again);
+    return true;
   }
 
-  #showTime({ timings_ms: { inference } }) {
-    this.#tookMs.push(inference);
-    const sorted = this.#tookMs.toSorted((one, other) => one - other);
-    const ms = sorted[Math.floor((sorted.length - 1) / 2)];
-    at(`${this.#id}-ms`).textContent = `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
+  /** Shows a median, and a bar that is full at `slowestMs`; null shows no bar. */
+  showTime(result, slowestMs) {
+    const { by } = this.times;
+    at(`${this.#id}-ms`).textContent = result ? milliseconds(result.ms) : "–";
+    at(`${this.#id}-by`).textContent = by ? backend(by) : "";
+    at(`${this.#id}-time`).style.setProperty("--share", result && slowestMs ? result.ms / slowestMs : 0);
   }
 
   #showAnswer() {
     const { tokens, results, r, tuned } = this.answer;
-    at(`${this.#id}-r`).textContent = words(r);
+    this.#showR(r);
     at(`${this.#id}-tokens`).textContent = `${tokens} of ${this.model.num_tokens}${tuned ? ", tuned" : ""}`;
     const list = at(`${this.#id}-bars`);
     const top = results[0].top_k.slice(0, BARS);
@@ -140,16 +140,17 @@ export class Side {
     );
   }
 
-  /** Patches that share a token with one, after a block. */
+  /** How many patches share a token with this one, after a block. */
   sharing(patch, block) {
     const groups = block ? this.merging.blocks[block - 1].groups : null;
     return groups ? groups.filter((group) => group === groups[patch]).length : 1;
   }
 
-  /** Takes everything back, for a photo that cannot be answered. */
+  /** Removes the answer, for a photo that gets none. */
   clear() {
-    this.answer = this.merging = null;
-    for (const what of ["tokens", "work", "ms"]) at(`${this.#id}-${what}`).textContent = "–";
+    this.answer = this.merging = this.#photo = null;
+    this.times.clear();
+    for (const part of ["tokens", "work"]) at(`${this.#id}-${part}`).textContent = "–";
     at(`${this.#id}-bars`).replaceChildren();
     at(`${this.#id}-caption`).textContent = "Nothing to see yet.";
     this.canvas.getContext("2d").clearRect(0, 0, this.canvas.width, this.canvas.height);

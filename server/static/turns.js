@@ -1,4 +1,4 @@
-// One request at a time, whoever asks; each asker's last wish is the one that is always answered.
+// One request at a time. Of each asker's jobs the last one always runs.
 
 /** Runs jobs one after another. A newer job of the same asker replaces a waiting one, and cuts short a slow one. */
 export class Turns {
@@ -15,13 +15,18 @@ export class Turns {
     this.#waiting.set(asker, job);
     const running = this.#running;
     if (running?.asker === asker) {
-      // A quick answer to a passing value is worth showing; a slow one is not worth waiting for.
+      // A quick answer to an old question is worth showing; a slow one is not worth waiting for.
       running.timer ??= setTimeout(() => running.controller.abort(), this.#patienceMs);
     }
     if (!running) this.#run();
   }
 
-  /** Takes back what was asked for. */
+  /** Whether a job of this asker waits. */
+  isWaiting(asker) {
+    return this.#waiting.has(asker);
+  }
+
+  /** Drops all jobs. */
   clear() {
     this.#waiting.clear();
     this.#running?.controller.abort();
@@ -35,7 +40,7 @@ export class Turns {
       try {
         await job(this.#running.controller.signal);
       } catch (error) {
-        reportError(error); // ours to mend, and no reason to leave the others waiting
+        reportError(error); // a fault of the page; the other jobs go on
       }
       clearTimeout(this.#running.timer);
     }

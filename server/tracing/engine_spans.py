@@ -1,4 +1,4 @@
-"""The spans of an engine: of each request its wait and its answer, and one of each batch with links to its requests."""
+"""The spans of an engine: the wait and the answer of each request, and one span a batch with links to its requests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from server.types import BatchKey, ModelInfo
 
 
 class EngineSpans:
-    """Watches an engine, as `LocalEngine` has it.
+    """Records the requests and batches of a `LocalEngine`.
 
     Args:
         tracer: Makes the spans. A request that its client or the sampler does not record has none here either.
-        models: What is served.
+        models: The served models.
     """
 
     def __init__(self, tracer: Tracer, models: Mapping[str, ModelInfo]) -> None:
@@ -53,12 +53,12 @@ class EngineSpans:
         answer.end(wall_ns(left))
 
     def batch_ran(self, key: BatchKey, items: Sequence[Any], outcomes: Sequence[Any], started: float) -> None:
-        """Notes a batch.
+        """Records a batch.
 
         Args:
-            key: What its images share.
+            key: The key of its images.
             items: Its images, each with its request.
-            outcomes: The result of each, or its error.
+            outcomes: The result or error of each.
             started: When it was taken, in seconds of `time.monotonic()`.
         """
         traces = dict.fromkeys(item.request.trace for item in items if _is_recorded(item.request.trace))

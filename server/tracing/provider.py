@@ -1,4 +1,4 @@
-"""What makes the spans of one process, and sends them: a provider of its own, never OpenTelemetry's global one."""
+"""The tracing of one process. It uses its own provider, never OpenTelemetry's global one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.tracing.written import context_of
 from server.types import ModelInfo
 
 _FLUSH_S = 3.0
-"""Longest time that the end of a process waits for a collector."""
+"""Longest wait for a collector at the end of a process."""
 
 
 class Tracing:
@@ -28,7 +28,8 @@ class Tracing:
     Args:
         processor: Gets the spans that have ended.
         process: The name of the process.
-        follows: It records what belongs to a recorded request. Else OTEL_TRACES_SAMPLER decides, once a request.
+        follows: Records exactly the children of recorded requests. Otherwise OTEL_TRACES_SAMPLER decides for each
+            request.
 
     Attributes:
         tracer: Makes spans.
@@ -45,30 +46,30 @@ class Tracing:
         """Begins the span of a request.
 
         Args:
-            name: What is asked, as far as that is known.
+            name: The endpoint, as far as it is known.
             caller: The client's span, as `RequestContext.caller`.
-            attributes: What is known of it.
+            attributes: Known attributes.
         """
         return ServerSpan(self.tracer, name, context_of(caller), attributes)
 
     def of_engine(self, models: Mapping[str, ModelInfo]) -> EngineSpans:
-        """What watches an engine that serves these models."""
+        """The observer of an engine that serves these models."""
         return EngineSpans(self.tracer, models)
 
     def close(self) -> None:
-        """Sends what is left, for no longer than a bounded time; a collector that does not answer is not waited for."""
+        """Sends the remaining spans, but waits at most `_FLUSH_S` for the collector."""
         closing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         closing.start()
         closing.join(_FLUSH_S)
 
 
 def sending_to(endpoint: str) -> SpanProcessor:
-    """What sends spans to a collector, by a thread of its own; other OTEL_* variables say how."""
+    """Sends spans to a collector on a thread of its own; other OTEL_* variables configure it."""
     return BatchSpanProcessor(OTLPSpanExporter(endpoint))
 
 
 def _resource(process: str) -> Resource:
     resource = Resource.create({SERVICE_VERSION: __version__, "tome.process": process})
-    if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):  # no variable names it
+    if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):  # no variable names the service
         resource = resource.merge(Resource({SERVICE_NAME: "tome-server"}))
     return resource

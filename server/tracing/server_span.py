@@ -1,4 +1,4 @@
-"""The span of a request in the process that serves it, and the stages that it goes through there."""
+"""The span of a request in the process that serves it, and the stages of that request."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class ServerSpan:
 
     Args:
         tracer: Makes its spans.
-        name: What is asked, as far as that is known.
-        parent: The span of the client, or that of none.
-        attributes: What is known of it.
+        name: The endpoint, as far as it is known.
+        parent: The client's span, or an empty context.
+        attributes: Known attributes.
 
     Attributes:
-        trace: The span as `Request.trace` has it.
+        trace: The span in the form of `Request.trace`.
     """
 
     __slots__ = ("_context", "_span", "_tracer", "trace")
@@ -34,13 +34,13 @@ class ServerSpan:
         self.trace = trace_of(self._span.get_span_context())
 
     def stage(self, name: str, since: float, error: Exception | None = None, attributes: Attributes = None) -> None:
-        """Notes a stage that has just ended.
+        """Records a stage that has just ended.
 
         Args:
             name: Its name.
             since: When it began, in seconds of `time.monotonic()`.
-            error: What has ended it.
-            attributes: More about it.
+            error: The error that ended it.
+            attributes: More attributes.
         """
         if self._span.is_recording():
             stage = self._tracer.start_span(name, self._context, attributes=attributes, start_time=wall_ns(since))
@@ -49,20 +49,20 @@ class ServerSpan:
             stage.end()
 
     def tell(self, attributes: Attributes) -> None:
-        """Notes what became known of the request."""
+        """Adds attributes."""
         if attributes:
             self._span.set_attributes(attributes)
 
     def fail(self, error: BaseException) -> None:
-        """Notes why it is not answered with what it asked for."""
+        """Records why the request failed."""
         _note(self._span, error)
 
     def end(self, name: str | None = None, attributes: Attributes = None, *, is_our_fault: bool = False) -> None:
-        """Ends it.
+        """Ends the span.
 
         Args:
-            name: What was asked.
-            attributes: More about it.
+            name: The endpoint.
+            attributes: More attributes.
             is_our_fault: The answer is an error of the server.
         """
         if name is not None:
@@ -74,7 +74,7 @@ class ServerSpan:
 
 
 def fail(span: Span, error: BaseException) -> None:
-    """Has a span tell of the error that ended it."""
+    """Records the error that ended a span."""
     _note(span, error)
     span.set_status(Status(StatusCode.ERROR, str(error)))
 

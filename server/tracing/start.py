@@ -1,4 +1,4 @@
-"""Whether spans are asked for, by OpenTelemetry's own variables. The only reader of OTEL_* variables beside its SDK."""
+"""Whether OpenTelemetry's variables ask for spans. Only this module and the SDK read OTEL_* variables."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BASE, _TRACES = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPO
 
 
 def traces_endpoint(variables: Mapping[str, str] = os.environ) -> str | None:
-    """The URL that spans are sent to; None where nothing asks for them.
+    """The URL of the collector; None if no variable asks for spans.
 
     Raises:
-        SettingsError: A variable is wrong, or asks for what this server does not do, or a package is missing.
+        SettingsError: A variable is wrong or asks for something unsupported, or a package is missing.
     """
     said = {name: text.strip() for name, text in variables.items() if name.startswith("OTEL_") and text.strip()}
     name = _TRACES if _TRACES in said else _BASE
@@ -46,23 +46,23 @@ def traces_endpoint(variables: Mapping[str, str] = os.environ) -> str | None:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # a package that it lies in is missing
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def start_tracing(process: str, *, follows: bool = False) -> Tracing | None:
-    """What makes and sends the spans of this process; None where nothing asks for them. Call it in that process.
+    """Starts tracing in this process; None if no variable asks for spans.
 
     Args:
-        process: Its name, which is an attribute of all of its spans.
-        follows: It records what belongs to a recorded request, and decides nothing itself.
+        process: Its name, an attribute of all its spans.
+        follows: Records exactly the children of recorded requests.
 
     Raises:
-        SettingsError: As `traces_endpoint`.
+        SettingsError: See `traces_endpoint`.
     """
     endpoint = traces_endpoint()
     if endpoint is None:
         return None
-    from server.tracing.provider import Tracing, sending_to  # imports OpenTelemetry, which is not to be without need
+    from server.tracing.provider import Tracing, sending_to  # imports OpenTelemetry, so only when it is needed
 
     return Tracing(sending_to(endpoint), process, follows=follows)

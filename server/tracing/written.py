@@ -1,4 +1,4 @@
-"""Spans and moments as they are written outside OpenTelemetry: `Request.trace`, and seconds of the monotonic clock."""
+"""Spans and times outside OpenTelemetry: `Request.trace`, and seconds of the monotonic clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _propagator = TraceContextTextMapPropagator()
 
 
 def context_of(trace: str | None) -> Context:
-    """The context of a span that is written as in `Request.trace`; without one that of a new trace."""
+    """The context of a span in the form of `Request.trace`; without one, that of a new trace."""
     if trace is None:
         return Context()
     traceparent, _, tracestate = trace.partition(" ")
@@ -20,11 +20,11 @@ def context_of(trace: str | None) -> Context:
 
 
 def trace_of(span: SpanContext) -> str:
-    """A span as in `Request.trace`."""
+    """A span in the form of `Request.trace`."""
     traceparent = f"00-{span.trace_id:032x}-{span.span_id:016x}-{span.trace_flags & 1:02x}"
     return f"{traceparent} {span.trace_state.to_header()}" if span.trace_state else traceparent
 
 
 def wall_ns(moment: float) -> int:
-    """A moment of `time.monotonic()` by the clock of the wall, in nanoseconds."""
+    """A time of `time.monotonic()` as wall-clock nanoseconds."""
     return time.time_ns() - int((time.monotonic() - moment) * 1e9)

@@ -1,1 +1,4 @@
-"""Tuning as a command: photos read and parted, numbers learned and judged, what gains kept beside the weights."""
+"""Tuning as a command: reads and splits photos, learns parameters, judges them, and keeps what gains."""
+
+FEWEST = 50
+"""Fewest photos for tuning."""

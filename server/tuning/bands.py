@@ -1,4 +1,4 @@
-"""The band of `r` that a model is tuned for: as people write it, or by default from its number of tokens."""
+"""The band of `r` that a model is tuned for: given as text, or by default from its number of tokens."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from server.errors import SettingsError, shown
 from server.types import ModelInfo
 
 LOWEST, HIGHEST = 0.72, 1.1
-"""Where the default band begins and ends, as shares of the patches that all blocks merge together. Below, merging costs
-so little that there is nothing to give back; above, no patch is left before the last block."""
+"""Ends of the default band, as shares of the patches that all blocks merge together. Below, merging costs so little
+accuracy that there is nothing to recover; above, no patch is left before the last block.
+"""
 
 Band = tuple[int, int]
-"""The smallest `r` and the largest."""
+"""The smallest and the largest `r`."""
 
 
 def default(info: ModelInfo) -> Band:
-    """The band of a model: 12 to 18 where 12 blocks merge 196 patches.
+    """The default band of a model: 12 to 18 if 12 blocks merge 196 patches.
 
     Raises:
-        SettingsError: No token can merge in the model.
+        SettingsError: The model cannot merge any token.
     """
     most = _most(info)
     per_block = (info.num_tokens - info.num_prefix_tokens) / info.num_blocks
@@ -28,16 +29,16 @@ def default(info: ModelInfo) -> Band:
 
 
 def parse(text: str, info: ModelInfo) -> Band:
-    """Reads `12..18` or `16`.
+    """Parses `12..18` or `16`.
 
     Raises:
-        SettingsError: It is neither, or the model cannot merge like that.
+        SettingsError: It has another form, or the model cannot merge so.
     """
     match = re.fullmatch(r"\s*(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?\s*", text, re.ASCII)
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     most = _most(info)
     if not 1 <= low <= high <= most:
-        raise SettingsError(f"--r is {shown(text)}; it must be LOW..HIGH, between 1 and {most} for this model")
+        raise SettingsError(f"--band is {shown(text)}; it must be LOW..HIGH, between 1 and {most} for this model")
     return low, high
 
 

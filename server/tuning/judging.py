@@ -1,4 +1,4 @@
-"""What tuning gives back: how many photos that nobody learned from keep the answer of r=0, before and after."""
+"""The gain of tuning: the share of held-out photos that keep the answer of r=0, before and after."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BATCH = 50
 
 
 class Gain(NamedTuple):
-    """What tuning gave on the judging photos.
+    """The gain of tuning on the judging photos.
 
     Attributes:
-        r: Of each row.
+        r: `r` of each row.
         before: Share of photos that kept the answer of r=0, at each `r`.
         after: The same, tuned.
         mean: Difference of the means over all `r`.
@@ -36,17 +36,17 @@ class Gain(NamedTuple):
 
     @property
     def is_sure(self) -> bool:
-        """Whether it is a gain beyond its interval."""
+        """Whether the gain is significant."""
         return self.interval[0] > 0
 
 
 class Judge:
-    """Photos that judge, and the model's own answers for them at r=0.
+    """Judging photos, and the model's own answers for them at r=0.
 
     Args:
         tuner: The model.
-        photos: (N, 3, H, W) uint8, as the service would see them, on the device of the model.
-        preprocessing: How the model wants them.
+        photos: (N, 3, H, W) uint8, as the service sees them, on the model's device.
+        preprocessing: The model's preprocessing.
     """
 
     def __init__(self, tuner: Tuner, photos: Tensor, preprocessing: Preprocessing) -> None:
@@ -61,7 +61,7 @@ class Judge:
         return float(divergence(logits, self._unmerged)), float(agreed)
 
     def gain(self, ladder: Sequence[int]) -> Gain:
-        """What tuning gives at these `r`, before and after on the same photos."""
+        """The gain of tuning at these `r`, before and after on the same photos."""
         before, after = (torch.stack([self._agreed(r, tuned) for r in ladder]) for tuned in (False, True))
         return gain_of(list(ladder), before, after)
 
@@ -74,14 +74,14 @@ class Judge:
 
 
 def gain_of(ladder: Sequence[int], before: Tensor, after: Tensor) -> Gain:
-    """The gain, from whether each photo kept its answer.
+    """The gain, computed from whether each photo kept its answer.
 
     Args:
         ladder: Each `r`.
         before: (len(ladder), N) bool.
         after: The same, tuned.
     """
-    # A photo is one sample, at however many r it was asked: its answers at neighbouring r are nearly the same.
+    # A photo is one sample for any number of r, because its answers at neighbouring r are nearly the same.
     by_photo = (after.double() - before.double()).mean(dim=0)
     mean, n = float(by_photo.mean()), len(by_photo)
     half = Z * float(by_photo.std(correction=1)) / math.sqrt(n)

@@ -1,4 +1,4 @@
-"""The learning: batch after batch, judged now and then, kept where it was best, and taken up again after a stop."""
+"""The learning loop: judges the parameters now and then, keeps the best, and can resume after a stop."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from tome_core.tuning import Tuner
 from tome_core.views import views
 
 GLANCES = 15
-"""Times that the numbers are judged while they learn, if there is time for all steps."""
+"""Number of judgements while learning, if there is time for all steps."""
 
 PATIENCE = 5
-"""Glances without the best one among them after which nothing better is expected."""
+"""Judgements without a new best after which learning ends."""
 
 
 @dataclass
 class Progress:
-    """How far the learning has come.
+    """Progress of the learning.
 
     Attributes:
         step: Batches learned from.
-        seconds: That it took, judging included.
-        best: Mean divergence of the judging photos from r=0, where it was least; in nats.
-        numbers: The numbers that gave it, by name.
-        glances: Times that the numbers were judged.
-        idle: Glances since the best.
-        agreement: Share of the judging photos that kept the answer of r=0, at the last glance.
-        loss: Mean loss since the glance before.
+        seconds: Time so far, including judgements.
+        best: Least mean divergence of the judging photos from r=0, in nats.
+        numbers: The parameters of `best`, by name.
+        glances: Number of judgements.
+        idle: Judgements since the best.
+        agreement: Share of the judging photos that kept the answer of r=0, at the last judgement.
+        loss: Mean loss since the previous judgement.
     """
 
     step: int = 0
@@ -49,21 +49,21 @@ class Progress:
     loss: float = 0.0
 
     def share(self, steps: int, longest_s: float) -> float:
-        """Of the learning that is done: by steps or by time, whichever is nearer its end."""
+        """Share of the learning that is done: by steps or by time, whichever is nearer its end."""
         return min(1.0, max(self.step / steps, self.seconds / longest_s))
 
 
 class Learning:
-    """Learns until all steps are done, the time is over, or nothing better is expected.
+    """Learns until all steps are done, the time is over, or no improvement is expected.
 
     Args:
-        tuner: What learns; its recipe says how long.
-        judge: Photos that judge.
+        tuner: Learns; its recipe has the number of steps.
+        judge: Judging photos.
         photos: Photos to learn from, (N, 3, H, W) uint8, on the device.
-        preprocessing: How the model wants them.
+        preprocessing: The model's preprocessing.
         band: Smallest and largest `r` to learn for.
-        longest_s: Seconds after which it ends.
-        progress: Where it goes on from.
+        longest_s: Most seconds.
+        progress: The progress to resume from.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class Learning:
         keep: Callable[[Progress], None],
         stop: Callable[[], bool],
     ) -> None:
-        """Learns on.
+        """Runs the loop.
 
         Args:
-            told: Is told the progress, and the share that is done, after every step.
-            keep: Is given the progress after every glance, to be taken up again after a stop.
-            stop: Whether to stop after this step; the numbers are judged before.
+            told: Called with the progress and the share that is done, after every step.
+            keep: Called with the progress after every judgement, so that it can be resumed.
+            stop: Whether to stop after this step; the parameters are judged before.
 
         Raises:
-            EngineError: The loss, or what the judging photos say, is not a finite number.
+            EngineError: The loss, or the divergence of the judging photos, is not finite.
         """
         now, steps, clock = self.progress, self._tuner.recipe.steps, time.perf_counter()
         losses: list[Tensor] = []
@@ -110,7 +110,7 @@ class Learning:
                 now.loss = float(torch.stack(losses).mean())
                 self._glance()
                 now.seconds, clock = now.seconds + time.perf_counter() - clock, time.perf_counter()
-                # The glance takes time too: a part of the time lies between its end and the next glance.
+                # The judgement takes time too: a share of the time lies between its end and the next one.
                 share = now.share(steps, self._longest_s)
                 losses, next_glance = [], share + 1 / GLANCES
                 keep(now)
@@ -135,15 +135,16 @@ class Learning:
 def drawn(
     step: int, photos: Tensor, batch_size: int, preprocessing: Preprocessing, band: tuple[int, int], mixed: int = 2
 ) -> tuple[Tensor, int]:
-    """What a step learns from: images, (batch_size, 3, H, W), normalised, and their `r`. After a stop the same follow.
+    """The batch of a step: normalised images (batch_size, 3, H, W) and their `r`. It depends only on the step, so a
+    resumed run continues alike.
 
     Args:
         step: Counted from 0.
         photos: (N, 3, H, W) uint8, on the device.
-        batch_size: How many images.
-        preprocessing: How the model wants them.
+        batch_size: Number of images.
+        preprocessing: The model's preprocessing.
         band: Smallest and largest `r`.
-        mixed: Every so many batches are mixed; 0 for none.
+        mixed: Every `mixed`-th batch is mixed; 0 for none.
     """
     torch.manual_seed(step)
     r = int(torch.randint(band[0], band[1] + 1, ()))

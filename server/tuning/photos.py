@@ -1,4 +1,4 @@
-"""Photos to tune on, parted into those to learn from and those that judge."""
+"""Photos for tuning, split into photos to learn from and judging photos."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from server.device.prepared import stacked
 from server.errors import SettingsError
 from server.images.photos import choose_photos, read_photo
 from server.images.preprocessing import Preprocessing
+from server.tuning import FEWEST
 from server.types import ModelInfo
 
 MARGIN = 1.2
-"""By how much a square is wider than the photo that the model's input is cropped from: a view enlarges less of it."""
+"""Ratio of a learning photo's side to that of the model's photo before the crop, so that views enlarge less of it."""
 
 JUDGES = 0.4
-"""Share of the photos that judge. With 1,000 photos the gain over all `r` is then known to about two points."""
-
-FEWEST = 50
+"""Share of judging photos. With 1,000 photos the gain over all `r` is then known to about two points."""
 
 
 @dataclass(frozen=True)
 class Photos:
-    """What is tuned on.
+    """Photos for tuning.
 
     Attributes:
         learned: Photos to learn from, (N, 3, H, W) uint8, larger than the model's input.
-        judges: Photos that judge, as the service sees them, (M, 3, H, W) uint8.
-        sha256: Of the files, in their order.
+        judges: Judging photos, as the service sees them, (M, 3, H, W) uint8.
+        sha256: Hash of the files, in their order.
     """
 
     learned: Tensor
@@ -44,13 +43,13 @@ class Photos:
 
 
 def read(folder: Path, most: int, info: ModelInfo, max_pixels: int) -> Photos:
-    """Takes photos of a folder, in an order that is always the same.
+    """Reads photos of a folder, in a fixed order.
 
     Args:
-        folder: Where they are, and in the folders below it.
-        most: The most to take.
+        folder: The folder; subfolders are included.
+        most: Most photos.
         info: The model.
-        max_pixels: The largest that is decoded, width x height.
+        max_pixels: Largest width x height.
 
     Raises:
         SettingsError: There are too few, or one of them cannot be decoded.
@@ -72,12 +71,12 @@ def read(folder: Path, most: int, info: ModelInfo, max_pixels: int) -> Photos:
 
 
 def read_squares(files: Sequence[Path], info: ModelInfo, max_pixels: int) -> Tensor:
-    """The middle of photos with a margin around what the model sees: (N, 3, H, W) uint8.
+    """Squares from the middle of photos, with a margin around the model's view: (N, 3, H, W) uint8.
 
     Args:
         files: Their files.
         info: The model.
-        max_pixels: The largest that is decoded, width x height.
+        max_pixels: Largest width x height.
 
     Raises:
         SettingsError: One of them cannot be decoded.
@@ -85,7 +84,7 @@ def read_squares(files: Sequence[Path], info: ModelInfo, max_pixels: int) -> Ten
     seen = info.preprocessing
     height, width = (round(MARGIN * side) for side in seen.resize_size)
     wide = replace(seen, input_size=(height, width), resize_size=(height, width))
-    squares = torch.empty(len(files), 3, height, width, dtype=torch.uint8)  # often gigabytes: there is no copy of it
+    squares = torch.empty(len(files), 3, height, width, dtype=torch.uint8)  # often gigabytes, so there is no copy of it
 
     def fill(i: int) -> None:
         pixels = read_photo(str(files[i]), wide, max_pixels)
@@ -97,7 +96,7 @@ def read_squares(files: Sequence[Path], info: ModelInfo, max_pixels: int) -> Ten
 
 
 def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Pixels (B, 3, H, W) from 0 to 1 as the model wants them."""
+    """Normalises pixels (B, 3, H, W) from 0 to 1 for the model."""
     mean, std = (
         torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std)
     )

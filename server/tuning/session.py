@@ -1,4 +1,4 @@
-"""One tuning: from a loaded model and photos to numbers that are judged."""
+"""One tuning: from a loaded model and photos to judged parameters."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ logger = logging.getLogger(__name__)
 
 GPU_RECIPE = Recipe()
 CPU_RECIPE = Recipe(batch_size=64)
-"""Half of the views, which a CPU learns from in half an hour. The loss against all of them is within noise."""
+"""Half of the views, so that a CPU takes half an hour. The loss of accuracy against all of them is within noise."""
 
 
 class Result(NamedTuple):
-    """The best numbers, and what they gave on the photos that judge."""
+    """The best parameters, and their gain on the judging photos."""
 
     tuned: tuned.Tuned
     gain: Gain
 
 
 class Session:
-    """One tuning; it goes on with an earlier one of the same model, photos, band and recipe that was stopped.
+    """One tuning. It resumes a stopped one of the same model, photos, band and recipe.
 
     Args:
         loaded: The model, with weights; it is moved to the device.
-        spec: What it was loaded by.
-        device: Where to learn.
-        band: For which `r`.
-        photos: What to learn from.
-        output: Where the numbers are to be kept; None keeps them in the model's own place.
+        spec: Its settings.
+        device: The device for learning.
+        band: The band of `r`.
+        photos: The photos.
+        output: File for the parameters; None for the model's own place.
         state_dir: The state folder.
 
     Attributes:
-        progress: How far it has come.
+        progress: Progress so far.
 
     Raises:
-        SettingsError: The model has random weights, or the numbers cannot be written anywhere.
+        SettingsError: The model has random weights, or no place for the parameters is writable.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Session:
         state_dir: Path | None,
     ) -> None:
         if loaded.weights is None:
-            raise SettingsError(f"{loaded.info.name} has random weights; tuned numbers are of weights that stay")
+            raise SettingsError(f"{loaded.info.name} has random weights; tuned numbers need fixed weights")
         self._band, self._photos, self._device = band, photos, device
         self._weights = tuned.fingerprints(loaded.merged.model)
-        # Known before the learning, which takes minutes.
+        # Checked before the learning, which takes minutes.
         places = [output] if output else tuned_file.places(spec, self._weights["float32"], loaded.weights, state_dir)
         if not places:
             raise SettingsError(f"{spec.name} has no folder of its own, and there is no state folder; use -o FILE")
@@ -98,28 +98,28 @@ class Session:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether a later session can go on from here."""
+        """Whether a later session can resume this one."""
         return self._unfinished is not None
 
     def learn(self, longest_s: float, told: Callable[[Progress, float], None], stop: Callable[[], bool]) -> None:
-        """Learns to the end, for so many seconds in all at most, or until it is to stop.
+        """Learns to the end, for at most `longest_s` in all, or until it is stopped.
 
         Raises:
-            EngineError: The loss is not a finite number.
+            EngineError: The loss is not finite.
         """
         photos = self._photos.learned.to(self._device)
         learning = Learning(self._tuner, self._judge, photos, self._seen, self._band, longest_s, self.progress)
         learning.run(told, self._keep, stop)
 
     def result(self) -> Result:
-        """Judges the best numbers so far, at every `r` of the band."""
+        """Judges the best parameters so far, at every `r` of the band."""
         self._tuner.take(self.progress.numbers)
         gain = self._judge.gain(range(self._band[0], self._band[1] + 1))
         band = tuned.Band(*self._band, self.progress.numbers)
         return Result(tuned.Tuned([band], self._weights, self._about(gain)), gain)
 
     def forget(self) -> None:
-        """Removes what a stop would have been taken up from."""
+        """Removes the file for resuming."""
         if self._unfinished:
             unfinished.remove(self._unfinished)
 
@@ -129,11 +129,11 @@ class Session:
         try:
             unfinished.keep(self._unfinished, self._of, self._tuner.state(), progress)
         except OSError as error:
-            logger.warning("a stop cannot be taken up again: %s: %s", self._unfinished, error.strerror)
+            logger.warning("a stopped tuning cannot be resumed: %s: %s", self._unfinished, error.strerror)
             self._unfinished = None
 
     def _name(self) -> str:
-        """A hash of all that a stopped session must share with this one."""
+        """A hash of everything that a stopped session must share with this one."""
         facts = (self._weights["float32"], self._photos.sha256, self._band, asdict(self._tuner.recipe), __version__)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""A file that holds a stopped learning: the same command takes it up again. It holds no pickle."""
+"""The file of a stopped learning, which the same command resumes. It holds no pickle."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SUFFIX = ".unfinished"
 
 
 def keep(file: Path, of: str, state: dict[str, Tensor], progress: Progress) -> None:
-    """Writes what `take_up` reads. A process that is killed meanwhile leaves the file as it was.
+    """Writes the file that `take_up` reads. If the process is killed meanwhile, the old file stays.
 
     Args:
-        file: Where.
-        of: A hash of the model, the photos and how it learns; `take_up` must be given the same.
-        state: Of the tuner.
-        progress: How far it has come.
+        file: The file.
+        of: A hash of the model, the photos and the recipe; `take_up` must get the same.
+        state: The tuner's state.
+        progress: Progress so far.
 
     Raises:
         OSError: The file cannot be written.
@@ -35,7 +35,7 @@ def keep(file: Path, of: str, state: dict[str, Tensor], progress: Progress) -> N
 
 
 def take_up(file: Path, of: str) -> tuple[dict[str, Tensor], Progress] | None:
-    """The state of the tuner and the progress that `keep` wrote; None where there is none of this learning."""
+    """The tuner's state and the progress that `keep` wrote; None if there is no file of this learning."""
     try:
         with safe_open(file, framework="pt") as opened:
             said = opened.metadata() or {}
@@ -51,6 +51,6 @@ def take_up(file: Path, of: str) -> tuple[dict[str, Tensor], Progress] | None:
 
 
 def remove(file: Path) -> None:
-    """Removes it, if it is there and may be removed."""
+    """Removes the file, if it exists and may be removed."""
     with contextlib.suppress(OSError):
         file.unlink()

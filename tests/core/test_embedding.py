@@ -86,8 +86,8 @@ def test_cut_patches_are_what_the_models_own_embedding_makes(name: str) -> None:
         return
     images = torch.randn(2, 3, side, side)
     patches = kernels.cut(images, weight.shape[-1], torch.float32)[..., : weight[0].numel()] @ weight.flatten(1).t()
-    table, positions = family.embed_colour(model, None, (side, side))
-    wanted, wanted_positions = family.embed(model, images)
+    table, positions, _ = family.embed_colour(model, None, (side, side))
+    wanted, wanted_positions, _ = family.embed(model, images)
     got = table.repeat(2, 1, 1)
     got[:, got.shape[1] - patches.shape[1] :] += patches
     close(got, wanted)
@@ -138,12 +138,12 @@ def test_gradients_lead_to_the_plain_path(build: Build, path: Any) -> None:
 @torch.inference_mode()
 def test_dense_features_of_pixels(build: Build, path: Any) -> None:
     merged, pixels = tome_core.wrap(build(dynamic_img_size=True), path), random_pixels(2, 64, 128, 3)
-    (got,) = merged.from_pixels(MEAN, STD).forward_intermediates(pixels, 3, indices=1)
-    (wanted,) = merged.forward_intermediates(by_hand(pixels).float(), 3, indices=1)
+    _, (got,) = merged.from_pixels(MEAN, STD).forward_intermediates(pixels, 1, r=3)
+    _, (wanted,) = merged.forward_intermediates(by_hand(pixels).float(), 1, r=3)
     assert isinstance(got, Tensor) and isinstance(wanted, Tensor)
     close(got, wanted)
     of_pixels = merged.from_pixels(MEAN, STD)
-    close(of_pixels.forward_features(pixels, 3, track=True).x, of_pixels.forward_features(pixels, 3).x)
+    close(of_pixels.forward_tokens(pixels, 3, track=True).x, of_pixels.forward_tokens(pixels, 3).x)
 
 
 @torch.inference_mode()

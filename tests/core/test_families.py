@@ -54,14 +54,14 @@ def of_timm(block: Any, x: Tensor, position: Position) -> Tensor:
 def test_r_0_is_timm(case: Case) -> None:
     model, merged, images = case
     features = model.forward_features(images)
-    assert torch.equal(merged.forward_features(images).x, features.flatten(1, -2))
+    assert torch.equal(merged.forward_tokens(images).x, features.flatten(1, -2))
     torch.testing.assert_close(merged(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("r", [1, 5, 1000])
 def test_tokens_merge_as_counted_and_logits_stay_finite(case: Case, r: int) -> None:
     model, merged, images = case
-    tokens = merged.forward_features(images, r, track=True)
+    tokens = merged.forward_tokens(images, r, track=True)
     assert tokens.size is not None and tokens.source is not None
     num_tokens = tokens.source.shape[1]
     prefix = merged.num_prefix_tokens
@@ -104,7 +104,7 @@ def test_the_head_treats_a_size_as_that_many_copies(case: Case) -> None:
 
 @pytest.mark.parametrize("r", [0, 5])
 def test_computing_only_the_prefix_in_the_last_block_gives_the_same_logits(case: Case, r: int) -> None:
-    tokens = case.merged.forward_features(case.images, r)
+    tokens = case.merged.forward_tokens(case.images, r)
     torch.testing.assert_close(case.merged(case.images, r), case.merged.forward_head(tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_a_model_of_any_image_size_merges_at_any(build: Build, name: str) -> Non
     merged, images = wrap(model), torch.randn(2, 3, 96, 160)  # 60 patches, where the model's own size has 36
     torch.testing.assert_close(merged(images), model(images), rtol=1e-5, atol=1e-5)
     prefix = merged.num_prefix_tokens
-    counts = [merged.forward_features(images, r).x.shape[1] - prefix for r in (0, 4, 1000)]
+    counts = [merged.forward_tokens(images, r).x.shape[1] - prefix for r in (0, 4, 1000)]
     assert counts == [60, 48, 8]
 
 

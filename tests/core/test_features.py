@@ -26,7 +26,7 @@ def test_features_come_beside_the_same_logits(case: Case, r: int) -> None:
     logits, features = outputs[:, :NUM_CLASSES], outputs[:, NUM_CLASSES:]
     assert torch.equal(logits, merged(images, r))
     assert features.shape == (2, merged.num_features)
-    wanted = merged.forward_head(merged.forward_features(images, r), pre_logits=True)
+    wanted = merged.forward_head(merged.forward_tokens(images, r), pre_logits=True)
     torch.testing.assert_close(features, wanted, rtol=1e-5, atol=1e-5)
     if r == 0:
         of_timm = model.forward_head(model.forward_features(images), pre_logits=True)
@@ -71,7 +71,7 @@ def test_tuned_numbers_make_the_features_of_their_bands_too(build: Build) -> Non
     merged.take_tuned(numbers(merged))
     both = merged.with_features()
     assert torch.equal(both(images, 0), before[0])
-    tuned = merged.forward_head(merged.forward_features(images, 4), pre_logits=True)
+    tuned = merged.forward_head(merged.forward_tokens(images, 4), pre_logits=True)
     torch.testing.assert_close(both(images, 4)[:, NUM_CLASSES:], tuned, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(both(images, 4), before[4], atol=1e-3)
 
@@ -106,5 +106,5 @@ def test_a_gpu_gives_them_beside_the_same_logits(build: Build) -> None:
     for r in (0, 5):
         outputs = merged.with_features()(images, r)
         assert torch.equal(outputs[:, :NUM_CLASSES], merged(images, r))
-        wanted = merged.forward_head(merged.forward_features(images, r), pre_logits=True)
+        wanted = merged.forward_head(merged.forward_tokens(images, r), pre_logits=True)
         torch.testing.assert_close(outputs[:, NUM_CLASSES:], wanted, rtol=0.05, atol=0.05)

@@ -86,7 +86,7 @@ def equal(model: nn.Module, images: Tensor) -> None:
     assert fused.implementation(images).name == "fused" and plain.implementation(images).name == "plain"
     for r in (0, 3, 99, [(0, 9)[i % 2] for i in range(fused.num_blocks)]):
         close(fused(images, r), plain(images, r))
-        wanted, got = plain.forward_features(images, r), fused.forward_features(images, r)
+        wanted, got = plain.forward_tokens(images, r), fused.forward_tokens(images, r)
         close(got.x, wanted.x)
         assert (got.size is None) == (wanted.size is None)
         if got.size is not None and wanted.size is not None:
@@ -124,7 +124,7 @@ def test_tokens_in_another_order_do_not_pass_unseen(monkeypatch: pytest.MonkeyPa
     model, side = small("vit_base_patch16_siglip_224")
 
     def embed(family: Any, model: Any, images: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, positions = family.embed(model, images)
+        x, positions, _ = family.embed(model, images)
         return x, kernels.norm(x.contiguous(), None, parts_of(family.blocks(model)[0]).norm1), positions
 
     monkeypatch.setattr(vit, "embed", embed)

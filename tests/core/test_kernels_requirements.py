@@ -226,7 +226,7 @@ PRODUCTS = [
         ({"a": apart(B, N, 32, dtype=FLOAT8)}, "a is not contiguous"),
         ({"weight": torch.randn(C, 32)}, "weight is torch.float32"),
         ({"weight": apart(C, 32, dtype=FLOAT8)}, "weight is not contiguous"),
-        (ODD, "weights of 64 x 24 are no multiples of 16"),
+        (ODD, "weights of 64 x 24 are not multiples of 16"),
         ({"bias": torch.zeros(1)}, "bias is .* of shape"),
         ({"bias": torch.zeros(2 * C)[::2]}, "bias is not contiguous"),
     ),

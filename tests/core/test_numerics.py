@@ -62,7 +62,7 @@ def test_a_mean_lies_among_its_members_however_large_they_and_their_sizes_are(
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_half_precision_model_counts_tokens_past_256_exactly(build: Build, dtype: torch.dtype) -> None:
     merged = wrap(build(img_size=288, depth=9)).to(dtype)  # 324 patches, which end as one
-    tokens = merged.forward_features(torch.randn(1, 3, 288, 288, dtype=dtype), 1000)
+    tokens = merged.forward_tokens(torch.randn(1, 3, 288, 288, dtype=dtype), 1000)
     assert tokens.size is not None
     assert tokens.size.dtype == torch.float32
     assert tokens.size.tolist() == [[1, 324]]
@@ -77,7 +77,7 @@ def test_keys_of_no_length_merge_in_order_and_spoil_nothing(build: Build, dtype:
             block.attn.qkv.bias[48:96] = 0
     merged, images = wrap(model).to(dtype), torch.randn(2, 3, 96, 96, dtype=dtype)
     assert merged(images, 8).isfinite().all()
-    source = merged.forward_features(images, [8], track=True).source
+    source = merged.forward_tokens(images, [8], track=True).source
     assert source is not None
     together = [row.bincount(minlength=29).argmax() for row in source]
     assert [(row == first).nonzero().flatten().tolist() for row, first in zip(source, together, strict=True)] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torchvision.models import swin_t, vit_b_16
 
 from benchmarks.coverage import examine, says_supported
-from tome_core import UnsupportedModelError, wrap
+from tome_core import UnsupportedModelError, list_models, wrap
 
 Build = Callable[..., Any]
 
@@ -28,7 +30,7 @@ def test_the_sweep_misses_no_name() -> None:
 def test_every_registered_name_is_right_or_refused(name: str) -> None:
     verdict = examine(name)
     assert verdict.refused or (verdict.equal and verdict.merged), verdict.reason
-    assert verdict.refused == name.endswith(("_merge", "_align"))
+    assert verdict.refused == (name not in list_models())
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,43 @@ def test_subclasses_other_modules_and_wrapped_models_are_refused(build: Build) -
             wrap(model)
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (vit_b_16, r"in torchvision's VisionTransformer; take timm's: timm.create_model\('vit_base_patch16_224', pre"),
+        (swin_t, r"in torchvision's SwinTransformer; take timm's: one of tome_core.list_models\('vit'\)"),
+        (lambda: hugging_face("vit", 768, 16, 224), r"in transformers's ForImages; .*\('vit_base_patch16_224', pre"),
+        (lambda: hugging_face("vit", 768, 12, 224), r"take timm's: one of tome_core.list_models\('vit'\)"),
+        (lambda: hugging_face("dinov3_vit", 384, 16, 224), r"take timm's: one of tome_core.list_models\('dinov3'\)"),
+        (lambda: nn.DataParallel(VisionTransformer(depth=1)), "a DataParallel; supp.*; it holds one: wrap its .module"),
+        (lambda: torch.compile(VisionTransformer(depth=1)), "a OptimizedModule; .*; it holds one: wrap its ._orig_mod"),
+        (lambda: hugging_face("timm_wrapper"), "a ForImages; supp.*; it holds one: wrap its .timm_model"),
+        (lambda: wrap(VisionTransformer(depth=1)), "a MergedViT; supported timm .*; it merges already, by its r"),
+    ],
+)
+def test_a_model_of_another_library_is_refused_with_the_way_from_there(
+    model: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        wrap(model())
+
+
+def hugging_face(model_type: str, hidden_size: int = 0, patch_size: int = 0, image_size: int = 0) -> nn.Module:
+    """A model of a class as transformers has them."""
+    cls: Any = type("ForImages", (nn.Module,), {"__module__": f"transformers.models.{model_type}.modeling"})
+    model = cls()
+    sizes = {"hidden_size": hidden_size, "patch_size": patch_size, "image_size": image_size}
+    model.config = SimpleNamespace(model_type=model_type, **sizes)
+    if model_type == "timm_wrapper":
+        model.timm_model = VisionTransformer(depth=1)
+    return model  # type: ignore[no-any-return]
+
+
+def test_the_names_that_a_refusal_points_to_exist() -> None:
+    for word in ("vit", "dinov3", "dinov2", "deit", "beit", "siglip", "clip"):
+        assert list_models(word)
+
+
 def test_unknown_blocks_and_attentions_are_refused(build: Build) -> None:
     model = build()
     model.blocks[1] = nn.Identity()
@@ -71,9 +110,9 @@ def test_unknown_blocks_and_attentions_are_refused(build: Build) -> None:
 @pytest.mark.parametrize("pool", ["prr", ""])
 def test_poolings_without_a_weighted_form_give_features_but_no_classes(build: Build, pool: str) -> None:
     merged, images = wrap(build(global_pool=pool)), torch.randn(1, 3, 96, 96)
-    assert merged.forward_features(images, 4).x.shape == (1, 25, 48)
-    assert len(merged.forward_intermediates(images, 4)) == 3
-    for classify in (merged, lambda images: merged.forward_head(merged.forward_features(images))):
+    assert merged.forward_tokens(images, 4).x.shape == (1, 25, 48)
+    assert len(merged.forward_intermediates(images, 3, r=4)[1]) == 3
+    for classify in (merged, lambda images: merged.forward_head(merged.forward_tokens(images))):
         with pytest.raises(UnsupportedModelError, match=f"VisionTransformer with global_pool='{pool}'; supported: tok"):
             classify(images)
 

@@ -25,11 +25,13 @@ INSIDE: list[tuple[RLike, int]] = [(3, 0), (4, 0), ([9], 0), ((0, 5, 6), 0), (Ra
 
 def everything(merged: MergedViT, images: Tensor, r: RLike) -> list[Tensor]:
     """All that a model gives at one `r`."""
-    tokens = merged.forward_features(images, r, track=True)
+    tokens = merged.forward_tokens(images, r, track=True)
     after = merged.tokens_after([0, -1], images, r)
-    maps: Any = merged.forward_intermediates(images, r, norm=True, output_fmt="NLC", return_prefix_tokens=True)
+    maps: Any = merged.forward_intermediates(
+        images, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True, r=r
+    )
     found = [merged(images, r), tokens.x, tokens.size, tokens.source, merged.forward_head(tokens)]
-    found += [tensor for kept in after for tensor in kept] + [tensor for pair in maps for tensor in pair]
+    found += [tensor for kept in after for tensor in kept[:3]] + [tensor for pair in maps for tensor in pair]
     return [tensor for tensor in found + visualize.sources(merged, images, r, [1]) if tensor is not None]
 
 
@@ -79,7 +81,7 @@ def test_fused_models_have_them(case: Case) -> None:
     for band in fused.tuned.bands:
         other = wrap(having(model, band.tensors), "fused")
         for r in (band.low, band.high):
-            got, wanted = fused.forward_features(images, r), other.forward_features(images, r)
+            got, wanted = fused.forward_tokens(images, r), other.forward_tokens(images, r)
             assert_close([fused(images, r), got.x], [other(images, r), wanted.x])
 
 

@@ -140,7 +140,7 @@ def test_a_batch_that_does_not_fit_goes_in_parts(
 
     monkeypatch.setattr(parted, fails_at, fits_two)
     losses = learned(whole, images, range(3)), learned(parted, images, range(3))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the order of sums goes by the machine
     for name, number in parted._numbers.items():
         torch.testing.assert_close(number.grad, whole._numbers[name].grad, rtol=1e-2, atol=1e-5)
     assert asked == [4, 2, 2, 2, 2, 2, 2]

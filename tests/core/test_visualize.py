@@ -34,7 +34,7 @@ def test_after_each_block_there_are_as_many_groups_as_tokens(merged: MergedViT, 
 
 def test_the_last_block_shows_what_the_forward_loop_tracks(merged: MergedViT) -> None:
     images = torch.randn(2, 3, 96, 96)
-    tracked = merged.forward_features(images, (9, 4, 6), track=True).source
+    tracked = merged.forward_tokens(images, (9, 4, 6), track=True).source
     assert tracked is not None
     assert torch.equal(sources(merged, images, (9, 4, 6), [2])[0], tracked)
 

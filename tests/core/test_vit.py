@@ -48,7 +48,7 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.mark.parametrize("r", [0, [], [0, 0, 0], Ramp(0)])
 def test_r_0_is_timm(model: VisionTransformer, merged: MergedViT, images: Tensor, r: RLike) -> None:
     torch.testing.assert_close(merged(images, r), model(images), rtol=1e-5, atol=1e-5)
-    assert torch.equal(merged.forward_features(images, r).x, model.forward_features(images))
+    assert torch.equal(merged.forward_tokens(images, r).x, model.forward_features(images))
 
 
 def test_the_last_block_computes_prefix_tokens_alone_where_the_head_reads_no_others(build: Build) -> None:
@@ -63,7 +63,7 @@ def test_the_last_block_computes_prefix_tokens_alone_where_the_head_reads_no_oth
 
 
 def test_head_and_features_are_the_two_parts_of_the_whole(merged: MergedViT, images: Tensor) -> None:
-    tokens = merged.forward_features(images, 4)
+    tokens = merged.forward_tokens(images, 4)
     torch.testing.assert_close(merged.forward_head(tokens), merged(images, 4), rtol=1e-5, atol=1e-5)
     pooled = merged.forward_head(tokens, pre_logits=True)
     head: Any = merged.model.head
@@ -84,7 +84,7 @@ def test_token_counts_are_what_really_enters_and_leaves_the_blocks(
     blocks[0].norm1.register_forward_pre_hook(count)
     for block in blocks:
         block.mlp.register_forward_pre_hook(count)
-    tokens = merged.forward_features(images, r)
+    tokens = merged.forward_tokens(images, r)
     assert merged.token_counts(r) == tuple(seen)
     assert merged.token_counts(r)[-1] == tokens.x.shape[1] < merged.num_tokens == 37
     assert merged.max_r == 18
@@ -92,14 +92,14 @@ def test_token_counts_are_what_really_enters_and_leaves_the_blocks(
 
 @pytest.mark.parametrize("r", RS)
 def test_sizes_add_up_to_the_tokens_that_came_in(merged: MergedViT, images: Tensor, r: RLike) -> None:
-    size = merged.forward_features(images, r).size
+    size = merged.forward_tokens(images, r).size
     assert size is not None
     assert size.sum(1).tolist() == [37.0] * 4
 
 
 @pytest.mark.parametrize("r", RS)
 def test_a_source_finds_as_many_tokens_in_a_row_as_its_size_says(merged: MergedViT, images: Tensor, r: RLike) -> None:
-    tokens = merged.forward_features(images, r, track=True)
+    tokens = merged.forward_tokens(images, r, track=True)
     assert tokens.size is not None and tokens.source is not None
     for source, size in zip(tokens.source, tokens.size, strict=True):
         assert source.bincount(minlength=len(size)).tolist() == size.tolist()
@@ -110,7 +110,7 @@ def test_a_source_finds_as_many_tokens_in_a_row_as_its_size_says(merged: MergedV
 def test_any_schedule_keeps_the_books(build: Build, r: list[int], reg_tokens: int) -> None:
     prefix = 1 + reg_tokens
     merged = wrap(build(reg_tokens=reg_tokens))
-    tokens = merged.forward_features(torch.randn(2, 3, 96, 96), r, track=True)
+    tokens = merged.forward_tokens(torch.randn(2, 3, 96, 96), r, track=True)
     left = prefix + 36
     for wanted in r:
         left -= min(wanted, (left - prefix) // 2)
@@ -126,15 +126,15 @@ def test_any_schedule_keeps_the_books(build: Build, r: list[int], reg_tokens: in
 
 
 def test_tracking_changes_no_feature_and_is_off_unless_asked(merged: MergedViT, images: Tensor) -> None:
-    tokens = merged.forward_features(images, 4)
+    tokens = merged.forward_tokens(images, 4)
     assert tokens.source is None
-    assert torch.equal(tokens.x, merged.forward_features(images, 4, track=True).x)
+    assert torch.equal(tokens.x, merged.forward_tokens(images, 4, track=True).x)
 
 
 @pytest.mark.parametrize("reg_tokens", [0, 4, 5])
 def test_prefix_tokens_survive_any_r_in_their_places(build: Build, images: Tensor, reg_tokens: int) -> None:
     prefix = 1 + reg_tokens
-    tokens = wrap(build(reg_tokens=reg_tokens)).forward_features(images, 10**9, track=True)
+    tokens = wrap(build(reg_tokens=reg_tokens)).forward_tokens(images, 10**9, track=True)
     assert tokens.size is not None and tokens.source is not None
     assert torch.equal(tokens.source[:, :prefix], torch.arange(prefix).expand(4, -1))
     assert tokens.source[:, prefix:].min() == prefix
@@ -165,7 +165,7 @@ def test_different_ways_to_say_the_same_schedule_give_the_same_logits(merged: Me
 
 @pytest.mark.parametrize(("r", "error"), [(-1, ValueError), ([1, 1, 1, 1], ValueError), ("4", TypeError)])
 def test_a_wrong_r_is_refused(merged: MergedViT, images: Tensor, r: RLike, error: type[Exception]) -> None:
-    for use in (merged, merged.forward_features):
+    for use in (merged, merged.forward_tokens):
         with pytest.raises(error):
             use(images, r)
     with pytest.raises(error):
@@ -253,7 +253,7 @@ def test_the_metric_is_the_mean_of_the_keys_over_heads_in_float32_or_wider(
     x = merged.family.embed(merged.model, images.to(dtype)).x
     block = merged.family.blocks(merged.model)[0]
     _, keys = merged._attend(block, Tokens(x), NOWHERE, None)
-    merged.forward_features(images.to(dtype), [4])
+    merged.forward_tokens(images.to(dtype), [4])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert seen[0].dtype == wide
     torch.testing.assert_close(seen[0], keys.to(wide).mean(dim=1), rtol=1e-6, atol=1e-6)
@@ -261,13 +261,13 @@ def test_the_metric_is_the_mean_of_the_keys_over_heads_in_float32_or_wider(
 
 def test_prefix_only_is_for_heads_that_read_no_more(build: Build, images: Tensor) -> None:
     merged = wrap(build(reg_tokens=2))
-    tokens = merged.forward_features(images, 4, prefix_only=True)
+    tokens = merged.forward_tokens(images, 4, prefix_only=True)
     assert tokens.x.shape == (4, 3, 48)
     torch.testing.assert_close(merged.forward_head(tokens), merged(images, 4))
     with pytest.raises(ValueError, match="prefix_only leaves nothing to track"):
-        merged.forward_features(images, 4, prefix_only=True, track=True)
+        merged.forward_tokens(images, 4, prefix_only=True, track=True)
     with pytest.raises(ValueError, match="needs a head that reads prefix tokens alone"):
-        wrap(build(global_pool="avg")).forward_features(images, 4, prefix_only=True)
+        wrap(build(global_pool="avg")).forward_tokens(images, 4, prefix_only=True)
 
 
 @pytest.mark.parametrize("r", [0, 4, [5, 0, 2]])

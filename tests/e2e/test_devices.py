@@ -131,7 +131,7 @@ def test_without_a_state_folder_the_engines_agree_and_sigterm_answers_what_was_a
 
 def test_a_device_that_is_not_there_ends_the_start_with_its_name(start_service: StartService) -> None:
     service = start_service("--device", "cpu,abacus", wait=False)
-    assert service.process.wait(timeout=60) == 1
+    assert service.process.wait(timeout=60) == 2
     service.reader.join()
     assert "device 'abacus'" in "".join(service.log)
     assert "Traceback" not in "".join(service.log)

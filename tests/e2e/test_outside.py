@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "server/static/samples"
 PHOTO = str(SAMPLES / "lighthouse.jpg")
-CALIBRATE = "calibrate --r 4 --photos 4 --threads 1 --max-batch-size 2 --output out/curve.json --plot out/curve.svg"
+CALIBRATE = "calibrate --r 4 --limit 4 --threads 1 --max-batch-size 2 --output out/curve.json --plot out/curve.svg"
 COMPILE = """
 import tempfile
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_tuning_does_neither(tmp_path: Path) -> None:
     photos = tmp_path / "out/photos"
     for number in range(13):  # it takes 50 photos or more
         shutil.copytree(SAMPLES, photos / str(number))
-    run(tmp_path, *"-m server.cli tune --minutes 0.01 --r 8..8".split(), "--images", str(photos), "-o", "out/tuned")
+    run(tmp_path, *"-m server.cli tune --minutes 0.01 --band 8..8".split(), "--images", str(photos), "-o", "out/tuned")
 
 
 def test_openvino_sends_nothing_in_our_processes_its_converter_and_the_translation_included(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from server.model_spec import BUNDLED_NAME
+from tests.e2e.behind import behind
 from tests.e2e.service import Service, StartService
 
 playwright = pytest.importorskip(
@@ -26,7 +28,6 @@ from playwright.sync_api import (  # noqa: E402
     BrowserContext,
     ConsoleMessage,
     Page,
-    Request,
     Response,
     Route,
     expect,
@@ -53,31 +54,34 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+COUNT_REQUESTS = """
+    const { fetch } = window;
+    let open = 0;
+    window.mostAtOnce = 0;
+    window.fetch = async (path, options) => {
+        if (!/v1\\/(classify|explain)/.test(path)) return fetch(path, options);
+        mostAtOnce = Math.max(mostAtOnce, ++open);
+        try {
+            return await fetch(path, options);
+        } finally {
+            open -= 1;
+        }
+    };
+"""
+
+
 class Watched:
-    """A page, and everything that it does: no request may leave the origin, and no error go untold."""
+    """A page and all that it does. No request may leave the origin, and no error may be overlooked."""
 
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.page = context.new_page()
         self.url = url
         self.requests: list[str] = []
-        self.most_at_once = 0
         self.expected_errors = [r"/curve$"]  # a model without a measured curve answers 404, and Chromium logs that
         self._errors: list[str] = []
-        self._asking: set[Request] = set()
-        self.page.on("request", self._begin)
-        self.page.on("requestfinished", self._end)
-        self.page.on("requestfailed", self._end)
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("console", self._told)
         self.page.on("pageerror", lambda error: self._errors.append(f"uncaught: {error}"))
-
-    def _begin(self, request: Request) -> None:
-        self.requests.append(request.url)
-        if re.search(r"/v1/(classify|explain)", request.url):
-            self._asking.add(request)
-            self.most_at_once = max(self.most_at_once, len(self._asking))
-
-    def _end(self, request: Request) -> None:
-        self._asking.discard(request)
 
     def _told(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
@@ -85,7 +89,7 @@ class Watched:
 
     def open(self) -> Page:
         """Opens the page, and waits until both sides have looked at the first sample."""
-        self.page.goto(self.url)
+        self.page.goto(f"{self.url}/")
         expect(self.page.locator("#a-caption")).to_contain_text("tokens")
         expect(self.page.locator("#b-caption")).to_contain_text("tokens")
         return self.page
@@ -122,12 +126,12 @@ def caption(r: int, block: int = BLOCKS) -> str:
 
 def test_a_sample_is_answered_without_a_click(watched: Watched) -> None:
     page = watched.open()
-    expect(page.locator("#a-caption")).to_have_text(caption(8))
+    expect(page.locator("#a-caption")).to_have_text(caption(16))
     expect(page.locator("#b-caption")).to_have_text(caption(0))
     expect(page.locator("#a-bars li")).to_have_count(5)
     expect(page.locator("#a-bars li").first).to_contain_text("beacon")
-    expect(page.locator("#verdict")).to_contain_text("Both agree: beacon")
-    expect(page.locator("#a-work")).to_have_text(f"{round(100 * (TOKENS - 8 * 6.5) / TOKENS)} %")
+    expect(page.locator("#verdict")).to_contain_text(re.compile("^Same answer.*: beacon."))
+    expect(page.locator("#a-work")).to_have_text(f"{round(100 * (TOKENS - 16 * 6.5) / TOKENS)} %")
     expect(page.locator("#a-ms")).to_have_text(re.compile(r"^[\d.]+ ms$"))
     expect(page.locator("#health")).to_have_text("ready")
 
@@ -135,22 +139,23 @@ def test_a_sample_is_answered_without_a_click(watched: Watched) -> None:
 def test_another_sample_is_another_answer(watched: Watched) -> None:
     page = watched.open()
     page.get_by_role("button", name="Ladybug").click()
-    expect(page.locator("#verdict")).to_contain_text("Both agree: ladybug")
+    expect(page.locator("#verdict")).to_contain_text(re.compile("^Same answer.*: ladybug."))
     expect(page.get_by_role("button", name="Ladybug")).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("button", name="Lighthouse")).to_have_attribute("aria-pressed", "false")
 
 
 def test_the_slider_sends_one_request_at_a_time_and_ends_on_the_last_value(watched: Watched) -> None:
+    watched.page.add_init_script(COUNT_REQUESTS)
     page = watched.open()
     page.locator("#a-dial").focus()
     for key in ["ArrowRight"] * 12 + ["ArrowLeft"] * 3:
         page.keyboard.press(key)
-    expect(page.locator("#a-r")).to_have_text("17")
-    expect(page.locator("#a-caption")).to_have_text(caption(17))
-    expect(page.locator("#a-tokens")).to_have_text(f"{TOKENS - 17 * BLOCKS} of {TOKENS}")
-    assert watched.most_at_once == 1
+    expect(page.locator("#a-r")).to_have_text("18")  # 16 and 12 more is past the end, which is 21
+    expect(page.locator("#a-caption")).to_have_text(caption(18))
+    expect(page.locator("#a-tokens")).to_have_text(f"{TOKENS - 18 * BLOCKS} of {TOKENS}")
+    assert page.evaluate("mostAtOnce") == 1
     asked = [int(found[1]) for url in watched.requests if (found := re.search(r"/v1/explain.*&r=(\d+)", url))]
-    assert asked[-1] == 17
+    assert asked[-1] == 18
 
 
 def test_the_bars_of_a_slider_are_the_servers_answer(watched: Watched) -> None:
@@ -174,21 +179,183 @@ def test_two_settings_that_differ_are_said_to_differ(watched: Watched) -> None:
         body["results"][0]["top_k"][0]["label"] = "teapot, kettle"
         route.fulfill(response=response, json=body)
 
-    watched.page.route(re.compile(r"/v1/classify.*&r=8"), other_class)
+    watched.page.route(re.compile(r"/v1/classify.*&r=16"), other_class)
     page = watched.open()
-    expect(page.locator("#verdict")).to_contain_text("They differ: A says teapot, B says beacon.")
+    expect(page.locator("#verdict")).to_contain_text(re.compile("^Different answers.*: A says teapot, B says beacon."))
     expect(page.locator("#verdict")).to_have_attribute("data-agree", "no")
+
+
+IS_GREY = """part => {
+    document.getAnimations().forEach((animation) => animation.finish());
+    for (let each = part; each; each = each.parentElement) if (getComputedStyle(each).opacity < 1) return true;
+    return false;
+}"""
+
+
+def is_grey(page: Page, part: str) -> bool:
+    """Whether a part of the page, or an element around it, is greyed out or about to be."""
+    return bool(page.locator(part).evaluate(IS_GREY))
+
+
+class Answers:
+    """Answers of /v1/classify with times and backends that a test sets; everything else is the server's.
+
+    Attributes:
+        times: Inference times in milliseconds that an r gets, one after the other; the last one stays.
+        by: Backend and precision that compute an r.
+        asked: The r of every classification.
+        compiling: As the model tells of it.
+    """
+
+    def __init__(self, page: Page) -> None:
+        self.times: dict[int, list[float]] = {16: [25.0], 0: [40.0]}
+        self.by = {16: ("openvino", "bf16"), 0: ("openvino", "bf16")}
+        self.asked: list[int] = []
+        self.compiling: dict[str, Any] | None = None
+        page.route(re.compile("/v1/classify"), self._classify)
+        page.route(f"**{MODEL}", self._model)
+
+    def _classify(self, route: Route) -> None:
+        response = route.fetch()
+        body = response.json()
+        r = body["r"]
+        self.asked.append(r)
+        times = self.times[r]
+        body["timings_ms"]["inference"] = times.pop(0) if len(times) > 1 else times[0]
+        body["computed_by"] = dict(zip(("backend", "precision"), self.by[r], strict=True))
+        route.fulfill(response=response, json=body)
+
+    def _model(self, route: Route) -> None:
+        response = route.fetch()
+        body = response.json()
+        body |= {"backend": {"name": "openvino", "precision": "bf16", "reason": ""}, "compiling": self.compiling}
+        route.fulfill(response=response, json=body)
+
+
+def test_the_gain_is_told_in_words_and_milliseconds(watched: Watched) -> None:
+    Answers(watched.page)
+    page = watched.open()
+    verdict = page.locator("#verdict")
+    expect(verdict).to_contain_text("Same answer, A is 1.6× as fast: beacon.")
+    expect(verdict).to_contain_text("A takes 25 ms, B 40 ms: medians of 5 inferences each.")
+    expect(page.locator("#a-ms")).to_have_text("25 ms")
+    expect(page.locator("#a-by")).to_have_text("openvino, bf16")
+    wide = [page.locator(f"#{side}-time").evaluate("bar => bar.style.getPropertyValue('--share')") for side in "ab"]
+    assert [float(share) for share in wide] == pytest.approx([25 / 40, 1])
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"), [(41.0, "Same answer, equally fast"), (60.0, "Same answer, B is 1.5× as fast")]
+)
+def test_no_gain_is_claimed_where_there_is_none(watched: Watched, ms: float, words: str) -> None:
+    Answers(watched.page).times[16] = [ms]
+    expect(watched.open().locator("#verdict")).to_contain_text(words)
+
+
+def test_twenty_times_are_measured_in_turns_and_their_medians_are_told(watched: Watched) -> None:
+    answers = Answers(watched.page)
+    page = watched.open()
+    expect(page.locator("#verdict")).to_contain_text("medians of 5")
+    answers.asked.clear()
+    answers.times = {16: [*map(float, range(21, 41)), 99.0], 0: [*map(float, range(70, 50, -1)), 99.0]}
+    page.get_by_role("button", name="Measure 20 times").click()
+    expect(page.locator("#verdict")).to_contain_text("medians of 20")
+    expect(page.locator("#verdict")).to_contain_text("A takes 31 ms, B 61 ms")  # 30.5 and 60.5
+    expect(page.locator("#verdict")).to_contain_text("A is 2.0× as fast")
+    assert sorted(answers.asked) == [0] * 20 + [16] * 20
+    pairs = [set(answers.asked[at : at + 2]) for at in range(0, 40, 2)]
+    assert pairs == [{0, 16}] * 20
+    assert answers.asked[0::2] == [16, 0] * 10 or answers.asked[0::2] == [0, 16] * 10  # each goes first as often
+
+
+def test_only_medians_of_one_measurement_are_compared(watched: Watched) -> None:
+    answers = Answers(watched.page)
+    page = watched.open()
+    expect(page.locator("#verdict")).to_contain_text("medians of 5")
+    page.evaluate("""() => {
+        window.verdicts = [];
+        new MutationObserver(() => verdicts.push(document.getElementById("verdict").textContent))
+            .observe(document.getElementById("verdict"), { childList: true, subtree: true, characterData: true });
+    }""")
+    answers.times = {16: [10.0], 0: [16.0]}  # all at once faster, as when a compilation ends
+    page.get_by_role("button", name="Measure 20 times").click()
+    expect(page.locator("#verdict")).to_contain_text("medians of 20")
+    verdicts = page.evaluate("verdicts")
+    assert len(verdicts) >= 40 and {verdict.split(":")[0] for verdict in verdicts} == {"Same answer, A is 1.6× as fast"}
+
+
+def test_times_of_two_backends_are_not_compared_and_follow_once_both_are_compiled(watched: Watched) -> None:
+    answers = Answers(watched.page)
+    answers.times[16], answers.by[16] = [100.0], ("torch", "fp32")
+    answers.compiling = {"r": 16, "done": 2, "total": 9}
+    page = watched.open()
+    verdict, health = page.locator("#verdict"), page.locator("#health")
+    expect(verdict).to_contain_text("Compiling r = 16 (3 of 9): the times follow.")
+    expect(verdict).to_contain_text("Same answer: beacon.")
+    expect(page.locator("#a-by")).to_have_text("torch, fp32")
+    shares = [page.locator(f"#{side}-time").evaluate("bar => bar.style.getPropertyValue('--share')") for side in "ab"]
+    assert shares == ["0", "0"]  # no bars side by side
+    expect(health).to_have_text("ready, compiling r = 16 (3 of 9)")
+    answers.compiling = {"r": [16, 8, 0], "done": 8, "total": 9}
+    expect(health).to_have_text("ready, compiling r = 16, 8 (9 of 9)")
+    expect(verdict).to_contain_text("Compiling r = 16, 8 (9 of 9): the times follow.")
+    curves = len([url for url in watched.requests if url.endswith("/curve")])
+    answers.times[16], answers.by[16], answers.compiling = [20.0], ("openvino", "bf16"), None
+    expect(health).to_have_text("ready")
+    expect(verdict).to_contain_text("Same answer, A is 2.0× as fast: beacon.")
+    assert len([url for url in watched.requests if url.endswith("/curve")]) > curves  # it has new speeds
+
+
+def test_two_backends_for_good_are_said_to_be_two(watched: Watched) -> None:
+    answers = Answers(watched.page)
+    answers.by[16] = ("torch", "fp32")
+    page = watched.open()
+    expect(page.locator("#verdict")).to_contain_text(
+        "A was computed by torch, fp32, B was computed by openvino, bf16: their times cannot be compared."
+    )
+    answers.by[16] = ("openvino", "bf16")
+    expect(page.locator("#verdict")).to_contain_text("A is 1.6× as fast")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_verdict_and_times_are_seen_without_scrolling(
+    browser: Browser, shared_service: Service, width: int, height: int
+) -> None:
+    watched = Watched(browser.new_context(viewport={"width": width, "height": height}), shared_service.url)
+    page = watched.open()
+    expect(page.locator("#verdict")).to_contain_text("medians of 5")
+    for part in ("#a-dial", "#verdict", "#a-ms", "#b-ms", "#a-by", "#b-by", "#measure"):
+        box = page.locator(part).bounding_box()
+        assert box and box["y"] >= 0 and box["y"] + box["height"] <= height, part
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width, part
+    watched.close()
+
+
+def test_an_answer_of_another_dial_is_grey_until_the_new_one_comes(watched: Watched) -> None:
+    page = watched.open()
+    expect(page.locator("#verdict")).to_contain_text("medians of 5")
+    held, holds = list[Route](), True
+    page.route(re.compile(r"/v1/classify.*&r=12"), lambda route: held.append(route) if holds else route.continue_())
+    page.locator("#a-dial").fill("12")
+    while not held:
+        page.wait_for_timeout(20)
+    assert is_grey(page, "#a-bars") and is_grey(page, "#verdict") and not is_grey(page, "#b-bars")
+    holds = False
+    held[0].continue_()
+    expect(page.locator("#a-caption")).to_have_text(caption(12))
+    expect(page.locator("#compare")).to_have_attribute("data-stale", "")
+    assert not is_grey(page, "#a-bars") and not is_grey(page, "#verdict")
 
 
 def test_the_blocks_are_stepped_through_without_another_request(watched: Watched) -> None:
     page = watched.open()
-    expect(page.locator("#a-caption")).to_have_text(caption(8))
+    expect(page.locator("#a-caption")).to_have_text(caption(16))
     explained = len([url for url in watched.requests if "/v1/explain" in url])
     page.locator("#block").focus()
     pictures = set()
     for block in range(BLOCKS - 1, 0, -1):
         page.keyboard.press("ArrowLeft")
-        expect(page.locator("#a-caption")).to_have_text(caption(8, block))
+        expect(page.locator("#a-caption")).to_have_text(caption(16, block))
         expect(page.locator("#block-name")).to_have_text(f"after block {block} of {BLOCKS}")
         pictures.add(page.locator("#a-picture").evaluate("canvas => canvas.toDataURL()"))
     assert len(pictures) == BLOCKS - 1
@@ -196,7 +363,7 @@ def test_the_blocks_are_stepped_through_without_another_request(watched: Watched
     expect(page.locator("#a-caption")).to_have_text(f"{TOKENS} tokens of {TOKENS} before block 1")
     page.get_by_role("button", name="Play the blocks").click()
     expect(page.get_by_role("button", name="Pause")).to_be_visible()
-    expect(page.locator("#a-caption")).to_have_text(caption(8))
+    expect(page.locator("#a-caption")).to_have_text(caption(16))
     expect(page.get_by_role("button", name="Play the blocks")).to_be_visible()
     assert len([url for url in watched.requests if "/v1/explain" in url]) == explained
 
@@ -233,7 +400,7 @@ def test_a_merged_group_is_one_colour_and_a_lone_patch_keeps_its_pixels(watched:
 
 def test_a_patch_is_picked_by_pointer_and_by_keyboard(watched: Watched) -> None:
     page = watched.open()
-    expect(page.locator("#a-caption")).to_have_text(caption(8))
+    expect(page.locator("#a-caption")).to_have_text(caption(16))
     before = page.locator("#b-picture").evaluate("canvas => canvas.toDataURL()")
     page.locator("#a-picture").hover(position={"x": 5, "y": 5})
     expect(page.locator("#touched")).to_have_text(re.compile("A: (one token for|a token).* · B: a token of its own"))
@@ -265,7 +432,7 @@ def test_the_deployments_r_is_set_and_b_follows_it(watched: Watched, r_is_put_ba
     expect(page.locator("#b-caption")).to_have_text(caption(13))
     expect(page.locator("#b-r")).to_have_text("13")
     page.get_by_role("button", name="Use A's").click()
-    expect(page.locator("#b-caption")).to_have_text(caption(8))
+    expect(page.locator("#b-caption")).to_have_text(caption(16))
     page.get_by_role("textbox", name="The deployment's r").fill("16, 14,12")
     page.keyboard.press("Enter")
     expect(page.locator("#b-r")).to_have_text("16, 14, 12")
@@ -367,7 +534,7 @@ def test_a_photo_is_dropped_or_chosen(watched: Watched) -> None:
     page = watched.open()
     drop(page, "sky.png", "image/png", png("skyblue"))
     expect(page.locator("#photo-name")).to_contain_text("sky.png")
-    expect(page.locator("#a-picture")).to_have_attribute("aria-label", re.compile("^sky.png at r 8"))
+    expect(page.locator("#a-picture")).to_have_attribute("aria-label", re.compile("^sky.png at r 16"))
     expect(page.locator("[data-sample][aria-pressed=true]")).to_have_count(0)
     page.locator("#file").set_input_files({"name": "red.png", "mimeType": "image/png", "buffer": png()})
     expect(page.locator("#b-picture")).to_have_attribute("aria-label", re.compile("^red.png at r 0"))
@@ -395,7 +562,7 @@ def test_a_format_that_only_the_server_reads_is_answered_all_the_same(watched: W
     Image.new("RGB", (64, 64), "green").save(file, "TIFF")
     drop(page, "scan.tiff", "image/tiff", file.getvalue())
     expect(page.locator("#photo-error")).to_contain_text("This browser cannot show this file")
-    expect(page.locator("#a-picture")).to_have_attribute("aria-label", re.compile("^scan.tiff at r 8"))
+    expect(page.locator("#a-picture")).to_have_attribute("aria-label", re.compile("^scan.tiff at r 16"))
     expect(page.locator("#a-bars li")).to_have_count(5)
 
 
@@ -456,11 +623,14 @@ def a_curve() -> dict[str, Any]:
     keys = ("r", "tokens", "images_per_s", "agreement", "agreement_interval", "top1")
     return {
         "model": BUNDLED_NAME,
-        "device": "cpu",
-        "precision": "fp32",
-        "backend": "torch",
-        "measured": "2026-11-22",
-        "photos": 500,
+        "speed_from": {"device": "AMD EPYC", "backend": "openvino", "precision": "bf16", "measured": "2026-11-27"},
+        "agreement_from": {
+            "device": "NVIDIA H200",
+            "backend": "torch",
+            "precision": "fp32",
+            "measured": "2026-11-22",
+            "photos": 10_000,
+        },
         "rows": [dict(zip(keys, row, strict=True)) for row in rows],
     }
 
@@ -476,12 +646,48 @@ def test_the_curve_marks_where_the_deployment_stands_and_sets_the_dial(watched: 
     assert xs == sorted(xs) and ys == sorted(ys)  # faster to the right, less agreement lower
     dots.nth(2).focus()
     expect(page.locator("#curve-says")).to_contain_text(
-        "r = 16: 90.2 images/s, 65 tokens left, agrees with r = 0 on 88.3 %"
+        "r = 16: 90.2 images/s (1.8× r = 0), 65 tokens left, agrees with r = 0 on 88.3 %"
     )
+    page.locator("#a-dial").fill("4")
+    dots.nth(2).focus()
     page.keyboard.press("Enter")
     expect(page.locator("#a-caption")).to_have_text(caption(16))
     page.get_by_role("radio", name="top-1").check()
     expect(dots).to_have_count(2)
+
+
+def test_the_curve_says_where_its_speed_and_where_its_agreement_come_from(watched: Watched) -> None:
+    watched.page.route("**/curve", lambda route: route.fulfill(json=a_curve()))
+    page = watched.open()
+    expect(page.locator("#curve-from")).to_have_text(
+        "Speed: AMD EPYC, openvino, bf16, 2026-11-27. Agreement: 10,000 photos, NVIDIA H200, torch, fp32, 2026-11-22."
+    )
+
+
+def test_the_curve_marks_a_and_b(watched: Watched) -> None:
+    watched.page.route("**/curve", lambda route: route.fulfill(json=a_curve()))
+    page = watched.open()
+
+    def place(of: str, circle: str) -> float:
+        return float(page.locator(f"#curve {of} {circle}").get_attribute("cx") or "nan")
+
+    dots = [float(x) for x in page.locator("#curve .point").evaluate_all("all => all.map(p => p.getAttribute('cx'))")]
+    assert (place(".mark-of.b", "circle"), place(".mark-of.a", "circle")) == pytest.approx((dots[0], dots[2]))
+    expect(page.locator("#curve .mark-of.a")).to_have_text("A")
+    page.locator("#a-dial").fill("12")  # it has no dot: halfway between those of 8 and 16
+    expect(page.locator("#a-caption")).to_have_text(caption(12))
+    assert place(".mark-of.a", "circle") == pytest.approx((dots[1] + dots[2]) / 2)
+
+
+@pytest.mark.parametrize(("last_r", "first_of_a"), [(16, 16), (8, 8)])
+def test_the_dials_end_where_the_curve_does(watched: Watched, last_r: int, first_of_a: int) -> None:
+    curve = a_curve()
+    curve["rows"] = [row for row in curve["rows"] if row["r"] <= last_r]
+    watched.page.route("**/curve", lambda route: route.fulfill(json=curve))
+    page = watched.open()
+    expect(page.locator("#a-r")).to_have_text(str(first_of_a))
+    for side in ("a", "b"):
+        expect(page.locator(f"#{side}-dial")).to_have_attribute("max", str(last_r))
 
 
 def test_the_bundled_model_brings_its_curve(watched: Watched) -> None:
@@ -512,6 +718,37 @@ def test_nothing_else_may_be_loaded_or_run(watched: Watched) -> None:
     }""")
     assert ran == [True, False]
     watched.requests = [url for url in watched.requests if "elsewhere" not in url]  # asked for, and never sent
+
+
+def test_the_page_works_under_a_path(browser: Browser, shared_service: Service) -> None:
+    with behind(shared_service.url, "/tome") as url:
+        watched = Watched(browser.new_context(), url)
+        page = watched.open()
+        expect(page.locator("#verdict")).to_contain_text("medians of 5")
+        expect(page.locator("#share li").first).to_contain_text("%")
+        page.get_by_role("link", name="API").click()
+        expect(page.locator("h1")).to_have_text("The API")
+        watched.close()
+
+
+@pytest.mark.parametrize("prefix", ["", "/tome"])
+def test_the_page_of_the_api_comes_from_this_server_alone(
+    browser: Browser, shared_service: Service, prefix: str
+) -> None:
+    with behind(shared_service.url, prefix) if prefix else nullcontext(shared_service.url) as url:
+        watched = Watched(browser.new_context(), url)
+        page = watched.page
+        page.goto(f"{url}/docs")
+        expect(page.locator("#get-v1-models")).to_contain_text(f"curl '{url}/v1/models'")
+        expect(page.locator("footer")).to_contain_text("Everything here comes from this server.")
+        page.locator("#contents a", has_text="/v1/explain").click()
+        expect(page.locator("#post-v1-explain")).to_be_in_viewport()
+        page.get_by_role("link", name="The page").click()
+        expect(page.locator("#a-caption")).to_contain_text("tokens")
+        assert {f"{url}/{name}" for name in ("docs", "static/docs.js", "static/docs.css", "openapi.json")} <= set(
+            watched.requests
+        )
+        watched.close()
 
 
 @pytest.mark.parametrize("width", [360, 768, 1600])
@@ -560,6 +797,9 @@ def test_a_server_that_goes_away_is_missed_and_welcomed_back(browser: Browser, s
     assert service.stop() == 0
     expect(page.locator("#away")).to_contain_text("The server does not answer")
     expect(page.locator("#health")).to_have_text("no answer")
+    for part in (".verdict", ".times", "#a-bars", "#b-caption", "#curve", ".gauges", ".share", ".deployment"):
+        assert is_grey(page, part), part
+    expect(page.get_by_role("button", name="Measure 20 times")).to_be_disabled()
     page.locator("#a-dial").fill("12")
     expect(page.locator("#photo-error")).to_contain_text("the server does not answer. Trying again.")
     start_service("--port", service.url.rsplit(":", 1)[1])
@@ -567,6 +807,9 @@ def test_a_server_that_goes_away_is_missed_and_welcomed_back(browser: Browser, s
     expect(page.locator("#health")).to_have_text("ready")
     expect(page.locator("#a-caption")).to_have_text(caption(12))
     expect(page.locator("#photo-error")).to_be_hidden()
+    expect(page.locator("#verdict")).to_contain_text("medians of")
+    for part in (".verdict", ".times", "#a-bars", "#curve", ".gauges", ".deployment"):
+        assert not is_grey(page, part), part
     watched.close()
 
 
@@ -582,10 +825,10 @@ def test_a_key_is_asked_for_where_the_server_wants_one(browser: Browser, start_s
     expect(page.get_by_label("API key")).to_be_focused()
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#key-why")).to_have_text("The server does not take this key.")
+    expect(page.locator("#key-why")).to_have_text("The server does not accept this key.")
     page.get_by_label("API key").fill("sesame")
     page.get_by_role("button", name="Use this key").click()
-    expect(page.locator("#a-caption")).to_have_text(caption(8))
+    expect(page.locator("#a-caption")).to_have_text(caption(16))
     expect(page.locator("#key")).to_be_hidden()
     page.get_by_role("textbox", name="The deployment's r").fill("4")
     page.get_by_role("button", name="Set").click()
@@ -606,7 +849,7 @@ def test_another_model_brings_its_own_dial(browser: Browser, start_service: Star
     watched = Watched(context, service.url)
     page = watched.open()
     page.get_by_role("combobox", name="Model").select_option("vit_tiny_patch16_224")
-    expect(page.locator("#a-caption")).to_have_text(f"{197 - 8 * 12} tokens of 197 after block 12")
+    expect(page.locator("#a-caption")).to_have_text(f"{197 - 16 * 12} tokens of 197 after block 12")
     expect(page.locator("#b-tokens")).to_have_text("197 of 197")
     expect(page.get_by_role("textbox", name="The deployment's r")).to_have_value("4")
     most = int(page.locator("#a-dial").get_attribute("max") or 0)
@@ -633,5 +876,5 @@ def test_a_page_opened_before_the_engine_is_ready_waits_for_it(watched: Watched)
     watched.expected_errors.append("503.*/v1/models$")
     watched.page.goto(watched.url)
     expect(watched.page.locator("#health")).to_have_text("the models are still loading")
-    expect(watched.page.locator("#a-caption")).to_have_text(caption(8))
+    expect(watched.page.locator("#a-caption")).to_have_text(caption(16))
     expect(watched.page.locator("#health")).to_have_text("ready")

@@ -22,7 +22,7 @@ BATCH, PHOTOS = 4, 60
 PROGRAM = f"""
 import sys
 from server.cli import main
-from server.offline import progress
+from server.commands import progress
 
 class Waits(progress.Progress):
     def add(self, images, errors):

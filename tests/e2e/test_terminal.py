@@ -67,6 +67,6 @@ def test_a_second_ctrl_c_waits_for_nothing_more(start_service: StartService) -> 
     service = start_service("--drain-delay-s", "60", wait=False, preloaded=False)
     answers(service, "/livez", 200)
     send_to_all(service, signal.SIGINT)
-    service.until(lambda: "about to end" in httpx.get(f"{service.url}/readyz").text)
+    service.until(lambda: "shutting down" in httpx.get(f"{service.url}/readyz").text)
     send_to_all(service, signal.SIGINT)
     assert ended(service)[0] == 1

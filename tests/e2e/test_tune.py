@@ -42,7 +42,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
 
 def test_ctrl_c_the_same_command_again_and_then_serve(start_service: StartService, tmp_path: Path) -> None:
     folder, photos = random_vit(tmp_path / "tiny vit"), noise_photos(tmp_path / "photos", 50)
-    command = ["--model", f"local-dir:{folder}", "--images", str(photos), "--r", "20..22", "--minutes", "0.1"]
+    command = ["--model", f"local-dir:{folder}", "--images", str(photos), "--band", "20..22", "--minutes", "0.1"]
     command += ["--device", "cpu", "--threads", "1", "--state-dir", str(tmp_path / "state")]
 
     process = started(*command)

@@ -122,7 +122,7 @@ async def test_a_shared_configuration_holds_instead_of_user_config(own_logger: N
     said = {"backend": "torch", "threads": 1, "state_dir": None, "shared_config": str(tmp_path / "shared.yaml")}
     replica = Replica(Settings.model_validate(said))
     await replica.reconfigure({})
-    with pytest.raises(InvalidError, match="user_config must say nothing of it"):
+    with pytest.raises(InvalidError, match="user_config must not name it"):
         await replica.reconfigure({"r": 8})
     assert (await shown(replica))["r"] == 6
 

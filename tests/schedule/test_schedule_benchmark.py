@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from benchmarks import schedule
+from benchmarks.schedule_parts.rows import Kind, ScheduleRow, judge
 from server.cli import main
 from server.device.models import load_model
-from server.dial import parse_r
+from server.dial import PlainR, Schedule, parse_r, text_of
 from server.model_spec import ModelSpec
 from tests.schedule.conftest import COUNT
 from tome_core.cost import flops
@@ -61,8 +62,41 @@ def test_it_reports_beside_constant_r_at_each_speed_up(
         for row in (even, constant):
             assert row["gain"][0] == pytest.approx(best["agreement"] - row["agreement"])
     table = shown.out.splitlines()
-    assert len(table) == 1 + 6 + 1 and "GFLOPs" in table[0] and "1.60x" in table[4]
+    assert len(table) == 1 + 6 + 2 + 1 and "GFLOPs" in table[0] and "1.60x" in table[4]
+    for line, verdict in zip(table[7:9], result["verdicts"], strict=True):
+        assert line == f"{verdict['speedup']:.2f}x: take r={text_of(parse_r(verdict['take']))}. {verdict['why']}"
     assert "round 1 of 1" in shown.err
+
+
+def row(kind: Kind, r: int | Schedule, gain: tuple[float, float, float] | None = None) -> ScheduleRow:
+    return ScheduleRow(1.5, kind, r if isinstance(r, tuple) else (r,) * 4, 1.0, 0.9, (0.8, 0.95), 0.1, gain)
+
+
+FOUND = (8, 6, 4, 0)
+SURE, CHANCE, LOSS = (0.02, 0.005, 0.035), (0.01, -0.005, 0.025), (-0.02, -0.03, -0.01)
+
+
+@pytest.mark.parametrize(
+    ("found_r", "over_even", "over_constant", "take", "why"),
+    [
+        (FOUND, SURE, SURE, FOUND, "It gains +2.0 points (+0.5 to +3.5) over r=5."),
+        (FOUND, SURE, CHANCE, 5, "The found list gains +1.0 points (-0.5 to +2.5) over r=5: that may be chance."),
+        (FOUND, SURE, (0.0, 0.0, 0.0), 5, "The found list gains +0.0 points (+0.0 to +0.0) over r=5: that may be"),
+        (FOUND, SURE, LOSS, 5, "The found list gains -2.0 points (-3.0 to -1.0) over r=5: it loses answers."),
+        (FOUND, CHANCE, SURE, 5, "The found list gains +1.0 points (-0.5 to +2.5) over merging that is spread evenly"),
+        ((5, 5, 5, 5), SURE, CHANCE, 5, "The search found nothing else than r=5."),
+        ((6, 6, 6, 0), CHANCE, SURE, 5, "The search found nothing else than merging that is spread evenly"),
+    ],
+)
+def test_a_list_is_recommended_only_where_its_interval_says_so(
+    found_r: Schedule,
+    over_even: tuple[float, float, float],
+    over_constant: tuple[float, float, float],
+    take: PlainR,
+    why: str,
+) -> None:
+    verdict = judge(row("found", found_r), row("even", (6, 6, 6, 0), over_even), row("constant", 5, over_constant))
+    assert verdict.take == take and verdict.why.startswith(why)
 
 
 def test_what_it_finds_can_be_served(
@@ -80,7 +114,7 @@ def test_what_it_finds_can_be_served(
 
 
 def test_the_fewest_photos_do(benchmark: Callable[..., None], capsys: Capture) -> None:
-    benchmark("--speedup", "1.5", "--photos", "8")
+    benchmark("--speedup", "1.5", "--limit", "8")
     assert found(capsys.readouterr().out)["photos_to_choose_on"] == 4
 
 
@@ -106,7 +140,7 @@ def test_latency_is_measured(benchmark: Callable[..., None], capsys: Capture) ->
     [
         (["--speedup", "50"], "speedup is 50"),
         (["--speedup", "-1"], "speedup is -1"),
-        (["--speedup", "1.5", "--photos", "7"], "photos is 7; it must be 8"),
+        (["--speedup", "1.5", "--limit", "7"], "limit is 7; it must be 8"),
         (["--speedup", "1.5", "--trials", "3"], "trials is 3"),
         (["--speedup", "1.5", "--rounds", "0"], "rounds is 0"),
         (["--speedup", "1.5", "--images", "nowhere"], "nowhere holds 0 images; at least 8"),

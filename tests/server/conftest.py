@@ -37,7 +37,7 @@ from server.ipc.engine import Engine
 from server.ipc.messages import Classify, Embed, Explain, Item, Merges, Score, TopK, Vector
 from server.settings import Settings
 from server.tracing.provider import Tracing
-from server.types import Activation, BatchKey, ModelInfo
+from server.types import Activation, BatchKey, Compiling, ComputedBy, ModelInfo
 from tests.server.listening import Listening, Recorder
 
 hypothesis_settings.register_profile("server", deadline=None)
@@ -205,6 +205,8 @@ class FakeDevice:
     num_classes: int = NUM_CLASSES
     prepares: bool = False
     broken: Exception | None = None
+    uncompiled: list[Schedule] = field(default_factory=list)
+    begun: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -221,6 +223,21 @@ class FakeDevice:
             groups = groups_of(key.schedule)
             return [Merges(self.top_k(key, item), (4, 4), SIDE // 4, groups) for item in work]
         return [self.answer(key, item) for item in work]
+
+    def computed_by(self, key: BatchKey) -> ComputedBy:
+        return ComputedBy("openvino", "bf16") if self.is_compiled(key) else ComputedBy("torch", "fp32", stands_in=True)
+
+    def is_compiled(self, key: BatchKey) -> bool:
+        return key.schedule not in self.uncompiled
+
+    def begin(self, info: ModelInfo, on_device: Any, timed: Any) -> None:
+        self.begun.append((info.name, on_device, timed))
+
+    def close(self) -> None:
+        pass
+
+    def compiling(self, info: ModelInfo) -> Compiling | None:
+        return Compiling(self.uncompiled[0], 1, 1 + len(self.uncompiled)) if self.uncompiled else None
 
     def answer(self, key: BatchKey, item: Item) -> TopK | Vector:
         request, pixels = item.request, item.image.data

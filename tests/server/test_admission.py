@@ -33,9 +33,7 @@ def admission() -> Admission:
 
 def test_what_could_not_be_answered_in_time_is_refused_before_it_is_decoded(admission: Admission) -> None:
     with admission.permit(20, 1.0):
-        with pytest.raises(
-            QueueFullError, match=r"1\.9\d s of work; to be done within 1 s, there may be 0\.7 s"
-        ) as refusal:
+        with pytest.raises(QueueFullError, match=r"1\.9\d s of work; to answer within 1 s, at most 0\.7 s") as refusal:
             with admission.permit(1, 1.0):
                 pass
         assert refusal.value.retry_after_s == pytest.approx(2.0 - 0.7, abs=0.1)  # until those before fit in 70 %

@@ -107,7 +107,7 @@ async def test_what_can_never_fit_is_refused_at_once(decoding: Apart) -> None:
 
 async def test_what_a_library_says_of_a_lack_of_memory_is_understood(decoding: Apart) -> None:
     clear = encode(Image.new("RGBA", (7000, 7000)), "WEBP", lossless=True)
-    with pytest.raises(TooLargeError, match="with 256 MiB of memory, all that there is for it"):
+    with pytest.raises(TooLargeError, match="with 256 MiB of memory, the most available"):
         await decoding.decode(clear, MODEL, cost_of(clear, MODEL, MAX_PIXELS))
 
 

@@ -66,5 +66,5 @@ def test_a_user_without_a_home_folder_reads_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forget_home(monkeypatch)
-    assert main(["serve", "--port", "0"]) == 1
+    assert main(["serve", "--port", "0"]) == 2
     assert "has no home folder; name another, or none" in capsys.readouterr().err

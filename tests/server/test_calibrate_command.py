@@ -15,8 +15,11 @@ from PIL import Image
 
 from server.batching.engine import LocalEngine
 from server.cli import main
-from server.commands import calibrate
+from server.commands import progress
+from server.commands.progress import Bar
 from server.curve import Curve
+from server.device import models
+from server.device.models import LoadedModel
 from server.engine_process import build_engine
 from server.errors import NotFoundError
 from server.settings import Settings
@@ -59,7 +62,7 @@ def test_it_measures_a_ladder_and_keeps_it_beside_the_model(
     folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels = str(photos.parent / "labels.csv")
-    assert main(command(folder, photos, "--r", "4,8", "--schedule", "8,2", "--labels", labels)) == 0
+    assert main(command(folder, photos, "--r", "4", "8", "8,2", "--labels", labels)) == 0
     shown = capsys.readouterr()
     curve = Curve.from_json((folder / "curve.json").read_bytes())
     assert Curve.from_json(shown.out.splitlines()[-1]) == curve
@@ -76,7 +79,7 @@ def test_it_measures_a_ladder_and_keeps_it_beside_the_model(
     assert costs[0] > costs[1] > costs[2] and curve.rows[0].agreement == 1
     table = shown.out.splitlines()
     assert len(table) == 2 + 4 + 1 and table[-2].split()[-1] == "8,2"
-    assert "kept in" in shown.err and "[" not in shown.err  # no bar where nobody looks on
+    assert "kept in" in shown.err and "\r" not in shown.err  # no line changes where nobody watches
 
 
 def test_answers_are_those_that_classify_gives(folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,14 +100,14 @@ def test_answers_are_those_that_classify_gives(folder: Path, photos: Path, capsy
 
 
 async def test_the_engine_goes_by_it(folder: Path, photos: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert main(command(folder, photos, "--r", "4,8", "-o", str(folder / "curve.json"))) == 0
+    assert main(command(folder, photos, "--r", "4", "8", "-o", str(folder / "curve.json"))) == 0
     made = Curve.from_json((folder / "curve.json").read_bytes())
     threads = torch.get_num_threads()
     assert made.facts.threads == threads == 1
     with caplog.at_level(logging.INFO):
         served = await engine(folder).curve("tiny-vit")
     assert "timed now" not in caplog.text
-    assert served.facts == made.facts
+    assert served.facts == served.speed_from.facts == made.facts
     assert [row.line for row in served.rows] == [row.line for row in made.rows]
 
     content = json.loads((folder / "curve.json").read_text())
@@ -115,11 +118,12 @@ async def test_the_engine_goes_by_it(folder: Path, photos: Path, caplog: pytest.
         moved = await engine(folder).curve("tiny-vit")
     assert "made with device abacus" in caplog.text and "speeds are timed now" in caplog.text
     assert [row.agreement for row in moved.rows] == [row.agreement for row in made.rows]
-    assert moved.facts == made.facts and (moved.rows[2].overhead_s or 0.0) < 1000
+    assert moved.facts.device == "abacus" and moved.speed_from.facts == made.facts
+    assert (moved.rows[2].overhead_s or 0.0) < 1000
 
 
 async def test_the_ladder_of_auto_is_made_of_its_rows(folder: Path, photos: Path) -> None:
-    assert main(command(folder, photos, "--schedule", "8,2")) == 0
+    assert main(command(folder, photos, "--r", "8,2")) == 0
     content = json.loads((folder / "curve.json").read_text())
     for row, speed, agreement in zip(content["rows"], (1.0, 0.5), (1.0, 0.875), strict=True):
         row.update(overhead_s=0.0, image_s=speed, agreement=agreement, agreement_interval=[agreement, agreement])
@@ -156,7 +160,7 @@ def test_it_draws(folder: Path, photos: Path, tmp_path: Path, capsys: pytest.Cap
     labels = str(photos.parent / "labels.csv")
     assert main(command(folder, photos, "--r", "4", "--labels", labels, "--plot", str(picture))) == 0
     assert "<svg" in picture.read_text()
-    assert main(command(folder, photos, "--r", "4", "--plot", str(tmp_path / "curve.abc"))) == 1
+    assert main(command(folder, photos, "--r", "4", "--plot", str(tmp_path / "curve.abc"))) == 2
     assert "curve.abc" in capsys.readouterr().err
 
 
@@ -164,17 +168,52 @@ def test_without_matplotlib_the_command_to_install_it_is_said(
     folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(command(folder, photos, "--plot", "curve.svg")) == 1
+    assert main(command(folder, photos, "--plot", "curve.svg")) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_a_person_who_looks_on_sees_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_person_who_watches_sees_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    draw = calibrate._bar()
-    draw(0.5)
-    draw(1.0)
+    bar = Bar()
+    bar(0.5, "half")
+    bar(0.6, "too soon")
+    bar(1.0, "all")
     half, whole = capsys.readouterr().err.split("\r")[1:]
-    assert half.count("#") * 2 == whole.count("#") > 0 and whole.endswith("100%\n")
+    assert half.count("#") * 2 == whole.count("#") > 0 and "50%  half" in half
+    assert "100%  all" in whole and whole.endswith("\n")
+
+
+def test_it_says_what_it_does_from_the_first_second(
+    folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "BETWEEN_S", 0)
+    load_model, said_before = models.load_model, list[str]()
+
+    def load(*arguments: Any) -> LoadedModel:
+        said_before.append(capsys.readouterr().err)
+        return load_model(*arguments)
+
+    monkeypatch.setattr(models, "load_model", load)
+    assert main(command(folder, photos, "--r", "4")) == 0
+    assert said_before == ["loading tiny-vit\n"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"reading {COUNT} photos"
+    assert "  0%  warming up r=0 (1 of 2)" in lines[1] and "  0%  warming up r=4 (2 of 2)" in lines[2]
+    shares = [int(line[27:30]) for line in lines[1:-1]]
+    assert shares == sorted(shares) and shares[-1] == 100
+
+
+@pytest.mark.parametrize("arguments", [["-o", "nowhere/curve.json"], ["--plot", "nowhere/curve.svg"], ["--r", "fast"]])
+def test_what_is_wrong_for_any_model_is_said_before_one_loads(
+    arguments: list[str],
+    folder: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *args: pytest.fail("a model loads"))
+    assert main(command(folder, photos, *arguments)) != 0
+    assert arguments[1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,8 +221,8 @@ def test_a_person_who_looks_on_sees_a_bar(monkeypatch: pytest.MonkeyPatch, capsy
     [
         (["--r", "fast"], "fast"),
         (["--r", "9"], "between 0 and 8"),
-        (["--schedule", "1,1,1"], "3 blocks"),
-        (["--photos", "1"], "--photos is 1"),
+        (["--r", "1,1,1"], "3 blocks"),
+        (["--limit", "1"], "--limit is 1"),
         (["--images", "nowhere"], "nowhere"),
         (["--labels", "nothing.csv"], "nothing.csv"),
         (["--labels", "columns.csv"], "columns file and label"),
@@ -206,7 +245,7 @@ def test_what_is_wrong_is_said(
     Path("columns.csv").write_text("photo,class\n1.png,0\n")
     Path("classes.csv").write_text("file,label\n1.png,3\n")
     Path("others.csv").write_text("file,label\nmine.png,2\n")
-    assert main(command(folder, photos, *arguments)) == 1
+    assert main(command(folder, photos, *arguments)) == 2
     assert named in capsys.readouterr().err
     assert not (folder / "curve.json").exists()
 
@@ -214,7 +253,7 @@ def test_what_is_wrong_is_said(
 def test_only_a_curve_is_overwritten(folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, curve = folder / "model.safetensors", folder / "kept.json"
     before = weights.read_bytes()
-    assert main(command(folder, photos, "-o", str(weights))) == 1
+    assert main(command(folder, photos, "-o", str(weights))) == 2
     assert f"-o is {weights}, which holds no curve; it is not overwritten" in capsys.readouterr().err
     assert weights.read_bytes() == before
     for _ in range(2):

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from PIL import Image
 
 from server import __version__
-from server.cli import main
+from server.cli import COMMANDS, main
+from server.errors import SettingsError
+from server.offline import devices
 from server.settings import Settings
 from tests.server.conftest import encode
 
@@ -42,14 +49,28 @@ def test_the_help_of_each_command_explains_its_flags(command: str, capsys: pytes
     assert end.value.code == 0
     flags = {
         "serve": list(Settings.model_fields),
-        "classify": ["model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir"],
+        "classify": ["model", "weights", "tuned", "r", "device", "precision", "backend", "decode", "max_batch_size"],
         "explain": ["model", "weights", "tuned", "r", "device", "precision", "threads", "state_dir"],
         "models": ["model", "weights", "tuned", "state_dir"],
         "calibrate": ["model", "weights", "device", "precision", "backend", "threads", "max_batch_size", "state_dir"],
         "bench": ["api_key", "api_key_file"],
     }
     for name in [*flags[command], "config"]:
-        assert re.search(rf"{flag(name)} (VALUE|FILE)\s+\w+", shown), name
+        assert re.search(rf"{flag(name)} (VALUE|FILE|{{[\w,]+}})\s+\w+", shown), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_lists_the_choices_of_its_flags(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    kinds = {name: Settings.model_fields[name].annotation for name in COMMANDS[command].SETTINGS}
+    listed = {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
+    listed |= {name: ("true", "false") for name, kind in kinds.items() if kind is bool}
+    for name, choices in listed.items():
+        assert f"{flag(name)} {{{','.join(choices)}}}" in shown, name
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,10 +97,10 @@ def test_a_wrong_command_line_ends_with_usage(said: str, capsys: pytest.CaptureF
         (["serve", "--host", "256.256.256.256"], "256.256.256.256"),
         (["models", "--model", "vit_of_nobody"], "vit_of_nobody"),
         (["classify", "--precision", "int3", "photo.png"], "precision"),
-        (["classify", "--model", "local-dir:nothing", "photo.png"], "nothing"),
+        (["models", "--model", "local-dir:nothing"], "nothing"),
     ],
 )
-def test_a_bad_setting_is_a_message_and_status_1(
+def test_a_bad_setting_is_a_message_and_status_2(
     arguments: list[str],
     named: str,
     capsys: pytest.CaptureFixture[str],
@@ -87,17 +108,17 @@ def test_a_bad_setting_is_a_message_and_status_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("tome-server: ") and named in shown.err
     assert shown.out == "" and "Traceback" not in shown.err
 
 
-def test_an_unknown_variable_is_a_message_and_status_1(
+def test_an_unknown_variable_is_a_message_and_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TOME_COLOUR", "red")
-    assert main(["models"]) == 1
+    assert main(["models"]) == 2
     assert "colour" in capsys.readouterr().err
 
 
@@ -127,6 +148,15 @@ def test_classify_names_what_is_in_each_photo(
     assert all(re.fullmatch(r" +\d+\.\d%  (cat|dog|goldfish)", line) for line in lines[1:3])
 
 
+def test_an_answer_that_nobody_reads_to_its_end_is_no_fault(photo: str, tiny_folder: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "classify", "--json", "--model", f"local-dir:{tiny_folder}", photo]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_classify_names_all_classes_of_a_model_that_has_few(
     tiny_folder: Path, photo: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +174,77 @@ def test_classify_as_json_uses_r(tiny_folder: Path, photo: str, capsys: pytest.C
         assert {each["label"]: each["index"] for each in answer["top_k"]} == {"cat": 0, "dog": 1, "goldfish": 2}
         assert sum(each["score"] for each in answer["top_k"]) == pytest.approx(1, abs=1e-5)
         scores[r] = answer["r"]
-    assert scores == {"0": [0, 0], "8,2": [8, 2]}
+    assert scores == {"0": 0, "8,2": [8, 2]}
+
+
+def test_classify_takes_folders_and_goes_on_after_a_broken_file(
+    tiny_folder: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    names = ["0.png", "1.png", "2.png", "below/3.png"]
+    for name in names:
+        (folder / name).write_bytes(Path(photo).read_bytes())
+    (folder / "1.png").write_bytes(Path(photo).read_bytes()[:60])
+    (folder / "notes.txt").write_text("no photo")
+    flags = ["--model", f"local-dir:{tiny_folder}", "--max-batch-size", "2", "--backend", "torch"]
+    assert main(["classify", "--json", *flags, str(folder), photo]) == 1
+    shown = capsys.readouterr()
+    answers = [json.loads(line) for line in shown.out.splitlines()]
+    assert [each["file"] for each in answers] == [*(str(folder / name) for name in names), photo]
+    assert ["decoded" in (each["error"] or "") for each in answers] == [False, True, False, False, False]
+    assert [len(each["top_k"]) for each in answers] == [3, 0, 3, 3, 3]
+    assert shown.err == "1 of 5 files have an error\n"
+    assert main(["classify", *flags, str(folder)]) == 1
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 3 * 4 and f"{folder}/1.png: " in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["photo.png", "missing.png"], "missing.png: No such file or directory"),
+        (["photo.png", "empty"], "empty holds no images"),
+        (["photo.png", "--r", "auto"], "--r is auto"),
+    ],
+)
+def test_classify_checks_its_files_before_a_model_loads(
+    arguments: list[str],
+    named: str,
+    photo: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    monkeypatch.setattr(devices, "open_devices", lambda settings: pytest.fail("a model loads"))
+    assert main(["classify", *arguments]) != 0
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "count", "backend"),
+    [([], 2, "torch"), ([], 3, "auto"), (["--backend", "openvino"], 1, "openvino")],
+    ids=["what fits into a batch", "more", "named"],
+)
+def test_classify_computes_by_the_backend_of_serve_once_there_is_more_than_a_batch(
+    flags: list[str],
+    count: int,
+    backend: str,
+    photo: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Settings] = []
+
+    def open_devices(settings: Settings) -> None:
+        asked.append(settings)
+        raise SettingsError("seen")
+
+    monkeypatch.setattr(devices, "open_devices", open_devices)
+    assert main(["classify", "--max-batch-size", "2", *flags, *[photo] * count]) != 0
+    assert [settings.backend for settings in asked] == [backend]
 
 
 @pytest.mark.parametrize(
@@ -155,10 +255,7 @@ def test_classify_as_json_uses_r(tiny_folder: Path, photo: str, capsys: pytest.C
         (["--r", "9"], "between 0 and 8"),
         (["--r", "1,1,1"], "2"),
         (["--device", "abacus"], "abacus"),
-        (["--device", "cpu,cpu"], "'tome-server serve' takes several"),
-        (["missing.png"], "missing.png"),
-        (["."], "."),
-        (["broken.png"], "broken.png"),
+        (["broken.png"], "broken.png: the image cannot be decoded"),
     ],
 )
 def test_classify_says_what_is_wrong(
@@ -173,5 +270,5 @@ def test_classify_says_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     Path("broken.png").write_bytes(Path(photo).read_bytes()[:60])
     photos = [] if len(arguments) == 1 else [photo]
-    assert main(["classify", "--model", f"local-dir:{tiny_folder}", "--top-k", "1", *arguments, *photos]) == 1
+    assert main(["classify", "--model", f"local-dir:{tiny_folder}", "--top-k", "1", *arguments, *photos]) == 2
     assert named in capsys.readouterr().err

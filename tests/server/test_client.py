@@ -187,7 +187,7 @@ async def test_models_are_described_and_their_r_is_changed(kind: str) -> None:
         assert (model.classes[3], model.input_size, model.max_r, model.backend) == ("label 3", (8, 8), 8, None)
         assert model.token_counts[4] == (17, 13, 9, 5)
         changed = await ask("set_r", "large", (8, 4), if_version=model.config_version)
-        assert (changed.r, changed.config_version) == ((8, 4, 0), 2)
+        assert changed == answers.ModelSummary("large", "vit_fake", "fake", False, (8, 4, 0), None, 2)
         assert (await ask("classify", PNG, model="large")).r == (8, 4, 0)
         assert (await ask("classify", PNG)).r == 2
         with pytest.raises(ConflictError) as conflict:
@@ -206,7 +206,9 @@ async def test_models_are_described_and_their_r_is_changed(kind: str) -> None:
 async def test_a_curve_is_told(kind: str) -> None:
     async with serving(curve=fake_curve()) as service, asking(kind, service) as ask:
         curve = await ask("curve", "tiny")
-        assert (curve.model, curve.device, curve.photos) == ("tiny", "abacus", 100)
+        assert curve.model == "tiny"
+        assert curve.speed_from == answers.SpeedFrom("abacus", "torch", "fp32", "2026-11-22")
+        assert curve.agreement_from == answers.AgreementFrom("abacus", "torch", "fp32", "2026-11-22", 100)
         assert [(row.r, row.schedule, row.agreement, row.top1) for row in curve.rows] == [
             (0, (0, 0, 0), 1.0, 0.8),
             (4, (4, 4, 4), 0.96, 0.75),
@@ -297,6 +299,8 @@ def test_a_url_that_is_none_is_refused(client: type[Client | AsyncClient], url: 
         (answers.CurveNeighbours, schemas.CurveNeighbours),
         (answers.ModelCurveRow, schemas.ModelCurveRow),
         (answers.ModelCurve, schemas.ModelCurve),
+        (answers.SpeedFrom, schemas.SpeedFrom),
+        (answers.AgreementFrom, schemas.AgreementFrom),
     ],
 )
 def test_the_client_knows_every_field_of_an_answer(ours: Any, theirs: type[BaseModel]) -> None:

@@ -15,7 +15,7 @@ from server.batching.ladder import steps_of
 from server.calibration import places
 from server.calibration.measure import batch_sizes, fit
 from server.calibration.places import find, save
-from server.curve import Curve, CurveError, Neighbours, speed_staleness, staleness
+from server.curve import Curve, CurveError, Neighbours, Timed, speed_staleness, staleness
 from server.device.models import BUNDLED, load_model
 from server.errors import SettingsError
 from server.model_spec import ModelSpec
@@ -78,7 +78,9 @@ def test_agreement_holds_for_the_tuned_numbers_that_it_was_measured_with() -> No
 
 def test_a_curve_of_before_there_were_tuned_numbers_is_read() -> None:
     content = json.loads(fake_curve().to_json())
-    del content["facts"]["tuned"]
+    assert "tuned" not in content["facts"]
+    assert Curve.from_json(json.dumps(content)) == fake_curve()
+    content["facts"]["tuned"] = None  # as curves of before `timed` wrote it
     assert Curve.from_json(json.dumps(content)) == fake_curve()
 
 
@@ -259,8 +261,13 @@ async def test_the_endpoint_tells_the_curve() -> None:
     async with serving(curve=fake_curve(), batch=4) as service:
         body = (await service.client.get("/v1/models/tiny/curve")).json()
         head = {name: value for name, value in body.items() if name != "rows"}
-        about = {"model": "tiny", "device": "abacus", "precision": "fp32", "backend": "torch"}
-        assert head == about | {"measured": "2026-11-22", "photos": 100, "agreement_of": "top1"}
+        measured = {"device": "abacus", "backend": "torch", "precision": "fp32", "measured": "2026-11-22"}
+        assert head == {
+            "model": "tiny",
+            "speed_from": measured,
+            "agreement_from": measured | {"photos": 100},
+            "agreement_of": "top1",
+        }
         assert body["rows"][1] == {
             "r": 4,
             "schedule": [4, 4, 4],
@@ -274,6 +281,37 @@ async def test_the_endpoint_tells_the_curve() -> None:
             "neighbours": None,
         }
         assert [row["r"] for row in body["rows"]] == [0, 4, 8]
+
+
+async def test_the_endpoint_tells_where_speed_and_agreement_come_from() -> None:
+    here = facts(device="loom", backend="openvino", precision="bf16")
+    curve = fake_curve().at(lambda schedule: (0.0, 1.0), 8, Timed(facts=here, measured="2026-11-27"))
+    async with serving(curve=curve) as service:
+        body = (await service.client.get("/v1/models/tiny/curve")).json()
+    assert body["speed_from"] == {
+        "device": "loom",
+        "backend": "openvino",
+        "precision": "bf16",
+        "measured": "2026-11-27",
+    }
+    assert body["agreement_from"] == {
+        "device": "abacus",
+        "backend": "torch",
+        "precision": "fp32",
+        "measured": "2026-11-22",
+        "photos": 100,
+    }
+
+
+def test_a_curve_keeps_where_its_speeds_come_from() -> None:
+    here = facts(device="loom")
+    timed = fake_curve().at(lambda schedule: (0.0, 1.0), 8, Timed(facts=here, measured="2026-11-27"))
+    assert Curve.from_json(timed.to_json()) == timed
+    assert timed.at(lambda schedule: (0.0, 2.0), 8).speed_from == timed.speed_from
+    assert fake_curve().speed_from == Timed(facts=facts(), measured="2026-11-22")
+    assert speed_staleness(timed, here) is None
+    assert speed_staleness(timed, facts()) == "made with device loom, not abacus"
+    assert staleness(timed, facts(weights="cd" * 32)) == "made with other weights (abababababab, not cdcdcdcdcdcd)"
 
 
 async def test_its_speeds_follow_the_batches_that_run() -> None:

@@ -104,7 +104,7 @@ def test_a_decoder_that_does_not_work_is_told_of(
         raise failure
 
     monkeypatch.setattr(decoding, "decoder_on", fail)
-    with pytest.raises(SettingsError, match=f"--decode device: cpu decodes no JPEG: {told}$"):
+    with pytest.raises(SettingsError, match=f"--decode device: cpu cannot decode JPEG: {told}$"):
         engine_decodes("device", CPU)
     assert engine_decodes("auto", torch.device("meta")) is False
 
@@ -116,10 +116,10 @@ def test_a_decoder_that_refuses_what_any_takes_or_gives_other_colours_is_not_use
         return list(range(len(files)))
 
     monkeypatch.setattr(decoding, "decoder_on", lambda device: refuses)
-    with pytest.raises(SettingsError, match="refuses the simplest$"):
+    with pytest.raises(SettingsError, match="refuses the simplest file$"):
         engine_decodes("device", CPU)
     monkeypatch.setattr(decoding, "decoder_on", lambda device: lambda *args: [])
-    with pytest.raises(SettingsError, match="other colours"):
+    with pytest.raises(SettingsError, match="wrong colours"):
         engine_decodes("device", CPU)
 
 

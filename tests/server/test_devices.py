@@ -28,7 +28,7 @@ from server.images.image import JpegFile, Pixels
 from server.ipc.client import LostEngineError
 from server.ipc.devices import Devices
 from server.ipc.messages import Answered, Classify, Merges, Request, TopK
-from server.types import Configuration, ModelInfo, ModelState
+from server.types import Compiling, ComputedBy, Configuration, ModelInfo, ModelState
 from tests.server.conftest import (
     assert_is_error,
     class_of,
@@ -92,7 +92,7 @@ class FakeDevice:
         results: list[Any] = [TopK([class_of(image.data, schedule)], [1.0]) for image in request.images]
         if request.operation == "explain":
             results = [Merges(top_k, (4, 4), 2, [[0] * 16] * 3) for top_k in results]
-        return Answered(results, schedule, self.number, 1, 0.0, 0.0)
+        return Answered(results, schedule, self.number, 1, 0.0, 0.0, ComputedBy("torch", "fp32"))
 
     def die(self) -> None:
         """Goes down with what it holds."""
@@ -102,6 +102,10 @@ class FakeDevice:
     async def curve(self, model: str) -> Curve:
         await self._call()
         return fake_curve()
+
+    async def compiling(self, model: str) -> Compiling | None:
+        await self._call()
+        return None
 
     async def configuration(self) -> Configuration:
         await self._call()
@@ -347,6 +351,7 @@ async def test_the_engine_that_went_down_is_not_asked_again_though_it_is_back() 
 
 READS: list[Callable[[Devices], Coroutine[Any, Any, Any]]] = [
     lambda devices: devices.curve("tiny"),
+    lambda devices: devices.compiling("tiny"),
     lambda devices: devices.configuration(),
     lambda devices: devices.repository(),
 ]

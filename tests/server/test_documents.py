@@ -275,6 +275,6 @@ class TestUnforeseen:
         for error in (InvalidError("r is odd"), InvalidError("r is odd"), OverflowError("too large")):
             store.refuse(error)
         assert [record.message for record in caplog.records] == [
-            "what somebody says is refused: r is odd; configuration 1 goes on",
-            "what somebody says is refused: OverflowError('too large'); configuration 1 goes on",
+            "the configuration of somebody is refused: r is odd; configuration 1 stays in force",
+            "the configuration of somebody is refused: OverflowError('too large'); configuration 1 stays in force",
         ]

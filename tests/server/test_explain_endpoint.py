@@ -44,6 +44,7 @@ async def test_an_explanation_has_the_answer_and_the_groups_of_every_block() -> 
             "r_source": "request",
             "tuned": False,
             "config_version": 1,
+            "computed_by": {"backend": "openvino", "precision": "bf16"},
             "filename": "a.png",
             "seen": {"input_size": [SIDE, SIDE], "resize_size": [SIDE, SIDE], "crop_mode": "center"},
             "grid": [4, 4],

@@ -99,8 +99,8 @@ def test_another_opset_and_no_runtime_to_compare_with(
         (["--r", "3", "--inflect", "2"], "inflect is 2"),
         (["--r", "3,1", "--inflect", "-1"], "beside a single r"),
         (["--opset", "9"], "between 18 and 22"),
-        (["-o", "missing/tiny.onnx"], "no such folder"),
-        (["-o", "."], "it is a folder"),
+        (["-o", "missing/tiny.onnx"], "there is no folder missing"),
+        (["-o", "."], "-o is ., which is a folder"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_written(

@@ -72,7 +72,7 @@ async def test_a_list_of_images_gives_a_list_of_lists() -> None:
         ({"json": {"inputs": 7}}, 422, "inputs"),
         ({"json": {}}, 422, "inputs is missing"),
         ({"json": {"inputs": "no base64!"}}, 400, "not base64"),
-        ({"json": {"inputs": B64, "parameters": {"model": "tiny"}}}, 422, "say it once"),
+        ({"json": {"inputs": B64, "parameters": {"model": "tiny"}}}, 422, "give it once"),
         ({"files": {"image": PNG}}, 415, "takes no form"),
         ({"content": b"no image"}, 415, ""),
     ],

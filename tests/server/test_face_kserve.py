@@ -41,7 +41,7 @@ async def test_instances_are_images_in_any_of_three_forms(content_type: str | No
         ({"instances": [{"b64": "?"}]}, 400, "image 0 is not base64"),
         ({"instances": [B64], "parameters": {"odd": 1}}, 422, "there is no parameter 'odd'"),
         ({"instances": [B64], "parameter": {}}, 422, "there is no parameter 'parameter'"),
-        ({"instances": [B64], "parameters": {"model": "tiny"}}, 422, "say it once"),
+        ({"instances": [B64], "parameters": {"model": "tiny"}}, 422, "give it once"),
         ({"instances": [{"b64": B64, "odd": "o" * (1 << 17)}]}, 422, "is a text of"),
         ({}, 422, "instances is missing"),
     ],

@@ -62,7 +62,7 @@ async def test_target_model_names_the_model() -> None:
         ({ATTRIBUTES: "r=8;r=8"}, 422, "ValidationError", "given twice"),
         ({ATTRIBUTES: "r=" + "1," * 600}, 422, "ValidationError", "at most 1024"),
         ({ATTRIBUTES: "model=tiny", TARGET: "tiny"}, 422, "ValidationError", "given twice"),
-        ({ATTRIBUTES: "r=8", "x-r": "8"}, 422, "ValidationError", "say it once"),
+        ({ATTRIBUTES: "r=8", "x-r": "8"}, 422, "ValidationError", "give it once"),
         ({ATTRIBUTES: "deadline_ms=0.5"}, 422, "ValidationError", "deadline_ms"),
     ],
     ids=lambda value: str(value)[:60],
@@ -80,7 +80,7 @@ async def test_attributes_and_body_do_not_say_the_same() -> None:
     async with serving(**ON) as service:
         body: Any = {"inputs": B64, "parameters": {"r": 4}}
         refused = await service.client.post("/invocations", json=body, headers={ATTRIBUTES: "r=8"})
-        assert refused.status_code == 422 and "say it once" in message_of(refused, "sagemaker")
+        assert refused.status_code == 422 and "give it once" in message_of(refused, "sagemaker")
 
 
 @pytest.mark.parametrize(("status", "kind"), [(401, "AccessDeniedException"), (503, "ServiceUnavailable")])

@@ -75,10 +75,10 @@ async def test_of_classes_of_one_label_the_highest_score_stands() -> None:
     ("path", "said", "status", "kind", "words"),
     [
         ("/predictions/huge", {"content": PNG}, 404, "ModelNotFoundException", "there are: tiny"),
-        (f"{PATH}/2", {"content": PNG}, 404, "ModelVersionNotFoundException", "there is: 1"),
+        (f"{PATH}/2", {"content": PNG}, 404, "ModelVersionNotFoundException", "the only one is 1"),
         (f"{PATH}/1/x", {"content": PNG}, 404, "ResourceNotFoundException", ""),
         (PATH, {"content": b"\x89PNG"}, 415, "BadRequestException", ""),
-        (PATH, {"content": PNG, "params": {"model": "tiny"}}, 422, "BadRequestException", "say it once"),
+        (PATH, {"content": PNG, "params": {"model": "tiny"}}, 422, "BadRequestException", "give it once"),
         (PATH, form(("image", "a.png", PNG)), 422, "BadRequestException", "send images as 'data'"),
         (PATH, form(("r", None, b"1")), 400, "BadRequestException", "no image"),
         (PATH, form(*[("data", None, PNG)] * 33), 413, "BadRequestException", "at most 32"),

@@ -70,7 +70,7 @@ async def test_the_dial_turns_by_header_and_by_query_but_not_by_both(face: str, 
         auto = await ask(service, face, method, path, headers={"x-r": "auto"}, params={"max_r": "4"})
         assert (auto.status_code, auto.headers["x-r"]) == (200, "0")
         both = await ask(service, face, method, path, headers={"x-r": "8"}, params={"r": "4"})
-        assert both.status_code == 422 and "say it once" in message_of(both, face)
+        assert both.status_code == 422 and "give it once" in message_of(both, face)
 
 
 @pytest.mark.parametrize(("face", "method", "path"), EVERY)
@@ -104,7 +104,7 @@ async def test_a_check_needs_no_key_and_says_whether_images_should_come(face: st
         service.device.broken = None
         service.app.state.is_draining = True
         ending = await service.client.get(path)
-        assert ending.status_code == 503 and "about to end" in message_of(ending, face)
+        assert ending.status_code == 503 and "shutting down" in message_of(ending, face)
 
 
 @pytest.mark.parametrize(("face", "method", "path"), EVERY)

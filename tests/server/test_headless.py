@@ -65,7 +65,7 @@ def test_every_backend_gives_its_features(headless: Path, backend: str) -> None:
     made.warm_up(schedule)
     seen = loaded.info.preprocessing
     images = loaded.merged.from_pixels(seen.mean, seen.std).normalised(pixels(2))
-    wanted = loaded.merged.forward_head(loaded.merged.forward_features(images, schedule), pre_logits=True)
+    wanted = loaded.merged.forward_head(loaded.merged.forward_tokens(images, schedule), pre_logits=True)
     torch.testing.assert_close(made.outputs(pixels(2), schedule), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -130,7 +130,7 @@ def test_the_commands_say_what_they_can_make_of_it(
     headless: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, photo = ["--model", f"local-dir:{headless}"], str(photos / "0.png")
-    assert main(["classify", *model, "--device", "cpu", photo]) == 1
+    assert main(["classify", *model, "--device", "cpu", photo]) == 2
     assert "headless has no classifier" in capsys.readouterr().err
     assert main(["models", *model]) == 0
     assert "no classes but 24 features, 32 x 32 px" in capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_the_commands_say_what_they_can_make_of_it(
     assert "is all right: vit_tiny_patch16_224, no classes but 24 features" in capsys.readouterr().out
     assert main(["explain", *model, "--device", "cpu", "--r", "4", "-o", str(tmp_path / "seen.png"), photo]) == 0
     assert capsys.readouterr().out == f"{photo}: tokens 65, after each block 61 57 53 49\n"
-    assert main(["tune", *model, "--device", "cpu", "--images", str(photos)]) == 1
+    assert main(["tune", *model, "--device", "cpu", "--images", str(photos)]) == 2
     assert "headless has no classifier" in capsys.readouterr().err
 
 
@@ -180,7 +180,7 @@ def test_calibrate_measures_its_neighbours(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--photos", "10"], "10 photos are too few to measure a photo's 10 nearest neighbours; it takes 11 or more"),
+        (["--limit", "10"], "10 photos are too few to measure a photo's 10 nearest neighbours; it takes 11 or more"),
         (["--labels", "labels.csv"], "--labels measures top-1"),
     ],
 )

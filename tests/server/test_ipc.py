@@ -25,7 +25,7 @@ from server.ipc.devices import Devices
 from server.ipc.door import Door
 from server.ipc.messages import Answered, Choice, Classify, Explain, Merges, Request, TopK
 from server.ipc.server import EngineServer
-from server.types import Configuration, ModelInfo, ModelState
+from server.types import Compiling, ComputedBy, Configuration, ModelInfo, ModelState
 from tests.server.conftest import (
     FakeDevice,
     assert_is_error,
@@ -92,12 +92,17 @@ class FakeEngine:
         results: list[Any] = [top_k_of(image, schedule, request.top_k) for image in request.images]
         if isinstance(request, Explain):
             results = [Merges(top_k, (4, 4), 2, groups_of(schedule)) for top_k in results]
-        return Answered(results, schedule, 7, len(results), request.deadline, 0.25, self.auto)
+        return Answered(
+            results, schedule, 7, len(results), request.deadline, 0.25, ComputedBy("openvino", "bf16"), self.auto
+        )
 
     async def curve(self, model: str) -> Curve:
         if model != "tiny":
             raise NotFoundError(f"{model} has no curve")
         return fake_curve()
+
+    async def compiling(self, model: str) -> Compiling | None:
+        return Compiling((8, 8, 8), 3, 9) if model == "tiny" else None
 
     async def configuration(self) -> Configuration:
         return self.now
@@ -178,7 +183,7 @@ async def test_an_engine_that_does_not_read_is_asked_no_more_until_it_does(
         monkeypatch.setattr(client, "MOST_UNSENT", 1000)
         first = asyncio.create_task(remote.answer(classify(bytes(5000))))
         await asyncio.sleep(0)  # it stands in the buffer, for the loop has not turned since
-        with pytest.raises(UnavailableError, match="takes nothing"):
+        with pytest.raises(UnavailableError, match="does not read"):
             await remote.answer(classify())
         assert (await first).results and (await remote.answer(classify())).results
 
@@ -237,6 +242,12 @@ async def test_the_configuration_crosses_both_ways(r: RSetting, door: Door) -> N
         changed = await remote.configure({"tiny": r, "large": 1}, 41)
         assert changed == Configuration(42, {"tiny": r, "large": 1}) == await remote.configuration()
         assert await remote.configure({"tiny": r}, None) == Configuration(0, {"tiny": r})
+
+
+async def test_what_is_compiled_crosses_whole(door: Door) -> None:
+    async with connected(FakeEngine(), door) as remote:
+        assert await remote.compiling("tiny") == Compiling((8, 8, 8), 3, 9)
+        assert await remote.compiling("large") is None
 
 
 async def test_the_curve_crosses_whole(door: Door) -> None:

@@ -53,6 +53,20 @@ def test_r_0_is_timed_and_the_others_follow_their_arithmetic(
     assert [step.schedule for step in steps] == ladder and {step.agreement for step in steps} == {None}
 
 
+def test_where_the_background_times_all_steps_one_image_is_run_once(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, ran = [0.0], list[tuple[Schedule, int]]()
+
+    def run(schedule: Schedule, images: int) -> None:
+        ran.append((schedule, images))
+        now[0] += 0.03
+
+    monkeypatch.setattr("server.calibration.timing.time.perf_counter", lambda: now[0])
+    steps = timed_steps(loaded, schedules(loaded), run, 32, roughly=True)
+    assert ran == [((0,) * 4, 1)] and steps[0].image_s == pytest.approx(0.03)
+
+
 def test_batches_of_one_are_timed_too(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
@@ -78,7 +92,7 @@ def test_a_curve_of_another_device_keeps_its_agreement_and_gets_the_speeds_of_th
         for r, agreement in ((0, 1.0), (16, 0.9), (8, 0.95))
     )
     made = Curve(model="m", facts=facts(), measured="2026-11-22", photos=10, max_batch_size=1, rows=rows)
-    unmerged, fast, between = timed(made, loaded, run, 32).rows
+    unmerged, fast, between = timed(made, loaded, run, 32, facts()).rows
     assert [row.agreement for row in (unmerged, fast, between)] == [1.0, 0.9, 0.95]
     assert unmerged.line == pytest.approx((0.01, 0.002)) and unmerged.images_per_s == pytest.approx(32 / 0.074)
     assert fast.line is not None and between.line is not None

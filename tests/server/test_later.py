@@ -1,12 +1,11 @@
-"""What is made later: handed over and never put in place, queued and never forgotten, tried again and never at once."""
+"""What is made later: in the right order, never given up for another, handed over, and tried again after a failure."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,7 +21,7 @@ class Maker:
         self.begun = queue.SimpleQueue[str]()
         self.outcomes = queue.SimpleQueue[Exception | None]()
         self.threads: set[int] = set()
-        self.later = Later(self._make, lambda key: f"key {key}", "maker", clock=lambda: self.now)
+        self.later = Later(self._make, lambda key: f"key {key}", "maker", lambda: self.now)
 
     def _make(self, key: str) -> str:
         self.threads.add(threading.get_ident())
@@ -39,17 +38,21 @@ class Maker:
 
     def settled(self) -> dict[str, str]:
         """What was made, once nothing is being made or waits."""
-        while self.later._making is not None:
-            self.later._thread.submit(lambda: None).result(timeout=30)
+        if (thread := self.later.thread) is not None:
+            thread.join(timeout=30)
+            assert not thread.is_alive()
         return self.later.take()
 
 
 @pytest.fixture
-def maker() -> Maker:
-    return Maker()
+def maker() -> Iterator[Maker]:
+    maker = Maker()
+    yield maker
+    maker.later.close()
+    maker.outcomes.put(None)  # a thread that a failed test has left
 
 
-def test_it_is_made_on_another_thread_and_is_of_whoever_takes_it(maker: Maker) -> None:
+def test_it_is_made_on_another_thread_and_belongs_to_the_one_that_takes_it(maker: Maker) -> None:
     maker.later.ask("a")
     assert maker.later.take() == {}
     assert maker.end() == "a"
@@ -57,35 +60,73 @@ def test_it_is_made_on_another_thread_and_is_of_whoever_takes_it(maker: Maker) -
     assert threading.get_ident() not in maker.threads
 
 
-def test_what_is_asked_for_meanwhile_waits_and_the_latest_comes_first(maker: Maker) -> None:
-    for key in ("a", "b", "c", "d", "b", "a"):
+def test_what_is_asked_for_meanwhile_waits_and_what_is_asked_for_most_comes_first(maker: Maker) -> None:
+    for key in ("a", "b", "c", "d", "c", "a"):
         maker.later.ask(key)
-    assert [maker.end() for _ in range(4)] == ["a", "b", "d", "c"]
-    assert list(maker.settled()) == ["a", "b", "d", "c"]
+    assert [maker.end() for _ in range(4)] == ["a", "c", "b", "d"]
+    assert list(maker.settled()) == ["a", "c", "b", "d"]
+
+
+def test_what_is_asked_for_comes_before_what_is_planned_and_nothing_is_dropped(maker: Maker) -> None:
+    maker.later.plan(("p", "q", "r"))
+    assert maker.begun.get(timeout=30) == "p"
+    maker.later.ask("x")
+    maker.later.ask("r")  # planned, and now asked for
+    maker.later.plan(("s", "q"))
+    maker.outcomes.put(None)
+    assert [maker.end() for _ in range(4)] == ["x", "r", "q", "s"]
+    assert set(maker.settled()) == {"p", "q", "r", "s", "x"}
+
+
+def test_every_key_that_was_made_is_told_once_its_value_can_be_taken(maker: Maker) -> None:
+    taken: list[dict[str, str]] = []
+    maker.later.then(lambda key: taken.append(maker.later.take()))
+    maker.later.plan(("a", "b"))
+    assert [maker.end(), maker.end()] == ["a", "b"]
+    assert maker.settled() == {} and taken == [{"a": "made a"}, {"b": "made b"}]
+
+
+def test_progress_counts_what_is_done_and_all_that_waits(maker: Maker) -> None:
+    assert maker.later.progress() is None
+    maker.later.plan(("a", "b"))
+    maker.later.ask("c")
+    seen = []
+    for _ in range(3):
+        key = maker.begun.get(timeout=30)
+        assert (progress := maker.later.progress()) is not None and progress.key == key
+        seen.append(tuple(progress))
+        maker.outcomes.put(None)
+    assert seen == [("a", 0, 3), ("c", 1, 3), ("b", 2, 3)]
+    maker.settled()
+    assert maker.later.progress() is None
+    maker.later.ask("d")
+    assert maker.later.progress() == ("d", 0, 1)
+    maker.end()
 
 
 def test_what_is_made_and_not_yet_taken_is_not_made_again(maker: Maker) -> None:
     maker.later.ask("a")
     maker.later.ask("a")
     maker.end()
-    while maker.later._making is not None:
-        maker.later._thread.submit(lambda: None).result(timeout=30)
+    if maker.later.thread is not None:
+        maker.later.thread.join(timeout=30)
     maker.later.ask("a")
-    assert maker.later._making is None and maker.settled() == {"a": "made a"}
+    maker.later.plan(("a",))
+    assert maker.later.thread is None and maker.settled() == {"a": "made a"}
 
 
-def test_of_too_many_the_ones_asked_for_longest_ago_are_given_up_and_that_is_told_once(
+def test_while_too_many_wait_a_new_one_is_not_queued_and_those_that_wait_stay(
     maker: Maker, caplog: pytest.LogCaptureFixture
 ) -> None:
     maker.later.ask("first")
     for number in range(MOST_WAITING + 3):
         maker.later.ask(str(number))
     assert [record.getMessage() for record in caplog.records] == [
-        f"more than {MOST_WAITING} wait to be made, so key 0 and others do no more until they are asked for again"
+        f"{MOST_WAITING} wait to be made; key {MOST_WAITING} and others must be asked for again"
     ]
-    maker.later.ask("1")  # again: it is the latest, and 3 makes room
+    maker.later.ask("1")  # it waits already, and goes ahead of those that were asked for once
     order = [maker.end() for _ in range(MOST_WAITING + 1)]
-    assert order == ["first", "1", *(str(number) for number in reversed(range(4, MOST_WAITING + 3)))]
+    assert order == ["first", "1", "0", *(str(number) for number in range(2, MOST_WAITING))]
     assert len(maker.settled()) == MOST_WAITING + 1
 
 
@@ -97,7 +138,7 @@ def test_a_failure_is_told_and_tried_again_later_and_later(maker: Maker, caplog:
         assert maker.settled() == {}
         since = maker.now
         maker.later.ask("a")
-        assert maker.later._making is None  # not at once
+        assert maker.later.thread is None  # not at once
         waits.append(maker.later._failures["a"][1] - since)
         maker.now += waits[-1]
     assert waits == [min(RETRY_S * 2**number, LONGEST_RETRY_S) for number in range(9)]
@@ -112,7 +153,7 @@ def test_a_failure_is_told_and_tried_again_later_and_later(maker: Maker, caplog:
 
 
 def test_a_failure_holds_nothing_else_up_and_failures_are_bounded(
-    maker: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    maker: Maker, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     for number in range(later._MOST_FAILURES + 5):
@@ -124,15 +165,24 @@ def test_a_failure_holds_nothing_else_up_and_failures_are_bounded(
     assert maker.end() == "good" and maker.settled() == {"good": "made good"}
 
 
-def test_nothing_is_begun_in_a_process_that_ends(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit: Callable[..., Any] = maker.later._thread.submit
+def test_once_closed_nothing_more_is_begun_and_nobody_waits_for_what_is_being_made(maker: Maker) -> None:
     maker.later.ask("a")
-    maker.later.ask("b")
+    maker.later.plan(("b",))
+    assert maker.begun.get(timeout=30) == "a"
+    thread = maker.later.thread
+    assert thread is not None and thread.daemon
+    maker.later.close()
+    maker.later.ask("c")
+    maker.later.plan(("d",))
+    maker.outcomes.put(None)
+    thread.join(timeout=30)
+    assert maker.begun.empty() and maker.later.take() == {"a": "made a"}
 
-    def refuse(*args: Any) -> Any:
-        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    monkeypatch.setattr(maker.later._thread, "submit", refuse)
-    maker.end()
-    submit(lambda: None).result(timeout=30)
-    assert maker.later.take() == {"a": "made a"} and maker.begun.empty()
+def test_what_ends_because_it_was_closed_is_no_failure(maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    maker.later.ask("a")
+    assert maker.begun.get(timeout=30) == "a"
+    maker.later.close()
+    maker.outcomes.put(RuntimeError("its translation was killed"))
+    maker.settled()
+    assert caplog.records == []

@@ -196,7 +196,7 @@ def test_a_model_that_is_no_folder_has_one_version() -> None:
 
 def test_a_repository_that_is_not_there_ends_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "missing"
-    assert main(["serve", "--model-repository", str(missing), "--state-dir", "none"]) == 1
+    assert main(["serve", "--model-repository", str(missing), "--state-dir", "none"]) == 2
     assert f"model repository {missing} cannot be read" in capsys.readouterr().err
     ModelLoader(load_settings({"model_repository": str(missing)}))  # an engine that starts again
 
@@ -218,7 +218,7 @@ async def test_a_start_brings_back_what_was_loaded_and_leaves_out_what_was_unloa
     shutil.rmtree(repository / "cats/2")
     async with serving(told, ModelSet(told)) as engine:
         assert list(engine.catalog()) == ["dogs"]
-        assert "has no version '2'; it has: 1; it is not loaded, though it was before the restart" in caplog.text
+        assert "has no version '2'; it has: 1; it was loaded before the restart, and is not loaded now" in caplog.text
         with pytest.raises(NotFoundError):
             await engine.answer(asked("cats"))
         await engine.unload("dogs")
@@ -260,7 +260,9 @@ async def test_a_model_that_runs_out_of_memory_is_not_brought_back_and_stops_no_
     break_cats(torch.OutOfMemoryError("no room"), monkeypatch)
     async with serving(told, ModelSet(told)) as engine:
         assert list(engine.catalog()) == ["dogs"]
-    assert "model cats cannot be loaded: no room; it is not loaded, though it was before the restart" in caplog.text
+    assert (
+        "model cats cannot be loaded: no room; it was loaded before the restart, and is not loaded now" in caplog.text
+    )
 
 
 async def test_a_repository_that_goes_away_takes_neither_the_index_nor_the_live_r(

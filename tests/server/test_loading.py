@@ -370,7 +370,7 @@ async def test_an_engine_that_ends_waits_for_no_load() -> None:
 async def test_an_engine_without_a_loader_keeps_its_models() -> None:
     engine = local_engine(FakeDevice())
     for change in (engine.load("cats"), engine.unload("tiny")):
-        with pytest.raises(ConflictError, match="neither come nor go"):
+        with pytest.raises(ConflictError, match="loads and unloads no models"):
             await change
     assert await engine.repository() == [ModelState("tiny", "1", "READY")]
 

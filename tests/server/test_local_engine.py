@@ -232,7 +232,7 @@ async def test_an_engine_whose_device_works_no_more_is_not_ready_and_says_that_i
         with pytest.raises(UnavailableError):
             await engine.answer(classify())
         await engine.broken()
-        with pytest.raises(UnavailableError, match="works no more"):
+        with pytest.raises(UnavailableError, match="no longer works"):
             await engine.check()
 
 

@@ -79,7 +79,7 @@ def test_what_is_too_much_is_lost_and_counted(pipe: Pipe, caplog: pytest.LogCapt
     assert thread is not None
     assert len(pipe.read_lines(count + kept)) == count + kept
     thread.join()
-    assert caplog.messages == ["7 lines of the log are lost: whoever reads it was too slow"]
+    assert caplog.messages == ["7 lines of the log are lost: its reader was too slow"]
 
 
 def test_a_reader_that_is_gone_costs_lines_alone() -> None:

@@ -53,8 +53,8 @@ def test_no_kind_of_message_is_left_out_of_these_tests() -> None:
         return {(typing.get_origin(kind) or kind).__name__ for kind in among}
 
     asked = {"Classify", "Score", "Embed", "Explain", "Probe", "GetCurve", "GetConfiguration", "Configure", "Withdraw"}
-    asked |= {"Load", "Unload", "GetRepository", "Seen"}
-    answered = {"Answered", "Alive", "Measured", "Deployed", "Done", "Repository", "Failure", "Catalog"}
+    asked |= {"Load", "Unload", "GetRepository", "GetCompiling", "Seen"}
+    answered = {"Answered", "Alive", "Measured", "Progress", "Deployed", "Done", "Repository", "Failure", "Catalog"}
     assert (kinds(Call, "ask"), kinds(Reply, "answer")) == (asked, answered)
 
 

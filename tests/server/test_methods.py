@@ -5,30 +5,43 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+from typing import get_args
 
 import pytest
 
-from tests.server.conftest import assert_is_error, fake_curve, grey_png, serving
+from server.settings import Protocol
+from tests.server.conftest import Service, assert_is_error, fake_curve, grey_png, serving
 from tests.server.test_access import ROUTES
 
-GETS = [path for method, path in ROUTES if method == "GET"]
+EVERY_PROTOCOL = get_args(Protocol)
 CHANGING = {"date", "x-request-id", "content-length"}
 
 
 def url_of(path: str) -> str:
-    return path.replace("{name}", "tiny").replace("{path:path}", "app.css")
+    return path.replace("{name}", "tiny").replace("{path:path}", "app.css").replace("{version}", "1")
 
 
-@pytest.mark.parametrize("path", [*GETS, "/nothing", "/v1/models/none", "/static/nothing.js"])
+def gets_of(service: Service) -> list[str]:
+    """The path of every GET of the application, whatever its router."""
+    return [route.path for route in service.app.state.routes if "GET" in route.methods]
+
+
 @pytest.mark.parametrize("headers", [{}, {"x-api-key": "secret"}], ids=["no key", "a key"])
-async def test_head_is_get_without_a_body(path: str, headers: dict[str, str]) -> None:
-    async with serving(api_key="secret", curve=fake_curve()) as service:
-        get = await service.client.get(url_of(path), headers=headers)
-        head = await service.client.head(url_of(path), headers=headers)
-        assert (head.status_code, head.content) == (get.status_code, b"")
-        assert "content-length" in head.headers and head.headers.keys() == get.headers.keys()
-        for name in get.headers.keys() - CHANGING:
-            assert head.headers[name] == get.headers[name], name
+@pytest.mark.parametrize("accept", ["text/html", "*/*"])
+async def test_head_is_get_without_a_body(headers: dict[str, str], accept: str) -> None:
+    async with serving(api_key="secret", curve=fake_curve(), protocol=EVERY_PROTOCOL) as service:
+        paths = gets_of(service)
+        assert {"/", "/docs", "/static/{path:path}", "/v2", "/v2/models/{name}/config", "/ping", "/health"} <= {*paths}
+        for path in [*paths, "/nothing", "/v1/models/none", "/static/nothing.js", "/v2/models/none"]:
+            get, head = [
+                await service.client.request(method, url_of(path), headers={**headers, "accept": accept})
+                for method in ("GET", "HEAD")
+            ]
+            assert "{" not in url_of(path) and get.status_code in (200, 401, 404), path
+            assert (head.status_code, head.content) == (get.status_code, b""), path
+            assert "content-length" in head.headers and head.headers.keys() == get.headers.keys(), path
+            for name in get.headers.keys() - CHANGING:
+                assert head.headers[name] == get.headers[name], (path, name)
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "ODD"])

@@ -125,8 +125,8 @@ def test_what_is_wrong_stops_the_start_with_one_sentence(field: str, value: obje
 TRANSFORMERS = {"architectures": ["ViTForImageClassification"], "model_type": "vit", "id2label": {"0": "cat"}}
 
 FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "cannot be read: it is no JSON"),
-    "cut off": (b'{"architecture": "vit', "it is no JSON"),
+    "empty": (b"", "cannot be read: it is not JSON"),
+    "cut off": (b'{"architecture": "vit', "it is not JSON"),
     "bytes": (b"\xff\xfe\x00\xd8", "cannot be read"),
     "another encoding": ('{"architecture": "vit", "é": 1}'.encode("latin-1"), "cannot be read"),
     "brackets without end": (b"[" * 100_000, "cannot be read"),
@@ -229,7 +229,7 @@ def test_check_says_in_one_line_what_a_folder_is(folder: Path, capsys: pytest.Ca
 
 def test_check_says_in_one_line_what_is_wrong_with_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(folder, put("pretrained_cfg.interpolation", "area"))
-    assert main(["models", "--check", str(folder)]) == 1
+    assert main(["models", "--check", str(folder)]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1
     assert shown.err.startswith("tome-server: model model: ") and "interpolation" in shown.err
@@ -242,5 +242,5 @@ def test_check_computes_an_image(
         raise RuntimeError("these shapes\ndo not multiply")
 
     monkeypatch.setattr("server.device.torch_backend.TorchBackend.outputs", fail)
-    assert main(["models", "--check", str(folder)]) == 1
+    assert main(["models", "--check", str(folder)]) == 2
     assert "cannot compute a black image: these shapes do not multiply" in capsys.readouterr().err

@@ -37,6 +37,14 @@ async def test_a_patched_r_counts_for_the_next_request_and_after_a_restart(
         assert (await service.classify(PNG)).json()["r"] == r
 
 
+async def test_a_patch_answers_with_the_new_setting_and_not_with_all_about_the_model() -> None:
+    async with serving() as service:
+        patched = await service.client.patch("/v1/models/tiny", json={"r": 3})
+        (listed,) = (await service.client.get("/v1/models")).json()["models"]
+        assert patched.json() == listed and listed["r"] == 3
+        assert not {"classes", "token_counts"} & patched.json().keys() and len(patched.content) < 300
+
+
 async def test_a_ramp_that_a_request_may_ask_for_can_be_deployed_too() -> None:
     async with serving() as service:
         asked = await service.classify(PNG, r=8, inflect=-1)
@@ -66,6 +74,16 @@ async def test_an_if_match_that_is_no_etag_is_refused(if_match: bytes) -> None:
         assert response.status_code in (409, 422)
         assert_is_error(response, response.status_code, response.json()["error"]["code"])
         assert (await service.client.get("/v1/models/tiny")).json()["r"] == 0
+
+
+async def test_a_model_says_what_is_compiled() -> None:
+    async with serving() as service:
+        assert (await service.client.get("/v1/models/tiny")).json()["compiling"] is None
+        service.device.uncompiled = [(8, 8, 8), (1, 2, 3)]
+        told = (await service.client.get("/v1/models/tiny")).json()["compiling"]
+        assert told == {"r": 8, "done": 1, "total": 3}
+        service.device.uncompiled = [(1, 2, 3)]
+        assert (await service.client.get("/v1/models/tiny")).json()["compiling"]["r"] == [1, 2, 3]
 
 
 async def test_the_models_are_described() -> None:

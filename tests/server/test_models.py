@@ -169,7 +169,7 @@ def pickled_weights(folder: Path) -> ModelSpec:
 REFUSED: dict[str, tuple[Callable[[Path], ModelSpec], str]] = {
     "pickle only": (pickle_only, "safetensors only"),
     "no config": (without_config, r"there is no .*config\.json"),
-    "broken config": (broken_config, r"config\.json cannot be read: it is no JSON"),
+    "broken config": (broken_config, r"config\.json cannot be read: it is not JSON"),
     "weights of another shape": (weights_of_another_shape, "do not fit"),
     "broken weights": (broken_weights, "not a safetensors file"),
     "weights cut short": (weights_cut_short, "not a safetensors file"),

@@ -233,7 +233,7 @@ async def test_what_breaks_is_not_told_to_the_client(caplog: pytest.LogCaptureFi
     async with serving() as client:
         client.app.state.service.engine.answer = None  # nothing that can be called
         error = await client.refused(grpc.StatusCode.INTERNAL, "ModelInfer", asking())
-        assert error.details() == "something broke on our side; the log has it"
+        assert error.details() == "the server failed; its log has the error"
         assert "a call of ModelInfer failed" in caplog.text
 
 
@@ -265,7 +265,7 @@ async def test_models_are_loaded_and_unloaded_as_either_client_asks() -> None:
             assert not (await client.call("ModelReady", {"name": "cats"})).ready
         wrong = {"model_name": "cats", "parameters": {"config": ModelParameter(string_param="{}")}}
         error = await client.refused(grpc.StatusCode.INVALID_ARGUMENT, "RepositoryModelLoad", wrong, metadata=admin)
-        assert "there is: version" in error.details()
+        assert "there are: version" in error.details()
 
 
 async def test_keys_are_needed_but_for_health() -> None:

@@ -101,7 +101,7 @@ async def test_a_server_that_is_about_to_end_is_not_ready_and_alive() -> None:
         service.app.state.is_draining = True
         ready = await service.client.get("/v2/health/ready")
         assert (ready.status_code, ready.json()["ready"]) == (503, False) and ready.headers["retry-after"]
-        assert_refused(await service.client.get("/v2/models/tiny/ready"), 503, "about to end")
+        assert_refused(await service.client.get("/v2/models/tiny/ready"), 503, "shutting down")
         assert (await service.client.get("/v2/health/live")).json() == {"live": True}
 
 
@@ -311,7 +311,7 @@ async def test_the_dial_of_a_request() -> None:
         ):
             assert (await infer(service, asking(**parameters), **headers))["parameters"]["r"] == r
         response = await service.client.post(INFER, json=asking(r=4), headers={"x-r": "4"})
-        assert_refused(response, 422, "say it once")
+        assert_refused(response, 422, "give it once")
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ async def test_the_dial_turns_by_the_query() -> None:
             response = await service.client.post(INFER, params={name: value}, json=asking())
             assert (response.status_code, response.headers["x-r"]) == (200, schedule), response.text
         for params, said, part in (
-            ({"r": "2"}, asking(r=2), "say it once"),
+            ({"r": "2"}, asking(r=2), "give it once"),
             ({"top_k": "2"}, asking(), "no parameter 'top_k' of the query"),
             ({"r": "99"}, asking(), "between 0 and 8"),
         ):

@@ -129,7 +129,7 @@ def test_a_body_that_is_a_file_may_have_its_length_before_it() -> None:
         ("BYTES", [0], b"", UndecodableError, "no image"),
         ("BYTES", [5], b"", TooLargeError, "at most 4"),
         ("BYTES", [10**30], b"", TooLargeError, "at most 4"),
-        ("BYTES", [1], packed([b"a", b"b"]), UndecodableError, "5 bytes behind"),
+        ("BYTES", [1], packed([b"a", b"b"]), UndecodableError, "5 bytes after"),
         ("BYTES", [1], b"\x00\x00", UndecodableError, "ends in its element 0"),
         ("BYTES", [2], ["aaaa"], UndecodableError, "1 values"),
         ("BYTES", [1], [7], InvalidError, "element 0 of image is 7"),
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(InvalidError, match="there is no input 'pixels'; there is: image"):
+    with pytest.raises(InvalidError, match="there is no input 'pixels'; the only one is image"):
         read("BYTES", [1], packed([b""]), name="pixels")
 
 

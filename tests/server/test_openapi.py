@@ -100,7 +100,8 @@ async def test_an_answer_of_each_shape_is_as_described() -> None:
             for path in ("/classify", "/v1/explain"):
                 form = {"image": ("a.png", grey_png())}
                 assert_described(document, "POST", path, await service.client.post(f"{path}?{query}", files=form))
-        await service.client.patch("/v1/models/tiny", json={"r": "auto", "max_r": 4})
+        patched = await service.client.patch("/v1/models/tiny", json={"r": "auto", "max_r": 4})
+        assert_described(document, "PATCH", "/v1/models/{name}", patched)
         for path in ("/v1/models", "/v1/models/{name}", "/v1/config"):
             response = await service.client.get(path.replace("{name}", "tiny"))
             assert_described(document, "GET", path, response)

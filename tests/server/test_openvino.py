@@ -17,7 +17,7 @@ from torch import Tensor
 
 from server.device import openvino_files
 from server.device.backend import BackendOptions
-from server.device.openvino_files import MOST_FOLDERS, MOST_TRANSLATIONS, OUTDATED_S, Translations, remove_outdated
+from server.device.openvino_files import OUTDATED_S, Translations, make_room
 from server.dial import Schedule
 from tests.server.test_backends import images, loaded, pixels
 
@@ -38,7 +38,10 @@ class FakeCompiler:
     def keep(self, schedule: Schedule) -> None:
         pass
 
-    def any_batch(self, schedule: Schedule, max_batch_size: int, precision: str, aside: bool) -> Any:
+    def close(self) -> None:
+        pass
+
+    def any_batch(self, schedule: Schedule, max_batch_size: int, precision: str, sizes: Any, aside: bool) -> Any:
         self.compiled.append(schedule)
         if schedule in self.failing:
             raise OSError("No space left on device")
@@ -89,7 +92,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made(monkeypatch, 16)
 
 
-def ask(backend: Any, schedule: Schedule, times: int = openvino.SEEN_OFTEN) -> None:
+def ask(backend: Any, schedule: Schedule, times: int = 1) -> None:
     """Asks for a schedule so often, and waits until nothing is compiled."""
     for _ in range(times):
         backend.outputs(pixels(1), schedule)
@@ -99,8 +102,9 @@ def ask(backend: Any, schedule: Schedule, times: int = openvino.SEEN_OFTEN) -> N
 
 def settle(backend: Any) -> None:
     """Waits until nothing is compiled."""
-    while backend._later._making is not None:
-        backend._later._thread.submit(lambda: None).result()
+    if (thread := backend._later.thread) is not None:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
 
 
 @torch.inference_mode()
@@ -108,7 +112,7 @@ def test_one_thread_has_the_graphs_whoever_compiles(monkeypatch: pytest.MonkeyPa
     backend = made(monkeypatch, 3)
     backend._runs = Watched(backend._runs)
     for number in range(1, 8):
-        ask(backend, (number, 0), openvino.SEEN_OFTEN + number)
+        ask(backend, (number, 0), 1 + number)
     assert Watched.threads == {threading.get_ident()}
     assert list(backend._runs) == [(0, 0), (5, 0), (6, 0), (7, 0)]
 
@@ -128,9 +132,9 @@ def test_ever_new_schedules_compile_nothing_once_memory_is_full_and_take_it_from
 ) -> None:
     backend = made(monkeypatch, 2)
     for schedule in ((2, 0), (3, 0)):
-        ask(backend, schedule, openvino.SEEN_OFTEN + 1)
+        ask(backend, schedule, 4)
     for number in range(4, 17):
-        ask(backend, (number, 0), openvino.SEEN_OFTEN)
+        ask(backend, (number, 0), 3)
         ask(backend, (2, 0), 1)
         ask(backend, (3, 0), 1)
     assert set(backend._compiler.compiled) == set(backend._runs) == {(0, 0), (2, 0), (3, 0)}
@@ -141,8 +145,7 @@ def test_no_more_than_fit_are_compiled_where_many_are_asked_for_at_once(monkeypa
     backend = made(monkeypatch, 2)
     with compiler_of.TRACING:  # a compiling thread stands still before it compares
         for number in range(1, 9):
-            for _ in range(openvino.SEEN_OFTEN):
-                backend.outputs(pixels(1), (number, 0))
+            backend.outputs(pixels(1), (number, 0))
     settle(backend)
     assert len(backend._compiler.compiled) == 1 + 2
 
@@ -164,18 +167,75 @@ def test_however_much_memory_there_is_no_more_than_so_many_schedules_stay(monkey
 
 
 @torch.inference_mode()
-def test_a_schedule_is_compiled_once_it_was_asked_for_three_times(backend: Any) -> None:
-    ask(backend, (3, 0), 2)
+def test_the_first_request_for_a_schedule_has_it_compiled_and_says_what_stood_in(backend: Any) -> None:
+    assert backend.computed_by((0, 0)) == ("openvino", "fp32", False)
+    backend.outputs(pixels(1), (3, 0))
+    assert backend.computed_by((3, 0)) == ("torch", "fp32", True)
+    settle(backend)
+    backend.outputs(pixels(1), (3, 0))
+    assert backend.computed_by((3, 0)) == ("openvino", "fp32", False)
+    assert backend._compiler.compiled == [(0, 0), (3, 0)]
+
+
+@torch.inference_mode()
+def test_what_is_planned_is_compiled_in_its_order_after_what_requests_ask_for(backend: Any) -> None:
+    told: list[Schedule] = []
+    with compiler_of.TRACING:  # a compiling thread stands still before it compares
+        backend.compile_later([(4, 0), (2, 0), (0, 0), (1, 0)], told.append)
+        backend.outputs(pixels(1), (7, 0))
+        backend.outputs(pixels(1), (1, 0))
+        assert backend.compiling() == ((4, 0), 0, 4)
+    settle(backend)
+    assert told == [(4, 0), (7, 0), (1, 0), (2, 0)] == backend._compiler.compiled[1:]
+    assert backend.compiling() is None
+
+
+@torch.inference_mode()
+def test_no_request_takes_the_place_of_what_is_planned_and_the_plan_leaves_some_for_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = made(monkeypatch, 4)
+    backend.compile_later([(number, 0) for number in range(1, 6)], lambda schedule: None)
+    settle(backend)
+    for number in range(6, 12):
+        ask(backend, (number, 1), number)
+    planned = {(1, 0), (2, 0), (3, 0)}  # three quarters of the places
+    assert set(backend._runs) == {(0, 0), *planned, (11, 1)}
+
+
+@torch.inference_mode()
+def test_what_is_warmed_is_compiled_for_one_image_at_the_start_and_for_batches_in_the_background(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[Any] = []
+    any_batch = FakeCompiler.any_batch
+
+    def noting(self: FakeCompiler, *args: Any, **named: Any) -> Any:
+        sizes.append((args[0], *args[3:]))
+        return any_batch(self, *args, **named)
+
+    monkeypatch.setattr(FakeCompiler, "any_batch", noting)
+    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
+    options = BackendOptions("openvino", 1, max_batch_size=1, memory_bytes=60, in_background=True)
+    backend = openvino.OpenVINOBackend(loaded(), "fp32", options)
+    backend.compile_later([(0, 0), (3, 0), (4, 0)], lambda schedule: None)
+    settle(backend)
+    assert sizes == [((0, 0), (), False), ((3, 0), (4,), True), ((0, 0), None, True), ((4, 0), (4,), True)]
+
+
+@torch.inference_mode()
+def test_once_closed_nothing_more_is_compiled(backend: Any) -> None:
+    backend.close()
+    backend.compile_later([(1, 0)], lambda schedule: None)
+    ask(backend, (3, 0), 3)
     assert backend._compiler.compiled == [(0, 0)]
-    ask(backend, (3, 0), 1)
-    assert (3, 0) in backend._runs
 
 
 @torch.inference_mode()
 def test_all_that_is_asked_for_at_once_is_compiled(backend: Any) -> None:
     asked = [(number, 0) for number in range(1, 6)]
     with compiler_of.TRACING:  # a compiling thread stands still before it compares
-        for schedule in asked * openvino.SEEN_OFTEN:
+        for schedule in asked:
             backend.outputs(pixels(1), schedule)
     settle(backend)
     backend.outputs(pixels(1), (0, 0))
@@ -185,7 +245,7 @@ def test_all_that_is_asked_for_at_once_is_compiled(backend: Any) -> None:
 @torch.inference_mode()
 def test_a_failure_that_passes_excludes_no_schedule(backend: Any) -> None:
     backend._compiler.failing = [(3, 0)]
-    ask(backend, (3, 0), openvino.SEEN_OFTEN + 1)
+    ask(backend, (3, 0), 2)
     assert backend._compiler.compiled.count((3, 0)) == 1  # the second time it is too early
     backend._compiler.failing = []
     backend._later._clock = lambda: time.monotonic() + 61
@@ -198,12 +258,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / ("ab" * 12)
 
 
-def translate(files: Translations, schedule: Schedule, unused_s: float) -> None:
-    """Files as a translation leaves them, last used so long ago."""
-    graph = files.graph(schedule)
-    files.compiled(schedule).mkdir(parents=True)
-    for each in (graph, graph.with_suffix(".bin"), files.compiled(schedule) / "1.blob"):
-        each.write_text("x")
+def translate(files: Translations, name: str, unused_s: float) -> None:
+    """Files as a translation of ten bytes leaves them, last used so long ago."""
+    graph = files.graph(name)
+    graph.write_text("xml")
+    graph.with_suffix(".bin").write_text("weights")
     _age(graph, unused_s)
 
 
@@ -216,38 +275,56 @@ def names(folder: Path) -> set[str]:
     return {each.name for each in folder.iterdir()}
 
 
-def test_the_translations_used_longest_ago_make_room_with_all_that_is_of_them(folder: Path) -> None:
-    files = Translations(folder)
-    many = MOST_TRANSLATIONS + 4
-    for number in range(many):
-        translate(files, (number, 0), 1000 - number)
-    files.keep((0, 0))
-    assert files.use((1, 0)) and not files.use((99, 0))
-    files.make_room()
-    kept = {0, 1, *range(many - MOST_TRANSLATIONS + 1, many)}
-    assert names(folder) == {f"r{n}-0{end}" if n else f"r0{end}" for n in kept for end in (".xml", ".bin", ".compiled")}
+def bytes_in(folder: Path) -> int:
+    return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
 
 
-@pytest.mark.parametrize(("free", "kept"), [(0, 1), (100, 2), (160, 4), (10**6, 8)])
-def test_translations_take_a_tenth_of_the_disk_and_the_latest_stays(
-    free: int, kept: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("free", "most", "kept"), [(0, 10**6, 8), (10**9, 55, 5), (500, 10**6, 5), (10**9, 10**9, 8)])
+def test_of_all_models_the_translations_used_longest_ago_make_room(
+    free: int, most: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight of 5 bytes each, and one that is warmed and counts for nothing."""
-    files = Translations(folder)
-    for number in range(9):
-        translate(files, (1 + number, 0), 1000 - number)
-        files.graph((1 + number, 0)).with_suffix(".bin").write_text("xxx")
-    files.keep((1, 0))
+    """Eight of 10 bytes each in the folders of two models: by bytes, or by a tenth of the disk."""
+    models = [Translations(tmp_path / (letter * 24)) for letter in "ab"]
+    for number in range(8):
+        translate(models[number % 2], f"r{number}", 1000 - number)
+    monkeypatch.setattr(openvino_files, "MOST_BYTES", most)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    files.make_room()
-    assert {each.stem for each in folder.glob("*.xml")} == {"r1-0"} | {f"r{9 - number}-0" for number in range(kept)}
-    assert len(list(folder.iterdir())) == 3 * (1 + kept)
+    if free == 0:
+        monkeypatch.setattr(openvino_files, "DISK_SHARE", 1.0)
+    make_room(tmp_path)
+    left = {each.stem for each in tmp_path.rglob("*.xml")}
+    assert left == {f"r{number}" for number in range(8 - kept, 8)}
+    assert bytes_in(tmp_path) == 10 * kept
 
 
-def test_files_that_vanish_meanwhile_are_no_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = Translations(folder)
-    for number in range(MOST_TRANSLATIONS + 2):
-        translate(files, (number, 1), number)
+def test_what_is_kept_stays_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_files, "MOST_BYTES", 35)
+    files = Translations(tmp_path / ("a" * 24))
+    for number in range(6):
+        translate(files, f"r{number}", 1000 - number)
+    files.keep("r0")
+    assert files.use("r1") and not files.use("r99")
+    make_room(tmp_path, files.kept)
+    assert {each.stem for each in files.folder.glob("*.xml")} == {"r0", "r1", "r5"}
+
+
+def test_compiled_graphs_that_an_older_version_kept_go_with_their_translation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Translations(tmp_path / ("a" * 24))
+    translate(files, "r4", 10)
+    (files.folder / "r4.compiled").mkdir()
+    (files.folder / "r4.compiled" / "1.blob").write_text("graph")
+    monkeypatch.setattr(openvino_files, "MOST_BYTES", 0)
+    make_room(tmp_path)
+    assert bytes_in(tmp_path) == 0
+
+
+def test_files_that_vanish_meanwhile_are_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_files, "MOST_BYTES", 20)
+    files = Translations(tmp_path / ("a" * 24))
+    for number in range(18):
+        translate(files, f"r{number}", number)
     glob = Path.glob
 
     def glob_and_lose(self: Path, pattern: str) -> Iterator[Path]:
@@ -257,9 +334,9 @@ def test_files_that_vanish_meanwhile_are_no_fault(folder: Path, monkeypatch: pyt
         yield from found
 
     monkeypatch.setattr(Path, "glob", glob_and_lose)
-    files.make_room()
-    files.remove((1, 1))
-    files.remove((99, 1))
+    make_room(tmp_path)
+    files.remove("r1")
+    files.remove("r99")
 
 
 def test_what_nobody_has_used_for_long_is_removed_and_nothing_that_is_not_ours(tmp_path: Path) -> None:
@@ -268,9 +345,7 @@ def test_what_nobody_has_used_for_long_is_removed_and_nothing_that_is_not_ours(t
         (tmp_path / name / "r0.bin").touch()
         _age(tmp_path / name, unused_s)
 
-    for number in range(MOST_FOLDERS + 3):
-        made(f"{number:024x}", 2 * DAY_S + number)
-    made("f" * 24, 0.9 * DAY_S)
+    made("f" * 24, OUTDATED_S - DAY_S)
     made("e" * 24, OUTDATED_S + DAY_S)
     made("tmpold", 2 * DAY_S)
     made("tmpnew", 0)
@@ -278,16 +353,8 @@ def test_what_nobody_has_used_for_long_is_removed_and_nothing_that_is_not_ours(t
     for name, unused_s in (("merge_tokens-old.so", OUTDATED_S + 9), ("merge_tokens-new.so", OUTDATED_S - 9)):
         (tmp_path / name).touch()
         _age(tmp_path / name, unused_s)
-    remove_outdated(tmp_path)
-    recent = {f"{number:024x}" for number in range(MOST_FOLDERS - 1)}  # and the one of today
-    assert names(tmp_path) == recent | {"f" * 24, "tmpnew", "photos", "merge_tokens-new.so"}
-
-
-def test_folders_of_today_stay_however_many_they_are(tmp_path: Path) -> None:
-    for number in range(3 * MOST_FOLDERS):
-        Translations(tmp_path / f"{number:024x}")
-    remove_outdated(tmp_path)
-    assert len(names(tmp_path)) == 3 * MOST_FOLDERS
+    make_room(tmp_path)
+    assert names(tmp_path) == {"f" * 24, "tmpnew", "photos", "merge_tokens-new.so"}
 
 
 def test_a_start_and_a_use_make_a_folder_one_of_today(folder: Path) -> None:
@@ -297,7 +364,7 @@ def test_a_start_and_a_use_make_a_folder_one_of_today(folder: Path) -> None:
         files = Translations(folder)
         assert openvino_files._unused_s(folder) < DAY_S
     _age(folder, OUTDATED_S + DAY_S)
-    files.use((3, 0))
+    files.use("r3-0")
     assert openvino_files._unused_s(folder) < DAY_S
 
 
@@ -310,18 +377,16 @@ def test_what_a_killed_translation_left_is_removed_a_day_later(folder: Path) -> 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("lost", ["graph", "weights", "compiled", "folder", "spoilt"])
+@pytest.mark.parametrize("lost", ["graph", "weights", "folder", "spoilt"])
 def test_a_translation_that_another_server_removed_is_made_again(lost: str, tmp_path: Path) -> None:
     model = loaded()
     compiler = compiler_of.Compiler(model.merged, (64, 64), 1, tmp_path)
     wanted = compiler.graph((3, 0), 1, "fp32")(images(1))
-    graph = compiler._files.graph((3, 0))
+    (graph,) = compiler.folder.glob("*.xml")
     if lost == "graph":
         graph.unlink()
     elif lost == "weights":
         graph.with_suffix(".bin").unlink()
-    elif lost == "compiled":
-        openvino_files._remove(graph.with_suffix(".compiled"))
     elif lost == "folder":
         openvino_files._remove(graph.parent)
     else:
@@ -332,13 +397,55 @@ def test_a_translation_that_another_server_removed_is_made_again(lost: str, tmp_
 
 
 @torch.inference_mode()
-def test_the_disk_holds_so_many_translations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_files, "MOST_TRANSLATIONS", 2)
+def test_however_many_schedules_are_compiled_the_folder_holds_two_translations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = loaded()
     compiler = compiler_of.Compiler(model.merged, (64, 64), 1, tmp_path)
-    compiler.keep((0, 0))
-    for schedule in ((0, 0), (1, 0), (2, 0), (3, 0)):
-        compiler.graph(schedule, 1, "fp32")
-    assert {each.stem for each in compiler._files.graph((0, 0)).parent.iterdir()} == {"r0", "r2-0", "r3-0"}
-    run = compiler.graph((1, 0), 1, "fp32")
-    torch.testing.assert_close(run(images(1)), model.merged(images(1), (1, 0)), atol=1e-4, rtol=1e-4)
+    if compiler._operator is None:
+        pytest.skip("without a C++ compiler each schedule has a translation of its own")
+    translated: list[Any] = []
+    translate = compiler_of.translate
+    monkeypatch.setattr(compiler_of, "translate", lambda *args: (translated.append(args), translate(*args)))
+    for schedule in ((0, 0), (1, 0), (0, 2), (3, 3), (9, 1), (60, 0)):
+        run = compiler.graph(schedule, 1, "fp32")
+        torch.testing.assert_close(run(images(2)), model.merged(images(2), schedule), atol=1e-4, rtol=1e-4)
+    assert len(translated) == 2
+    assert {each.name for each in compiler.folder.iterdir()} == {"r0.xml", "r0.bin", "merging.xml", "merging.bin"}
+
+
+@torch.inference_mode()
+def test_a_graph_that_depends_on_its_schedule_otherwise_has_a_translation_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any, schedule: Schedule) -> None:
+        raise RuntimeError("the graph has 1 merging operators, and the model 2 blocks")
+
+    monkeypatch.setattr(compiler_of, "set_schedule", refuse)
+    model = loaded()
+    compiler = compiler_of.Compiler(model.merged, (64, 64), 1, tmp_path)
+    run = compiler.graph((3, 1), 1, "fp32")
+    torch.testing.assert_close(run(images(1)), model.merged(images(1), (3, 1)), atol=1e-4, rtol=1e-4)
+    assert (compiler.folder / "r3-1.xml").exists()
+
+
+def test_a_translation_in_another_process_is_killed_by_the_end(tmp_path: Path) -> None:
+    compiler = compiler_of.Compiler(loaded().merged, (64, 64), 1, tmp_path)
+    failures: list[BaseException] = []
+
+    def compile_aside() -> None:
+        try:
+            compiler.graph((3, 0), 1, "fp32", aside=True)
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=compile_aside)
+    thread.start()
+    while compiler._process is None or compiler._process.pid is None:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    compiler.close()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and "its translation ended with status -9" in str(failures)
+    with pytest.raises(RuntimeError, match="the server ends"):
+        compiler.graph((3, 0), 1, "fp32", aside=True)

@@ -82,10 +82,10 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     ("models/tiny/load", {"parameters": {"version": True}}, 422, "version is True"),
     ("models/tiny/load", {"parameters": {"version": [1]}}, 422, "version is"),
     ("models/tiny/load", {"parameters": {"version": "\udcff"}}, 422, "version is '\\udcff'"),
-    ("models/tiny/load", {"parameters": {"config": "{}"}}, 422, "no parameter 'config' here; there is: version"),
+    ("models/tiny/load", {"parameters": {"config": "{}"}}, 422, "no parameter 'config' here; there are: version"),
     ("models/tiny/load", {"parameters": [1]}, 422, "it must be an object"),
-    ("models/tiny/load", {"version": "2"}, 422, "no field 'version' here; there is: parameters"),
-    ("models/tiny/unload", {"parameters": {"version": "1"}}, 422, "there is: unload_dependents"),
+    ("models/tiny/load", {"version": "2"}, 422, "no field 'version' here; the only one is parameters"),
+    ("models/tiny/unload", {"parameters": {"version": "1"}}, 422, "there are: unload_dependents"),
     ("models/tiny/load", [1], 400, "JSON object"),
     ("index", {"ready": "yes"}, 422, "ready is 'yes'; it must be true or false"),
     ("index", {"read": True}, 422, "no field 'read' of an index"),
@@ -104,4 +104,4 @@ async def test_what_cannot_be_done_is_refused_and_changes_nothing(path: str, bod
 async def test_without_a_loader_models_stay() -> None:
     async with serving(protocol="none") as service:  # with the native errors where that protocol is off
         response = await service.client.post("/v2/repository/models/tiny/load", content=b"{}")
-        assert "deploy it anew" in assert_is_error(response, 409, "conflict")
+        assert "deploy it again" in assert_is_error(response, 409, "conflict")

@@ -24,6 +24,7 @@ from server.images import decoders
 from server.images.image import JpegFile, Pixels
 from server.images.pillow import read
 from server.ipc.messages import Answered, Choice, Classify, Explain, Merges, Reason, TopK
+from server.types import ComputedBy
 from tests.server.conftest import (
     NUM_CLASSES,
     SIDE,
@@ -68,11 +69,22 @@ async def test_an_answer_says_what_is_in_the_image_and_how_it_was_computed() -> 
             "tokens": 17 - 4 - 4 - 4,
             "batch_size": 1,
             "config_version": 1,
+            "computed_by": {"backend": "openvino", "precision": "bf16"},
         }
         headers = response.headers
         assert (headers["x-r"], headers["x-batch-size"], headers["x-config-version"]) == ("4", "1", "1")
         stages = dict(stage.split(";dur=") for stage in headers["server-timing"].split(", "))
         assert {stage: float(ms) for stage, ms in stages.items()} == pytest.approx(timings, abs=0.006)
+
+
+async def test_an_answer_says_what_stood_in_for_a_schedule_that_is_not_compiled() -> None:
+    async with serving() as service:
+        service.device.uncompiled = [(4, 4, 4)]
+        for path in ("/classify", "/v1/explain"):
+            said = [
+                (await service.client.post(path, files=FORM, params={"r": r})).json()["computed_by"] for r in (4, 8)
+            ]
+            assert said == [{"backend": "torch", "precision": "fp32"}, {"backend": "openvino", "precision": "bf16"}]
 
 
 async def test_without_top_k_five_classes_are_named() -> None:
@@ -244,7 +256,7 @@ class Asked:
         if isinstance(request, Explain):
             results = [Merges(top_k, (4, 4), 2, [[0] * 16] * 3) for top_k in results]
         schedule = self.auto.schedule if self.auto else (2, 2, 2)
-        return Answered(results, schedule, 41, 7, 0.25, 0.5, self.auto)
+        return Answered(results, schedule, 41, 7, 0.25, 0.5, ComputedBy("torch", "fp32"), self.auto)
 
 
 @asynccontextmanager

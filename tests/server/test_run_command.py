@@ -17,8 +17,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from server.cli import main
+from server.commands import progress
 from server.errors import EngineError
-from server.offline import progress, unfinished
+from server.offline import unfinished
 from server.offline.computing import Computing
 from server.offline.model import Answer, Ask
 from tests.server.conftest import encode
@@ -65,6 +66,7 @@ class Command:
         captured = self._capsys.readouterr()
         self.told = captured.err
         assert "Traceback" not in self.told
+        self.last_line = self.told.splitlines()[-1] if self.told else ""
         return dict(json.loads(captured.out.splitlines()[-1])) if status == 0 else {}
 
 
@@ -95,8 +97,7 @@ def test_rows_are_what_classify_says(
 ) -> None:
     said = run("photos", "--r", "8,2", "--top-k", "3", "--max-batch-size", "3", "-o", "out.jsonl")
     assert (said["complete"], said["images"], said["errors"], said["earlier"]) == (True, 7, 0, 0)
-    flags = [flag for flag in model if flag not in ("--backend", "torch")]
-    assert main(["classify", "--json", "--r", "8,2", "--top-k", "3", *flags, *photos]) == 0
+    assert main(["classify", "--json", "--r", "8,2", "--top-k", "3", *model, *photos]) == 0
     classified = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     rows = lines("out.jsonl")
     assert len({row["score"] for row in rows}) > 3, "the photos are too much alike to tell anything"
@@ -123,8 +124,8 @@ def test_each_format_holds_the_same_rows(asked: list[str], run: Command, photos:
         cells = list(csv.DictReader(file))
     for row, in_parquet, in_csv in zip(rows, table, cells, strict=True):
         assert list(row) == list(in_parquet) == list(in_csv)
+        assert (in_parquet.pop("r"), in_csv.pop("r"), row.pop("r")) == ([4, 4], "4", 4)
         assert in_parquet == row
-        assert in_csv.pop("r") == "4" and row.pop("r") == [4, 4]
         for name, text in in_csv.items():
             assert row[name] == (
                 text if name in ("file", "model", "label", "error") else json.loads(text or "null")
@@ -228,7 +229,7 @@ def test_other_settings_do_not_go_on_with_it(
     breaks_after(1, monkeypatch)
     run(*command, status=1)
     run(*command, *other, status=1)
-    assert named in run.told and "--overwrite" in run.told and run.told.count("\n") == 1
+    assert named in run.last_line and "--overwrite" in run.last_line
     assert run(*command, *other, "--overwrite")["images"] == 7
 
 
@@ -296,7 +297,7 @@ def test_a_table_is_replaced_only_when_asked_and_another_file_never(run: Command
         other.write_text("file,class\nmine,3\n")
         run("photos", "-o", str(other), "--overwrite", status=1)
         assert "holds no table of this command" in run.told and other.read_text().startswith("file,class")
-    assert {tuple(row["r"]) for row in lines("out.jsonl")} == {(8, 8)}
+    assert {row["r"] for row in lines("out.jsonl")} == {8}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_a_table_is_replaced_only_when_asked_and_another_file_never(run: Command
         (["photos/0.png", "-o", "out.csv"], "neither a folder nor a text file"),
         (["photos", "-o", "out.csv", "--top-k", "4"], "between 1 and 3"),
         (["photos", "-o", "out.csv", "--r", "9"], "between 0 and 8"),
-        (["photos", "-o", "out.csv", "--r", "auto"], "'auto'"),
+        (["photos", "-o", "out.csv", "--r", "auto"], "--r is auto"),
         (["photos", "-o", "out.csv", "--threshold", "0.5"], "function_to_apply=sigmoid, not with softmax"),
         (["photos", "-o", "out.csv", "--function-to-apply", "sigmoid", "--threshold", "2"], "between 0 and 1"),
         (["photos", "-o", "out.csv", "--threshold", "0.5", "--top-k", "2"], "give one of them"),
@@ -323,7 +324,7 @@ def test_what_cannot_be_is_said_in_one_sentence(
 ) -> None:
     Path("empty").mkdir()
     run(*arguments, status=1)
-    assert run.told.startswith("tome-server: ") and named in run.told and run.told.count("\n") == 1
+    assert run.last_line.startswith("tome-server: ") and named in run.last_line
     assert not Path("out.csv").exists()
 
 
@@ -375,7 +376,8 @@ def test_a_model_that_fails_on_all_images_ends_the_run(
 def test_progress_is_a_line_now_and_then(run: Command, photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "BETWEEN_S", 0)
     run("photos", "--max-batch-size", "2", "-o", "out.jsonl")
-    told = run.told.splitlines()
+    loading, *told = run.told.splitlines()
+    assert loading == "loading tiny-vit"
     assert [line[27:31].strip() for line in told] == ["29%", "57%", "86%", "100%"]
     assert "2 of 7 images, " in told[0] and told[0].endswith(" left") and "images/s" in told[0]
     assert [progress.clock(seconds) for seconds in (9.9, 754, 3723)] == ["0:09", "12:34", "1:02:03"]
@@ -383,8 +385,9 @@ def test_progress_is_a_line_now_and_then(run: Command, photos: list[str], monkey
 
 @pytest.mark.slow
 def test_several_devices_fill_one_table(run: Command, photos: list[str]) -> None:
-    run("photos", "--max-batch-size", "2", "-o", "one.jsonl")
-    said = run("photos", "--max-batch-size", "2", "--device", "cpu,cpu", "-o", "two.jsonl")
+    same = ("photos", "--max-batch-size", "2", "--threads", "1")  # another count of threads rounds in another order
+    run(*same, "-o", "one.jsonl")
+    said = run(*same, "--device", "cpu,cpu", "-o", "two.jsonl")
     assert said["images"] == 7 and Path("two.jsonl").read_text() == Path("one.jsonl").read_text()
     run("photos", "--device", "cpu,abacus", "-o", "bad.jsonl", status=1)
     assert "abacus" in run.told
@@ -405,7 +408,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_parts(
     monkeypatch.setattr(unfinished, "write_whole", full)
     command = ["photos", "--max-batch-size", "2", "-o", "out.jsonl"]
     run(*command, status=1)
-    assert "out.jsonl.unfinished: No space left on device" in run.told and run.told.count("\n") == 1
+    assert run.last_line.endswith("out.jsonl.unfinished: No space left on device")
     monkeypatch.setattr(unfinished, "write_whole", write)
     said = run(*command)
     assert (said["earlier"], said["images"]) == (4, 3)

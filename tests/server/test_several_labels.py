@@ -156,7 +156,7 @@ def test_the_command_names_labels_as_the_server_does(
     )
     assert main(["classify", *model, "--function-to-apply", "none", "--top-k", "1", photo]) == 0
     assert "%" not in capsys.readouterr().out.splitlines()[1]
-    assert main(["classify", *model, "--function-to-apply", "softmax", "--threshold", "0.5", photo]) == 1
+    assert main(["classify", *model, "--function-to-apply", "softmax", "--threshold", "0.5", photo]) == 2
     assert "threshold goes with function_to_apply=sigmoid" in capsys.readouterr().err
     assert main(["models", "--model", f"local-dir:{several}"]) == 0
     assert "7 classes by sigmoid, 24 features" in capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_calibrate_compares_sets_of_labels(
     same = float((sets[0] == sets[1]).all(dim=1).double().mean())
     assert curve.rows[1].agreement == pytest.approx(same) and same < 1
     labels.write_text("file,label\n0.png,1\n")
-    assert main([*command, "--labels", str(labels)]) == 1
+    assert main([*command, "--labels", str(labels)]) == 2
     assert "--labels measures top-1, of one right class for each photo; the agreement here is of labels" in (
         capsys.readouterr().err
     )

@@ -71,7 +71,7 @@ Judged = Callable[[tuple[float, float]], None]
 
 def command(folder: Path, images: Path, *more: str) -> list[str]:
     plain = ["--model", f"local-dir:{folder}", "--images", str(images), "--device", "cpu", "--threads", "1"]
-    return ["tune", *plain, "--r", f"{BAND[0]}..{BAND[1]}", "--state-dir", "none", "--photos", str(FEW), *more]
+    return ["tune", *plain, "--band", f"{BAND[0]}..{BAND[1]}", "--state-dir", "none", "--limit", str(FEW), *more]
 
 
 def told(printed: Printed) -> tuple[dict[str, Any], str]:
@@ -94,7 +94,7 @@ def test_what_it_gains_is_written_beside_the_weights_and_found_there(
 ) -> None:
     asked = (0, BAND[0] - 1, BAND[0])
     before = {r: classified(folder, images, r, capsys) for r in asked}
-    assert main(command(folder, images, "--photos", str(COUNT))) == 0
+    assert main(command(folder, images, "--limit", str(COUNT))) == 0
     said, beside = told(capsys)
     file = folder / "model.tuned.safetensors"
     assert said.pop("written") == str(file) and f"kept in {file}" in beside
@@ -169,7 +169,7 @@ def test_photos_of_one_colour_give_nothing(folder: Path, tmp_path: Path, capsys:
 
 def test_one_block_whose_merging_nothing_reads_gives_nothing(images: Path, tmp_path: Path, capsys: Printed) -> None:
     folder = random_vit(tmp_path / "one block", num_classes=5, depth=1, global_pool="token")
-    plain = ["--images", str(images), "--photos", str(FEW), "--device", "cpu", "--state-dir", "none"]
+    plain = ["--images", str(images), "--limit", str(FEW), "--device", "cpu", "--state-dir", "none"]
     assert main(["tune", "--model", f"local-dir:{folder}", *plain]) == 0
     said, beside = told(capsys)
     (row,) = said["agreement"]
@@ -196,11 +196,11 @@ def test_a_file_of_tuned_numbers_that_is_named_is_replaced_and_a_pipe_is_not_ope
     judged(SURE)
     output, pipe = tmp_path / "numbers", tmp_path / "pipe"
     for band in ("20..22", "21..22"):
-        assert main(command(folder, images, "-o", str(output), "--r", band)) == 0
+        assert main(command(folder, images, "-o", str(output), "--band", band)) == 0
     (kept,) = Tuned.load(output).bands
     assert (kept.low, kept.high) == (21, 22)
     os.mkfifo(pipe)
-    assert main(command(folder, images, "-o", str(pipe))) == 1
+    assert main(command(folder, images, "-o", str(pipe))) == 2
     assert f"-o is {pipe}, which holds no tuned numbers" in capsys.readouterr().err and pipe.is_fifo()
 
 
@@ -231,8 +231,8 @@ def test_the_bundled_model_is_tuned_in_the_state_folder(
 ) -> None:
     judged(SURE)
     monkeypatch.setattr(session, "CPU_RECIPE", Recipe(steps=1, batch_size=2))
-    plain = ["--images", str(images), "--device", "cpu", "--r", "12..14", "--photos", "50"]
-    assert main(["tune", *plain, "--state-dir", "none"]) == 1
+    plain = ["--images", str(images), "--device", "cpu", "--band", "12..14", "--limit", "50"]
+    assert main(["tune", *plain, "--state-dir", "none"]) == 2
     assert (
         f"{BUNDLED_NAME} has no folder of its own, and there is no state folder; use -o FILE" in capsys.readouterr().err
     )
@@ -318,7 +318,7 @@ def test_after_a_stop_the_numbers_are_those_of_a_learning_that_was_not_stopped(
 
 
 @pytest.mark.parametrize(
-    ("more", "recipe"), [(["--photos", "60"], {}), (["--r", "19..22"], {}), ([], {"batch_size": 16})]
+    ("more", "recipe"), [(["--limit", "60"], {}), (["--band", "19..22"], {}), ([], {"batch_size": 16})]
 )
 def test_another_learning_begins_anew(
     folder: Path,
@@ -358,7 +358,7 @@ def test_it_is_told_where_a_stop_cannot_be_taken_up(
     stopping(5, signal.SIGINT)
     with caplog.at_level(logging.WARNING):
         assert main(command(folder, images)) == 0
-    assert caplog.text.count("a stop cannot be taken up again") == 1 and "No space left" in caplog.text
+    assert caplog.text.count("a stopped tuning cannot be resumed") == 1 and "No space left" in caplog.text
     assert told(capsys)[1].rstrip().endswith("stopped")
 
 
@@ -396,7 +396,7 @@ def test_a_model_whose_answer_is_not_one_class_is_refused(
 ) -> None:
     folder = random_vit(tmp_path / "other", change.get("num_classes", 50))
     edit(folder, lambda config: config.update(change))
-    assert main(command(folder, images)) == 1
+    assert main(command(folder, images)) == 2
     assert named in capsys.readouterr().err
 
 
@@ -404,7 +404,7 @@ def test_a_model_that_gives_no_numbers_is_said(
     folder: Path, images: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tuner, "step", lambda *args: torch.tensor(float("nan")))
-    assert main(command(folder, images)) == 1
+    assert main(command(folder, images)) == 2
     assert "tome-server: the loss is nan near step 2: this model cannot be tuned" in capsys.readouterr().err
 
 
@@ -422,14 +422,14 @@ def test_a_person_who_looks_on_sees_one_line(monkeypatch: pytest.MonkeyPatch, ca
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--r", "fast"], "--r is 'fast'; it must be LOW..HIGH, between 1 and 32"),
-        (["--r", "5..40"], "between 1 and 32"),
-        (["--r", ""], "--r is ''; it must be LOW..HIGH"),
+        (["--band", "fast"], "--band is 'fast'; it must be LOW..HIGH, between 1 and 32"),
+        (["--band", "5..40"], "between 1 and 32"),
+        (["--band", ""], "--band is ''; it must be LOW..HIGH"),
         (["--minutes", "0"], "--minutes is 0; it must be above 0"),
         (["--minutes", "nan"], "--minutes is nan"),
         (["--minutes", "-1"], "--minutes is -1"),
-        (["--photos", "49"], "--photos is 49; it must be 50 or more"),
-        (["--photos", "-1"], "--photos is -1"),
+        (["--limit", "49"], "--limit is 49; it must be 50 or more"),
+        (["--limit", "-1"], "--limit is -1"),
         (["--images", "nowhere"], "nowhere holds 0 images; at least 50"),
         (["-o", "nowhere/numbers"], "-o is nowhere/numbers: there is no folder nowhere"),
         (["-o", "."], "-o is ., which is a folder"),
@@ -445,7 +445,7 @@ def test_what_is_wrong_is_said_before_anything_is_learned(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(Tuner, "step", None)
-    assert main(command(folder, images, *arguments)) == 1
+    assert main(command(folder, images, *arguments)) == 2
     error = capsys.readouterr().err
     assert said in error and error.splitlines()[-1].startswith("tome-server: ")
     assert sorted(each.name for each in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -457,7 +457,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_learned(
     """A file lies where the folder should: not even root can write there."""
     monkeypatch.setattr(Tuner, "step", None)
     (tmp_path / "tuned").write_text("")
-    plain = ["--images", str(images), "--device", "cpu", "--state-dir", str(tmp_path), "--photos", "50"]
-    assert main(["tune", *plain]) == 1
+    plain = ["--images", str(images), "--device", "cpu", "--state-dir", str(tmp_path), "--limit", "50"]
+    assert main(["tune", *plain]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "tuned" / BUNDLED_NAME) in error and "cannot be written; use -o FILE" in error

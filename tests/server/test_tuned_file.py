@@ -18,8 +18,8 @@ from server.cli import main
 from server.device import tuned_file
 from server.device.models import LoadedModel, load_model
 from server.device.tuned_file import beside, find, in_state, save
-from server.device.weights import weights_in
 from server.errors import SettingsError
+from server.model_config import weights_in
 from server.model_spec import ModelSpec
 from tests.core.tuned_numbers import numbers
 from tests.server.model_folders import load
@@ -216,7 +216,7 @@ def test_one_that_cannot_be_used_is_logged_and_one_that_is_named_stops_the_start
         load(folder, tuned=str(file))
     assert "\n" not in str(refusal.value)
     assert load(folder, tuned="none").tuned is None
-    assert main(["models", "--check", str(folder)]) == 1
+    assert main(["models", "--check", str(folder)]) == 2
     assert str(file) in capsys.readouterr().err
 
 
@@ -237,7 +237,7 @@ def test_tuned_numbers_are_no_weights(folder: Path, tuned: Tuned, capsys: pytest
     (folder / "model.safetensors").rename(folder / "mine.safetensors")
     assert weights_in(folder) == folder / "mine.safetensors"
     file = folder / "model.tuned.safetensors"
-    assert main(["models", "--model", f"local-dir:{folder}", "--weights", str(file)]) == 1
+    assert main(["models", "--model", f"local-dir:{folder}", "--weights", str(file)]) == 2
     assert f"{file} holds tuned numbers, which go with weights; give it with tuned=" in capsys.readouterr().err
     (folder / "mine.safetensors").unlink()
     with pytest.raises(SettingsError, match="has no model.safetensors"):

@@ -67,7 +67,7 @@ def test_a_band_is_read_as_people_write_it(one: int, other: int) -> None:
     "text", ["", "0", "0..4", "5..4", "1..99", "-3", "1.5", "1...3", "..", "3..", "a..b", "٣", "1e1", "1,2", "9" * 30]
 )
 def test_what_is_no_band_is_said(text: str) -> None:
-    with pytest.raises(SettingsError, match=r"--r is '.*; it must be LOW\.\.HIGH, between 1 and 98"):
+    with pytest.raises(SettingsError, match=r"--band is '.*; it must be LOW\.\.HIGH, between 1 and 98"):
         bands.parse(text, info(12, 197))
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from server.errors import SettingsError
-from server.tuning.photos import FEWEST, Photos, read, read_squares
+from server.tuning import FEWEST
+from server.tuning.photos import Photos, read, read_squares
 from tests.server.conftest import SIDE, encode, grey_png, model_info
 
 COUNT, LARGEST = 60, 10_000

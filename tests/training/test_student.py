@@ -83,7 +83,7 @@ def test_a_backward_pass_leaves_the_gradient_of_this_batch_alone(small_models: N
     backward(r, torch.rand(2, 3, 64, 64), *taught)  # an earlier batch
     loss = backward(r, images, *taught)
 
-    tokens = tome_core.wrap(student.model).forward_features(images, r).x[:, 0]
+    tokens = tome_core.wrap(student.model).forward_tokens(images, r).x[:, 0]
     head = cast(nn.Linear, student.model.head)
     expected = distance(Answer(F.linear(tokens, head.weight, head.bias), student.projector(tokens)), taught)
     torch.testing.assert_close(loss, expected.detach())

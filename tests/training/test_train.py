@@ -74,7 +74,7 @@ class Exported(NamedTuple):
 def exported(run: Run, data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("exported") / "model"
     with pytest.MonkeyPatch.context() as patch:
-        arguments = ["--data", data.folder, "--run", run.folder, "--out", folder, "--r", "4,20"]
+        arguments = ["--data", data.folder, "--run", run.folder, "--out", folder, "--r", 4, 20]
         said = said_by(patch, export.main, *arguments)
     return Exported(folder, said, load_model(ModelSpec.model_validate({"source": f"local-dir:{folder}"})))
 

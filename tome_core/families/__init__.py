@@ -6,8 +6,9 @@ from torch import nn
 
 from tome_core.families.beit import BeitFamily
 from tome_core.families.eva import EvaFamily
-from tome_core.families.family import Embedded, Family, UnsupportedModelError
+from tome_core.families.family import Embedded, Family, Images, UnsupportedModelError
 from tome_core.families.naflexvit import NaFlexFamily
+from tome_core.families.others import refusal
 from tome_core.families.relpos import RelPosFamily
 from tome_core.families.vit import ViTFamily
 from tome_core.families.vlm import VisionTowerFamily
@@ -32,8 +33,7 @@ def family_of(model: nn.Module) -> Family:
         if type(model) in family.model_classes:
             family.check(model)
             return family
-    supported = ", ".join(cls.__name__ for family in FAMILIES for cls in family.model_classes)
-    raise UnsupportedModelError(f"cannot merge tokens in a {type(model).__name__}; supported timm classes: {supported}")
+    raise UnsupportedModelError(refusal(model, [cls for family in FAMILIES for cls in family.model_classes]))
 
 
-__all__ = ["Embedded", "Family", "UnsupportedModelError", "family_of"]
+__all__ = ["Embedded", "Family", "Images", "UnsupportedModelError", "family_of"]

@@ -1,4 +1,4 @@
-"""timm's attention layers with token sizes, positions that followed their tokens, and only the queries wanted."""
+"""timm's attention layers with token sizes, positions of merged tokens, and only the required queries."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def attention(
         attn: The timm layer.
         x: Its input, (B, N, C).
         size: Token sizes, (B, N) float32, or None for sizes of 1.
-        position: Where the tokens are.
-        num_queries: Leading tokens whose output is wanted; None means all.
+        position: Positions of the tokens.
+        num_queries: Compute the output only for this many leading tokens; None means all.
 
     Returns:
         The output, (B, num_queries, C), and the keys before any rotation, (B, num_kv_heads, N, D).
@@ -34,7 +34,7 @@ def attention(
     q, k, v = heads(q, attn.num_heads), heads(k, num_kv_heads), heads(v, num_kv_heads)
     if hasattr(attn, "k_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
-    keys = k  # what tokens are, not where: rotated keys of equal patches would differ
+    keys = k  # # unrotated: rotated keys of equal patches would differ
     if position.rope is not None:
         q, k = _rotate(attn, q, position.rope).type_as(v), _rotate(attn, k, position.rope).type_as(v)
     if k.shape[1] < q.shape[1]:  # grouped-query attention
@@ -63,12 +63,12 @@ def difference(
     """The difference of two attentions over the same values, normalised.
 
     Args:
-        attn: The layer or block that holds the norms and lambda.
+        attn: The layer or block with the norms and lambda.
         q: Queries, (B, num_queries, C); each head has two.
         k: Keys, (B, N, C).
         v: Values, (B, N, C).
         size: Token sizes, (B, N) float32, or None.
-        position: Where the tokens are.
+        position: Positions of the tokens.
 
     Returns:
         (B, num_queries, C), and the keys, (B, 2 num_heads, N, D).
@@ -86,14 +86,14 @@ def difference(
 def split(
     linear: Any, x: Tensor, widths: Sequence[int], num_queries: int | None, bias: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, ...]:
-    """A joint projection cut into its parts, the first of them for the leading tokens alone.
+    """Splits a joint projection into its parts, the first of them only for the leading tokens.
 
     Args:
         linear: The projection, to sum(widths) features.
         x: (B, N, C).
         widths: Features of each part.
-        num_queries: Leading tokens for which the first part is wanted; None means all.
-        bias: The bias of each part, where the layer keeps them apart from `linear`.
+        num_queries: Leading tokens that get the first part; None means all.
+        bias: The bias of each part, if the layer stores it outside `linear`.
 
     Returns:
         The first part, (B, num_queries, widths[0]), then the others, (B, N, width).
@@ -126,19 +126,19 @@ def project(attn: Any, x: Tensor, num_queries: int | None) -> tuple[Tensor, Tens
 
 
 def joint_bias(attn: Any) -> Tensor | None:
-    """The bias of a joint projection, wherever the layer keeps it; None where there is none."""
+    """The bias of a joint projection, wherever the layer stores it, or None."""
     apart, own = _biases(attn), attn.qkv.bias
     return torch.cat(apart) if apart is not None else own
 
 
 def _biases(attn: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The biases of queries, keys and values, where the layer keeps them apart from the joint projection."""
+    """The biases of queries, keys and values, if the layer stores them outside the joint projection."""
     return (attn.q_bias, attn.k_bias, attn.v_bias) if getattr(attn, "q_bias", None) is not None else None
 
 
 def _rotate(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding, by sin and cos (..., N, 2D), of all but the prefix tokens of x (B, num_heads, N, D)."""
+    """Rotates all but the prefix tokens of x (B, num_heads, N, D), by sin and cos (..., N, 2D)."""
     prefix, patches = x[:, :, : attn.num_prefix_tokens], x[:, :, attn.num_prefix_tokens :]
-    if not patches.shape[2]:  # only prefix queries are wanted
+    if not patches.shape[2]:  # # only prefix queries are required
         return prefix
     return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=getattr(attn, "rotate_half", False))], dim=2)

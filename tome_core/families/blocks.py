@@ -63,7 +63,7 @@ def _pre_feed_forward(block: Any, x: Tensor) -> Tensor:
 
 
 def _scaled(block: Any, half: int, y: Tensor) -> Tensor:
-    """LayerScale, which timm keeps as a module, as a parameter, or not at all."""
+    """Applies LayerScale, which timm stores as a module, as a parameter, or not at all."""
     if hasattr(block, f"ls{half}"):
         y = getattr(block, f"ls{half}")(y)
     elif getattr(block, f"gamma_{half}", None) is not None:
@@ -86,7 +86,7 @@ def _post_feed_forward(block: Any, x: Tensor) -> Tensor:
 def _things_attend(
     block: Any, x: Tensor, size: Tensor | None, position: Position, num_queries: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Several attentions side by side; their heads count alike in the metric."""
+    """Several parallel attentions; their heads count alike in the metric."""
     sides, keys = [], []
     for side in block.attns:
         y, k = LAYERS[type(side.attn)](side.attn, side.norm(x), size, position, num_queries)
@@ -103,7 +103,7 @@ def _things_feed_forward(block: Any, x: Tensor) -> Tensor:
 def _parallel_attend(
     block: Any, x: Tensor, size: Tensor | None, position: Position, num_queries: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention and MLP are one sum here, with no gap between them: the whole block runs, then tokens merge."""
+    """Attention and MLP are one sum here, so nothing fits between them: the whole block runs, then tokens merge."""
     hidden, C, _, _ = block.in_split
     first, k, v = split(block.in_proj, block.in_norm(x), [hidden + C, C, C], num_queries)
     mlp, q = first.split([hidden, C], dim=-1)

@@ -14,7 +14,7 @@ from tome_core.vit import MergedViT
 def dimensions(merged: MergedViT) -> Dimensions:
     """Reads the dimensions of a model whose blocks are one attention of plain matrices, then an MLP.
 
-    What positions cost that follow their tokens (rotary, relative) is not in them: 1 % or so.
+    They leave out the cost of positions that travel with tokens (rotary, relative), about 1 %.
 
     Raises:
         UnsupportedModelError: Its arithmetic is of another kind: parallel blocks, grouped queries, attention pooling.
@@ -49,7 +49,7 @@ def dimensions(merged: MergedViT) -> Dimensions:
 
 
 def _query(attention: Any) -> nn.Linear:
-    """The projection to queries, alone or together with keys and values."""
+    """The projection to queries, separate or joint with keys and values."""
     joint: nn.Linear | None = getattr(attention, "qkv", None)
     alone: nn.Linear = attention.q_proj if joint is None else joint
     return alone

@@ -1,10 +1,11 @@
-"""What a family of timm models must tell so that tokens can be merged in it. Most of it is the same for all."""
+"""What merging needs to know of a family of timm models. Most of it is the same for all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from timm.layers.format import Format
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from tome_core.families.blocks import HALVES, LAYERS, Halves
 from tome_core.positions import NOWHERE, Position
 from tome_core.precision import widened
 
+Images = Tensor | Mapping[str, Tensor]
+"""Images (B, 3, H, W), or a NaFlexVit's dictionary: "patches", "patch_coord" and "patch_valid"."""
+
 
 class UnsupportedModelError(TypeError):
-    """The model has no known place where merging is right; the message names its class and what is supported."""
+    """Merging is not known to be right in this model; the message names its class and what is supported."""
 
 
 class Embedded(NamedTuple):
@@ -25,10 +29,12 @@ class Embedded(NamedTuple):
     Attributes:
         x: Tokens, (B, N, C), prefix tokens first; a norm may follow (`Family.norm_pre`).
         positions: What the attention of every block shares about positions (a rotary table, a relative bias), or None.
+        valid: Which tokens are no padding, (B, N) bool; None where none is padding.
     """
 
     x: Tensor
     positions: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class Family:
@@ -38,11 +44,13 @@ class Family:
 
     Attributes:
         model_classes: The exact model classes that it serves.
+            takes_patches: Whether the models take a dictionary of patches for images.
         positional: Whether attention knows positions, so that they must follow their tokens through merges.
         pools: The poolings that timm's models of the family know and that have a size-weighted form.
     """
 
     model_classes: tuple[type[nn.Module], ...] = ()
+    takes_patches = False
     positional = False
     pools: tuple[str, ...] = ("token", "avg", "max", "avgmax", "map")
 
@@ -69,7 +77,7 @@ class Family:
                     raise UnsupportedModelError(f"{found} with {type(layer).__name__}; supported: {supported}")
 
     def check_head(self, model: Any) -> None:
-        """Refuses poolings for which no right form under merging is known; features are to be had without.
+        """Refuses poolings for which no right form under merging is known. Features alone need no pooling.
 
         Raises:
             UnsupportedModelError: The message names what was found and what is supported.
@@ -103,12 +111,27 @@ class Family:
         rows, columns = self.trunk(model).patch_embed.dynamic_feat_size(image_size)
         return int(rows), int(columns)
 
-    def num_tokens(self, model: Any) -> int:
-        """Tokens that enter the first block at the model's own input size, prefix included."""
-        return int(self.trunk(model).patch_embed.num_patches) + self.num_prefix_tokens(model)
+    def num_tokens(self, model: Any, input_size: tuple[int, int] | None = None) -> int:
+        """Tokens that enter the first block, prefix included.
 
-    def embed(self, model: Any, images: Tensor) -> Embedded:
-        """Images (B, 3, H, W) to tokens, before `norm_pre`."""
+        Args:
+            model: The timm model.
+            input_size: Height and width of the images; None means the model's own.
+
+        Raises:
+            ValueError: The model takes no images of this size.
+        """
+        embed = self.trunk(model).patch_embed
+        if input_size is None:
+            return int(embed.num_patches) + self.num_prefix_tokens(model)
+        if embed.strict_img_size and tuple(embed.img_size) != tuple(input_size):
+            own, other = ("x".join(map(str, size)) for size in (embed.img_size, input_size))
+            raise ValueError(f"the model takes images of {own}, not {other}; set_input_size changes that")
+        rows, columns = self.grid(model, input_size)
+        return rows * columns + self.num_prefix_tokens(model)
+
+    def embed(self, model: Any, images: Any) -> Embedded:
+        """Images (B, 3, H, W), or where `takes_patches` a dictionary, to tokens, before `norm_pre`."""
         return self.place(model, self.trunk(model).patch_embed(images))
 
     def place(self, model: Any, patches: Tensor) -> Embedded:
@@ -116,9 +139,9 @@ class Family:
         raise NotImplementedError
 
     def projection(self, model: Any, image_size: tuple[int, int]) -> Tensor | None:
-        """The weights of the patch embedding, (C, channels, p, p), where it is one product of square patches.
+        """The weights of the patch embedding, (C, channels, p, p), if it is one product of square patches.
 
-        `embed` then is that product and something that is the same for every image, which `embed_colour` gives.
+        `embed` then adds to that product something that is the same for every image, which `embed_colour` gives.
 
         Args:
             model: The timm model.
@@ -222,5 +245,5 @@ def _pool(model: Any, x: Tensor, size: Tensor) -> Tensor:
     mean = (widened(x) * weight[..., None]).sum(dim=1).to(x.dtype)
     if model.global_pool == "avg":
         return mean
-    largest = x.amax(dim=1)
+    largest = x.masked_fill((size < 1)[..., None], -torch.inf).amax(dim=1)  # padding is never the largest
     return largest if model.global_pool == "max" else 0.5 * (largest + mean)

@@ -1,14 +1,16 @@
-"""timm's `NaFlexVit`, given plain images: every token is a patch of the image, none is padding."""
+"""timm's `NaFlexVit`, given plain images, or images of several sizes as a dictionary of patches with padding."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 from torch import Tensor, nn
 
 from tome_core.families.family import Embedded, Family, UnsupportedModelError
-from tome_core.families.rope import with_table
+from tome_core.families.rope import with_exact_grid, with_table
 from tome_core.positions import Position
 
 
@@ -16,6 +18,7 @@ class NaFlexFamily(Family):
     """Adapter to `NaFlexVit`."""
 
     model_classes: tuple[type[nn.Module], ...] = (NaFlexVit,)
+    takes_patches = True
     positional = True
 
     def check(self, model: Any) -> None:
@@ -29,20 +32,35 @@ class NaFlexFamily(Family):
         rows, columns = model.embeds.dynamic_feat_size(image_size)
         return int(rows), int(columns)
 
-    def num_tokens(self, model: Any) -> int:
+    def num_tokens(self, model: Any, input_size: tuple[int, int] | None = None) -> int:
         pretrained_cfg = getattr(model, "pretrained_cfg", None)
-        if pretrained_cfg:
-            rows, columns = self.grid(model, tuple(pretrained_cfg["input_size"][1:]))
-        else:
-            rows, columns = model.embeds.pos_embed_grid_size
-        return rows * columns + self.num_prefix_tokens(model)
+        if input_size is None and pretrained_cfg:
+            input_size = tuple(pretrained_cfg["input_size"][1:])
+        rows, columns = self.grid(model, input_size) if input_size else model.embeds.pos_embed_grid_size
+        return int(rows * columns) + self.num_prefix_tokens(model)
 
-    def embed(self, model: Any, images: Tensor) -> Embedded:
+    def embed(self, model: Any, images: Any) -> Embedded:
+        if isinstance(images, Mapping):
+            return self._embed_patches(with_exact_grid(model), images)
+
         def embedded(model: Any) -> tuple[Tensor, Tensor | None]:
             made = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
             return made["patches"], made["rope_embeds"]
 
         return with_table(model, images, embedded)
+
+    def _embed_patches(self, model: Any, images: Mapping[str, Tensor]) -> Embedded:
+        if missing := {"patches", "patch_coord", "patch_valid"} - images.keys():
+            raise ValueError(f"the dictionary lacks {', '.join(sorted(missing))}")
+        if images.get("attn_mask") is not None:
+            raise ValueError("the dictionary has an attn_mask, which merged tokens cannot follow; leave it out")
+        patches, patch_coord, patch_valid = (images[name] for name in ("patches", "patch_coord", "patch_valid"))
+        made = model._forward_embeds(patches, patch_coord, patch_valid.bool(), attn_mask=None)
+        valid, positions = made["patch_valid"], made["rope_embeds"]
+        prefix = valid.new_ones(len(valid), self.num_prefix_tokens(model))
+        if positions is not None and model.rope_is_mixed:  # tables of block after block
+            positions = torch.stack(list(positions))
+        return Embedded(made["patches"], positions, torch.cat([prefix, valid], dim=1))
 
     def projection(self, model: Any, image_size: tuple[int, int]) -> Tensor | None:
         embeds = model.embeds

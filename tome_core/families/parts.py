@@ -1,4 +1,4 @@
-"""timm's pre-norm blocks read as fused operations: x + scale attention(norm(x)), then x + scale mlp(norm(x))."""
+"""timm's pre-norm blocks as fused operations: x + scale attention(norm(x)), then x + scale mlp(norm(x))."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ ATTENTIONS = (Attention, AttentionRope, EvaAttention, RelPosAttention, beit.Atte
 
 
 class Parts(NamedTuple):
-    """A block.
+    """The parts of a block.
 
     Attributes:
-        norm1: Before attention.
+        norm1: The norm before attention.
         attn: The attention layer; `families.attention.project` gives its queries, keys and values.
         scale1: LayerScale of its output, (C,), or None.
-        norm2: Before the MLP.
+        norm2: The norm before the MLP.
         mlp: The MLP.
         scale2: LayerScale of its output, or None.
     """
@@ -49,14 +49,14 @@ class Parts(NamedTuple):
 
 
 def parts_of(block: Any) -> Parts:
-    """Reads a block that nothing speaks against."""
+    """Reads a block that can run fused."""
     norm1, norm2 = norm_of(block.norm1), norm_of(block.norm2)
     assert norm1 is not None and norm2 is not None
     return Parts(norm1, block.attn, _scale(block, 1), norm2, block.mlp, _scale(block, 2))
 
 
 def norm_of(norm: nn.Module) -> Norm | None:
-    """What a norm is made of; None where it is no LayerNorm or RMSNorm with weights."""
+    """The numbers of a norm; None if it is not a LayerNorm or RMSNorm with weights."""
     weight: Any = getattr(norm, "weight", None)
     if weight is None:
         return None
@@ -68,13 +68,13 @@ def norm_of(norm: nn.Module) -> Norm | None:
 
 
 def output_of(mlp: Any) -> nn.Linear | None:
-    """The last product of an MLP, which `hidden` stops before; None where they cannot be parted."""
+    """The last product of an MLP, which `hidden` leaves out; None if it cannot be separated."""
     last = mlp.fc2 if type(mlp) in (Mlp, GluMlp, SwiGLU) else None
     return last if type(last) is nn.Linear else None
 
 
 def hidden(mlp: Any, n: Tensor) -> Tensor:
-    """What enters the last product of an MLP that `output_of` knows."""
+    """The input of the last product of an MLP that `output_of` knows."""
     if type(mlp) is Mlp:
         tanh = gelu_of(mlp)
         if tanh is None:
@@ -91,7 +91,7 @@ def hidden(mlp: Any, n: Tensor) -> Tensor:
 
 
 def gelu_of(mlp: Any) -> bool | None:
-    """Whether an MLP has GELU in its tanh form, True, or exactly, False; None where it is neither, or has no bias."""
+    """Whether an MLP's GELU is the tanh form (True) or exact (False); None if it has another activation, or no bias."""
     if type(mlp.fc1) is not nn.Linear or mlp.fc1.bias is None:
         return None
     act = mlp.act
@@ -101,12 +101,12 @@ def gelu_of(mlp: Any) -> bool | None:
 
 
 def is_gelu_mlp(mlp: Any) -> bool:
-    """Whether an MLP is two products with GELU between them, and nothing else."""
+    """Whether an MLP is only two products with GELU between them."""
     return type(mlp) is Mlp and gelu_of(mlp) is not None and type(mlp.norm) is nn.Identity
 
 
 def reason_against(family: Family, model: Any) -> str | None:
-    """Why a model's blocks cannot run fused; None where they can."""
+    """Why a model's blocks cannot run fused; None if they can."""
     for i, block in enumerate(family.blocks(model)):
         found = _unlike(block)
         if found:
@@ -115,7 +115,7 @@ def reason_against(family: Family, model: Any) -> str | None:
 
 
 def _unlike(block: Any) -> str | None:
-    """What sets a block apart from what `parts_of` reads; None if nothing does."""
+    """The difference of a block from those that `parts_of` reads, or None."""
     if type(block) not in BLOCKS:
         return f"is a {type(block).__name__}"
     attn = block.attn
@@ -138,7 +138,7 @@ def _unlike(block: Any) -> str | None:
 
 
 def _scale(block: Any, half: int) -> Tensor | None:
-    """LayerScale, which timm keeps as a module, as a parameter, or not at all."""
+    """LayerScale, which timm stores as a module, as a parameter, or not at all."""
     layer = getattr(block, f"ls{half}", None)
     if isinstance(layer, LayerScale):
         return layer.gamma

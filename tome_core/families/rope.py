@@ -51,7 +51,7 @@ def with_table(trunk: Any, inputs: Tensor, embed: Callable[[Any], tuple[Tensor, 
     """
     rope, kind = trunk.rope, (inputs.shape[1:], inputs.dtype, inputs.device)
     if rope is None or torch.compiler.is_compiling() or next(rope.parameters(), None) is not None:
-        return Embedded(*embed(_with_exact_grid(trunk)))
+        return Embedded(*embed(with_exact_grid(trunk)))
     tables = _TABLES.setdefault(rope, OrderedDict())
     known = tables.get(kind)
     if known is not None and is_recorded(inputs):
@@ -64,7 +64,7 @@ def with_table(trunk: Any, inputs: Tensor, embed: Callable[[Any], tuple[Tensor, 
     return Embedded(x, table)
 
 
-def _with_exact_grid(trunk: Any) -> Any:
+def with_exact_grid(trunk: Any) -> Any:
     """The trunk with the grid of a mixed rotary table in float32: in half precision timm fails, up to 1.0.29."""
     grid = getattr(trunk.rope, "t_x", None)
     if grid is None or not grid.is_floating_point() or grid.element_size() >= 4:

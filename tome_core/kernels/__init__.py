@@ -1,8 +1,8 @@
 """The fused operations: Triton on a GPU, plain PyTorch elsewhere.
 
-`operators` holds them, `reference` says what each means and is what the kernels are held against, `requirements` what
-their operands must be: it stands in front of the choice of implementation, so that a CPU refuses what a GPU would.
-Token counts, `r` and the like are numbers that no kernel is compiled for; only widths, strides and block sizes are.
+`operators` has them. `reference` defines each in plain PyTorch, and the kernels are compared with it. `requirements`
+checks the operands before the implementation is chosen, so that a CPU refuses what a GPU would. Kernels are compiled
+for widths, strides and block sizes only, not for numbers such as token counts and `r`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Proportional attention in one pass over keys and values, heads side by side as the joint projection leaves them."""
+"""Proportional attention in one pass over keys and values. Heads lie side by side, as in the joint projection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tome_core.kernels.relative import LOG2_E, Bias
 from tome_core.kernels.side import beside, is_recorded
 
 FEW_QUERIES = 16
-"""Queries up to which a program takes them all; more, without sizes and biases, are left to torch's attention."""
+"""Most queries that one program takes. More queries, without sizes and biases, use torch's attention."""
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _attend_rows(
 ):  # fmt: skip
     """BLOCK_M queries of a head of an image against all of its keys, by a softmax in base 2.
 
-    Only the last tile of keys is masked, and channels only where D is no power of two.
+    Only the last tile of keys is masked, and channels only if D is not a power of two.
     """
     rows, d = begin + tl.arange(0, BLOCK_M), tl.arange(0, D_PAD)
     q += image * M * Q_TOKEN + head * D
@@ -125,9 +125,9 @@ def _attend_match(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
     SIZED: tl.constexpr, WIDEN: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
-    """As `_attend`; the first programs match an image each, while the others attend.
+    """Like `_attend`; the first programs match an image each, while the others attend.
 
-    Both need nothing but queries, keys and values. One program is enough for an image of few tokens.
+    Both need only queries, keys and values. One program is enough for an image of few tokens.
     """
     matching = (B + tl.num_programs(0) * tl.num_programs(1) - 1) // (tl.num_programs(0) * tl.num_programs(1))
     if tl.program_id(2) < matching:
@@ -154,7 +154,7 @@ def attend(
     bias: Bias | None,
     num_heads: int,
 ) -> Tensor:
-    """As `reference.attend`."""
+    """See `reference.attend`."""
     (B, M, C), N = q.shape, k.shape[1]
     if log_size is None and bias is None and M > FEW_QUERIES:
         q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
@@ -187,7 +187,7 @@ def attend_match(
     r: int,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Groups]:
-    """As `reference.attend_match`: in one launch where the host launches, in two streams where a graph does."""
+    """See `reference.attend_match`. One launch if the host launches, two streams in a CUDA graph."""
     B, N, C = k.shape
     D = C // num_heads
     halves = matching.halves_of(N, num_prefix_tokens)
@@ -223,7 +223,7 @@ _launch, _launch_match = Kernel(_attend), Kernel(_attend_match)
 
 
 class Cut(NamedTuple):
-    """How the work is cut: queries of a program, keys of a step, warps of a program, steps that it loads ahead."""
+    """Division of the work: queries of a program, keys of a step, warps of a program, steps that it loads ahead."""
 
     block_m: int
     block_n: int
@@ -232,14 +232,14 @@ class Cut(NamedTuple):
 
 
 def blocks_of(M: int, N: int, D: int, dtype: torch.dtype, biased: bool) -> Cut:
-    """The cut for M queries and N keys: the best of a sweep on an H100 (docs/performance.md)."""
+    """The division for M queries and N keys: the best of a sweep on an H100 (docs/performance.md)."""
     if dtype == torch.float32:
         return Cut(64 if M > FEW_QUERIES else 16, 32, 4, 2)
     if M <= FEW_QUERIES:
         return Cut(16, 64, 2, 3)
     if N <= 128 and D <= 64:  # all keys in one tile
         return Cut(64, 64 if N <= 64 else 128, 4, 1)
-    if biased:  # loads that wait for loads must not be made ahead: Triton 3.6 gets them wrong
+    if biased:  # loads that depend on loads must not be made ahead: Triton 3.6 gets them wrong
         return Cut(64, 128 if D <= 64 else 32, 4, 1)
     if D > 64:
         return Cut(64, 64, 4, 2)

@@ -1,4 +1,4 @@
-"""Which tokens make up each output row of a merge: the plan of `tome_core.matching` as kernels read it."""
+"""The members of each output row of a merge: the plan of `tome_core.matching` in the kernels' form."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tome_core.matching import MergePlan
 class Groups(NamedTuple):
     """One merge of N tokens into M = N - r rows; row m is `keep[m]` and `src[first[m] : first[m + 1]]`.
 
-    Reading what a row is made of needs no scatter and no search, and its members are summed in one order always.
+    To read the members of a row needs no scatter and no search, and they are always summed in one order.
 
     Attributes:
-        keep: Token that heads each row, (B, M) int32: prefix tokens, unmerged src, then every dst.
+        keep: First token of each row, (B, M) int32: prefix tokens, unmerged src, then every dst.
         src: Tokens merged away, (B, r) int32, by row and then by position.
-        first: Where the members of each row begin in `src`, and `r` behind the last, (B, M + 1) int32.
+        first: Start of each row's members in `src`, then `r`, (B, M + 1) int32.
     """
 
     keep: Tensor
@@ -27,7 +27,7 @@ class Groups(NamedTuple):
 
 
 def groups_of(plan: MergePlan) -> Groups:
-    """A plan in the order of its rows."""
+    """Converts a plan to groups in the order of its rows."""
     num_rows, N = plan.keep.shape[1], plan.keep.shape[1] + plan.src.shape[1]
     order = (plan.dst * N + plan.src).argsort(dim=1)
     dst = plan.dst.gather(1, order).contiguous()
@@ -37,7 +37,7 @@ def groups_of(plan: MergePlan) -> Groups:
 
 
 def plan_of(groups: Groups) -> MergePlan:
-    """The plan that groups were made of, its pairs in the order of their rows."""
+    """Converts groups to a plan, its pairs in the order of their rows."""
     slots = torch.arange(groups.src.shape[1], device=groups.src.device).expand_as(groups.src).contiguous()
     dst = torch.searchsorted(groups.first.long(), slots, right=True) - 1
     return MergePlan(groups.keep.long(), groups.src.long(), dst)

@@ -1,4 +1,4 @@
-"""Where there are kernels, and how they are launched."""
+"""Availability of kernels, and their launch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-"""Whether the package is there; it comes with torch on Linux with CUDA."""
+"""Whether the package is installed; torch on Linux with CUDA brings it."""
 
 HAS_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
-"""Whether there is a C compiler where Triton looks for one: at the first launch it compiles what launches kernels."""
+"""Whether there is a C compiler where Triton looks for one. At the first launch it compiles the launcher of kernels."""
 
 
 def missing_on(device: torch.device) -> str | None:
-    """Why there are no Triton kernels for a device; None where there are."""
+    """The reason why there are no Triton kernels for a device; None if there are."""
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
     if torch.version.hip is not None:
@@ -28,7 +28,7 @@ def missing_on(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "the package triton is not installed"
     if not HAS_COMPILER:
-        return "Triton needs a C compiler, and there is neither gcc nor clang, nor does CC name one"
+        return "Triton needs a C compiler: install gcc or clang, or set CC"
     capability = _capability(device)
     return None if capability >= (8, 0) else f"the GPU has compute capability {capability[0]}.{capability[1]}, not 8.0"
 
@@ -39,17 +39,17 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 class Kernel:
-    """A Triton kernel that is launched by what was compiled for operands of the same kind.
+    """A Triton kernel, compiled once for each kind of operands.
 
-    Triton looks at every argument anew at every launch; a small model would wait for that longer than for the GPU. Here
-    only dtypes, alignment and constants are looked at, so all numbers of the kernel must be `do_not_specialize`. Its
-    parameters are tensors, then numbers, then constants.
+    Triton inspects every argument at every launch, which takes longer than the GPU work of a small model. Only dtypes,
+    alignment and constants are inspected here, so all numbers of the kernel must be `do_not_specialize`. Its parameters
+    are tensors, then numbers, then constants.
 
     Args:
         function: The function, decorated by `triton.jit`.
 
     Attributes:
-        compiled: What was compiled, by kind.
+        compiled: The compiled kernels, by kind.
     """
 
     def __init__(self, function: Any) -> None:
@@ -65,15 +65,15 @@ class Kernel:
         num_warps: int,
         num_stages: int = 3,
     ) -> None:
-        """Launches it.
+        """Launches the kernel.
 
         Args:
             grid: Programs along three axes.
-            tensors: Operands on one device: tensors, descriptors of tensors, or None, but for the first.
+            tensors: Operands on one device: tensors, descriptors of tensors, or None (not the first).
             numbers: Integers and floats.
-            constants: What is compiled into the kernel.
+            constants: Compiled into the kernel.
             num_warps: Warps of a program.
-            num_stages: How many steps ahead loops load.
+            num_stages: Steps that loops load ahead.
         """
         held = [getattr(t, "base", t) for t in tensors]  # a descriptor's tensor; its block is among the constants
         aligned = not any([t is not None and t.data_ptr() % 16 for t in held])
@@ -83,7 +83,7 @@ class Kernel:
             compiled[grid](*tensors, *numbers, *constants)
             return
         compiled = self._function[grid](*tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages)
-        if compiled is not None and aligned:  # the interpreter compiles nothing; odd addresses are left to Triton
+        if compiled is not None and aligned:  # the interpreter compiles nothing; Triton handles odd addresses
             self.compiled[key] = compiled
 
 
@@ -94,14 +94,14 @@ def widen_products(x: Tensor) -> bool:
 
 @cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, which has neither a GPU's instructions nor its compiler."""
+    """Whether Triton's interpreter runs the kernels, without a GPU's instructions and its compiler."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two that is n or more. Triton's own is slow, as is its `cdiv`."""
+    """The smallest power of two that is n or more. Triton's own function is slow, as is its `cdiv`."""
     return 1 << (n - 1).bit_length()
 
 

@@ -1,6 +1,6 @@
 """Bipartite soft matching on the device: similarities by tensor cores, ranks by counting.
 
-Counting how many come before is what a sort would find out, takes no order of its own, and needs one pass.
+Counting the predecessors gives the rank without a sort, in one pass.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def _propose(
     metric, best, partner, begin, first_src, first_dst, S, T,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_S src from `begin` on: the most similar dst, and how similar it is."""
+    """For BLOCK_S src from `begin` on: the most similar dst, and its similarity."""
     d, i = tl.arange(0, D_PAD), begin + tl.arange(0, BLOCK_S)
     features = metric + (first_src + 2 * i[:, None]) * D + d[None, :]
     features = tl.load(features, (i[:, None] < S) & (d[None, :] < D), 0.0)
-    # What is not a number is similar to nothing: every src has a partner and a rank, whatever the model computes.
+    # NaN is similar to nothing. So every src has a partner and a rank, whatever the model computes.
     similarity = tl.full([BLOCK_S], float("-inf"), tl.float32)
     closest = tl.zeros([BLOCK_S], tl.int32)
     for t0 in range(0, T, BLOCK):
@@ -61,7 +61,7 @@ def _propose(
 
 @triton.jit
 def _count(best, rank, begin, S, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
-    """The rank of BLOCK_S src from `begin` on: how many are more similar, or as similar and earlier."""
+    """The rank of BLOCK_S src from `begin` on: the number of src that are more similar, or as similar and earlier."""
     i = begin + tl.arange(0, BLOCK_S)
     similarity = tl.load(best + i, i < S, float("-inf"))
     place = tl.zeros([BLOCK_S], tl.int32)
@@ -78,9 +78,11 @@ def _place(
     partner, rank, keep, src, first, begin, r, P, first_src, first_dst, S, T,
     BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes where BLOCK_S src and as many dst from `begin` on end: the rows that stay, their members, and how many."""
+    """Writes the output places of BLOCK_S src and as many dst from `begin` on: the rows that stay, and their
+    members.
+    """
     i = begin + tl.arange(0, BLOCK_S)
-    row = P + S - r  # of the first dst: behind prefix tokens and src that stay
+    row = P + S - r  # of the first dst: after prefix tokens and src that stay
     merged = tl.load(rank + i, i < S, r) < r
     closest = tl.load(partner + i, i < S, 0)
     slot = tl.zeros([BLOCK_S], tl.int32)
@@ -97,7 +99,7 @@ def _place(
         members += tl.sum(((other < i[:, None]) & merges).to(tl.int32), 1)
     tl.store(src + slot, first_src + 2 * i, merged)
     tl.store(keep + P + i - merged_before, first_src + 2 * i, (i < S) & (merged == 0))
-    tl.store(first + row + i, members, i <= T)  # behind the last dst too: where all members are
+    tl.store(first + row + i, members, i <= T)  # also after the last dst: the number of all members
     tl.store(keep + row + i, first_dst + 2 * i, i < T)
     # Rows before the first dst have no members.
     tl.store(keep + i, i, i < P)
@@ -110,7 +112,7 @@ def _match_image(
     N, H, r, P, first_src, first_dst, S, T, written,
     K_TOKEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
-    """All of an image by one program; COMPARED says that its metric is there already."""
+    """A whole image by one program. With COMPARED its metric already exists."""
     metric += image * N * D
     best += image * S
     partner += image * S
@@ -151,7 +153,7 @@ def _match(
 ):  # fmt: skip
     """One program: a stage of matching for BLOCK_S src of an image, and as many dst.
 
-    best, partner and rank, (B, S), are notes between the stages.
+    best, partner and rank, (B, S), are scratch memory between the stages.
     """
     image, begin = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_S
     metric += image * N * D
@@ -175,7 +177,7 @@ def _match_whole(
     N, r, P, first_src, first_dst, S, T, written,
     D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: all of an image."""
+    """One program: a whole image."""
     image = tl.program_id(0).to(tl.int64)
     _match_image(
         metric, metric, best, partner, rank, keep, src, first, image,
@@ -184,7 +186,7 @@ def _match_whole(
 
 
 def metric(k: Tensor, num_heads: int) -> Tensor:
-    """As `reference.metric`."""
+    """See `reference.metric`."""
     B, N, C = k.shape
     D = C // num_heads
     out = torch.empty(B, N, D, dtype=torch.float32, device=k.device)
@@ -194,7 +196,7 @@ def metric(k: Tensor, num_heads: int) -> Tensor:
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
-    """As `reference.match`."""
+    """See `reference.match`."""
     B, N, D = metric.shape
     halves = halves_of(N, num_prefix_tokens)
     groups, notes = empty_groups(B, N, r, halves, metric.device)
@@ -211,19 +213,21 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
 
 
 BLOCK = 16
-"""Tokens of a program that makes the metric."""
+"""Tokens of a program that computes the metric."""
 
 BLOCK_S, BLOCK_T = 64, 32
-"""Src of a program, and dst that it looks at in a step."""
+"""Src of a program, and dst of one of its steps."""
 
 FEW_SRC, MANY_IMAGES = 128, 64
-"""Src of an image, and images, where one program an image keeps a GPU busy enough; else it is spread over several."""
+"""Most src of an image, and fewest images, for one program an image. Otherwise an image is spread over several
+programs.
+"""
 
 _launch_metric, _launch_match, _launch_whole = Kernel(_metric), Kernel(_match), Kernel(_match_whole)
 
 
 class Halves(NamedTuple):
-    """The tokens that may merge, in two halves: where src and dst begin, and how many there are of each."""
+    """The two halves of the tokens that may merge: the first src and dst, and the number of each."""
 
     first_src: int
     first_dst: int
@@ -231,18 +235,18 @@ class Halves(NamedTuple):
     T: int
 
     def written(self, r: int, num_prefix_tokens: int) -> int:
-        """How many rows of each kind `_place` must reach: those before the first dst, and dst."""
+        """Number of rows that `_place` must reach: those before the first dst, and dst."""
         return max(self.S, num_prefix_tokens + self.S - r, self.T + 1)
 
 
 def halves_of(N: int, P: int) -> Halves:
-    """Src and dst of N tokens with P prefix tokens: every other one, by the parity of the whole sequence."""
+    """Src and dst of N tokens with P prefix tokens: alternate tokens, by the parity of the whole sequence."""
     first_src, first_dst = P + P % 2, P + 1 - P % 2
     return Halves(first_src, first_dst, (N - first_src + 1) // 2, (N - first_dst + 1) // 2)
 
 
 def empty_groups(B: int, N: int, r: int, halves: Halves, device: torch.device) -> tuple[Groups, tuple[Tensor, ...]]:
-    """What matching writes: the groups, and its notes best, partner and rank."""
+    """The outputs of matching: the groups, and its scratch memory best, partner and rank."""
     keep, src, first, partner, rank = (
         torch.empty(B, width, dtype=torch.int32, device=device) for width in (N - r, r, N - r + 1, halves.S, halves.S)
     )

@@ -1,4 +1,4 @@
-"""Residual sum, merge and norm in one pass. Each row gathers what it is made of: nothing is added out of order."""
+"""Residual sum, merge and norm in one pass. Each row gathers its members, so the order of sums is fixed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _sum_of(
     x, y, scale, y_first, token, inside, c,
     C: tl.constexpr, ADDED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x + scale y in float32; row `y_first` of x is row 0 of y, and those before it have none."""
+    """Rows of x + scale y in float32. Row `y_first` of x is row 0 of y; rows before it have no y."""
     columns = c[None, :] < C
     total = tl.load(x + token[:, None] * C + c[None, :], inside[:, None] & columns, 0.0).to(tl.float32)
     if ADDED:
@@ -77,7 +77,7 @@ def _add_norm(
 
 
 def norm(x: Tensor, offset: Tensor | None, norm: Norm, dtype: torch.dtype, multiplier: float) -> Tensor:
-    """As `reference.norm`."""
+    """See `reference.norm`."""
     B, N, C = x.shape
     n = torch.empty(B, N, C, dtype=dtype, device=x.device)
     _launch(None, x, None, None, None, offset, norm, multiplier, None, n)
@@ -93,7 +93,7 @@ def add_norm(
     dtype: torch.dtype,
     multiplier: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.add_norm`."""
+    """See `reference.add_norm`."""
     shape = (len(y), x.shape[1], x.shape[2])
     x_out, n = (torch.empty(shape, dtype=d, device=x.device) for d in (y.dtype, dtype))
     _launch(None, x, y, None, scale, offset, norm, multiplier, x_out, n)
@@ -111,7 +111,7 @@ def merge_add_norm(
     dtype: torch.dtype,
     multiplier: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.merge_add_norm`."""
+    """See `reference.merge_add_norm`."""
     (B, M), C = groups.keep.shape, x.shape[2]
     x_out, n = (torch.empty(B, M, C, dtype=d, device=x.device) for d in (x.dtype, dtype))
     size_out, log_size_out = (torch.empty(B, M, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -178,7 +178,7 @@ def _merge_sums(
 
 
 def merge_sums(groups: Groups, sums: Tensor) -> Tensor:
-    """As `reference.merge_sums`."""
+    """See `reference.merge_sums`."""
     (B, M), (_, N, K) = groups.keep.shape, sums.shape
     out = torch.empty(B, M, K, dtype=sums.dtype, device=sums.device)
     rows = min(max(2048 // power_of_2(K), 1), 64)

@@ -1,4 +1,4 @@
-"""What a norm is made of, as the kernels take it."""
+"""The parameters of a norm, for the kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Norm(NamedTuple):
         weight: (C,).
         bias: (C,), or None.
         eps: Added to the variance.
-        centred: Whether the mean is taken away first: LayerNorm does, RMSNorm does not.
+        centred: Whether the mean is subtracted first: in LayerNorm, but not in RMSNorm.
     """
 
     weight: Tensor

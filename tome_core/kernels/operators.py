@@ -1,7 +1,7 @@
-"""Each fused operation as a `torch.library` operator of known shape, so that it compiles and exports in one piece.
+"""Each fused operation as a `torch.library` operator of known shape, so that it compiles and exports as one node.
 
-Each checks its operands, then calls Triton on a GPU and plain PyTorch elsewhere. Where nothing is traced that is a
-plain call: the way through an operator written in Python costs more than a launch.
+Each checks its operands, then calls Triton on a GPU and plain PyTorch elsewhere. Without tracing this is a plain call,
+because the dispatch of an operator in Python takes longer than a launch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ R = TypeVar("R")
 
 
 def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a function an operator; `fake` gives empty results of the right shape, `mutates` names what it changes."""
+    """Makes a function an operator; `fake` returns empty results of the right shape, `mutates` names what it
+    changes.
+    """
 
     def made(function: Callable[P, R]) -> Callable[P, R]:
         operator = torch.library.custom_op(f"tome::{function.__name__[1:]}", function, mutates_args=mutates)
@@ -41,7 +43,7 @@ def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callab
 
 
 def _implementation(name: str, x: Tensor) -> Any:
-    """The module of an operation for x's device; Triton is imported when a GPU first needs it."""
+    """The module of an operation for x's device. Triton is imported when a GPU first needs it."""
     return reference if launch.missing_on(x.device) else _kernels(name)
 
 
@@ -127,7 +129,7 @@ def _attend_match(
 
 
 def metric(k: Tensor, num_heads: int) -> Tensor:
-    """`reference.metric`: what tokens are compared by."""
+    """`reference.metric`: the metric of tokens."""
     requirements.for_metric(k, num_heads)
     return _metric(k, num_heads)
 
@@ -161,7 +163,7 @@ def _rotate(
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
-    """`reference.match`: the r most similar pairs, by the row that they end in."""
+    """`reference.match`: the r most similar pairs, by output row."""
     requirements.for_match(metric, r, num_prefix_tokens)
     return Groups(*_match(metric, r, num_prefix_tokens))
 
@@ -286,7 +288,7 @@ def _merge_add_norm(
 
 
 def merge_sums(groups: Groups, sums: Tensor) -> Tensor:
-    """`reference.merge_sums`: what belongs to the tokens' members, added up over those that merge."""
+    """`reference.merge_sums`: sums over the members of tokens, added up over the tokens that merge."""
     requirements.for_merge_sums(groups, sums)
     return _merge_sums(*groups, sums)
 
@@ -316,7 +318,7 @@ def _cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
 
 
 def linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multiplier: float) -> Tensor:
-    """`reference.linear_gelu8`: a product in float8, and GELU of it in float8."""
+    """`reference.linear_gelu8`: a product in float8, and its GELU in float8."""
     requirements.for_product8(a, weight, bias)
     return _linear_gelu8(a, weight, bias, factor, multiplier)
 

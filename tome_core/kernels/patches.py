@@ -1,4 +1,4 @@
-"""Images cut into patches, a row each, as the product with the weights of a patch embedding reads them."""
+"""Images cut into patches, one a row, for the product with the weights of a patch embedding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _cut(
     K: tl.constexpr, K_OUT: tl.constexpr, K_PAD: tl.constexpr,
     ROWS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS patches of an image, which lies in planes of lines; a patch has RUN values of a line."""
+    """One program: ROWS patches of an image, which consists of planes of lines. A patch has RUN values of a line."""
     image = tl.program_id(1).to(tl.int64)
     patch, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K_PAD)
     corner = patch // num_columns * PATCH * LINE + patch % num_columns * RUN
@@ -34,7 +34,7 @@ def _cut(
 
 
 def cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """As `reference.cut`."""
+    """See `reference.cut`."""
     pixels = images.dtype == torch.uint8
     B, channels, H, W = (images.shape[i] for i in ((0, 3, 1, 2) if pixels else (0, 1, 2, 3)))
     run, line = (channels * patch, channels * W) if pixels else (patch, W)

@@ -1,4 +1,4 @@
-"""Matrix products that do more than multiply, as the libraries of torch offer them."""
+"""Matrix products with a fused epilogue, from torch's libraries."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -> Tensor:
-    """gelu(x weight^T + bias), (B, N, C) to (B, N, K); in half precision on a GPU in the epilogue of the product.
+    """gelu(x weight^T + bias), (B, N, C) to (B, N, K). In half precision on a GPU, GELU is in the product's epilogue.
 
-    That epilogue takes the tanh form of GELU, which differs from the exact one by less than half precision can tell
-    (5e-4).
+    That epilogue uses the tanh form of GELU, which differs from the exact one by less than the resolution of half
+    precision (5e-4).
 
     Args:
         x: (B, N, C).
         weight: (K, C).
         bias: (K,).
-        tanh: Whether the tanh form is what the model means.
+        tanh: Whether the model defines GELU in its tanh form.
     """
     if x.device.type != "cuda" or x.dtype == torch.float32:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh" if tanh else "none")
@@ -46,8 +46,8 @@ def linear8(
         a: (B, N, K).
         weight: (C, K).
         bias: (C,), or None.
-        scales: What undoes the scales of a and of the weights, float32 scalars.
-        dtype: Of the result.
+        scales: Inverse scales of a and of the weights, float32 scalars.
+        dtype: Dtype of the result.
     """
     rows = a.flatten(0, 1)
     if a.device.type != "cuda":

@@ -1,6 +1,6 @@
-"""Products of float8 operands with what follows them: GELU, or the sum into the residual. For GPUs of Hopper's kind.
+"""Products of float8 operands, fused with GELU or the sum into the residual. For GPUs from Hopper on.
 
-A program computes one tile after another; the tensor memory accelerator brings operands and takes results, so the end
+A program computes one tile after another. The tensor memory accelerator loads operands and stores results, so the end
 of a tile overlaps the beginning of the next.
 """
 
@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tome_core.kernels.launch import Kernel, ceil_div, interpreted
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
-"""A tile of the result, and how much of both operands it takes in at a time."""
+"""A tile of the result, and the columns of both operands for one step."""
 
 GROUP = 8
 """Tiles above each other that run together, so that they share the weights in the cache."""
@@ -32,7 +32,7 @@ def _gelu(x):
 
 @triton.jit
 def _gelu_fast(x):
-    """As `_gelu`, by the instruction for tanh."""
+    """Like `_gelu`, by the instruction for tanh."""
     inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     tanh = tl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1
@@ -59,7 +59,7 @@ def _multiply(
     GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     GELU: tl.constexpr, ADDED: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Every PROGRAMS-th tile of a weight^T; ADDED adds to what is in `out`, by halves, for which there is room."""
+    """Every PROGRAMS-th tile of a weight^T. With ADDED it is added to `out`, in halves that fit into memory."""
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     HALF: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
@@ -84,14 +84,14 @@ def _multiply(
 
 
 def linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multiplier: float) -> Tensor:
-    """As `reference.linear_gelu8`."""
+    """See `reference.linear_gelu8`."""
     out = torch.empty(*a.shape[:-1], len(weight), dtype=a.dtype, device=a.device)
     _run(a, weight, bias, None, out, factor, multiplier, gelu=True)
     return out
 
 
 def accumulate8(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float) -> None:
-    """As `reference.accumulate8`."""
+    """See `reference.accumulate8`."""
     _run(a, weight, bias, scale, x, factor, 1.0, gelu=False)
 
 

@@ -1,4 +1,4 @@
-"""The fused operations in plain PyTorch: the oracle of the kernels, and what runs where there are none."""
+"""The fused operations in plain PyTorch: the reference of the kernels, and the implementation without them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attend(
 
 
 def metric(k: Tensor, num_heads: int) -> Tensor:
-    """What tokens are compared by: keys averaged over heads and scaled to length 1, (B, N, C) to (B, N, D) float32."""
+    """The metric of tokens: keys averaged over heads and scaled to length 1, (B, N, C) to (B, N, D) float32."""
     with full_precision(k.device):
         mean = widened(k).unflatten(-1, (num_heads, -1)).mean(dim=2)
         return F.normalize(mean, dim=-1)
@@ -57,19 +57,19 @@ def metric(k: Tensor, num_heads: int) -> Tensor:
 def rotate(
     q: Tensor, k: Tensor, table: Tensor, size: Tensor | None, num_heads: int, halved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotary embedding of queries and keys, and the metric of the keys as they were before.
+    """Rotary embedding of queries and keys, and the metric of the keys before it.
 
     Args:
         q: Queries of the leading M tokens, (B, M, C); C = num_heads * D.
         k: Keys, (B, N, C).
-        table: Sines and then cosines, added up over the members of each token: (1 or B, N, 2D) for all heads, or
-            (1 or B, N, num_heads * 2D).
+        table: Sines, then cosines, summed over the members of each token: (1 or B, N, 2D) for all heads, or (1 or B, N,
+            num_heads * 2D).
         size: Members of each token, (B, N) float32, or None for one each.
         num_heads: Heads.
-        halved: Whether channel d turns with channel d + D/2; else neighbours do.
+        halved: Whether channel d is rotated with channel d + D/2; otherwise with its neighbour.
 
     Returns:
-        Queries (B, M, C) and keys (B, N, C), contiguous, and the metric as `metric` gives it, (B, N, D).
+        Queries (B, M, C) and keys (B, N, C), contiguous, and the metric of `metric`, (B, N, D).
     """
     found = metric(k, num_heads)
     wide = widened(table) if size is None else widened(table) / size[..., None]
@@ -95,7 +95,7 @@ def _quarter_turn(x: Tensor, halved: bool) -> Tensor:
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> Groups:
-    """Chooses the r most similar pairs; `tome_core.matching.match` says how, and r must fit.
+    """Chooses the r most similar pairs, by the rules of `tome_core.matching.match`. r must fit.
 
     Args:
         metric: (B, N, D) float32, rows of length 1 or 0.
@@ -116,12 +116,12 @@ def attend_match(
     r: int,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Groups]:
-    """Attention of all tokens, and what merges after it: neither waits for the other.
+    """Attention of all tokens, and the pairs that merge after it. The two are independent.
 
     Args:
-        q, k, v, log_size, bias, num_heads: As for `attend`, with a query for each key.
-        found: The metric, where it is not that of the keys k, as `metric` gives it; or None.
-        r, num_prefix_tokens: As for `match`.
+        q, k, v, log_size, bias, num_heads: See `attend`; with a query for each key.
+        found: The metric if it is not that of the keys k, in the form of `metric`; or None.
+        r, num_prefix_tokens: See `match`.
     """
     groups = match(metric(k, num_heads) if found is None else found, r, num_prefix_tokens)
     return attend(q, k, v, log_size, bias, num_heads), groups
@@ -132,10 +132,10 @@ def norm(x: Tensor, offset: Tensor | None, norm: Norm, dtype: torch.dtype, multi
 
     Args:
         x: Tokens, (B, N, C).
-        offset: What every token still lacks, (C,) float32, or None.
+        offset: A constant that is not yet added to the tokens, (C,) float32, or None.
         norm: The norm.
-        dtype: Of the result.
-        multiplier: What the result is multiplied by.
+        dtype: Dtype of the result.
+        multiplier: Factor of the result.
     """
     return _normed(widened(x), offset, norm, dtype, multiplier)
 
@@ -153,9 +153,9 @@ def add_norm(
 
     Args:
         x: Tokens, (1 or B, N, C).
-        y: What is added to the last of them, (B, N or fewer, C).
+        y: Added to the last tokens, (B, N or fewer, C).
         scale: LayerScale of y, (C,), or None for 1.
-        offset, norm, dtype, multiplier: As for `norm`.
+        offset, norm, dtype, multiplier: See `norm`.
 
     Returns:
         x + scale y in y's dtype, and the norm of that and the offset; both (B, N, C).
@@ -178,14 +178,14 @@ def merge_add_norm(
     """A residual sum, the merge of its tokens into size-weighted means, and the norm that reads these.
 
     Args:
-        groups: What merges, N tokens into M.
+        groups: The merge of N tokens into M.
         x: Tokens, (B, N, C).
-        y: What is added to them first, (B, N, C), or None.
+        y: Added to them first, (B, N, C), or None.
         size: Token sizes, (B, N) float32, or None for sizes of 1.
-        scale, offset, norm, dtype, multiplier: As for `add_norm`.
+        scale, offset, norm, dtype, multiplier: See `add_norm`.
 
     Returns:
-        The merged tokens in x's dtype and the norm of these and the offset, both (B, M, C); their sizes and log2 of
+        The merged tokens in x's dtype, and the norm of these and the offset, both (B, M, C); their sizes and log2 of
         these, (B, M) float32.
     """
     total, merged_size = merge(plan_of(groups), widened(x) if y is None else _sum(x, y, scale), size)
@@ -194,7 +194,7 @@ def merge_add_norm(
 
 
 def merge_sums(groups: Groups, sums: Tensor) -> Tensor:
-    """What belongs to the tokens' members, added up over those that merge: (1 or B, N, K) to (B, M, K)."""
+    """Sums over the members of tokens, added up over the tokens that merge: (1 or B, N, K) to (B, M, K)."""
     plan = plan_of(groups)
     sums = sums.expand(groups.keep.shape[0], -1, -1)
     rows = torch.arange(plan.keep.shape[1], device=sums.device)
@@ -205,17 +205,17 @@ def merge_sums(groups: Groups, sums: Tensor) -> Tensor:
 
 
 def cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """Images as rows of their patches, as the product with a patch embedding's weights reads them.
+    """Images as rows of their patches, for the product with a patch embedding's weights.
 
     Args:
-        images: (B, channels, H, W) of a float dtype, or uint8 pixels (B, H, W, channels), of which 128 is taken away:
-            what is left is exact in bfloat16, and half as large.
+        images: (B, channels, H, W) of a float dtype, or uint8 pixels (B, H, W, channels), from which 128 is subtracted:
+            the result is exact in bfloat16, and half as large.
         patch: Side of a patch; it divides H and W.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
-        (B, patches, K): the values of a patch in the order in which they lie in the image, and zeros up to a multiple
-        of 8, without which products are slow.
+        (B, patches, K): the values of a patch in the order of the image's memory, padded with zeros to a multiple of 8,
+        without which products are slow.
     """
     if images.dtype == torch.uint8:
         rows = images.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3).flatten(3).flatten(1, 2)
@@ -235,7 +235,7 @@ def linear_gelu8(a: Tensor, weight: Tensor, bias: Tensor, factor: float, multipl
         a: (B, N, K) in float8.
         weight: (C, K) in float8.
         bias: (C,).
-        factor: What undoes the scales of both.
+        factor: Inverse of the scales of both.
         multiplier: The scale of the result.
     """
     y = F.gelu(F.linear(a.float(), weight.float()) * factor + bias.float(), approximate="tanh")
@@ -247,7 +247,7 @@ def accumulate8(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, scale
 
     Args:
         x: (B, N, C), contiguous.
-        a, weight, factor: As for `linear_gelu8`.
+        a, weight, factor: See `linear_gelu8`.
         bias: (C,), or None.
         scale: LayerScale, (C,), or None.
     """

@@ -1,8 +1,8 @@
-"""A bias between positions as attention reads it: a table of displacements, and codes of tokens that look it up.
+"""A bias between positions in the form that attention reads: a table of displacements, and codes that index it.
 
-What a bias says of all pairs, (num_heads, N0, N0), depends on the displacement between two cells of the grid alone, or
-on which of the two is a prefix token. So a short list says it all: the entry of a pair is at the sum of the code of its
-row and the code of its column. A token that merged stands at a cell too: it needs new codes, never a new table.
+A bias of all pairs, (num_heads, N0, N0), depends only on the displacement between two cells of the grid, or on which of
+the two is a prefix token. So a short list is enough: a pair's entry is at the sum of its row's code and its column's
+code. A merged token also has a cell: it needs new codes, never a new table.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Bias(NamedTuple):
     """A bias of attention scores: that of row i and column j is `table[:, row_code[i] + column_code[j]]`.
 
     Attributes:
-        table: For each head and sum of two codes, (num_heads, T) float32, times log2 e.
-        row_code: Of each token as a query, (B, N) int32.
-        column_code: Of each token as a key, (B, N) int32.
+        table: Bias for each head and sum of two codes, (num_heads, T) float32, times log2 e.
+        row_code: Code of each token as a query, (B, N) int32.
+        column_code: Code of each token as a key, (B, N) int32.
     """
 
     table: Tensor
@@ -33,7 +33,7 @@ class Bias(NamedTuple):
 
 
 class _Codes(NamedTuple):
-    """How codes lie for a grid with P prefix tokens: patches first, then each kind of pair in a range of its own."""
+    """Layout of the codes for a grid with P prefix tokens: patches first, then each kind of pair in its own range."""
 
     width: int
     largest: int
@@ -49,19 +49,19 @@ def table_of(bias: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Ten
 
 
 def cells_of(grid: tuple[int, int], num_prefix_tokens: int, device: torch.device) -> Tensor:
-    """Row and column of each original token, (1, N0, 2) float32; zeros for prefix tokens, which stand nowhere."""
+    """Row and column of each original token, (1, N0, 2) float32; zeros for prefix tokens, which have no cell."""
     rows, columns = torch.meshgrid(*(torch.arange(n, device=device).float() for n in grid), indexing="ij")
     cells = torch.stack([rows.flatten(), columns.flatten()], dim=1)
     return torch.cat([cells.new_zeros(num_prefix_tokens, 2), cells])[None]
 
 
 def bias_of(table: Tensor, sums: Tensor, size: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Bias:
-    """The bias between tokens that stand at the cells nearest to the mean of their members'.
+    """The bias between tokens, each at the cell nearest to the mean of its members' cells.
 
     Args:
-        table: As `table_of` gives it.
-        sums: Rows and columns of a token's members, added up, (B, N, 2) float32.
-        size: How many members it has, (B, N) float32.
+        table: The result of `table_of`.
+        sums: Sums of the rows and columns of each token's members, (B, N, 2) float32.
+        size: Number of each token's members, (B, N) float32.
         grid: Rows and columns of patches.
         num_prefix_tokens: Leading tokens that never merge.
     """
@@ -89,7 +89,7 @@ def _codes(grid: tuple[int, int], P: int, device: torch.device) -> _Codes:
 
 @kept
 def _pairs(grid: tuple[int, int], num_prefix_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each sum of two codes a row and a column that have it; 0 and 0 where there are none."""
+    """For each sum of two codes a row and a column that have it; 0 and 0 if there are none."""
     sums = cells_of(grid, num_prefix_tokens, torch.device("cpu"))
     unused = torch.zeros(1, 1, device="cpu")
     bias = bias_of(unused, sums, torch.ones_like(sums[..., 0]), grid, num_prefix_tokens)

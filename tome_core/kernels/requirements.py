@@ -1,7 +1,8 @@
-"""What the kernels require of their operands, checked whichever implementation runs.
+"""The kernels' requirements on their operands, checked for every implementation.
 
-A CPU has no kernels, and plain PyTorch takes what they would refuse. The checks stand in front of the choice, so that
-a fault of the forward loop shows on every machine. Each raises a ValueError that names the operand.
+Plain PyTorch, which a CPU uses, accepts operands that the kernels refuse. The checks precede the choice of
+implementation, so that a fault of the forward loop shows on every machine. Each raises a ValueError that names the
+operand.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from tome_core.kernels.norms import Norm
 from tome_core.kernels.relative import Bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels compute in; plain PyTorch takes float64 too."""
+"""Dtypes of the kernels; plain PyTorch also takes float64."""
 
 FLOAT8 = torch.float8_e4m3fn
 
 SMALLEST_HEAD, LARGEST_HEAD = 16, 128
-"""Channels of the heads that attention takes, in multiples of 8."""
+"""Channels of the heads that attention supports, in multiples of 8."""
 
 
 def fits_head(D: int) -> bool:
-    """Whether attention takes heads of D channels."""
+    """Whether attention supports heads of D channels."""
     return SMALLEST_HEAD <= D <= LARGEST_HEAD and D % 8 == 0
 
 
@@ -46,10 +47,10 @@ def for_attend(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: B
 def for_attend_match(
     q: Tensor, k: Tensor, found: Tensor | None, num_heads: int, r: int, num_prefix_tokens: int
 ) -> None:
-    """Checks what `attend_match` takes beside the operands of `attend`."""
+    """Checks the operands of `attend_match` besides those of `attend`."""
     B, N, C = k.shape
     if q.shape[1] != N:
-        raise ValueError(f"there are {q.shape[1]} queries for {N} keys; tokens merge where all of them attend")
+        raise ValueError(f"there are {q.shape[1]} queries for {N} keys; merging needs a query for each key")
     if found is not None:
         _check("metric", found, (B, N, C // num_heads), torch.float32)
     _check_r(r, N, num_prefix_tokens)
@@ -92,7 +93,7 @@ def for_add_norm(x: Tensor, y: Tensor | None, scale: Tensor | None, offset: Tens
     _check("x", x, x.shape, x.dtype)
     if y is not None:
         if y.ndim != 3 or y.shape[1] > N or B not in (1, y.shape[0]):
-            raise ValueError(f"y has shape {tuple(y.shape)}, which does not go with x of {tuple(x.shape)}")
+            raise ValueError(f"y has shape {tuple(y.shape)}, which does not fit x of {tuple(x.shape)}")
         _check("y", y, (y.shape[0], y.shape[1], C), y.dtype)
     for name, vector in (("scale", scale), ("weight", norm.weight), ("bias", norm.bias)):
         if vector is not None:
@@ -142,13 +143,13 @@ def for_product8(
     _check("weight", weight, (N, K), FLOAT8)
     _check("a", a, (*a.shape[:-1], K), FLOAT8)
     if N % 16 or K % 16:
-        raise ValueError(f"weights of {N} x {K} are no multiples of 16, which products in float8 need")
+        raise ValueError(f"weights of {N} x {K} are not multiples of 16, as float8 products need")
     for name, vector in (("bias", bias), ("scale", scale)):
         if vector is not None:
             _check(name, vector, (N,), vector.dtype)
     if x is not None:
         if not x.dtype.is_floating_point:
-            raise ValueError(f"x is {x.dtype}; a residual is {', '.join(map(str, DTYPES))}")
+            raise ValueError(f"x is {x.dtype}; it must be {', '.join(map(str, DTYPES))}")
         _check("x", x, (*a.shape[:-1], N), x.dtype)
 
 
@@ -169,11 +170,11 @@ def _head_width(k: Tensor, num_heads: int) -> int:
 
 
 def _check_heads(q: Tensor, k: Tensor, num_heads: int) -> int:
-    """Checks queries and keys; gives the channels of a head."""
+    """Checks queries and keys; returns the channels of a head."""
     D = _head_width(k, num_heads)
     B, N, C = k.shape
     if q.ndim != 3 or q.shape[1] > N:
-        raise ValueError(f"q has shape {tuple(q.shape)}, which does not go with k of {tuple(k.shape)}")
+        raise ValueError(f"q has shape {tuple(q.shape)}, which does not fit k of {tuple(k.shape)}")
     _check_rows("q", q, (B, q.shape[1], C), k.dtype)
     _check_rows("k", k, (B, N, C), k.dtype)
     return D
@@ -186,7 +187,7 @@ def _check_groups(groups: Groups, B: int, N: int) -> None:
 
 
 def _check(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Checks shape and dtype, and that it is contiguous."""
+    """Checks shape, dtype and contiguity."""
     _check_kind(name, tensor, shape, dtype)
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous: shape {tuple(shape)}, strides {tensor.stride()}")

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys, and the metric from keys before it: one pass over the joint projection."""
+"""Rotary embedding of queries and keys, and the metric of the keys before it, in one pass over the joint projection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tome_core.kernels.launch import Kernel, ceil_div, power_of_2
 
 @triton.jit
 def _pairs(values, HALVED: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr):
-    """(ROWS, H * 2 HALF) as the two members of each pair that turns, (ROWS, H, HALF) both."""
+    """(ROWS, H * 2 HALF) as the two members of each rotated pair, both (ROWS, H, HALF)."""
     if HALVED:
         return tl.split(tl.permute(tl.reshape(values, (ROWS, H, 2, HALF)), (0, 1, 3, 2)))
     return tl.split(tl.reshape(values, (ROWS, H, HALF, 2)))
@@ -97,7 +97,7 @@ def _rotate(
 def rotate(
     q: Tensor, k: Tensor, table: Tensor, size: Tensor | None, num_heads: int, halved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.rotate`."""
+    """See `reference.rotate`."""
     (B, M, C), N = q.shape, k.shape[1]
     D = C // num_heads
     padded = [power_of_2(n) for n in (num_heads, D)]

@@ -1,4 +1,4 @@
-"""Work beside the main stream of a recording, so that small kernels run at the same time."""
+"""A second stream in a recorded CUDA graph, so that small kernels run at the same time."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether what is done with x goes into a CUDA graph."""
+    """Whether work on x is being recorded into a CUDA graph."""
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
 def beside(x: Tensor) -> Iterator[Callable[[], None]]:
-    """Launches what the block launches on a second stream; the function it gives makes the main stream wait for it.
+    """Runs the block's kernels on a second stream; the yielded function makes the main stream wait for it.
 
-    That is done in a recording alone, where it costs the host nothing: few images leave room for both on a GPU. What
-    the block reads must live until the main stream waits; what it makes may be read from then on.
+    This happens only while a graph is recorded, where it costs the host nothing: with few images a GPU has room for
+    both. The block's inputs must live until the main stream waits; its outputs may be read from then on.
 
     Args:
-        x: What the block reads.
+        x: Input of the block.
     """
     if not is_recorded(x):
         yield lambda: None

@@ -1,5 +1,5 @@
-"""The protocols of others, one file each. A face reads what its clients send, asks as every face does (`Asking`), and
-shapes the answer and the errors. What a request may be, its limits, deadlines, keys and counts are the same for all.
+"""The protocols of others, one file each. A face reads its clients' requests, answers them by `Asking` as all faces do,
+and gives answers and errors its form. Validity, limits, deadlines, keys and metrics of requests are the same for all.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ FACES: Mapping[str, Callable[[Settings], Face]] = {
     "sagemaker": sagemaker.face,
     "vertex": vertex.face,
 }
-"""By name, as `--protocol` lists them."""
+"""The faces by their names in `--protocol`."""
 
 
 def faces_of(settings: Settings) -> tuple[Face, ...]:
-    """The faces that are on."""
+    """The enabled faces."""
     return tuple(FACES[name](settings) for name in settings.protocol)

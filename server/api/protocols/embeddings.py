@@ -1,4 +1,4 @@
-"""OpenAI's `POST /v1/embeddings`, for images: the pooled features before a model's head. A vector names its `r`."""
+"""OpenAI's `POST /v1/embeddings` for images: pooled features before a model's head, with the `r` of the vector."""
 
 from __future__ import annotations
 
@@ -28,22 +28,20 @@ from server.types import ModelInfo
 
 PATH = "/v1/embeddings"
 _NO_MODEL = ("", "default/not-specified")
-"""What clients send as the model where their user names none."""
+"""Names that clients send if their user names no model."""
 
 
 class EmbeddingParameters(Dial):
-    """How vectors are asked for."""
+    """Parameters of a request for vectors."""
 
-    modality: Literal["image", "text"] | None = Field(
-        None, description="image, or absent: there are vectors of no text."
-    )
+    modality: Literal["image", "text"] | None = Field(None, description="image, or absent: text has no vectors here.")
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="float, or base64 of little-endian float32; float when absent."
     )
     dimensions: int | None = Field(
-        None, ge=0, description="So many of the first numbers, of length 1 again; all with 0 or when absent."
+        None, ge=0, description="Keep this many of the first numbers and normalize again; all with 0 or when absent."
     )
-    normalize: bool | None = Field(None, description="Whether a vector has length 1; it does when absent.")
+    normalize: bool | None = Field(None, description="Whether to scale vectors to length 1; true when absent.")
     user: str | None = Field(None, description="Not used.")
 
 
@@ -60,7 +58,7 @@ class EmbeddingVector(BaseModel):
 
 
 class EmbeddingUsage(BaseModel):
-    prompt_tokens: int = Field(description="Tokens that entered the first block, of all images.")
+    prompt_tokens: int = Field(description="Tokens that enter the first block, for all images.")
     total_tokens: int
 
 
@@ -71,8 +69,8 @@ class Embeddings(BaseModel):
     model: str
     data: list[EmbeddingVector]
     usage: EmbeddingUsage
-    r: PlainR = Field(description="Tokens merged in each block: vectors of one r belong into one index.")
-    r_source: RSource = Field(description="Who said so, or said auto.")
+    r: PlainR = Field(description="Tokens merged in each block. Keep vectors of one r in one index.")
+    r_source: RSource = Field(description="Where r, or auto, comes from.")
     tokens: int = Field(description="Tokens left after the last block, of each image.")
 
 
@@ -85,7 +83,7 @@ class EmbeddingError(BaseModel):
 
 
 class EmbeddingErrorBody(BaseModel):
-    """An error as OpenAI's clients read it."""
+    """An error in the form of OpenAI's clients."""
 
     error: EmbeddingError
 
@@ -98,7 +96,7 @@ _LAYOUT = Layout(EmbeddingParameters, EmbeddingBody, "input")
 
 @router.post(PATH, response_model=Embeddings, responses=ANSWERED, openapi_extra=asked(_LAYOUT))
 async def embed(request: Request, service: ForUsers) -> Response:
-    """Vectors of images, for search. Send JSON with base64, form parts `image` or a raw image, as to /classify."""
+    """Vectors of images, for search. Takes JSON with base64, form parts `image` or a raw image, like /classify."""
     with Asking(service, request) as asking:
         uploads, said = await asking.read(read_request(request, service.settings.max_images, _LAYOUT))
         if said.modality == "text":
@@ -135,7 +133,9 @@ def _dimensions(said: EmbeddingParameters, info: ModelInfo) -> int:
 
 
 def _cut(values: bytes, dimensions: int, normalize: bool | None) -> array[float]:
-    """The first numbers of a vector, of length 1 unless they are to stay as they are; raises EngineError for NaN."""
+    """Keeps the first numbers of a vector, and scales it to length 1 unless `normalize` is False. Raises EngineError
+    for NaN.
+    """
     numbers = array("f", values)
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -164,7 +164,7 @@ _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 
 
 def face(settings: Settings) -> Face:
-    """The face, as `FACES` has it."""
+    """The face for `FACES`."""
     return Face(
         name="embeddings",
         title="OpenAI embeddings",

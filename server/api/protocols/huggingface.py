@@ -20,7 +20,7 @@ router = APIRouter(responses=errors_as(TextError), tags=["huggingface"])
 
 @router.post("/", response_model=Labels, responses=ANSWERED, openapi_extra=ASKED)
 async def classify_by_default(request: Request, service: ForUsers) -> Response:
-    """Labels and scores by the default model, or the one that the parameter `model` names."""
+    """Labels and scores by the default model, or by the one that the parameter `model` names."""
     return await _classify(request, service, {})
 
 
@@ -38,11 +38,11 @@ async def _classify(request: Request, service: ForUsers, named: dict[str, str]) 
 
 
 def face(settings: Settings) -> Face:
-    """The face, as `FACES` has it."""
+    """The face for `FACES`."""
     return Face(
         name="huggingface",
         title="Hugging Face",
-        description="Image classification as Hugging Face's InferenceClient asks for it.",
+        description="Image classification for Hugging Face's InferenceClient.",
         router=router,
         owns=lambda method, path: path.startswith("/models/") or (path == "/" and method not in ("GET", "HEAD")),
         error=text_error,

@@ -1,4 +1,4 @@
-"""Bodies of Hugging Face's inference: a raw image, or JSON with `inputs` and `parameters`. SageMaker takes the same."""
+"""Bodies of Hugging Face's inference: a raw image, or JSON with `inputs` and `parameters`. SageMaker uses the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.ipc.messages import TopK
 
 
 class InputsBody(BaseModel):
-    """A JSON request. Further fields, which clients send for other servers, are not used."""
+    """A JSON request. Other fields, which clients send for other servers, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -28,19 +28,19 @@ class InputsBody(BaseModel):
 
 
 class LabelScore(BaseModel):
-    """A class, and how likely it is."""
+    """A class and its score."""
 
     label: str
     score: float
 
 
 class Read(NamedTuple):
-    """What a request holds.
+    """A parsed request.
 
     Attributes:
         uploads: The images.
-        parameters: What is asked of them.
-        is_list: Whether the images came as a list, and so the answer is one.
+        parameters: The parameters.
+        is_list: Whether the images came as a list; the answer then is one.
     """
 
     uploads: list[Upload]
@@ -51,7 +51,7 @@ class Read(NamedTuple):
 ASKED = {
     "requestBody": body_of(
         {"image/*": FILE, "application/octet-stream": FILE, "application/json": InputsBody.model_json_schema()},
-        "An image as it is, of any content type or none, or JSON.",
+        "A raw image, of any content type or none, or JSON.",
     ),
     "parameters": in_query(Parameters),
 }
@@ -62,12 +62,12 @@ async def read_inputs(request: Request, max_images: int, beside: Mapping[str, An
 
     Args:
         request: Its body is read.
-        max_images: Images that it may hold.
-        beside: Parameters that stand neither in the query nor in the body.
+        max_images: Most images.
+        beside: Parameters from outside the query and the body.
 
     Raises:
-        UnsupportedError: It is a form.
-        UndecodableError, TooLargeError, InvalidError: As of `read_request`.
+        UnsupportedError: The body is a form.
+        UndecodableError, TooLargeError, InvalidError: See `read_request`.
     """
     said = joined(read_query(request), dict(beside or {}))
     kind = content_type_of(request)
@@ -76,7 +76,7 @@ async def read_inputs(request: Request, max_images: int, beside: Mapping[str, An
     if kind != "application/json":
         return Read([Upload(await read_whole(request))], parse(Parameters, said), is_list=False)
     body = await read_json(request, max_images, ("inputs",))
-    if isinstance(body.get("inputs"), list):  # before each of them is looked at
+    if isinstance(body.get("inputs"), list):  # before each image is checked
         check_count(len(body["inputs"]), max_images, "JSON 'inputs' or raw")
     inputs = parse(InputsBody, body)
     parameters = parse(Parameters, joined(said, inputs.parameters or {}))
@@ -84,7 +84,7 @@ async def read_inputs(request: Request, max_images: int, beside: Mapping[str, An
 
 
 def labels_of(answer: Answer[TopK], *, is_list: bool) -> list[Any]:
-    """Label and score of each likeliest class; a list of such lists where the images came as a list."""
+    """Label and score of each likeliest class; a list of such lists if the images came as a list."""
     told = [
         [{"label": each["label"], "score": each["score"]} for each in classes(answer.terms.info, top_k)]
         for top_k in answer.answered.results

@@ -1,4 +1,4 @@
-"""Bodies of `instances` and answers of `predictions`, which KServe v1, TorchServe and Vertex AI have in common."""
+"""Bodies of `instances` and answers of `predictions`, common to KServe v1, TorchServe and Vertex AI."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class InstancesBody(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"instances": [{"b64": "..."}]}})
 
     instances: list[Any] = Field(
-        description='Images: each {"b64": "..."}, {"data": "..."} or the base64 itself, a data: prefix or not.',
+        description='Images: each {"b64": "..."}, {"data": "..."} or the base64 itself; a data: prefix is optional.',
         min_length=1,
         json_schema_extra={"items": {"anyOf": [_TEXT, *_OBJECTS]}},
     )
@@ -47,19 +47,19 @@ ASKED = {
 async def read_instances(
     request: Request, max_images: int, beside: Mapping[str, Any] | None = None
 ) -> tuple[list[Upload], Parameters]:
-    """Reads images and parameters of JSON, whatever content type is said.
+    """Reads images and parameters from JSON, for any content type.
 
     Args:
         request: Its body is read.
-        max_images: Images that it may hold.
-        beside: Parameters that stand neither in the query nor in the body.
+        max_images: Most images.
+        beside: Parameters from outside the query and the body.
 
     Raises:
-        UndecodableError, TooLargeError, InvalidError: As of `read_request`.
+        UndecodableError, TooLargeError, InvalidError: See `read_request`.
     """
     query = joined(read_query(request), dict(beside or {}))
     body = await read_json(request, max_images, _FIELDS)
-    if isinstance(body.get("instances"), list):  # before each of them is looked at
+    if isinstance(body.get("instances"), list):  # before each image is checked
         check_count(len(body["instances"]), max_images, "JSON 'instances'")
     said = parse(InstancesBody, body)
     parameters = parse(Parameters, joined(query, said.parameters or {}))
@@ -68,7 +68,7 @@ async def read_instances(
 
 
 def scores_by_label(info: ModelInfo, top_k: TopK) -> dict[str, float]:
-    """The score of each likeliest label; of classes that share a label, the highest."""
+    """The score of each likeliest label. Classes that share a label have the highest score."""
     scores: dict[str, float] = {}
     for each in classes(info, top_k):
         scores.setdefault(each["label"], each["score"])

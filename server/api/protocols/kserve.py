@@ -40,7 +40,7 @@ async def predict(name: str, request: Request, service: ForUsers) -> Response:
 
 
 def face(settings: Settings) -> Face:
-    """The face, as `FACES` has it."""
+    """The face for `FACES`."""
     return Face(
         name="kserve",
         title="KServe v1",

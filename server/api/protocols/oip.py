@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 over REST, as NVIDIA Triton and KServe speak it."""
+"""The Open Inference Protocol v2 over REST, as implemented by NVIDIA Triton and KServe."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ _TENSOR = {
 }
 _BODY = {
     "required": True,
-    "description": "JSON; binary data may follow it, where the header Inference-Header-Content-Length says how long "
-    "the JSON is. It may be compressed by gzip or deflate.",
+    "description": "JSON. Binary data may follow it; the header Inference-Header-Content-Length then has the length of "
+    "the JSON. The body may be compressed by gzip or deflate.",
     "content": {
         "application/json": {
             "schema": {
@@ -69,7 +69,7 @@ def _asked_model(request: Request, service: Service) -> ModelInfo:
 
 @router.get("")
 async def get_server(service: ForAll) -> dict[str, Any]:
-    """What this server is, and which extensions of the protocol it has."""
+    """Name and version of this server, and its extensions of the protocol."""
     return server_metadata()
 
 
@@ -91,7 +91,7 @@ async def get_ready(request: Request, service: ForAll) -> Response:
 
 @router.get("/models/stats")
 async def get_all_statistics(service: ForUsers) -> dict[str, Any]:
-    """What all models have done since the server started."""
+    """Statistics of all models since the server started."""
     models = service.engine.catalog().values()
     return {"model_stats": await run_in_threadpool(statistics, models)}
 
@@ -99,14 +99,14 @@ async def get_all_statistics(service: ForUsers) -> dict[str, Any]:
 @router.get("/models/{name}")
 @router.get("/models/{name}/versions/{version}", include_in_schema=False)
 async def get_metadata(name: str, request: Request, service: ForUsers) -> dict[str, Any]:
-    """What a model takes and gives. `/versions/{version}` may stand behind its name, here and below."""
+    """Inputs and outputs of a model. `/versions/{version}` may follow its name, here and below."""
     return metadata(_asked_model(request, service))
 
 
 @router.get("/models/{name}/ready")
 @router.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
 async def get_model_ready(name: str, request: Request, service: ForAll) -> dict[str, Any]:
-    """Whether a model may be asked now; 503 where it may not."""
+    """Whether a model serves now; 503 if it does not."""
     info = _asked_model(request, service)
     await check_ready(request.app)
     return {"name": info.name, "ready": True}
@@ -115,14 +115,14 @@ async def get_model_ready(name: str, request: Request, service: ForAll) -> dict[
 @router.get("/models/{name}/config")
 @router.get("/models/{name}/versions/{version}/config", include_in_schema=False)
 async def get_config(name: str, request: Request, service: ForUsers) -> dict[str, Any]:
-    """How a model is served, in the words of Triton's model configuration."""
+    """A model's configuration, in the form of Triton's model configuration."""
     return config(_asked_model(request, service), service.settings.max_images)
 
 
 @router.get("/models/{name}/stats")
 @router.get("/models/{name}/versions/{version}/stats", include_in_schema=False)
 async def get_statistics(name: str, request: Request, service: ForUsers) -> dict[str, Any]:
-    """What a model has done since the server started."""
+    """Statistics of a model since the server started."""
     return {"model_stats": await run_in_threadpool(statistics, [_asked_model(request, service)])}
 
 
@@ -150,10 +150,10 @@ async def post_infer(name: str, request: Request, service: ForUsers) -> Response
 
 
 def _with_query(inference: Inference, request: Request) -> Inference:
-    """An inference with the parameters that stand in the query.
+    """Adds the parameters of the query to an inference.
 
     Raises:
-        InvalidError: One of them is unknown, or stands in the body too.
+        InvalidError: A parameter is unknown, or is also in the body.
     """
     query = read_query(request)
     if unknown := [name for name in query if name not in OURS]:
@@ -170,11 +170,11 @@ def _inflates(path: str) -> bool:
 
 
 def face(settings: Settings) -> Face:
-    """The protocol by REST."""
+    """The face of the protocol over REST."""
     return Face(
         name="oip",
         title="Open Inference Protocol v2",
-        description="Open Inference Protocol v2, as Triton and KServe speak it: scores and features of images",
+        description="Open Inference Protocol v2, as in Triton and KServe: scores and features of images",
         router=router,
         owns=_owns,
         error=text_error,

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 by gRPC, beside HTTP in the same process and on the same event loop."""
+"""The Open Inference Protocol v2 over gRPC, beside HTTP in the same process and event loop."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-"""By the statuses of HTTP; what else there is says that the request is wrong."""
+"""gRPC's codes by HTTP status. All other statuses mean a wrong request."""
 
 _PROBES = ("ServerLive", "ServerReady")
 
 _LONGEST_DETAILS = 2048
-"""Characters of an error: it travels in a header, which clients bound."""
+"""Most characters of an error. It travels in a header, which clients limit."""
 
 _BESIDE = 256
-"""Calls beside those that wait for images, such as probes."""
+"""Calls besides those that wait for images, such as probes."""
 
 
 Check = Callable[[Settings, Mapping[str, str]], None]
-"""Raises where the headers of a call bear no key that it needs."""
+"""Raises an error if the headers of a call lack a required key."""
 
 
 class Call:
@@ -74,13 +74,13 @@ class Call:
     Args:
         kind: The name of its message.
         pieces: Its messages; there should be one.
-        context: Of gRPC.
-        limits: Its server, which bounds what all calls hold.
+        context: gRPC's context.
+        limits: Its server, which limits the memory of all calls.
 
     Attributes:
         headers: Its metadata.
         size: Bytes of its message.
-        r: What was used, once it is answered.
+        r: The `r` that was used, once it is answered.
     """
 
     def __init__(self, kind: str, pieces: AsyncIterator[bytes], context: Any, limits: GrpcServer) -> None:
@@ -94,7 +94,7 @@ class Call:
 
     @property
     def left_s(self) -> float | None:
-        """Time that its client still waits."""
+        """Seconds that its client still waits."""
         left: float | None = self._context.time_remaining()
         return left
 
@@ -103,13 +103,13 @@ class Call:
         return [value for name, value in self._context.invocation_metadata() or () if name == key]
 
     async def read(self) -> Any:
-        """Its message.
+        """Reads its message.
 
         Raises:
-            UndecodableError: There is none, or it is none of its kind.
+            UndecodableError: There is no message, or not one of its kind.
             TooLargeError: It has too many fields.
-            QueueFullError: All calls hold too much.
-            DeadlineError: It does not come in time.
+            QueueFullError: All calls together hold too many bytes.
+            DeadlineError: It does not arrive in time.
         """
         async with at_most(self._limits.settings.deadline_s, since=self._start):
             piece = await anext(aiter(self._pieces), None)
@@ -120,20 +120,20 @@ class Call:
         return read_message(self._kind, piece, MOST_VALUES + self._limits.settings.max_images)
 
     def answer_with(self, headers: Mapping[str, str]) -> None:
-        """Sends headers behind the answer."""
+        """Sends headers after the answer."""
         self.r = headers.get(R_HEADER)
         self._context.set_trailing_metadata(tuple(headers.items()))
 
 
 class GrpcServer:
-    """The protocol's server in this process. Several processes may serve one port.
+    """The protocol's server in this process. Several processes may share one port.
 
     Args:
         app: The application, for its `state`.
-        address: Where it listens, HOST:PORT.
+        address: Its address, HOST:PORT.
 
     Attributes:
-        port: Where it listens, once it has started.
+        port: Its port, once it has started.
     """
 
     def __init__(self, app: FastAPI, address: str) -> None:
@@ -146,7 +146,7 @@ class GrpcServer:
         self._ending: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begins to serve; raises RuntimeError where the address cannot be listened on."""
+        """Begins to serve; raises RuntimeError if the address cannot be listened on."""
         settings = self.settings
         self._server = grpc.aio.server(
             options=(
@@ -162,7 +162,7 @@ class GrpcServer:
         await self._server.start()
 
     def begin_to_end(self, within_s: float) -> None:
-        """Takes no more calls; those that run may go on for that long."""
+        """Takes no more calls; running calls may continue for `within_s`."""
         if self._server is not None and self._ending is None:
             self._ending = asyncio.ensure_future(self._server.stop(within_s))
 
@@ -173,7 +173,7 @@ class GrpcServer:
             await self._ending
 
     def hold(self, size: int) -> None:
-        """Counts the bytes of a call; raises QueueFullError where all together are too many."""
+        """Counts the bytes of a call; raises QueueFullError if all calls hold too many."""
         most = LARGEST_BODIES * self.settings.max_body_bytes
         self._held += size
         if self._held > most:
@@ -200,9 +200,9 @@ class GrpcServer:
         }
 
     def _handler(self, name: str, method: Callable[[Call], Awaitable[Any]], check: Check | None) -> Any:
-        """What answers one kind of call. On the wire a stream of one message is that message.
+        """The handler of one kind of call. On the wire, a stream of one message equals that message.
 
-        As a stream the call is ours before its message is there, so that nobody can send it for ever.
+        As a stream, the call reaches us before its message is complete, so that no client can send it for ever.
         """
 
         async def answer(pieces: AsyncIterator[bytes], context: Any) -> bytes:
@@ -222,7 +222,7 @@ class GrpcServer:
                     problem = error
                 except Exception as error:
                     logger.error("a call of %s failed", name, exc_info=error)
-                    problem = ServerError("something broke on our side; the log has it")
+                    problem = ServerError("the server failed; its log has the error")
                 finally:
                     self._held -= call.size
                 noted.error = problem
@@ -246,7 +246,7 @@ class GrpcServer:
     async def _model_ready(self, call: Call) -> Any:
         try:
             await self._model(call)
-        except NotFoundError:  # as Triton answers: clients wait in a loop for a model that is being loaded
+        except NotFoundError:  # as Triton does: clients poll for a model that is being loaded
             return _message("ModelReadyResponse", {"ready": False})
         return _message("ModelReadyResponse", {"ready": await self._is_ready()})
 
@@ -309,13 +309,13 @@ class GrpcServer:
 
 
 async def _of_model(call: Call, known: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """Name and parameters of a model that is to come or to go."""
+    """Name and parameters of a model to load or unload."""
     said = await call.read()
     return said.model_name or said.repository_name, parameters_of({"parameters": _parameters(said)}, known)
 
 
 def _client(context: Any) -> str:
-    """The address of who calls: gRPC writes it as ipv4:10.0.0.7:40312."""
+    """The caller's address. gRPC writes it as ipv4:10.0.0.7:40312."""
     return unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
@@ -330,11 +330,11 @@ def _retry_after(problem: ServerError) -> tuple[tuple[str, str], ...]:
 
 
 def _inference(said: Any, call: Call, most_values: int) -> Inference:
-    """What the ModelInferRequest of a call asks.
+    """Parses the ModelInferRequest of a call.
 
     Raises:
-        UndecodableError: There are raw contents of some inputs, and of others none.
-        TooLargeError: More values stand in lists than this. They are counted before Python has an object of each.
+        UndecodableError: Only some inputs have raw contents.
+        TooLargeError: Lists hold too many values. They are counted before each becomes a Python object.
     """
     raw = said.raw_input_contents
     count = sum(len(_values(each)) for each in said.inputs)
@@ -371,7 +371,7 @@ def _parameters(message: Any) -> dict[str, Any]:
 
 
 def _answer(id: str, info: ModelInfo, inferred: Inferred) -> Any:
-    """A ModelInferResponse. Its tensors are raw: some clients read no others."""
+    """A ModelInferResponse. Its tensors are raw, because some clients read no others."""
     answer = message_class("ModelInferResponse")(model_name=info.name, model_version=info.version, id=id)
     kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
     for name, value in inferred.parameters.items():

@@ -1,4 +1,4 @@
-"""An inference of the Open Inference Protocol, by REST or gRPC: what the engine is asked, and the answer's tensors."""
+"""An inference of the Open Inference Protocol, by REST or gRPC: the engine's request, and the tensors of the answer."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ OURS = ("r", "max_r", "min_agreement", "inflect", "deadline_ms", "function_to_ap
 """Request parameters that our own endpoints have too."""
 
 PARAMETERS = (*OURS, "timeout", "priority", "binary_data_output")
-"""All request parameters: `timeout` is a deadline in microseconds, and `priority` changes nothing."""
+"""All request parameters. `timeout` is a deadline in microseconds; `priority` has no effect."""
 
 _TRITONS = "triton_"
-"""How parameters begin that Triton's clients send by themselves, for what no other server has."""
+"""Prefix of parameters that Triton's clients send by themselves, and that only Triton understands."""
 
 
 class Wanted(NamedTuple):
-    """An output that is asked for.
+    """A requested output.
 
     Attributes:
-        classification: How many of the likeliest classes, in place of the scores of all; 0 for these.
+        classification: Number of likeliest classes to return instead of all scores; 0 for all scores.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Wanted(NamedTuple):
 
 @dataclass
 class Inference:
-    """What a client asks.
+    """A client's inference request.
 
     Attributes:
-        inputs: Of which there must be one.
-        outputs: None stand for the model's usual one.
-        parameters: Of the request.
-        left_s: The time that is left of the client's call; None where it has no end.
-        size: Bytes that it came in. What takes long is done in a thread.
+        inputs: Its inputs; there must be one.
+        outputs: The requested outputs; none stand for the model's default.
+        parameters: Parameters of the request.
+        left_s: Seconds that are left of the client's call; None if it has no limit.
+        size: Bytes of the request. Long work is done in a thread.
     """
 
     inputs: Sequence[Tensor]
@@ -64,9 +64,9 @@ class Inferred(NamedTuple):
     """The answer.
 
     Attributes:
-        answer: As every face has it.
-        outputs: The tensors, in the order in which they were asked for.
-        parameters: How they were computed.
+        answer: The answer of `Asking`.
+        outputs: The tensors, in the order of the request.
+        parameters: Facts about the computation.
     """
 
     answer: Answer[Any]
@@ -78,9 +78,9 @@ def model_of(service: Service, name: str, version: str) -> ModelInfo:
     """The model of a request.
 
     Args:
-        service: Where it is served.
+        service: Has the models.
         name: Its name.
-        version: Its version; empty takes the one that is served.
+        version: Its version; empty for the served one.
 
     Raises:
         NotFoundError: There is no model of that name and version.
@@ -92,7 +92,7 @@ def model_of(service: Service, name: str, version: str) -> ModelInfo:
 
 
 def classification_of(parameters: Mapping[str, Any]) -> int:
-    """How many classes an output is to name; 0 where it is to be numbers."""
+    """Number of classes that an output names; 0 if it has numbers."""
     k = parameters.get("classification", 0)
     if not isinstance(k, int) or isinstance(k, bool) or ("classification" in parameters and k < 1):
         raise InvalidError(f"classification is {shown(k)}; it must be an integer from 1")
@@ -100,7 +100,7 @@ def classification_of(parameters: Mapping[str, Any]) -> int:
 
 
 def outputs_of(info: ModelInfo) -> dict[str, int]:
-    """The outputs of a model, the usual one first, and how many numbers each has for an image."""
+    """The outputs of a model, the default first, and their numbers for an image."""
     scores = {name: len(info.labels) for name in ("probabilities", "logits")} if info.labels else {}
     return scores | {"embedding": info.num_features}
 
@@ -110,7 +110,7 @@ async def infer(service: Service, asking: Asking, info: ModelInfo, inference: In
 
     Raises:
         InvalidError: An input, output or parameter is wrong.
-        ServerError: As `images_of` and `Asking`.
+        ServerError: Errors of `images_of` and `Asking`.
     """
     wanted = _checked(inference.outputs, info)
     parameters = _parameters(info.name, inference)
@@ -139,13 +139,13 @@ async def infer(service: Service, asking: Asking, info: ModelInfo, inference: In
 
 
 async def _done(work: Callable[[], T], size: int) -> T:
-    """The result of work on so many bytes or values. A thread would take longer than a small one does."""
+    """Runs work on `size` bytes or values. Small work runs at once, because a thread would take longer."""
     return work() if size <= SMALL else await asyncio.to_thread(work)
 
 
 def _checked(outputs: Sequence[Wanted], info: ModelInfo) -> list[Wanted]:
     known, names = outputs_of(info), [each.name for each in outputs]
-    for each in outputs[: len(known) + 1]:  # among so many one comes twice, or is not known
+    for each in outputs[: len(known) + 1]:  # beyond that, one is repeated or unknown
         if each.name not in known:
             why = "" if info.labels else f", for {info.name} has no classifier"
             raise InvalidError(f"there is no output {shown(each.name)}{why}; there are: {', '.join(known)}")
@@ -161,7 +161,7 @@ def _checked(outputs: Sequence[Wanted], info: ModelInfo) -> list[Wanted]:
 
 
 def _parameters(model: str, inference: Inference) -> Parameters:
-    """Those parameters of a request that our own endpoints have too."""
+    """The parameters of a request that our own endpoints have too."""
     said = inference.parameters
     if unknown := [name for name in said if name not in PARAMETERS and not name.startswith(_TRITONS)]:
         raise InvalidError(f"there is no parameter {shown(unknown[0])}; there are: {', '.join(PARAMETERS)}")
@@ -177,7 +177,7 @@ def _parameters(model: str, inference: Inference) -> Parameters:
 
 
 def _within(parameters: Parameters, left_s: float | None, longest_s: float) -> Parameters:
-    """Parameters whose deadline is not later than the end of the client's call."""
+    """Limits the deadline to the end of the client's call."""
     if left_s is None:
         return parameters
     left_ms = 1e3 * min(left_s, longest_s)
@@ -188,12 +188,12 @@ def _within(parameters: Parameters, left_s: float | None, longest_s: float) -> P
 
 
 def _activation(wanted: Wanted, parameters: Parameters, info: ModelInfo) -> Activation:
-    """What makes the values of an output, of logits or features."""
+    """The activation of an output."""
     return (parameters.function_to_apply or info.activation) if wanted.name == "probabilities" else "none"
 
 
 def _plan(wanted: Sequence[Wanted], activations: Sequence[Activation]) -> tuple[Kind[Any], dict[str, Any]]:
-    """What is asked of the engine, and with which parameters, so that one request of it gives all outputs."""
+    """The engine's request and its parameters, chosen so that one request gives all outputs."""
     of_scores = {how for each, how in zip(wanted, activations, strict=True) if each.name != "embedding"}
     if not of_scores:
         return EMBED, {}
@@ -226,11 +226,11 @@ def _tensors(
     """Outputs of numbers.
 
     Args:
-        wanted: Which.
-        activations: What makes the values of each.
+        wanted: The requested outputs.
+        activations: The activation of each.
         info: The model.
-        computed: What the scores in the vectors have been made by; "none" where several are wanted.
-        vectors: For each image its scores where these are wanted, then its features where these are.
+        computed: The activation of the scores in `vectors`; "none" if several are wanted.
+        vectors: The scores of each image, if they are wanted, then its features, if they are wanted.
     """
     import numpy as np
 
@@ -255,12 +255,12 @@ def _tensors(
 
 
 def _activated(logits: Any, how: Activation) -> Any:
-    """Scores of logits (B, K)."""
+    """Applies an activation to logits (B, K)."""
     import numpy as np
 
     if how == "none":
         return logits
-    # exp of what is not above zero never overflows
+    # exp of a number that is not positive never overflows
     raised = np.exp(-np.abs(logits) if how == "sigmoid" else logits - logits.max(axis=1, keepdims=True))
     if how == "sigmoid":
         return np.where(logits >= 0, 1, raised) / (1 + raised)
@@ -268,7 +268,7 @@ def _activated(logits: Any, how: Activation) -> Any:
 
 
 def _told(answer: Answer[Any]) -> dict[str, Any]:
-    """How an answer was computed, as parameters: numbers, texts and truth values."""
+    """Facts about the computation as parameters: numbers, texts and booleans."""
     terms, answered = answer.terms, answer.answered
     r = r_of(answered.schedule)
     told: dict[str, Any] = {

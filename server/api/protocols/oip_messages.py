@@ -1,9 +1,9 @@
-"""The messages of the Open Inference Protocol by gRPC, built from a table of their fields.
+"""The messages of the Open Inference Protocol over gRPC, built from a table of their fields.
 
 Names and numbers are facts of the published interface: kserve/open-inference-protocol (Apache-2.0) has metadata and
 inference, NVIDIA Triton's grpc_service.proto and model_config.proto have the others. Fields that this server neither
-reads nor writes are left out; protobuf passes over them. The messages live in a pool of their own, since a process may
-hold one package "inference" in the common one, and clients have theirs there.
+reads nor writes are left out; protobuf skips them. The messages have their own pool, because a process may have one
+package "inference" in the common pool, and clients have theirs there.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _TABLE = {
     "RepositoryIndexRequest": "repository_name=1 ready=2:bool",
     "RepositoryIndexResponse": "models=1:[]ModelIndex",
     "ModelIndex": "name=1 version=2 state=3 reason=4",
-    # KServe's client writes the name into field 1, and reads the answer; Triton's has an empty one.
+    # KServe's client writes the name into field 1, and reads the answer; Triton's answer is empty.
     "RepositoryModelLoadRequest": "repository_name=1 model_name=2 parameters=3:{}ModelRepositoryParameter",
     "RepositoryModelLoadResponse": "model_name=1 is_loaded=2:bool",
     "RepositoryModelUnloadRequest": "repository_name=1 model_name=2 parameters=3:{}ModelRepositoryParameter",
@@ -74,8 +74,9 @@ _TABLE = {
     "InferParameter": "bool_param=1|bool int64_param=2|int64 string_param=3|string double_param=4|double "
     "uint64_param=5|uint64",
 }
-"""The fields of each message, NAME=NUMBER:TYPE. The type is string where none stands; `[]` is a list, `{}` a map from
-strings, and `|` in place of the colon says that at most one of such fields is set."""
+"""The fields of each message, NAME=NUMBER:TYPE. The default type is string; `[]` is a list, `{}` a map from strings,
+and `|` instead of the colon means that at most one of such fields is set.
+"""
 
 _DATA_TYPES = {"TYPE_INVALID": 0, "TYPE_FP32": 11, "TYPE_STRING": 13}
 
@@ -86,18 +87,18 @@ _SCALARS = {
 
 
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
-"""How a field is written; the two others that there were are no longer used."""
+"""Wire types of fields. The two other wire types are obsolete."""
 
 
 def read_message(name: str, encoded: bytes, most_fields: int) -> Any:
-    """A message.
+    """Parses a message.
 
-    Its fields are counted first: an empty one takes two bytes, and a hundred times that in memory.
+    Its fields are counted first: an empty one takes two bytes, but a hundred times that in memory.
 
     Args:
-        name: Of what kind it is.
-        encoded: As it came.
-        most_fields: How many it may have, with those of messages in it. A packed list of numbers is one.
+        name: Its kind.
+        encoded: Its bytes.
+        most_fields: Most fields, including those of inner messages. A packed list of numbers is one field.
 
     Raises:
         UndecodableError: It is not of that kind.
@@ -107,11 +108,11 @@ def read_message(name: str, encoded: bytes, most_fields: int) -> Any:
         _count(memoryview(encoded), name, 0, most_fields)
         return message_class(name).FromString(encoded)
     except (DecodeError, IndexError):
-        raise UndecodableError(f"the message is no {name} of {SERVICE}") from None
+        raise UndecodableError(f"the message is not a {name} of {SERVICE}") from None
 
 
 def _count(encoded: memoryview, name: str, count: int, most: int) -> int:
-    """Counts the fields of a message on from `count`; raises IndexError where it is cut off."""
+    """Adds the fields of a message to `count`; raises IndexError if the message is cut off."""
     inner, place = _inner(name), 0
     while place < len(encoded):
         count += 1
@@ -136,7 +137,7 @@ def _count(encoded: memoryview, name: str, count: int, most: int) -> int:
 
 
 def _varint(encoded: memoryview, place: int) -> tuple[int, int]:
-    """A number, seven bits a byte, and the place behind it."""
+    """A number of seven bits a byte, and the place after it."""
     value = shift = 0
     while True:
         byte = encoded[place]
@@ -151,7 +152,7 @@ def _varint(encoded: memoryview, place: int) -> tuple[int, int]:
 
 @functools.cache
 def _inner(name: str) -> dict[int, str]:
-    """The fields of a message that are messages, by their numbers; those of entries of maps are counted as one."""
+    """The fields of a message that are messages, by number. A map entry counts as one field."""
     return {
         number: kind.removeprefix("[]")
         for _, number, kind, _ in _fields(_TABLE[name])

@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol tells of the server and its models: plain dicts, the same by REST and gRPC."""
+"""Descriptions of the server and its models in the Open Inference Protocol: plain dicts, the same for REST and gRPC."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ EXTENSIONS = (
     "parameters",
     "model_repository",
 )
-"""By the names that NVIDIA Triton gives them."""
+"""Their names in NVIDIA Triton."""
 
 NAME = "tome-server"
 PLATFORM = "timm"
 
 
 def server_metadata() -> dict[str, Any]:
-    """What this server is."""
+    """Name, version and extensions of this server."""
     return {"name": NAME, "version": __version__, "extensions": list(EXTENSIONS)}
 
 
 def metadata(info: ModelInfo) -> dict[str, Any]:
-    """What a model takes and gives. -1 stands for any number of images."""
+    """Inputs and outputs of a model. -1 stands for any number of images."""
     return {
         "name": info.name,
         "versions": [info.version],
@@ -45,9 +45,9 @@ def metadata(info: ModelInfo) -> dict[str, Any]:
 
 
 def config(info: ModelInfo, max_images: int) -> dict[str, Any]:
-    """A model's configuration, in the words of Triton's ModelConfig; shapes are those of one image.
+    """A model's configuration in the form of Triton's ModelConfig, with the shapes of one image.
 
-    Its parameters say what pixels must be like: the input size (height, width), and mean and standard deviation.
+    Its parameters describe pixels: input size (height, width), mean and standard deviation.
     """
     seen = info.preprocessing
     return {
@@ -66,7 +66,7 @@ def config(info: ModelInfo, max_images: int) -> dict[str, Any]:
 
 
 def statistics(models: Iterable[ModelInfo]) -> list[dict[str, Any]]:
-    """What the models have done since the server started, in all its processes and for every protocol.
+    """Statistics of models since the server started, over all processes and protocols.
 
     It reads the metrics of all processes, which takes milliseconds.
     """
@@ -79,12 +79,12 @@ def statistics(models: Iterable[ModelInfo]) -> list[dict[str, Any]]:
 
 
 def _name(sample: Sample) -> str:
-    """The name of a sample; whether a request succeeded is part of it."""
+    """The name of a sample, with the success of the request."""
     return sample.name + {None: "", "200": " ok"}.get(sample.labels.get("code"), " failed")
 
 
 def _statistics(info: ModelInfo, sums: Mapping[str, float]) -> dict[str, Any]:
-    """Of one model, from the sums of its samples. Durations that are not measured by model are zero."""
+    """Statistics of one model, from the sums of its samples. Durations that are not measured by model are zero."""
 
     def duration(count: str, seconds: str = "") -> dict[str, int]:
         return {"count": round(sums.get(count, 0)), "ns": round(1e9 * sums.get(seconds, 0))}

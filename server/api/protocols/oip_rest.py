@@ -1,4 +1,4 @@
-"""Inference requests and answers of the Open Inference Protocol as HTTP bodies: JSON, with binary data behind it."""
+"""Inference requests and answers of the Open Inference Protocol as HTTP bodies: JSON, then binary data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server.images.preprocessing import Preprocessing
 from server.types import ModelInfo
 
 JSON_LENGTH = "inference-header-content-length"
-"""The header that says how long the JSON is, where binary data follows it."""
+"""The header with the length of the JSON, if binary data follows it."""
 
 
 class _Input(Struct):
@@ -33,7 +33,7 @@ class _Output(Struct):
 
 
 class _Request(Struct):
-    """What a client may say. Other fields are passed over: some clients send the model's name, too."""
+    """A client's request. Other fields are ignored: some clients also send the model's name."""
 
     inputs: list[_Input]
     id: str | None = None
@@ -42,12 +42,12 @@ class _Request(Struct):
 
 
 class Asked(NamedTuple):
-    """A request, read.
+    """A parsed request.
 
     Attributes:
-        id: The client's own; nothing where it has none.
-        inference: What is asked.
-        binary: The outputs that are wanted as binary data; None for all.
+        id: The client's id; empty if it has none.
+        inference: The inference.
+        binary: The outputs to return as binary data; None for all.
     """
 
     id: str
@@ -60,16 +60,16 @@ _encode = msgspec.json.Encoder().encode
 
 
 def read(body: bytes, json_length: str | None, preprocessing: Preprocessing, max_images: int) -> Asked:
-    """Reads a request.
+    """Parses a request.
 
     Args:
-        body: All of it, not compressed.
-        json_length: The header `JSON_LENGTH`. "0" says that the body is the one input and nothing else.
-        preprocessing: The model's, for how many values JSON may have.
-        max_images: The most that may come.
+        body: The whole body, uncompressed.
+        json_length: The header `JSON_LENGTH`. "0" means that the body is the one input and nothing else.
+        preprocessing: The model's, which limits the values of the JSON.
+        max_images: Most images.
 
     Raises:
-        UndecodableError: It cannot be read.
+        UndecodableError: It cannot be parsed.
         InvalidError: A parameter is wrong.
         TooLargeError: The JSON holds too many values.
     """
@@ -91,7 +91,7 @@ def read(body: bytes, json_length: str | None, preprocessing: Preprocessing, max
 
 
 def write(asked: Asked, info: ModelInfo, inferred: Inferred) -> tuple[bytes, int | None]:
-    """The body of an answer, and the length of its JSON where binary data follows."""
+    """The body of an answer, and the length of its JSON if binary data follows."""
     outputs, blocks = [], []
     for output in inferred.outputs:
         said: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
@@ -122,7 +122,7 @@ def _parsed(json: bytes, most_values: int) -> _Request:
     check_values(json, most_values)
     try:
         said = _decode(json)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: it is not UTF-8
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
         raise UndecodableError(f"the request is not JSON of the Open Inference Protocol: {error}") from None
     everything = (said.parameters, *(each.parameters for each in (*said.inputs, *(said.outputs or ()))))
     for parameters in everything:
@@ -134,7 +134,7 @@ def _parsed(json: bytes, most_values: int) -> _Request:
 
 
 def _tensors(inputs: Sequence[_Input], binary: memoryview) -> list[Tensor]:
-    """The inputs, each with its data: of JSON, or the next block of binary data."""
+    """The inputs, each with its data: from JSON, or the next block of binary data."""
     tensors = []
     for each in inputs:
         size = (each.parameters or {}).get("binary_data_size")

@@ -1,6 +1,6 @@
-"""Tensors of the Open Inference Protocol: those of a request to images, and those of an answer from what was computed.
+"""Tensors of the Open Inference Protocol: images from a request's tensors, and the tensors of an answer.
 
-Pure: neither HTTP nor gRPC is known here, and nothing is decoded.
+Pure: independent of HTTP and gRPC, and nothing is decoded here.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from server.images.image import Pixels
 from server.images.preprocessing import Preprocessing
 
 INPUT = "image"
-"""The one input of every model."""
+"""The name of every model's only input."""
 
 _LENGTH = struct.Struct("<I")
 _BASE64 = re.compile(rb"data:|[A-Za-z0-9+/_=\s-]{16}")
-"""How base64 begins. No format of images begins with 16 such bytes: all have a zero, or a byte above 127, before."""
+"""The start of base64. No image format begins with 16 such bytes: each has a zero or a byte above 127 among them."""
 
 _BEYOND = 255 / 4
-"""How far outside 0 to 255 a pixel may be that was made by resizing: bicubic interpolation overshoots."""
+"""Tolerance outside 0 to 255 for a pixel that was made by resizing: bicubic interpolation overshoots."""
 
 
 class Tensor(NamedTuple):
-    """A tensor as it came.
+    """A tensor as it arrived.
 
     Attributes:
-        content: Its data: bytes, or values as JSON has them, in a list that may be nested.
+        content: Its data: bytes, or JSON values in a list that may be nested.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Output(NamedTuple):
     """A tensor of an answer.
 
     Attributes:
-        content: float32, little-endian, of FP32; the texts of BYTES.
+        content: Little-endian float32 for FP32; the texts for BYTES.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Output(NamedTuple):
 
     @property
     def raw(self) -> bytes:
-        """As binary data."""
+        """The content as binary data."""
         if isinstance(self.content, bytes):
             return self.content
         encoded = [text.encode() for text in self.content]
@@ -64,12 +64,12 @@ class Output(NamedTuple):
 
     @property
     def values(self) -> list[Any]:
-        """As JSON: a flat list."""
+        """The content for JSON: a flat list."""
         return list(array("f", self.content)) if isinstance(self.content, bytes) else self.content
 
 
 def num_values(preprocessing: Preprocessing) -> int:
-    """The values of one image's pixels."""
+    """The number of values of one image's pixels."""
     height, width = preprocessing.input_size
     return 3 * height * width
 
@@ -79,17 +79,17 @@ def images_of(tensor: Tensor, preprocessing: Preprocessing, max_images: int) -> 
 
     Args:
         tensor: BYTES of shape [n] or [n, 1]: encoded files, or base64 of these. UINT8 of [n, height, width, 3]: pixels.
-            FP32 of [n, 3, height, width]: pixels as the model's preprocessing leaves them.
+            FP32 of [n, 3, height, width]: preprocessed pixels.
         preprocessing: The model's.
-        max_images: The most that may come.
+        max_images: Most images.
 
     Raises:
         InvalidError: Its name, datatype, shape or a value is wrong.
-        UndecodableError: It holds no image, or its data is not as long as its shape says, or not base64.
+        UndecodableError: It holds no image, its data does not have the length of its shape, or it is not base64.
         TooLargeError: It holds too many images.
     """
     if tensor.name != INPUT:
-        raise InvalidError(f"there is no input {shown(tensor.name)}; there is: {INPUT}")
+        raise InvalidError(f"there is no input {shown(tensor.name)}; the only one is {INPUT}")
     height, width = preprocessing.input_size
     forms: dict[str, tuple[Callable[[Tensor, Preprocessing], list[Sent]], list[list[int]]]] = {
         "BYTES": (_from_files, [[], [1]]),
@@ -115,7 +115,7 @@ def images_of(tensor: Tensor, preprocessing: Preprocessing, max_images: int) -> 
 
 
 def elements(content: bytes | memoryview, count: int) -> list[bytes]:
-    """The elements of BYTES, each of which follows its length; raises UndecodableError where they are not so many."""
+    """The elements of BYTES, each after its length. Raises UndecodableError if there are not `count` of them."""
     found, place = [], 0
     for index in range(count):
         start = place + _LENGTH.size
@@ -128,12 +128,12 @@ def elements(content: bytes | memoryview, count: int) -> list[bytes]:
         found.append(bytes(content[start:end]))
         place = end
     if place < len(content):
-        raise UndecodableError(f"{INPUT} has {len(content) - place} bytes behind the {count} elements of its shape")
+        raise UndecodableError(f"{INPUT} has {len(content) - place} bytes after the {count} elements of its shape")
     return found
 
 
 def only_file(body: bytes) -> Tensor:
-    """The input of a request that is a file and nothing else, with its length before it or without."""
+    """The input of a request that is only a file, with or without its length before it."""
     has_length = len(body) >= _LENGTH.size and _LENGTH.unpack_from(body)[0] == len(body) - _LENGTH.size
     return Tensor(INPUT, "BYTES", [1], body if has_length else _LENGTH.pack(len(body)) + body)
 
@@ -157,7 +157,7 @@ def _from_files(tensor: Tensor, preprocessing: Preprocessing) -> list[Sent]:
 
 
 def _file(element: bytes, index: int) -> bytes:
-    """An image file; some clients send base64 as BYTES too."""
+    """An image file; some clients send base64 as BYTES."""
     return from_base64(element.decode("latin-1"), index) if _BASE64.match(element) else element
 
 
@@ -175,7 +175,7 @@ def _from_uint8(tensor: Tensor, preprocessing: Preprocessing) -> list[Sent]:
 
 
 def _from_fp32(tensor: Tensor, preprocessing: Preprocessing) -> list[Sent]:
-    import numpy as np  # which most requests do without
+    import numpy as np  # most requests do not need it
 
     content: Any = tensor.content
     if isinstance(content, list):
@@ -188,21 +188,21 @@ def _from_fp32(tensor: Tensor, preprocessing: Preprocessing) -> list[Sent]:
     if num_bytes != 4 * count * size:
         raise _miscounted(num_bytes / 4, count * size)
     mean, std = (np.array(each, np.float32).reshape(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
-    with np.errstate(all="ignore"):  # values that are no numbers are refused below
+    with np.errstate(all="ignore"):  # values that are not finite are refused below
         levels = 255 * (np.frombuffer(content, "<f4").reshape(count, 3, *preprocessing.input_size) * std + mean)
         lowest, highest = float(levels.min()), float(levels.max())
-    if not (lowest >= -_BEYOND and highest <= 255 + _BEYOND):  # false also of NaN
+    if not (lowest >= -_BEYOND and highest <= 255 + _BEYOND):  # also false for NaN
         raise InvalidError(
-            f"{INPUT} holds pixels from {lowest:.4g} to {highest:.4g}, where they must lie between 0 and 255: FP32 is "
+            f"{INPUT} holds pixels from {lowest:.4g} to {highest:.4g}, which must lie between 0 and 255: FP32 is "
             f"taken as (pixel / 255 - mean) / std with mean {preprocessing.mean} and std {preprocessing.std}; send "
-            "UINT8 for pixels as they are"
+            "unprocessed pixels as UINT8"
         )
     pixels = np.rint(levels.clip(0, 255)).astype(np.uint8).transpose(0, 2, 3, 1)
     return [Pixels(each.tobytes()) for each in pixels]
 
 
 def _flat(values: list[Any]) -> list[Any]:
-    """Values of lists in lists, row by row."""
+    """The values of nested lists, row by row."""
     while values and isinstance(values[0], list):
         if not all(isinstance(each, list) for each in values):
             raise InvalidError(f"{INPUT} has lists beside values in its data")

@@ -1,4 +1,4 @@
-"""`GET /ping`, which TorchServe and SageMaker have in common. Where both are on, it is TorchServe's."""
+"""`GET /ping`, common to TorchServe and SageMaker. If both are enabled, it is TorchServe's."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def add_ping(router: APIRouter) -> None:
 
     @router.get(PATH)
     async def ping(request: Request, service: ForAll) -> Ping:
-        """Whether images should be sent here now, as /readyz says; it needs no key."""
+        """Whether images should be sent here now, like /readyz; it needs no key."""
         await readyz(request, service)
         return Ping()

@@ -1,6 +1,6 @@
-"""SageMaker's container contract: `GET /ping` and `POST /invocations`. boto3 asks a local endpoint by its name.
+"""SageMaker's container contract: `GET /ping` and `POST /invocations`. boto3 uses a local endpoint's name in the path.
 
-Nothing but what InvokeEndpoint has passes the service: `r` and all other parameters may stand in its Custom-Attributes.
+The service passes on only what InvokeEndpoint has, so `r` and all other parameters may be in its Custom-Attributes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from server.settings import Settings
 
 ATTRIBUTES, TARGET = "x-amzn-sagemaker-custom-attributes", "x-amzn-sagemaker-target-model"
 _LONGEST = 1024
-"""Characters of the attributes, as the service bounds them."""
+"""Most characters of the attributes, by the limit of the service."""
 
 _BETWEEN = re.compile(r"\s*[;,]\s*(?=[A-Za-z_-]+=)")
-"""Before a name: r=16,14,12 is one attribute."""
+"""A separator is followed by a name: r=16,14,12 is one attribute."""
 
 _TYPES = {
     401: "AccessDeniedException",
@@ -41,18 +41,20 @@ Labels = list[LabelScore] | list[list[LabelScore]]
 
 
 class SageMakerError(BaseModel):
-    """An error as boto3 reads it, beside the header x-amzn-errortype."""
+    """An error for boto3, beside the header x-amzn-errortype."""
 
     message: str
 
 
 async def invoke(request: Request, service: ForUsers) -> Response:
-    """Labels and scores by the default model, or the one that Target-Model or the parameter `model` names."""
+    """Labels and scores by the default model, or by the one that Target-Model or the parameter `model` names."""
     return await _invoke(request, service)
 
 
 async def invoke_endpoint(name: str, request: Request, service: ForUsers) -> Response:
-    """Labels and scores, as boto3 asks a local endpoint. An endpoint's name is no model's: any will do."""
+    """Labels and scores, as boto3 requests them of a local endpoint. The endpoint's name is not a model; any name
+    works.
+    """
     return await _invoke(request, service)
 
 
@@ -65,8 +67,8 @@ async def _invoke(request: Request, service: Service) -> Response:
 
 
 def _attributes(request: Request) -> dict[str, Any]:
-    """The parameters among the Custom-Attributes, and the model that is the target."""
-    text = ",".join(request.headers.getlist(ATTRIBUTES)).strip(" \t;,")  # as proxies join them
+    """The parameters of the Custom-Attributes, and the target model."""
+    text = ",".join(request.headers.getlist(ATTRIBUTES)).strip(" \t;,")  # the way in which proxies join them
     if len(text) > _LONGEST:
         raise InvalidError(f"{ATTRIBUTES} has {len(text)} characters; at most {_LONGEST} are allowed")
     pairs = [each.partition("=") for each in _BETWEEN.split(text)] if text else []
@@ -85,7 +87,7 @@ def _error(problem: Problem) -> JSONResponse:
 
 
 def face(settings: Settings) -> Face:
-    """The face, as `FACES` has it."""
+    """The face for `FACES`."""
     router = APIRouter(responses=errors_as(SageMakerError), tags=["sagemaker"])
     for path, endpoint in (("/invocations", invoke), ("/endpoints/{name}/invocations", invoke_endpoint)):
         router.post(path, response_model=Labels, responses=ANSWERED, openapi_extra=ASKED)(endpoint)

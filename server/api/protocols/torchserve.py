@@ -40,8 +40,8 @@ _ASKED = of_one_model(
                 "application/octet-stream": FILE,
                 "application/json": InstancesBody.model_json_schema(),
             },
-            "An image as it is, of any content type or none; form parts `data` or `body`; or JSON, as TorchServe's "
-            "envelopes for JSON and KServe have it.",
+            "A raw image, of any content type or none; form parts `data` or `body`; or JSON, as in TorchServe's "
+            "envelopes for JSON and KServe.",
         ),
         "parameters": in_query(Parameters),
     }
@@ -55,7 +55,7 @@ class Predictions(BaseModel):
 
 
 class TorchServeError(BaseModel):
-    """An error as TorchServe's clients read it."""
+    """An error in the form of TorchServe's clients."""
 
     code: int
     type: str
@@ -71,7 +71,7 @@ async def predict(name: str, request: Request, service: ForUsers) -> Response:
 
 
 async def predict_version(name: str, version: str, request: Request, service: ForUsers) -> Response:
-    """The likeliest labels and their scores, where this version of the model is served."""
+    """The likeliest labels and their scores, if this version of the model is served."""
     return await _predict(name, version, request, service)
 
 
@@ -94,7 +94,8 @@ def _check_version(name: str, version: str | None, service: Service) -> None:
     info = find_model(service.engine.catalog(), name)
     if version not in (None, info.version):
         raise NotFoundError(
-            f"there is no version {shown(version)} of model {name}; there is: {info.version}", versions=[info.version]
+            f"there is no version {shown(version)} of model {name}; the only one is {info.version}",
+            versions=[info.version],
         )
 
 
@@ -129,7 +130,7 @@ def _error(problem: Problem) -> JSONResponse:
 
 
 def face(settings: Settings) -> Face:
-    """The face, as `FACES` has it."""
+    """The face for `FACES`."""
     router = APIRouter(responses=errors_as(TorchServeError), tags=["torchserve"])
     for path, endpoint in (("/predictions/{name}", predict), ("/predictions/{name}/{version}", predict_version)):
         for add in (router.post, router.put):  # curl -T sends PUT

@@ -1,4 +1,4 @@
-"""The contract of Vertex AI's containers: `instances` in, `predictions` out, on the routes that the platform names."""
+"""The contract of Vertex AI's containers: `instances` in, `predictions` out, on the platform's routes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _STATUSES = {
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
-"""Google's words for statuses; all others are INVALID_ARGUMENT."""
+"""Google's status names; all other statuses are INVALID_ARGUMENT."""
 
 
 class VertexPrediction(BaseModel):
-    """The likeliest classes of one image, best first, as Vertex AI's own image models name them."""
+    """The likeliest classes of one image, best first, in the form of Vertex AI's own image models."""
 
     ids: list[str]
     displayNames: list[str]
@@ -51,7 +51,7 @@ class VertexErrorDetail(BaseModel):
 
 
 class VertexError(BaseModel):
-    """An error as Google's APIs have it."""
+    """An error in the form of Google's APIs."""
 
     error: VertexErrorDetail
 
@@ -66,7 +66,7 @@ async def predict(request: Request, service: ForUsers) -> Response:
 
 
 async def health(request: Request, service: ForAll) -> dict[str, str]:
-    """Whether images should be sent here now, as /readyz says; it needs no key."""
+    """Whether images should be sent here now, like /readyz; it needs no key."""
     await readyz(request, service)
     return {"status": "ready"}
 
@@ -87,7 +87,7 @@ def _error(problem: Problem) -> JSONResponse:
 
 
 def face(settings: Settings) -> Face:
-    """The face, as `FACES` has it."""
+    """The face for `FACES`."""
     paths = settings.vertex_predict_route, settings.vertex_health_route
     router = APIRouter(responses=errors_as(VertexError), tags=["vertex"])
     router.post(paths[0], response_model=VertexPredictions, responses=ANSWERED, openapi_extra=ASKED)(predict)

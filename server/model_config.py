@@ -1,21 +1,21 @@
-"""The config.json of a model folder, checked before timm sees it: what is wrong with it is told in one sentence."""
+"""The files of a model folder, checked without timm and torch: every error is one sentence."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import timm
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.documents import read_json
 from server.errors import InvalidError, SettingsError, shown
+from server.model_spec import ModelSpec
 from server.types import Activation
 
+BUNDLED = Path(__file__).parent / "bundled"
 FILE = "config.json"
 NEEDED = "a model folder holds config.json with 'architecture', a name of timm's, and model.safetensors"
 MOST_BYTES = 16 << 20
@@ -24,7 +24,15 @@ MOST_BYTES = 16 << 20
 _EITHER_PLACE = ("num_classes", "label_names", "label_descriptions", "problem_type", "function_to_apply")
 _MOST_BLOCKS = 1000
 _LARGEST = 1_000_000
-_OF_TIMM = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"}
+OF_TIMM = frozenset(
+    {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+    | {"scriptable", "exportable", "no_jit"}
+)
+"""Arguments of `timm.create_model` that no model takes."""
+
+WEIGHTS_FILE = "model.safetensors"
+TUNED_SUFFIX = ".tuned.safetensors"
+_INDEX = f"{WEIGHTS_FILE}.index.json"
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 Mean = Annotated[float, Field(ge=0, le=1)]
@@ -82,10 +90,10 @@ class Described:
 
 
 def read_config(file: Path) -> Described:
-    """What a model folder says of its model.
+    """Reads config.json.
 
     Raises:
-        SettingsError: It says nothing that timm can build, or nothing that images can be prepared by.
+        SettingsError: timm cannot build a model of it, or it does not say how images are prepared.
     """
     config = _content(file)
     if "architecture" not in config:
@@ -106,8 +114,6 @@ def read_config(file: Path) -> Described:
         inner = {name: config["pretrained_cfg"].get(name) for name in _EITHER_PLACE}
         config = inner | _without_null(config)
     read = checked(_File, config, str(file))
-    if not timm.is_model(read.architecture):
-        raise SettingsError(f"{file}: timm has no architecture {shown(read.architecture)}")
     args, pretrained_cfg = _without_null(read.model_args), _without_null(read.pretrained_cfg)
     _check_args(args, str(file))
     size = pretrained_cfg.get("input_size", [3, *_pair(args["img_size"])] if "img_size" in args else None)
@@ -127,6 +133,47 @@ def read_config(file: Path) -> Described:
     if activation is None:
         activation = "sigmoid" if read.problem_type == "multi_label_classification" else "softmax"
     return Described(read.architecture, args, known, read.label_names, read.label_descriptions, activation)
+
+
+def check_files(spec: ModelSpec) -> None:
+    """Checks the local files of a model as far as that needs no torch.
+
+    Raises:
+        SettingsError: A file or folder is missing, or config.json is wrong.
+    """
+    kind, _, rest = spec.source.partition(":")
+    if kind == "local-dir" and not rest:
+        raise SettingsError("local-dir: names no folder")
+    folder = BUNDLED if spec.source == "bundled" else Path(rest) if kind == "local-dir" else None
+    if folder is not None:
+        if not folder.is_dir():
+            raise SettingsError(f"there is no folder {folder}; {NEEDED}")
+        read_config(folder / FILE)
+    if spec.weights not in (None, "random") and not Path(str(spec.weights)).is_file():
+        raise SettingsError(f"there is no weights file {spec.weights}")
+    if folder is not None and spec.weights is None:
+        weights_in(folder)
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights file of a model folder: model.safetensors, or the only one that ends so; tuned numbers are none.
+
+    Raises:
+        SettingsError: There is none, or nobody can tell which.
+    """
+    if (folder / WEIGHTS_FILE).exists():
+        return folder / WEIGHTS_FILE
+    if (folder / _INDEX).exists():
+        raise SettingsError(f"{folder} has its weights in parts ({_INDEX}); they must be one file, {WEIGHTS_FILE}")
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    files = [name for name in names if not name.endswith(TUNED_SUFFIX)]
+    if len(files) == 1:
+        return folder / files[0]
+    if files:
+        raise SettingsError(
+            f"{folder} has several weights files ({', '.join(files[:3])}); one must be named {WEIGHTS_FILE}"
+        )
+    raise SettingsError(f"{folder} has no {WEIGHTS_FILE}; weights are read from safetensors only")
 
 
 def checked(kind: type[Read], values: Mapping[str, Any], where: str) -> Read:
@@ -175,7 +222,7 @@ def _check_args(args: Mapping[str, Any], file: str) -> None:
     """Refuses what would have timm read other files, or build for ever."""
     for name, value in args.items():
         where = f"{file}: model_args.{name}"
-        if name in _OF_TIMM:
+        if name in OF_TIMM:
             raise SettingsError(f"{where}: it is no argument of a model")
         least, most = (1, _MOST_BLOCKS) if name.startswith("depth") else (-_LARGEST, _LARGEST)
         for number in _numbers(value):

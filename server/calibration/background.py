@@ -1,0 +1,118 @@
+"""The ladder of a model while it serves: every schedule is compiled in the background, then timed beside r=0."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from server.calibration.timing import Line, Run, interpolated, line_of
+from server.device.device import OnDevice, Timed
+from server.dial import Schedule
+from server.types import ModelInfo
+
+LARGER_BATCH = 8
+RUNS = 3
+"""Times that a batch of one image and a larger one are timed."""
+
+CompileLater = Callable[[Sequence[Schedule], Callable[[Schedule], None]], None]
+
+
+class Ladder:
+    """Compiles and times the schedules of a model's curve, one after the other.
+
+    A schedule takes turns with r=0, so that what else the machine does falls on both. Lines that were not timed yet are
+    read off their neighbours.
+
+    Args:
+        info: The model.
+        schedules: r=0 first.
+        compile_later: Has schedules compiled; calls back after each.
+        run: Computes a batch of so many images under a schedule.
+        cost: The arithmetic of a schedule.
+        max_batch_size: Most images in a batch.
+        lines: Lines that were measured before, on this device.
+        keep: Is told the lines of all schedules once each was timed.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        schedules: Sequence[Schedule],
+        compile_later: CompileLater,
+        run: Run,
+        cost: Callable[[Schedule], float],
+        max_batch_size: int,
+        lines: Mapping[Schedule, Line],
+        keep: Callable[[Mapping[Schedule, Line]], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._info, self._compile_later = info, compile_later
+        self._schedules = sorted(schedules, key=cost, reverse=True)
+        self._run, self._cost, self._clock, self._keep = run, cost, clock, keep
+        self._sizes = (1, min(LARGER_BATCH, max_batch_size))
+        self._lines = dict(lines)
+        self._left = set(schedules) - set(lines)
+
+    def begin(self, on_device: OnDevice, timed: Timed) -> None:
+        """Begins; returns at once.
+
+        Args:
+            on_device: Does a piece of work on the thread that computes, between two batches.
+            timed: Is told the lines of all schedules whenever one was timed.
+        """
+        self._compile_later(bisected(self._schedules), lambda schedule: self._time(schedule, on_device, timed))
+
+    def _time(self, schedule: Schedule, on_device: OnDevice, timed: Timed) -> None:
+        """Times a schedule that has just been compiled; called on the thread that compiles."""
+        if schedule not in self._left:
+            return
+        unmerged = self._schedules[0]
+        if unmerged not in self._lines:  # as far as it is compiled now; it is timed again once all of it is
+            seconds = self._measured([unmerged], on_device)
+            self._lines[unmerged] = line_of(self._sizes, seconds[unmerged])
+        seconds = self._measured([unmerged, schedule] if schedule != unmerged else [unmerged], on_device)
+        line = line_of(self._sizes, seconds[schedule])
+        if schedule != unmerged:  # at the speed that the machine had when r=0 was timed
+            a, b = self._lines[unmerged]
+            pace = sum(a + b * size for size in self._sizes) / sum(seconds[unmerged])
+            line = pace * line[0], pace * line[1]
+        self._lines[schedule] = line
+        self._left.discard(schedule)
+        lines = interpolated(self._lines, self._schedules, self._cost)
+        timed({self._info.batch_key(each): line for each, line in lines.items()})
+        if not self._left:
+            self._keep(self._lines)
+
+    def _measured(self, schedules: Sequence[Schedule], on_device: OnDevice) -> dict[Schedule, list[float]]:
+        """Seconds of a batch of each size under each schedule: medians of runs that took turns."""
+        took: dict[tuple[Schedule, int], list[float]] = {}
+        for _ in range(1 + RUNS):
+            for size in self._sizes:
+                for schedule in schedules:
+                    seconds = on_device(functools.partial(self._seconds, schedule, size))
+                    took.setdefault((schedule, size), []).append(seconds)
+        return {
+            schedule: [statistics.median(took[schedule, size][1:]) for size in self._sizes]  # the first warms up
+            for schedule in schedules
+        }
+
+    def _seconds(self, schedule: Schedule, images: int) -> float:
+        start = self._clock()
+        self._run(schedule, images)
+        return self._clock() - start
+
+
+def bisected(schedules: Sequence[Schedule]) -> list[Schedule]:
+    """The schedules but the first: the middle one, the last one, then the middle of each gap, the widest first."""
+    found = [len(schedules) // 2, len(schedules) - 1]
+    gaps = [(0, found[0]), (found[0], found[1])]
+    while gaps:
+        low, high = gaps.pop(max(range(len(gaps)), key=lambda place: gaps[place][1] - gaps[place][0]))
+        if high - low > 1:
+            middle = (low + high) // 2
+            found.append(middle)
+            gaps += [(low, middle), (middle, high)]
+    return [schedules[place] for place in dict.fromkeys(found) if place > 0]

@@ -1,0 +1,50 @@
+"""Matching in a batch of images with padding after their patches: each image merges as it would alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tome_core.matching import MergePlan
+from tome_core.precision import full_precision, widened
+
+
+def match_padded(metric: Tensor, size: Tensor, r: int, num_prefix_tokens: int) -> MergePlan:
+    """Chooses what each image merges, as `match` does for the image without its padding.
+
+    An image with fewer than 2r patches merges half of them. Padding then makes up for the rest: r tokens leave in
+    every image, so that the batch stays a rectangle, and what is left of the padding stays behind the patches.
+
+    Args:
+        metric: Features compared, (B, N, D), any float dtype.
+        size: Token sizes, (B, N); below 1 for padding.
+        r: Tokens that leave each image; at most half of its N - num_prefix_tokens.
+        num_prefix_tokens: Leading tokens, which never merge and are no padding.
+
+    Returns:
+        The plan. Where padding leaves, it joins the first token, whose mean it does not change.
+    """
+    B, N, _ = metric.shape
+    P, device = num_prefix_tokens, metric.device
+    positions, valid = torch.arange(N, device=device).expand(B, N), size >= 1
+    first_src, first_dst = P + P % 2, P + 1 - P % 2
+    with full_precision(device):
+        metric = F.normalize(widened(metric), dim=-1)
+        similarity = metric[:, first_src::2] @ metric[:, first_dst::2].transpose(1, 2)
+    pairs = valid[:, first_src::2, None] & valid[:, None, first_dst::2]
+    best, partner = similarity.masked_fill(~pairs, -torch.inf).max(dim=-1)  # (B, N_src)
+    rank = best.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    most = torch.minimum(valid[:, P:].sum(dim=1) // 2, pairs.any(dim=2).sum(dim=1)).clamp(max=r)
+    # The order of rows: prefix, unmerged src, dst, padding; then src that merge. The last r rows leave.
+    place = torch.full((B, N), 2, device=device)
+    place[:, :P] = 0
+    place[:, first_src::2] = 1
+    place = torch.where(valid, place, 3)
+    place[:, first_src::2] = torch.where(rank < most[:, None], 4, place[:, first_src::2])
+    order = (place * N + positions).argsort(dim=1)
+    keep, src = order[:, : N - r], order[:, N - r :]
+    joined = torch.zeros_like(positions)
+    joined[:, first_src::2] = first_dst + 2 * partner
+    row = order.argsort(dim=1).gather(1, joined.gather(1, src))
+    return MergePlan(keep, src, torch.where(place.gather(1, src) == 4, row, 0))
