@@ -22,7 +22,7 @@ from multiprocessing.popen_forkserver import Popen
 from typing import Any
 
 MODULES = [
-    *("timm", "safetensors.torch", "fastapi", "uvicorn", "httptools", "uvloop"),
+    *("safetensors.torch", "fastapi", "uvicorn", "httptools", "uvloop"),
     *("server.calibration.timing", "server.device.explainer", "server.device.preparing", "server.device.runner"),
     *("server.api.connection", "server.api.schemas", "server.api.terms"),
 ]
