@@ -13,7 +13,7 @@ from server import __version__
 from server.caches import keep_caches_in
 from server.commands import Command, bench, calibrate, classify, explain, export, models, run, serve, tune
 from server.commands.described import WITHOUT_SERVER
-from server.errors import ServerError, SettingsError
+from server.errors import InvalidError, ServerError, SettingsError
 from server.settings import Settings
 from server.settings_sources import load_settings
 from tome_core import quiet  # noqa: F401  # this process and its children report to nobody
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        Its exit status: 2 for a wrong setting, as argparse has it for a wrong flag.
+        Its exit status: 2 for a wrong setting or argument, as argparse has it.
     """
     args = _parser().parse_args(argv)
     flags = {name: getattr(args, name, None) for name in Settings.model_fields}
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[args.command].run(settings, args)
     except (SettingsError, ServerError) as error:
         print(f"tome-server: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
+        return 2 if isinstance(error, SettingsError | InvalidError) else 1
     except BrokenPipeError:  # who read the answer has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes out what is left when it ends
         return 128 + signal.SIGPIPE

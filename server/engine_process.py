@@ -201,9 +201,7 @@ def _leave_out(name: str, error: Exception) -> None:
     )
 
 
-async def _serve(
-    engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float, place: str
-) -> int:
+async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pulse, drain_s: float, place: str) -> int:
     """Serves until SIGTERM (status 0) or until the engine is broken (status 1: a new process may succeed).
 
     After SIGTERM it serves until the HTTP processes have left, at most `drain_s`, because a signal to a process group

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,8 +12,9 @@ from server.dial import Schedule
 from server.types import ModelInfo
 
 LARGER_BATCH = 8
-RUNS = 3
-"""Times that a batch of one image and a larger one are timed."""
+TURNS, MOST_TURNS, QUIET = 3, 12, 1.2
+"""Each batch is timed in turns, until so many of them took no longer than `QUIET` times the fastest. On a machine that
+does something else a batch takes many times as long."""
 
 CompileLater = Callable[[Sequence[Schedule], Callable[[Schedule], None]], None]
 
@@ -71,13 +71,10 @@ class Ladder:
             return
         unmerged = self._schedules[0]
         if unmerged not in self._lines:  # as far as it is compiled now; it is timed again once all of it is
-            seconds = self._measured([unmerged], on_device)
-            self._lines[unmerged] = line_of(self._sizes, seconds[unmerged])
-        seconds = self._measured([unmerged, schedule] if schedule != unmerged else [unmerged], on_device)
-        line = line_of(self._sizes, seconds[schedule])
+            self._lines[unmerged] = self._measured(unmerged, on_device)[0]
+        line, unmerged_s = self._measured(schedule, on_device)
         if schedule != unmerged:  # at the speed that the machine had when r=0 was timed
-            a, b = self._lines[unmerged]
-            pace = sum(a + b * size for size in self._sizes) / sum(seconds[unmerged])
+            pace = sum(self._lines[unmerged]) / unmerged_s
             line = pace * line[0], pace * line[1]
         self._lines[schedule] = line
         self._left.discard(schedule)
@@ -86,23 +83,24 @@ class Ladder:
         if not self._left:
             self._keep(self._lines)
 
-    def _measured(self, schedules: Sequence[Schedule], on_device: OnDevice) -> dict[Schedule, list[float]]:
-        """Seconds of a batch of each size under each schedule: medians of runs that took turns."""
-        took: dict[tuple[Schedule, int], list[float]] = {}
-        for _ in range(1 + RUNS):
-            for size in self._sizes:
-                for schedule in schedules:
-                    seconds = on_device(functools.partial(self._seconds, schedule, size))
-                    took.setdefault((schedule, size), []).append(seconds)
-        return {
-            schedule: [statistics.median(took[schedule, size][1:]) for size in self._sizes]  # the first warms up
-            for schedule in schedules
-        }
+    def _measured(self, schedule: Schedule, on_device: OnDevice) -> tuple[Line, float]:
+        """The line of a schedule, and the seconds of one image at r=0 that took turns with it: the least disturbed."""
+        batches = [(self._schedules[0], 1), *((schedule, size) for size in self._sizes)]
+        turns: list[list[float]] = []
+        while len(turns) < MOST_TURNS and not (turns and all(map(_is_quiet, zip(*turns, strict=True)))):
+            turns.append([on_device(functools.partial(self._seconds, *batch)) for batch in batches])
+        unmerged_s, *seconds = map(min, zip(*turns, strict=True))
+        return line_of(self._sizes, seconds), unmerged_s
 
     def _seconds(self, schedule: Schedule, images: int) -> float:
         start = self._clock()
         self._run(schedule, images)
         return self._clock() - start
+
+
+def _is_quiet(seconds: Sequence[float]) -> bool:
+    """Whether enough turns agree, by what the same batch took in each."""
+    return sum(each <= QUIET * min(seconds) for each in seconds) >= TURNS
 
 
 def bisected(schedules: Sequence[Schedule]) -> list[Schedule]:

@@ -14,9 +14,10 @@ is recorded beside another thread's work on the device.
 
 On the CPU the backend is OpenVINO where that is installed and takes the model, else torch. OpenVINO compiles static
 shapes, so there are graphs for each schedule: one for a lone image, by all threads, and those of several images that
-run side by side, a thread each. At the start the graphs of r=0 and of the deployment's `r` are compiled; a schedule
-that comes later is answered by torch, at once; once it was asked for three times a thread compiles it, for fewer batch
-sizes. What is compiled so fits a quarter of the container's memory; where that is full, what is used least makes room.
+run side by side, a thread each. At the start r=0 and the deployment's `r` are compiled for a lone image. A thread
+compiles the rest (later.py): first what requests ask for, from the first request on, then the ladder of the curve.
+Until then torch in float32 stands in, and answers say so. What is compiled fits a quarter of the container's memory;
+where that is full, what requests use least makes room. All schedules share one translation (openvino_compiler.py).
 Every graph is compared with torch on random images before it is used.
 """
 

@@ -121,6 +121,7 @@ class Later(Generic[K, V]):
             self._is_closed = True
             self._asked.clear()
             self._planned.clear()
+            self._on_made = lambda key: None  # what it holds may hold us
 
     def _is_known(self, key: K) -> bool:
         _, not_before = self._failures.get(key, (0, -math.inf))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
@@ -118,13 +121,28 @@ class _Source:
 
 
 def _fetched(source: _Source, repo: str, revision: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download  # on demand: it is slow to import, and most models are local
+    from huggingface_hub import constants, hf_hub_download  # on demand: it is slow to import, and most models are local
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each retry
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    reachable = _is_reachable(host)
     try:
-        return Path(hf_hub_download(repo, file, revision=revision or None))
+        return Path(hf_hub_download(repo, file, revision=revision or None, local_files_only=not reachable))
     except (OSError, ValueError) as error:
+        why = sentence(error) if reachable else f"{host} has no address here, and the hub's cache has no such file"
         hint = "; give a file with weights=" if file == WEIGHTS_FILE else ""
-        raise SettingsError(f"{source.name}: cannot fetch {file} of {repo} ({sentence(error)}){hint}") from error
+        raise SettingsError(f"{source.name}: cannot fetch {file} of {repo} ({why}){hint}") from error
+
+
+def _is_reachable(host: str) -> bool:
+    """Whether the hub has an address here or a proxy leads to it; its library retries for a minute to find out."""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
 
 
 def load_model(spec: ModelSpec, state_dir: Path | None = None) -> LoadedModel:

@@ -10,7 +10,7 @@ import { Live } from "./live.js";
 import { listenForPhotos } from "./photo.js";
 import { Side } from "./side.js";
 import * as status from "./status.js";
-import { FEW, isSame, MANY, results, Stopwatch } from "./times.js";
+import { FEW, gain, isSame, MANY, results, Stopwatch } from "./times.js";
 import { Turns } from "./turns.js";
 import { compilation, judge } from "./verdict.js";
 
@@ -102,7 +102,7 @@ function setStale(side, isStale) {
 /** Shows the times of both sides, and the verdict on them. */
 function showTimes() {
   const medians = results(a.times, b.times);
-  const slowestMs = isSame(a.times.by, b.times.by) ? Math.max(...medians.map((median) => median?.ms ?? 0)) : null;
+  const slowestMs = gain(a.times, b.times) === null ? null : Math.max(...medians.map(({ ms }) => ms));
   sides.forEach((side, index) => side.showTime(medians[index], slowestMs));
   const done = Math.min(a.times.count, b.times.count), isMeasuring = stopwatch.wanted >= MANY;
   at("measure").disabled = status.isAway() || isMeasuring || !sides.every((side) => side.answer);

@@ -4,7 +4,7 @@ import { ask } from "./api.js";
 import { at, fillTrack, make, synonyms, words } from "./dom.js";
 import { Painter } from "./paint.js";
 import { Times } from "./times.js";
-import { backend, milliseconds } from "./verdict.js";
+import { backend, time } from "./verdict.js";
 
 const BARS = 5;
 
@@ -101,7 +101,7 @@ export class Side {
   /** Shows a median, and a bar that is full at `slowestMs`; null shows no bar. */
   showTime(result, slowestMs) {
     const { by } = this.times;
-    at(`${this.#id}-ms`).textContent = result ? milliseconds(result.ms) : "–";
+    at(`${this.#id}-ms`).textContent = result ? time(result.ms) : "–";
     at(`${this.#id}-by`).textContent = by ? backend(by) : "";
     at(`${this.#id}-time`).style.setProperty("--share", result && slowestMs ? result.ms / slowestMs : 0);
   }

@@ -15,8 +15,8 @@ export function compilation({ compiling }) {
 /** How a backend is named beside a time. */
 export const backend = ({ backend, precision }) => `${backend}, ${precision}`;
 
-/** Milliseconds, as short as their size allows. */
-export const milliseconds = (ms) => `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
+/** A time of some milliseconds, as short as its size allows. */
+export const time = (ms) => (ms < 1000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
 /** Which side is faster, in words; null while their times cannot be compared. */
 function faster(a, b) {
@@ -32,10 +32,10 @@ function detail(a, b, model) {
   const compiled = compilation(model)?.replace("c", "C");
   if (gain(a.times, b.times) !== null) {
     const count = Math.min(one.count, other.count);
-    const times = `A takes ${milliseconds(one.ms)}, B ${milliseconds(other.ms)}: medians of ${count} inferences each.`;
+    const times = `A takes ${time(one.ms)}, B ${time(other.ms)}: medians of ${count} inferences each.`;
     return compiled ? `${times} ${compiled}: all times are longer meanwhile.` : times;
   }
-  if (isSame(a.times.by, b.times.by)) return "The times follow.";
+  if (isSame(a.times.by, b.times.by)) return "Measuring the times.";
   if (compiled) return `${compiled}: the times follow.`;
   const each = [a, b].map((side) => `${side.name} was computed by ${backend(side.times.by)}`);
   return `${each.join(", ")}: their times cannot be compared.`;

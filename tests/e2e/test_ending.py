@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -43,6 +44,17 @@ def test_under_load_readyz_fails_first_and_no_request_is_lost(start_service: Sta
     assert service.process.wait(timeout=60) == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{service.url}/livez")
+
+
+def test_a_service_that_compiles_a_graph_ends_when_it_is_told(start_service: StartService, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the package openvino is not installed")
+    service = start_service("--backend", "openvino", "--precision", "fp32", "--state-dir", str(tmp_path))
+    (model,) = httpx.get(f"{service.url}/v1/models").json()["models"]
+    service.until(lambda: httpx.get(f"{service.url}/v1/models/{model['name']}").json()["compiling"] is not None)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(timeout=60) == 0
+    service.reader.join(timeout=60)
+    assert not any(word in "".join(service.log) for word in ("is killed", "Traceback", "leaked"))
 
 
 @pytest.mark.parametrize("told", [("supervisor",), ("engine", "http-0", "supervisor")], ids=["supervisor", "group"])

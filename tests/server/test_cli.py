@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from PIL import Image
@@ -112,6 +113,50 @@ def test_a_bad_setting_is_a_message_and_status_2(
     shown = capsys.readouterr()
     assert shown.err.startswith("tome-server: ") and named in shown.err
     assert shown.out == "" and "Traceback" not in shown.err
+
+
+def _in_channels(config: dict[str, Any]) -> None:
+    config.setdefault("model_args", {})["in_chans"] = 1
+
+
+def _input_size(config: dict[str, Any]) -> None:
+    config["pretrained_cfg"]["input_size"] = [3, 0, 64]
+
+
+def _interpolation(config: dict[str, Any]) -> None:
+    config["pretrained_cfg"]["interpolation"] = "area"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_in_channels, "images of 1 channels; they must have 3"),
+        (_input_size, "input_size.1: Input should be greater than or equal to 1"),
+        (_interpolation, "interpolation: Input should be 'nearest'"),
+        (None, "has no model.safetensors"),
+    ],
+)
+def test_a_wrong_model_folder_ends_the_start_before_torch_is_imported(
+    change: Callable[[dict[str, Any]], None] | None, said: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text())
+    if change is not None:
+        change(config)
+        (tmp_path / "model.safetensors").symlink_to(tiny_folder / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch is imported')")
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--state-dir", "none"]
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
+    done = subprocess.run(
+        [*command, "--model", f"local-dir:{tmp_path}"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("tome-server: model ") and done.stderr.count("\n") == 1
+    assert said in done.stderr
 
 
 def test_an_unknown_variable_is_a_message_and_status_2(

@@ -84,7 +84,7 @@ SMALL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SMALL)
 def test_a_model_without_first_weights_is_the_same_once_its_weights_are_loaded(name: str) -> None:
     plain = timm.create_model(name, depth=2, **SMALL[name])
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)  # memory that nobody fills then holds NaN
     try:
         with Unfilled():

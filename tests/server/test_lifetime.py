@@ -16,6 +16,20 @@ print("frozen:", gc.get_freeze_count() > 1000, "threshold:", gc.get_threshold()[
 """
 
 
+LEAVING = """
+import atexit, threading
+from server.lifetime import leave
+atexit.register(lambda: print("done at the exit", flush=True))
+threading.Thread(target=threading.Event().wait).start()  # as one that compiles, which nobody can break off
+leave(3)
+"""
+
+
+def test_a_process_that_leaves_waits_for_no_thread() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done at the exit\n", "")
+
+
 def test_the_collector_is_spared_while_a_process_lives_and_has_all_back_at_its_end() -> None:
     """What is frozen at the end is never freed, and bindings report it as leaked."""
     ended = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, check=True, capture_output=True, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -129,6 +130,31 @@ async def test_a_changed_r_counts_from_the_next_job_on_and_waiting_jobs_keep_the
         assert (await after).config_version == changed.version == (await before).config_version + 1
         assert await engine.configuration() == changed
         assert REGISTRY.get_sample_value("tome_config_version") == changed.version
+
+
+async def test_an_answer_says_what_computed_it_and_a_stand_in_teaches_nothing_of_the_backend() -> None:
+    device = FakeDevice(uncompiled=[(4, 4, 4)])
+    async with started(device, steps={"tiny": STEPS}) as engine:
+        key = model_info().batch_key((4, 4, 4))
+        before = engine._batcher.speed.own_line(key)
+        assert (await engine.answer(classify(r=(4, 4, 4)))).computed_by == ("torch", "fp32", True)
+        assert engine._batcher.speed.own_line(key) == before != engine._batcher.speed.line(key)
+        assert (await engine.answer(classify(r=(8, 8, 8)))).computed_by == ("openvino", "bf16", False)
+        device.uncompiled = []
+        assert (await engine.answer(classify(r=(4, 4, 4)))).computed_by == ("openvino", "bf16", False)
+        assert engine._batcher.speed.own_line(key) == engine._batcher.speed.line(key) != before
+
+
+async def test_what_is_timed_in_the_background_counts_at_once_whatever_thread_timed_it() -> None:
+    device = FakeDevice()
+    async with started(device, steps={"tiny": STEPS}) as engine:
+        ((name, on_device, timed),) = device.begun
+        assert name == "tiny"
+        key = model_info().batch_key((4, 4, 4))
+        thread = await asyncio.to_thread(on_device, threading.current_thread)
+        assert thread.name.startswith("device")
+        await asyncio.to_thread(timed, {key: (0.25, 0.125)})
+        await until(lambda: engine._batcher.speed.own_line(key) == (0.25, 0.125))
 
 
 async def test_a_changed_r_survives_a_restart(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from server.cli import main
 from server.errors import EngineError, SettingsError
+from server.model_config import OF_TIMM
 from tests.server.model_folders import classify, edit, load
 
 
@@ -244,3 +247,7 @@ def test_check_computes_an_image(
     monkeypatch.setattr("server.device.torch_backend.TorchBackend.outputs", fail)
     assert main(["models", "--check", str(folder)]) == 2
     assert "cannot compute a black image: these shapes do not multiply" in capsys.readouterr().err
+
+
+def test_the_arguments_that_no_model_takes_are_those_of_timm() -> None:
+    assert OF_TIMM == set(inspect.signature(timm.create_model).parameters) - {"kwargs"}

@@ -238,3 +238,22 @@ def test_a_model_of_the_hub_is_its_config_and_its_safetensors_at_the_revision_as
     here = load_model(spec(tiny_folder))
     assert (hub.info.name, hub.info.labels) == ("mine", here.info.labels)
     assert all(torch.equal(hub.merged.state_dict()[name], value) for name, value in here.merged.state_dict().items())
+
+
+def test_without_a_network_a_model_of_the_hub_is_one_sentence_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    def no_network(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise OSError("Name or service not known")
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SettingsError, match="has no address here, and the hub's cache has no such file") as refused:
+        load_model(ModelSpec.model_validate("hf-hub:someone/mine-that-nobody-has"))
+    assert len(asked) == 1 and "\n" not in str(refused.value)
+    assert "Retrying" not in caplog.text

@@ -21,7 +21,7 @@ from server.commands import tune
 from server.device import tuned_file
 from server.device.models import load_model
 from server.model_spec import BUNDLED_NAME, ModelSpec
-from server.tuning import learning, photos, session, unfinished
+from server.tuning import FEWEST, learning, photos, session, unfinished
 from server.tuning.judging import Gain, Judge
 from tests.server.conftest import encode
 from tests.server.model_folders import edit, noise_photos, random_vit
@@ -161,7 +161,7 @@ def test_nothing_is_written_where_no_gain_is_sure(folder: Path, images: Path, ju
 def test_photos_of_one_colour_give_nothing(folder: Path, tmp_path: Path, capsys: Printed) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
-    for index in range(photos.FEWEST):
+    for index in range(FEWEST):
         (flat / f"{index}.png").write_bytes(encode(Image.new("L", (40, 40), 128)))
     assert main(command(folder, flat)) == 0
     assert told(capsys)[0]["written"] is None

@@ -13,7 +13,7 @@ from server.batching.auto import AutoDial
 from server.batching.policy import Load, Rung
 from server.batching.speed import Speed
 from server.calibration import speeds
-from server.calibration.background import RUNS, Ladder, bisected
+from server.calibration.background import MOST_TURNS, TURNS, Ladder, bisected
 from server.calibration.timing import Line, interpolated
 from server.curve import Curve
 from server.dial import AutoR, Schedule
@@ -162,12 +162,34 @@ def test_the_middle_of_a_ladder_is_compiled_first_then_its_end_then_what_lies_be
 
 def test_a_schedule_is_timed_in_turns_with_r_0_so_that_a_slow_minute_falls_on_both() -> None:
     true = falling((0.002, 0.04), [0.9] * 5)
-    runs = 2 * (1 + RUNS)  # of r=0 alone
+    runs = 3 * TURNS  # of r=0 alone
     server = Server(true, pace=[1.0] * runs + [3.0])
     server.compile((4, 4, 4))
     found = {key.schedule: line for key, line in server.told[-1].items()}
     for schedule in (UNMERGED, (4, 4, 4)):
         assert found[schedule] == pytest.approx(true[schedule])
+
+
+def test_a_machine_that_does_something_else_most_of_the_time_is_timed_until_it_is_quiet() -> None:
+    true = falling((0.002, 0.04), [0.9] * 5)
+    disturbed = [2.0, 5.0, 3.0, 9.0, 1.5, 30.0, 4.0]
+    server = Server(true, pace=[1.0 if turn % 3 == 2 else disturbed[turn % 7] for turn in range(36) for _ in range(3)])
+    server.compile((4, 4, 4))
+    found = {key.schedule: line for key, line in server.told[-1].items()}
+    assert found[4, 4, 4] == pytest.approx(true[4, 4, 4], rel=0.01)
+
+
+def test_a_machine_that_is_never_quiet_is_timed_for_so_many_turns() -> None:
+    server = Server(falling((0.0, 0.04), [0.9] * 5), pace=[2.0**place for place in range(1000)])
+    ran, run = list[Schedule](), server.run
+
+    def noting(schedule: Schedule, images: int) -> None:
+        ran.append(schedule)
+        run(schedule, images)
+
+    server.ladder._run = noting
+    server.compile((4, 4, 4))
+    assert ran.count((4, 4, 4)) == 2 * MOST_TURNS
 
 
 def test_r_0_is_timed_again_once_it_is_compiled_for_batches() -> None:
