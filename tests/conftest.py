@@ -3,8 +3,10 @@ that need no GPU."""
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,39 @@ from tome_core import quiet  # noqa: F401  # tests report to nobody
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which timm's is
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keeps the garbage collector off what lives to the end: it went through torch and 9,000 tests every few tests."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else bindings such as Triton's report leaks at the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real processes come first, for a short rest at the end; containers later, as their image is still being built."""
+    order = {"e2e": 0, "ray": 1, "core": 2, "docker": 3}
+    items.sort(key=lambda item: order.get(item.path.parent.name, 4))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several workers one takes a whole file, which starts its server once, and all that needs the Docker engine."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "docker" if nodeid.startswith("tests/docker/") else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,7 @@ from tests.docker.stack import Stack
 
 TAG = "tome-server:test"
 BUILD_OPTIONS = "DOCKER_BUILD_OPTIONS"
+LOCK = Path(tempfile.gettempdir()) / "tome-server-test.lock"
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +25,9 @@ def image() -> str:
     """The image of this working tree. `DOCKER_BUILD_OPTIONS` goes to docker build, as in the Makefile."""
     need_docker()
     before = docker("images", "--quiet", TAG)
-    docker("build", *shlex.split(os.environ.get(BUILD_OPTIONS, "")), "--tag", TAG, ".")
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # .ci/run builds it too, beside the other tests
+        docker("build", *shlex.split(os.environ.get(BUILD_OPTIONS, "")), "--tag", TAG, ".")
     if before and before != docker("images", "--quiet", TAG):
         docker("rmi", before)  # images are large: none without a name stays
     return TAG

@@ -2,8 +2,8 @@
 
 The model computes as ever, but minds files in FOLDER: while `hold` exists the device stands still; `room` says how many
 images fit into its memory. A wholly white image makes a batch raise, and one of `DEADLY_GREY` ends the process.
-`batches` has a line for each batch that it was given: its size and the process. The service itself knows nothing of
-this.
+`batches` has a line for each batch that it was given: its size and the process; `queued` one for each image that the
+engine has put into a queue. The service itself knows nothing of this.
 """
 
 from __future__ import annotations
@@ -15,24 +15,32 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from server import cli, supervisor
 from server.dial import Schedule
 from server.shared_values import Sheet, join
 from tests.e2e.clients import DEADLY_GREY
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def run_engine(folder: Path, sheets: Sequence[Sheet], sheet: int, *args: Any) -> None:
     """Runs the engine process, with a model that minds the folder."""
     join(sheets, sheet)
+    import torch
+
     from server import engine_process as process  # which has metrics
+    from server.batching.queues import Queues
     from server.device.torch_backend import TorchBackend
 
-    compute = TorchBackend.outputs
+    compute, add = TorchBackend.outputs, Queues.add
+
+    def queue(self: Any, asked: Any, key: Any) -> None:
+        add(self, asked, key)
+        with (folder / "queued").open("a") as file:
+            file.write("an image\n" * len(asked.jobs))
 
     def outputs(self: Any, pixels: Tensor, schedule: Schedule) -> Tensor:
         with (folder / "batches").open("a") as file:
@@ -49,6 +57,7 @@ def run_engine(folder: Path, sheets: Sequence[Sheet], sheet: int, *args: Any) ->
         return compute(self, pixels, schedule)
 
     TorchBackend.outputs = outputs  # type: ignore[method-assign]
+    Queues.add = queue  # type: ignore[method-assign]
     process.main(*args)
 
 

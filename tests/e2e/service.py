@@ -15,7 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-START_TIMEOUT_S = 120.0
+from tests.e2e.preloaded import address
+
+START_TIMEOUT_S = 240.0
 
 StartService = Callable[..., "Service"]
 
@@ -29,6 +31,7 @@ class Service:
         faults: A folder by which its engine can be broken; see `faulty.py`.
         environment: Further variables.
         hangup: What SIGHUP does to it before it says so itself, whatever these tests were started by.
+        preloaded: Fork its processes from one that has done the imports; False starts interpreters, as users do.
     """
 
     def __init__(
@@ -38,10 +41,13 @@ class Service:
         faults: Path | None = None,
         environment: Mapping[str, str] | None = None,
         hangup: signal.Handlers = signal.SIG_DFL,
+        preloaded: bool = True,
     ) -> None:
         program = ["server.cli"] if faults is None else ["tests.e2e.faulty", str(faults)]
+        if preloaded:
+            program = ["tests.e2e.preloaded", address(), *program]
         command = [sys.executable, "-m", *program, "serve", "--port", "0", "--state-dir", str(state_dir)]
-        command += ["--backend", "torch", *flags]  # which starts at once
+        command += ["--backend", "torch", "--threads", "1", *flags]  # starts soonest, whatever else runs
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TOME_")}
         variables = {**inherited, **(environment or {})}
         before = signal.signal(signal.SIGHUP, hangup)

@@ -73,7 +73,7 @@ def photos_while(service: Service, pool: ThreadPoolExecutor, files: list[bytes])
 
 
 def test_a_photo_is_answered_whatever_others_send_and_memory_is_bounded(start_service: StartService) -> None:
-    service = start_service("--deadline-s", "60")
+    service = start_service("--deadline-s", "60", preloaded=False)
     before = peak_of(service.pid_of("http-0"))
     with ThreadPoolExecutor(8) as pool:
         bombs, photos = photos_while(service, pool, [many_scans(20_000, 7000)] * 4)

@@ -21,7 +21,7 @@ from tests.server.model_folders import random_vit
 
 pytestmark = pytest.mark.slow
 
-QUICK = ("--drift-sample", "0", "--deadline-s", "5")
+QUICK = ("--drift-sample", "0", "--deadline-s", "15")
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_a_signal_ends_every_process_with_status_0(start_service: StartService, 
 
 
 def test_the_other_processes_end_when_the_supervisor_is_killed(start_service: StartService) -> None:
-    service = start_service()
+    service = start_service(preloaded=False)
     children = [os.pidfd_open(service.pid_of(name)) for name in ("engine", "http-0")]
     service.process.kill()
     for child in children:

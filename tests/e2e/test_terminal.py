@@ -42,7 +42,7 @@ def ended(service: Service) -> tuple[int, str]:
 def test_a_terminal_ends_the_service_as_sigterm_does(
     start_service: StartService, number: signal.Signals, has_begun: bool
 ) -> None:
-    service = start_service(wait=False)
+    service = start_service(wait=False, preloaded=False)
     service.until(lambda: any("http-0 is process" in line for line in service.log))
     if has_begun:
         answers(service, "/livez", 200)
@@ -54,7 +54,7 @@ def test_a_terminal_ends_the_service_as_sigterm_does(
 
 
 def test_a_service_that_is_to_outlive_its_terminal_does(start_service: StartService) -> None:
-    service = start_service(wait=False, hangup=signal.SIG_IGN)  # as nohup does
+    service = start_service(wait=False, preloaded=False, hangup=signal.SIG_IGN)  # as nohup does
     answers(service, "/livez", 200)
     ignored = Path(f"/proc/{service.process.pid}/status").read_text().partition("SigIgn:")[2].split()[0]
     assert int(ignored, 16) & 1 << (signal.SIGHUP - 1)
@@ -64,7 +64,7 @@ def test_a_service_that_is_to_outlive_its_terminal_does(start_service: StartServ
 
 
 def test_a_second_ctrl_c_waits_for_nothing_more(start_service: StartService) -> None:
-    service = start_service("--drain-delay-s", "60", wait=False)
+    service = start_service("--drain-delay-s", "60", wait=False, preloaded=False)
     answers(service, "/livez", 200)
     send_to_all(service, signal.SIGINT)
     service.until(lambda: "shutting down" in httpx.get(f"{service.url}/readyz").text)

@@ -99,7 +99,7 @@ def facts(span: Span) -> dict[str, Any]:
 def test_a_request_is_one_trace_through_both_processes_and_the_last_spans_leave_at_sigterm(
     start_service: StartService, collector: Collector, photo: bytes
 ) -> None:
-    service = start_service("--r", "3", environment=environment(collector.url) | SHOWS_IMPORTS)
+    service = start_service("--r", "3", environment=environment(collector.url) | SHOWS_IMPORTS, preloaded=False)
     headers = {"content-type": "image/jpeg", "x-request-id": "mine", **CALLER}
     answer = httpx.post(f"{service.url}/classify", content=photo, headers=headers)
     assert answer.status_code == 200
@@ -138,7 +138,7 @@ def test_nothing_is_imported_and_nothing_sent_unless_it_is_asked_for(
 ) -> None:
     """The variables here ask for it and then do not; where there are none, `traces_endpoint` gives the same."""
     variables = environment(collector.url, OTEL_SDK_DISABLED="true") | SHOWS_IMPORTS
-    service = start_service("--log-format", "json", environment=variables)
+    service = start_service("--log-format", "json", environment=variables, preloaded=False)
     headers = {"content-type": "image/jpeg", "x-request-id": "mine", **CALLER}
     assert httpx.post(f"{service.url}/classify", content=photo, headers=headers).status_code == 200
     assert service.stop() == 0

@@ -120,7 +120,7 @@ def test_the_server_has_the_last_word_on_wide_pixels(mode: str, kind: str) -> No
         decode(sent, SEEN, 100)
 
 
-@pytest.mark.parametrize("thing", [None, 3, [[1, 2]], object()], ids=str)
+@pytest.mark.parametrize("thing", [None, 3, [[1, 2]], object()], ids=lambda thing: type(thing).__name__)
 def test_what_is_no_image_is_refused(thing: Any) -> None:
     with pytest.raises(TypeError, match=type(thing).__name__):
         encode(thing)
