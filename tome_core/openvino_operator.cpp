@@ -18,7 +18,13 @@
 
 namespace tome {
 
-constexpr int64_t LANES = 16, ROWS = 4;  // of a tile of similarities: ROWS src by two vectors of dst
+// A tile of similarities is ROWS src by two vectors of dst. Its sums must fit into the registers: with 16 lanes on a CPU
+// without AVX-512 they did not, and merging took several times as long.
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, ROWS = 4;
+#else
+constexpr int64_t LANES = 8, ROWS = 4;
+#endif
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Indices __attribute__((vector_size(4 * LANES)));
 
