@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from server.calibration.timing import Line, Run, interpolated, line_of
+from server.calibration.timing import Line, Run, in_order, interpolated, line_of
 from server.device.device import OnDevice, Timed
 from server.dial import Schedule
 from server.types import ModelInfo
@@ -52,7 +52,7 @@ class Ladder:
         self._info, self._compile_later = info, compile_later
         self._schedules = sorted(schedules, key=cost, reverse=True)
         self._run, self._cost, self._clock, self._keep = run, cost, clock, keep
-        self._sizes = (1, min(LARGER_BATCH, max_batch_size))
+        self._max_batch_size, self._sizes = max_batch_size, (1, min(LARGER_BATCH, max_batch_size))
         self._lines = dict(lines)
         self._left = set(schedules) - set(lines)
 
@@ -78,10 +78,11 @@ class Ladder:
             line = pace * line[0], pace * line[1]
         self._lines[schedule] = line
         self._left.discard(schedule)
-        lines = interpolated(self._lines, self._schedules, self._cost)
+        known = in_order(self._lines, self._cost, self._max_batch_size)
+        lines = interpolated(known, self._schedules, self._cost)
         timed({self._info.batch_key(each): line for each, line in lines.items()})
         if not self._left:
-            self._keep(self._lines)
+            self._keep(known)
 
     def _measured(self, schedule: Schedule, on_device: OnDevice) -> tuple[Line, float]:
         """The line of a schedule, and the seconds of one image at r=0 that took turns with it: the least disturbed."""

@@ -105,6 +105,40 @@ def interpolated(
     return found
 
 
+def in_order(
+    lines: Mapping[Schedule, Line], cost: Callable[[Schedule], float], max_batch_size: int
+) -> dict[Schedule, Line]:
+    """The lines with their noise averaged out: of two schedules that merge, less arithmetic never takes longer.
+
+    Schedules whose times are out of order get the mean of their times (isotonic regression). r=0 keeps its own: whether
+    merging pays at all is for the measurement to say.
+
+    Args:
+        lines: Those that were timed, r=0 among them.
+        cost: The arithmetic of a schedule.
+        max_batch_size: Most images in a batch.
+    """
+    merging = sorted((each for each in lines if max(each) > 0), key=cost, reverse=True)
+    ones, fulls = (_falling([lines[each][0] + lines[each][1] * n for each in merging]) for n in (1, max_batch_size))
+    found = dict(lines)
+    for schedule, one_s, full_s in zip(merging, ones, fulls, strict=True):
+        b = (full_s - one_s) / (max_batch_size - 1) if max_batch_size > 1 else one_s
+        found[schedule] = max(one_s - b, 0.0), b
+    return found
+
+
+def _falling(seconds: Sequence[float]) -> list[float]:
+    """The nearest falling sequence, by least squares: neighbours that rise are replaced by their mean."""
+    pools: list[tuple[float, int]] = []
+    for second in seconds:
+        total, count = second, 1
+        while pools and pools[-1][0] / pools[-1][1] < total / count:
+            before = pools.pop()
+            total, count = total + before[0], count + before[1]
+        pools.append((total, count))
+    return [total / count for total, count in pools for _ in range(count)]
+
+
 def _rough_line(run: Run, schedule: Schedule) -> Line:
     start = time.perf_counter()
     run(schedule, 1)

@@ -14,7 +14,7 @@ from server.batching.policy import Load, Rung
 from server.batching.speed import Speed
 from server.calibration import speeds
 from server.calibration.background import MOST_TURNS, TURNS, Ladder, bisected
-from server.calibration.timing import Line, interpolated
+from server.calibration.timing import Line, in_order, interpolated
 from server.curve import Curve
 from server.dial import AutoR, Schedule
 from server.types import BatchKey
@@ -139,6 +139,23 @@ def test_under_load_auto_takes_no_schedule_that_is_not_compiled() -> None:
     for schedule in ((4, 4, 4), (2, 2, 2)):
         server.compile(schedule)
         assert server.dial.choose(load, AutoR()).schedule == (4, 4, 4)
+
+
+@given(st.lists(lines, min_size=len(SCHEDULES), max_size=len(SCHEDULES)), st.sampled_from([1, 8, 32]))
+def test_noise_never_makes_a_schedule_slower_than_one_that_merges_less(timed: list[Line], most: int) -> None:
+    found = in_order(dict(zip(SCHEDULES, timed, strict=True)), COSTS.__getitem__, most)
+    assert found[UNMERGED] == timed[0]
+    for n in {1, most}:
+        times = [seconds(found[schedule], n) for schedule in SCHEDULES[1:]]
+        assert all(after <= before * (1 + 1e-6) for before, after in zip(times, times[1:], strict=False)), times
+        assert sum(times) == pytest.approx(sum(seconds(line, n) for line in timed[1:]))
+
+
+@given(lines, shares)
+def test_lines_in_order_stay_as_they_were_timed(unmerged: Line, factors: list[float]) -> None:
+    true = falling(unmerged, factors)
+    found = in_order(true, COSTS.__getitem__, 32)
+    assert all(found[each] == pytest.approx(true[each], abs=1e-12) for each in SCHEDULES)
 
 
 @given(lines, shares, st.sets(st.sampled_from(SCHEDULES[1:])))
