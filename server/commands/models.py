@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from server.errors import SettingsError
+from server.errors import EngineError, SettingsError
 from server.settings import Settings
 from server.settings_sources import load_settings
 from server.types import ModelInfo
@@ -96,7 +96,10 @@ def _checked(folder: str, settings: Settings) -> str:
     info = loaded.info
     if spec.tuned == "auto" and not info.tuned and (file := beside(spec, loaded.weights)) and file.exists():
         read(file, loaded.merged)  # raises what is wrong with it
-    Runner({info.name: loaded}, "cpu", "fp32").warm_up(info.batch_key(info.schedule(0)))
+    try:
+        Runner({info.name: loaded}, "cpu", "fp32").warm_up(info.batch_key(info.schedule(0)))
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
     height, width = info.preprocessing.input_size
     parameters = sum(parameter.numel() for parameter in loaded.merged.parameters())
     return (

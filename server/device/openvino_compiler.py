@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import multiprocessing
 import pickle
 import shutil
+import subprocess
 import tempfile
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 
 import tome_core
 from server.cpus import available_cpus
+from server.device import translation
 from server.device.openvino_files import Translations, make_room, touch
 from server.device.openvino_graphs import (
     BATCH_SIZES,
@@ -37,7 +37,6 @@ from server.device.openvino_graphs import (
     config_of,
     run_of,
 )
-from server.device.translation import translate_pickled
 from server.dial import Schedule, r_of, text_of
 from tome_core.openvino import save, to_openvino
 from tome_core.openvino_core import add_operator, core
@@ -85,8 +84,8 @@ class Compiler:
         self._operator = self._built(cache_dir)
         self._differs: set[Schedule] = set()
         """Schedules whose graph differs from the common one in more than `r`."""
-        self._process: BaseProcess | None = None
-        self._aside = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._aside, self._starting = threading.Lock(), threading.Lock()
         self._is_closed = False
         self._files = Translations(cache_dir / _fingerprint(merged, input_size, self._operator))
         make_room(cache_dir)
@@ -112,10 +111,10 @@ class Compiler:
 
     def close(self) -> None:
         """Ends a translation in another process; nothing is translated there any more."""
-        self._is_closed = True
-        if (process := self._process) is not None:
-            with contextlib.suppress(ValueError):  # it has ended, and was closed
-                process.kill()
+        with self._starting:
+            self._is_closed = True
+            if self._process is not None:
+                self._process.kill()
 
     def any_batch(
         self,
@@ -243,15 +242,14 @@ class Compiler:
                 self._translate_aside(args)
 
     def _translate_aside(self, args: tuple[Any, ...]) -> None:
-        process = multiprocessing.get_context("spawn").Process(target=translate_pickled, args=args, name="translation")
-        self._process = process
-        if self._is_closed:
-            raise RuntimeError("the server ends")
-        process.start()
-        process.join()
+        with self._starting:
+            if self._is_closed:
+                raise RuntimeError("the server ends")
+            process = self._process = translation.start()
+        status = translation.finish(process, *args)
         self._process = None
-        if process.exitcode != 0:
-            raise RuntimeError(f"its translation ended with status {process.exitcode}")
+        if status != 0:
+            raise RuntimeError(f"its translation ended with status {status}")
 
     def _built(self, folder: Path) -> Path | None:
         """The compiled operator, or None where OpenVINO's own operators have to do."""

@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import threading
 from multiprocessing import resource_tracker
 from typing import Any
 
-from server.lifetime import end_with_parent
+from server.images.decoder_process import environment
+
+_PROGRAM = "from server.device.translation import main; main()"
+_LENGTH_BYTES = 8
 
 
-def translate_pickled(merged: bytes, *args: Any) -> None:
-    """Translates a model; the arguments are those of `translate`, with the model pickled."""
-    end_with_parent()
+def start() -> subprocess.Popen[bytes]:
+    """Starts a process, which imports its modules and waits for work.
+
+    `multiprocessing` does not return before a new process has read its arguments, and cannot be broken off until then.
+    """
+    return subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM], stdin=subprocess.PIPE, env=environment())
+
+
+def finish(process: subprocess.Popen[bytes], *args: Any) -> int:
+    """Has a process translate with the arguments of `openvino_compiler.translate`, the model pickled.
+
+    Returns:
+        Its exit status, which is negative if a signal ended it.
+    """
+    work = pickle.dumps(args)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has been killed, as its status says
+        process.stdin.write(len(work).to_bytes(_LENGTH_BYTES, "big") + work)
+        process.stdin.flush()
+    status = process.wait()  # its input stays open: the end of it is the end of this process
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    return status
+
+
+def main() -> None:
+    """Translates what the input says. Ends at once if the input does: then the process that asked has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
     # Packages that torch imports make semaphores. Python would warn of them if this process was killed.
     resource_tracker.register = lambda name, rtype: None
     resource_tracker.unregister = lambda name, rtype: None
+    work = sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(_LENGTH_BYTES), "big"))
+    threading.Thread(target=_end_with_input, name="input", daemon=True).start()
     from server.device.openvino_compiler import translate
 
+    try:
+        merged, *args = pickle.loads(work)
+    except (EOFError, pickle.UnpicklingError):  # the input has ended early
+        os._exit(1)
     translate(pickle.loads(merged), *args)
+
+
+def _end_with_input() -> None:
+    sys.stdin.buffer.read(1)
+    os._exit(1)

@@ -151,7 +151,7 @@ def test_a_model_without_a_classifier_gives_vectors_alone(
     folder = random_vit(tmp_path / "headless", num_classes=0)
     run = Command(["--model", f"local-dir:{folder}", "--backend", "torch", "--state-dir", "none"], capsys)
     assert run("photos", "--embed", "-o", "out.jsonl")["images"] == 7
-    run("photos", "-o", "labels.jsonl", status=1)
+    run("photos", "-o", "labels.jsonl", status=2)
     assert "has no classifier" in run.told and "--embed" in run.told
 
 
@@ -228,7 +228,7 @@ def test_other_settings_do_not_go_on_with_it(
     command = ["photos", "--max-batch-size", "2", "-o", "out.jsonl"]
     breaks_after(1, monkeypatch)
     run(*command, status=1)
-    run(*command, *other, status=1)
+    run(*command, *other, status=2)
     assert named in run.last_line and "--overwrite" in run.last_line
     assert run(*command, *other, "--overwrite")["images"] == 7
 
@@ -242,7 +242,7 @@ def test_other_classes_of_the_same_weights_do_not_go_on_with_it(
     breaks_after(2, monkeypatch)
     run(*arguments, status=1)
     edit(folder, lambda config: config.update(label_names=["a", "b", "c"]))
-    run(*arguments, status=1)
+    run(*arguments, status=2)
     assert "was begun with sha256 of classes and preprocessing" in run.told
     run(*arguments, "--overwrite")
     assert {row["label"] for row in lines("out.jsonl")} <= {"a", "b", "c"}
@@ -252,7 +252,7 @@ def test_two_runs_do_not_write_one_table(run: Command, photos: list[str]) -> Non
     Path("out.jsonl.unfinished").mkdir()
     held = os.open("out.jsonl.unfinished", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
-    run("photos", "-o", "out.jsonl", status=1)
+    run("photos", "-o", "out.jsonl", status=2)
     assert "another process writes" in run.told
     os.close(held)
     run("photos", "-o", "out.jsonl")
@@ -261,14 +261,14 @@ def test_two_runs_do_not_write_one_table(run: Command, photos: list[str]) -> Non
 def test_an_unfinished_folder_that_is_damaged_is_told_of(run: Command, photos: list[str]) -> None:
     Path("out.jsonl.unfinished").mkdir()
     Path("out.jsonl.unfinished/about.json").write_text("[")
-    run("photos", "-o", "out.jsonl", status=1)
+    run("photos", "-o", "out.jsonl", status=2)
     assert "out.jsonl.unfinished cannot be read" in run.told and "remove it" in run.told
     Path("out.jsonl.unfinished/about.json").write_text("5")
-    run("photos", "-o", "out.jsonl", status=1)
+    run("photos", "-o", "out.jsonl", status=2)
     assert "out.jsonl.unfinished cannot be read" in run.told
     Path("out.csv.unfinished").mkdir()
     Path("out.csv.unfinished/00000001.csv").write_text("no\ntable\n")
-    run("photos", "-o", "out.csv", status=1)
+    run("photos", "-o", "out.csv", status=2)
     assert "out.csv.unfinished cannot be read" in run.told
 
 
@@ -290,12 +290,12 @@ def test_a_name_with_the_end_of_a_line_stays_one_row_of_csv(
 def test_a_table_is_replaced_only_when_asked_and_another_file_never(run: Command, photos: list[str]) -> None:
     for suffix in ("jsonl", "csv", "parquet"):
         run("photos", "-o", f"out.{suffix}")
-        run("photos", "-o", f"out.{suffix}", status=1)
+        run("photos", "-o", f"out.{suffix}", status=2)
         assert "is there already" in run.told
         run("photos", "--r", "8", "-o", f"out.{suffix}", "--overwrite")
         other = Path(f"other.{suffix}")
         other.write_text("file,class\nmine,3\n")
-        run("photos", "-o", str(other), "--overwrite", status=1)
+        run("photos", "-o", str(other), "--overwrite", status=2)
         assert "holds no table of this command" in run.told and other.read_text().startswith("file,class")
     assert {row["r"] for row in lines("out.jsonl")} == {8}
 
@@ -323,7 +323,7 @@ def test_what_cannot_be_is_said_in_one_sentence(
     arguments: list[str], named: str, run: Command, photos: list[str]
 ) -> None:
     Path("empty").mkdir()
-    run(*arguments, status=1)
+    run(*arguments, status=2)
     assert run.last_line.startswith("tome-server: ") and named in run.last_line
     assert not Path("out.csv").exists()
 
@@ -332,7 +332,7 @@ def test_parquet_without_pyarrow_names_the_extra(
     run: Command, photos: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    run("photos", "-o", "out.parquet", status=1)
+    run("photos", "-o", "out.parquet", status=2)
     assert "pip install 'tome-server[parquet]'" in run.told
 
 
@@ -407,7 +407,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_parts(
 
     monkeypatch.setattr(unfinished, "write_whole", full)
     command = ["photos", "--max-batch-size", "2", "-o", "out.jsonl"]
-    run(*command, status=1)
+    run(*command, status=2)
     assert run.last_line.endswith("out.jsonl.unfinished: No space left on device")
     monkeypatch.setattr(unfinished, "write_whole", write)
     said = run(*command)
