@@ -244,7 +244,7 @@ class Compiler:
     def _translate_aside(self, args: tuple[Any, ...]) -> None:
         with self._starting:
             if self._is_closed:
-                raise RuntimeError("the server ends")
+                raise RuntimeError("the model is unloaded, or the server ends")
             process = self._process = translation.start()
         status = translation.finish(process, *args)
         self._process = None

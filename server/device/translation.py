@@ -1,4 +1,4 @@
-"""The process that translates a model for OpenVINO beside a server that answers. It may be killed at any time."""
+"""The process that translates a model for OpenVINO while the server answers. It may be killed at any time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def finish(process: subprocess.Popen[bytes], *args: Any) -> int:
     work = pickle.dumps(args)
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it has been killed, as its status says
-        process.stdin.write(len(work).to_bytes(_LENGTH_BYTES, "big") + work)
+        process.stdin.write(len(work).to_bytes(_LENGTH_BYTES, "big"))
+        process.stdin.write(work)  # apart: together they would be one more copy of the weights
         process.stdin.flush()
     status = process.wait()  # its input stays open: the end of it is the end of this process
     with contextlib.suppress(BrokenPipeError):
@@ -44,8 +45,9 @@ def finish(process: subprocess.Popen[bytes], *args: Any) -> int:
 
 
 def main() -> None:
-    """Translates what the input says. Ends at once if the input does: then the process that asked has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
+    """Translates the model that the input holds. Ends at once if the input ends, because the server has ended then."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal to the process group is for the supervisor
+        signal.signal(number, signal.SIG_IGN)
     # Packages that torch imports make semaphores. Python would warn of them if this process was killed.
     resource_tracker.register = lambda name, rtype: None
     resource_tracker.unregister = lambda name, rtype: None
@@ -61,5 +63,5 @@ def main() -> None:
 
 
 def _end_with_input() -> None:
-    sys.stdin.buffer.read(1)
+    os.read(sys.stdin.fileno(), 1)  # `sys.stdin.buffer.read` holds a lock, without which Python aborts at its end
     os._exit(1)
