@@ -19,7 +19,7 @@ from server.calibration.background import Ladder
 from server.calibration.facts import facts_of
 from server.calibration.places import find
 from server.calibration.timing import LARGER_BATCH, Line, Run, arithmetic, schedules, timed, timed_steps
-from server.curve import Curve, speed_staleness
+from server.curve import Curve, Facts, speed_staleness
 from server.device.backend import BackendOptions
 from server.device.by_model import ByModel
 from server.device.device import Device
@@ -140,7 +140,8 @@ class ModelLoader:
 
         warm_up(info.schedule(0))
         run, largest = _run(runner, loaded), settings.max_batch_size
-        curve, lines = self._curve(found, loaded, runner, step)
+        facts = facts_of(loaded, runner)
+        curve, lines = self._curve(found, loaded, runner, step, facts)
         later = runner.compiles(info.name)
         steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest, later))
         if not isinstance(r, AutoR):
@@ -153,7 +154,13 @@ class ModelLoader:
         while beside and step(runner.warm_further):  # what at the start is done in one piece
             pass
         ready = replace(info, backend=runner.backend(info.name), decodes_jpeg=self.device.prepares)
-        ladder = self._ladder(found, loaded, runner, curve, [each.schedule for each in steps], lines)
+
+        def keep(lines: Mapping[Schedule, Line]) -> None:
+            if curve is not None and facts is not None:
+                speeds.keep(found.name, curve, lines, facts, settings.state_dir)
+
+        planned = [row.r for row in curve.rows] if curve else [each.schedule for each in steps]
+        ladder = self._ladder(loaded, runner, planned, lines, keep)
         self.device.add(ready, Device(runner, explainer, preparer, ladder.begin))
         return Loaded(ready, found.r, steps, curve)
 
@@ -190,23 +197,16 @@ class ModelLoader:
 
     def _ladder(
         self,
-        found: Found,
         loaded: LoadedModel,
         runner: Runner,
-        curve: Curve | None,
-        steps: Sequence[Schedule],
+        planned: Sequence[Schedule],
         lines: Mapping[Schedule, Line],
+        keep: Callable[[Mapping[Schedule, Line]], None],
     ) -> Ladder:
-        """The schedules to compile and time in the background: those of the curve, otherwise those of `auto`."""
-
-        def keep(lines: Mapping[Schedule, Line]) -> None:
-            facts = facts_of(loaded, runner)
-            if curve is not None and facts is not None:
-                speeds.keep(found.name, curve, lines, facts, self._settings.state_dir)
-
+        """What compiles and times these schedules in the background."""
         return Ladder(
             loaded.info,
-            [row.r for row in curve.rows] if curve else steps,
+            planned,
             functools.partial(runner.compile_later, loaded.info.name),
             _run(runner, loaded),
             arithmetic(loaded),
@@ -216,14 +216,13 @@ class ModelLoader:
         )
 
     def _curve(
-        self, found: Found, loaded: LoadedModel, runner: Runner, step: Step
+        self, found: Found, loaded: LoadedModel, runner: Runner, step: Step, facts: Facts | None
     ) -> tuple[Curve | None, Mapping[Schedule, Line]]:
-        """The curve that `auto` goes by, and the speeds in it that this device was found to have.
+        """The curve that `auto` uses, and the speeds in it that were measured on this device.
 
-        Where no curve holds it is None, and the log says why. Speeds that were not measured here follow the arithmetic,
+        The curve is None if none holds; the log says why. Speeds that were not measured here follow the arithmetic,
         from the time of r=0.
         """
-        facts = facts_of(loaded, runner)
         if facts is None:
             return None, {}
         name = found.name
