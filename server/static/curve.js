@@ -68,7 +68,7 @@ export class Curve {
 
   #draw() {
     if (!this.#curve?.rows?.length) return;
-    const what = document.querySelector("input[name=what]:checked").value;
+    const what = at("curve-what").hidden ? "agreement" : document.querySelector("input[name=what]:checked").value;
     const rows = this.#curve.rows.filter((row) => row[what] !== null).sort((a, b) => a.images_per_s - b.images_per_s);
     const low = Math.min(...rows.map((row) => (what === "agreement" ? row.agreement_interval[0] : row.top1)));
     const high = Math.max(...rows.map((row) => (what === "agreement" ? row.agreement_interval[1] : row.top1)));
