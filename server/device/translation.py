@@ -21,24 +21,24 @@ _LENGTH_BYTES = 8
 def start() -> subprocess.Popen[bytes]:
     """Starts a process, which imports its modules and waits for work.
 
-    `multiprocessing` does not return before a new process has read its arguments, and cannot be broken off until then.
+    It is no process of `multiprocessing`, whose `start` blocks until the new process has read its arguments.
     """
     return subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM], stdin=subprocess.PIPE, env=environment())
 
 
 def finish(process: subprocess.Popen[bytes], *args: Any) -> int:
-    """Has a process translate with the arguments of `openvino_compiler.translate`, the model pickled.
+    """Sends the arguments of `openvino_compiler.translate` to a process, with the model pickled, and waits for its end.
 
     Returns:
-        Its exit status, which is negative if a signal ended it.
+        Its exit status; negative if a signal ended it.
     """
     work = pickle.dumps(args)
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has been killed, as its status says
+    with contextlib.suppress(BrokenPipeError):  # it was killed; its status tells
         process.stdin.write(len(work).to_bytes(_LENGTH_BYTES, "big"))
         process.stdin.write(work)  # apart: together they would be one more copy of the weights
         process.stdin.flush()
-    status = process.wait()  # its input stays open: the end of it is the end of this process
+    status = process.wait()  # the input stays open, because the process ends with it
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     return status
@@ -57,7 +57,7 @@ def main() -> None:
 
     try:
         merged, *args = pickle.loads(work)
-    except (EOFError, pickle.UnpicklingError):  # the input has ended early
+    except (EOFError, pickle.UnpicklingError):  # the input has ended too early
         os._exit(1)
     translate(pickle.loads(merged), *args)
 
