@@ -45,16 +45,15 @@ Step = Callable[[Callable[[], Any]], Any]
 class ModelLoader:
     """Loads the models that the settings name, one at a time, and those of the repository.
 
-    A model that is loaded beside others delays them by little. What it reads and compiles for a CPU takes a thread of
-    its own, and shares the cores with the batches. A GPU is left to the thread that computes: it does one piece after
-    the other between its batches, of which the longest are the copy of the weights, the first batch, for which kernels
-    may be compiled, and the recording of a graph.
+    A model that is loaded while others serve delays them little. For a CPU, a separate thread reads and compiles it,
+    and shares the cores with the batches. On a GPU, the computing thread does the work in pieces between its batches.
+    The longest pieces copy the weights, compute the first batch (which may compile kernels), and record a graph.
 
     Args:
-        settings: Those of the server.
+        settings: The server's settings.
 
     Attributes:
-        device: What computes the models.
+        device: Computes the models.
 
     Raises:
         SettingsError: There is no such device or decoder.
@@ -73,12 +72,12 @@ class ModelLoader:
         try:
             names = self._settings.known_models()
             return {name: self._versions(name) for name in names}
-        except ServerError as error:  # the repository went away meanwhile; what serves goes on
+        except ServerError as error:  # the repository is gone; loaded models go on serving
             logger.warning("%s; only the models of --model may be loaded", error)
             return {spec.name: self._versions(spec.name) for spec in self._settings.model}
 
     def read(self, found: Found) -> LoadedModel:
-        """A model with its weights, before a device has it.
+        """A model with its weights, before it is on a device.
 
         Raises:
             SettingsError: See `load_model`.
@@ -108,19 +107,19 @@ class ModelLoader:
         step: Step = lambda work: work(),
         beside: bool = False,
     ) -> Loaded:
-        """Brings a model to the device, and warms it for the `r` that requests will ask of it.
+        """Brings a model to the device, and warms it for its deployment `r`.
 
         Args:
-            found: What it was loaded from.
+            found: Its source.
             loaded: The model.
             r: Its deployment `r`.
             step: Does a piece of work on the device.
-            beside: Other models compute meanwhile.
+            beside: Whether other models compute meanwhile.
 
         Raises:
             SettingsError: Its backend or its precision is not available.
             InvalidError: `r` is out of its range.
-            EngineError: It gives no numbers in this precision.
+            EngineError: Its outputs are not finite in this precision.
         """
         settings, info = self._settings, loaded.info
         info.check(r)
@@ -146,7 +145,7 @@ class ModelLoader:
         steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest, later))
         if not isinstance(r, AutoR):
             wanted = [info.schedule(r)]
-        else:  # on a CPU they are compiled in the background, and `auto` takes those that are
+        else:  # on a CPU they are compiled in the background, and `auto` uses only compiled ones
             wanted = [each.schedule for each in steps] if self._place.type == "cuda" else []
         for schedule in wanted:
             if max(schedule) > 0:
@@ -203,7 +202,7 @@ class ModelLoader:
         lines: Mapping[Schedule, Line],
         keep: Callable[[Mapping[Schedule, Line]], None],
     ) -> Ladder:
-        """What compiles and times these schedules in the background."""
+        """The background work that compiles and times these schedules."""
         return Ladder(
             loaded.info,
             planned,
@@ -232,7 +231,7 @@ class ModelLoader:
         if curve is None:
             if refusals:
                 logger.warning(
-                    "%s: r=auto takes evenly spaced r, and nobody knows how far their answers agree with r=0; "
+                    "%s: r=auto takes evenly spaced r, and their agreement with r=0 is unknown; "
                     "tome-server calibrate measures it",
                     name,
                 )
@@ -264,7 +263,7 @@ def _run(runner: Runner, loaded: LoadedModel) -> Run:
 
 
 def _revision(spec: ModelSpec) -> str:
-    """Another one whenever the files of a model, or what the settings say of it, are others; of one hub always one."""
+    """A hash of the model's files and settings. A model of a hub has only its settings."""
     digest = hashlib.sha256(repr((spec.source, spec.weights, spec.tuned)).encode())
     kind, _, rest = spec.source.partition(":")
     folder = BUNDLED if kind == "bundled" else Path(rest) if kind == "local-dir" else None
