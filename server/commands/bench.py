@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from server.commands.output import check_place
 from server.dial import parse_r
 from server.errors import InvalidError, SettingsError
 from server.settings import Settings
@@ -213,8 +214,10 @@ def _check(args: argparse.Namespace) -> None:
         raise SettingsError("--find-rate and --p99-ms go together")
     if args.plot and args.find_rate:
         raise SettingsError("--plot draws a table; --find-rate has none")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
+    if args.plot:
+        check_place("--plot", args.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
 
 
 def _ladder(words: Sequence[str] | None) -> list[R]:
