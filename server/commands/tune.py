@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.commands.output import check_place, spare_others, tell
+from server.commands.progress import clock
 from server.commands.stopping import Stop
 from server.errors import SettingsError
 from server.images.photos import choose_photos
@@ -157,14 +158,10 @@ def _line(band: tuple[int, int]) -> Callable[[Progress, float], None]:
         filled = int(share * WIDTH)
         left_s = progress.seconds * (1 - share) / share
         judged = f"loss {progress.loss:.3f}, agreement {progress.agreement:.1%} at r={sum(band) // 2}, " if told else ""
-        text = f"[{'#' * filled:<{WIDTH}}] {share:4.0%}  {judged}{_clock(left_s)} left"
+        text = f"[{'#' * filled:<{WIDTH}}] {share:4.0%}  {judged}{clock(left_s)} left"
         print(f"\r{text:<96}" if is_watched else text, end="" if is_watched else "\n", file=sys.stderr, flush=True)
 
     return show
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def _print_table(gain: Gain) -> None:
