@@ -1,4 +1,4 @@
-"""Makes models ready to serve: at the start of an engine, and beside the models that it serves."""
+"""Makes models ready to serve, at the start of an engine and while it serves others."""
 
 from __future__ import annotations
 

@@ -269,7 +269,7 @@ class MergedViT(AsTimm):
         """The same model with most products of its blocks in float8 (e4m3), from its weights as they are now.
 
         The GPU must have compute capability 9.0 (Hopper) or newer. The model must be on it, in bfloat16 or float16.
-        `tome_core.fp8` says which products, and what it costs.
+        `tome_core.fp8` lists these products and the loss of accuracy.
 
         Raises:
             UnsupportedModelError: The model or its device cannot; the message says why.

@@ -155,7 +155,7 @@ def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
 
 
 def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: Ask) -> dict[str, Any]:
-    """What decides what stands in the rows, under the names of flags where there are such."""
+    """All that the content of the rows depends on, under the names of flags if there are such."""
     from server.offline.model import schedule_of
 
     said: dict[str, Any] = {

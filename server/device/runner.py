@@ -58,7 +58,7 @@ class Launched:
         if self._done is not None:
             self._done.synchronize()
         if not self._columns.isfinite().all():
-            raise EngineError(f"{self._name} gives numbers that are none; try another --precision")
+            raise EngineError(f"{self._name} gives outputs that are not finite; try another --precision")
         return Found(self._columns, self._num_classes, self._wanted)
 
 

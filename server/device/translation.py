@@ -45,7 +45,7 @@ def finish(process: subprocess.Popen[bytes], *args: Any) -> int:
 
 
 def main() -> None:
-    """Translates the model that the input holds. Ends at once if the input ends, because the server has ended then."""
+    """Translates the model in the input. Ends at once if the input ends, because then the server has ended."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal to the process group is for the supervisor
         signal.signal(number, signal.SIG_IGN)
     # Packages that torch imports make semaphores. Python would warn of them if this process was killed.

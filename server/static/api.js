@@ -69,7 +69,7 @@ export async function setR(name, r, etag) {
   return { ...(await response.json()), name, etag: response.headers.get("etag") };
 }
 
-/** The measured curve of a model, or null where none has been measured. */
+/** The measured curve of a model, or null if none was measured. */
 export async function curve(name) {
   try {
     return await (await send(`v1/models/${encodeURIComponent(name)}/curve`)).json();
