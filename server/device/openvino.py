@@ -96,7 +96,11 @@ class OpenVINOBackend:
         self._later = Later[Schedule, AnyBatch](
             lambda schedule: ours._compile_aside(schedule), lambda schedule: ours._called(schedule), "openvino"
         )
-        self.warm_up(self._unmerged)  # refuses a model that OpenVINO computes wrongly
+        try:
+            self.warm_up(self._unmerged)  # refuses a model that OpenVINO computes wrongly
+        except BaseException:
+            self.close()  # a translation may have begun, which nobody needs now
+            raise
         logger.info(
             "%s: OpenVINO keeps up to %d schedules besides those of the start, in %d MB; torch computes others",
             *(self._name, self.most_schedules, self.most_schedules * schedule_bytes / 1e6),

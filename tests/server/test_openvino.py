@@ -225,6 +225,20 @@ def test_what_is_warmed_is_compiled_for_one_image_at_the_start_and_for_batches_i
     assert sizes == [((0, 0), (), False), ((3, 0), (4,), True), ((0, 0), None, True), ((4, 0), (4,), True)]
 
 
+def test_a_model_that_is_refused_leaves_no_translation_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[FakeCompiler] = []
+
+    def refuse(self: FakeCompiler, *args: Any, **named: Any) -> Any:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(FakeCompiler, "any_batch", refuse)
+    monkeypatch.setattr(FakeCompiler, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
+    with pytest.raises(RuntimeError, match="no such operator"):
+        openvino.OpenVINOBackend(loaded(), "fp32", BackendOptions("openvino", 1))
+    assert len(closed) == 1
+
+
 @torch.inference_mode()
 def test_once_closed_nothing_more_is_compiled(backend: Any) -> None:
     backend.close()
