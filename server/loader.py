@@ -1,4 +1,4 @@
-"""Makes models ready to serve: at the start of an engine, and beside the models that it serves."""
+"""Makes models ready to serve, at the start of an engine and while it serves others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.calibration.background import Ladder
 from server.calibration.facts import facts_of
 from server.calibration.places import find
 from server.calibration.timing import LARGER_BATCH, Line, Run, arithmetic, schedules, timed, timed_steps
-from server.curve import Curve, speed_staleness
+from server.curve import Curve, Facts, speed_staleness
 from server.device.backend import BackendOptions
 from server.device.by_model import ByModel
 from server.device.device import Device
@@ -45,16 +45,15 @@ Step = Callable[[Callable[[], Any]], Any]
 class ModelLoader:
     """Loads the models that the settings name, one at a time, and those of the repository.
 
-    A model that is loaded beside others delays them by little. What it reads and compiles for a CPU takes a thread of
-    its own, and shares the cores with the batches. A GPU is left to the thread that computes: it does one piece after
-    the other between its batches, of which the longest are the copy of the weights, the first batch, for which kernels
-    may be compiled, and the recording of a graph.
+    A model that is loaded while others serve delays them little. For a CPU, a separate thread reads and compiles it,
+    and shares the cores with the batches. On a GPU, the computing thread does the work in pieces between its batches.
+    The longest pieces copy the weights, compute the first batch (which may compile kernels), and record a graph.
 
     Args:
-        settings: Those of the server.
+        settings: The server's settings.
 
     Attributes:
-        device: What computes the models.
+        device: Computes the models.
 
     Raises:
         SettingsError: There is no such device or decoder.
@@ -73,12 +72,12 @@ class ModelLoader:
         try:
             names = self._settings.known_models()
             return {name: self._versions(name) for name in names}
-        except ServerError as error:  # the repository went away meanwhile; what serves goes on
+        except ServerError as error:  # the repository is gone; loaded models go on serving
             logger.warning("%s; only the models of --model may be loaded", error)
             return {spec.name: self._versions(spec.name) for spec in self._settings.model}
 
     def read(self, found: Found) -> LoadedModel:
-        """A model with its weights, before a device has it.
+        """A model with its weights, before it is on a device.
 
         Raises:
             SettingsError: See `load_model`.
@@ -108,19 +107,19 @@ class ModelLoader:
         step: Step = lambda work: work(),
         beside: bool = False,
     ) -> Loaded:
-        """Brings a model to the device, and warms it for the `r` that requests will ask of it.
+        """Brings a model to the device, and warms it for its deployment `r`.
 
         Args:
-            found: What it was loaded from.
+            found: Its source.
             loaded: The model.
             r: Its deployment `r`.
             step: Does a piece of work on the device.
-            beside: Other models compute meanwhile.
+            beside: Whether other models compute meanwhile.
 
         Raises:
             SettingsError: Its backend or its precision is not available.
             InvalidError: `r` is out of its range.
-            EngineError: It gives no numbers in this precision.
+            EngineError: Its outputs are not finite in this precision.
         """
         settings, info = self._settings, loaded.info
         info.check(r)
@@ -140,12 +139,13 @@ class ModelLoader:
 
         warm_up(info.schedule(0))
         run, largest = _run(runner, loaded), settings.max_batch_size
-        curve, lines = self._curve(found, loaded, runner, step)
+        facts = facts_of(loaded, runner)
+        curve, lines = self._curve(found, loaded, runner, step, facts)
         later = runner.compiles(info.name)
         steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest, later))
         if not isinstance(r, AutoR):
             wanted = [info.schedule(r)]
-        else:  # on a CPU they are compiled in the background, and `auto` takes those that are
+        else:  # on a CPU they are compiled in the background, and `auto` uses only compiled ones
             wanted = [each.schedule for each in steps] if self._place.type == "cuda" else []
         for schedule in wanted:
             if max(schedule) > 0:
@@ -153,7 +153,13 @@ class ModelLoader:
         while beside and step(runner.warm_further):  # what at the start is done in one piece
             pass
         ready = replace(info, backend=runner.backend(info.name), decodes_jpeg=self.device.prepares)
-        ladder = self._ladder(found, loaded, runner, curve, [each.schedule for each in steps], lines)
+
+        def keep(lines: Mapping[Schedule, Line]) -> None:
+            if curve is not None and facts is not None:
+                speeds.keep(found.name, curve, lines, facts, settings.state_dir)
+
+        planned = [row.r for row in curve.rows] if curve else [each.schedule for each in steps]
+        ladder = self._ladder(loaded, runner, planned, lines, keep)
         self.device.add(ready, Device(runner, explainer, preparer, ladder.begin))
         return Loaded(ready, found.r, steps, curve)
 
@@ -190,23 +196,16 @@ class ModelLoader:
 
     def _ladder(
         self,
-        found: Found,
         loaded: LoadedModel,
         runner: Runner,
-        curve: Curve | None,
-        steps: Sequence[Schedule],
+        planned: Sequence[Schedule],
         lines: Mapping[Schedule, Line],
+        keep: Callable[[Mapping[Schedule, Line]], None],
     ) -> Ladder:
-        """The schedules to compile and time in the background: those of the curve, otherwise those of `auto`."""
-
-        def keep(lines: Mapping[Schedule, Line]) -> None:
-            facts = facts_of(loaded, runner)
-            if curve is not None and facts is not None:
-                speeds.keep(found.name, curve, lines, facts, self._settings.state_dir)
-
+        """The background work that compiles and times these schedules."""
         return Ladder(
             loaded.info,
-            [row.r for row in curve.rows] if curve else steps,
+            planned,
             functools.partial(runner.compile_later, loaded.info.name),
             _run(runner, loaded),
             arithmetic(loaded),
@@ -216,14 +215,13 @@ class ModelLoader:
         )
 
     def _curve(
-        self, found: Found, loaded: LoadedModel, runner: Runner, step: Step
+        self, found: Found, loaded: LoadedModel, runner: Runner, step: Step, facts: Facts | None
     ) -> tuple[Curve | None, Mapping[Schedule, Line]]:
-        """The curve that `auto` goes by, and the speeds in it that this device was found to have.
+        """The curve that `auto` uses, and the speeds in it that were measured on this device.
 
-        Where no curve holds it is None, and the log says why. Speeds that were not measured here follow the arithmetic,
+        The curve is None if none holds; the log says why. Speeds that were not measured here follow the arithmetic,
         from the time of r=0.
         """
-        facts = facts_of(loaded, runner)
         if facts is None:
             return None, {}
         name = found.name
@@ -233,7 +231,7 @@ class ModelLoader:
         if curve is None:
             if refusals:
                 logger.warning(
-                    "%s: r=auto takes evenly spaced r, and nobody knows how far their answers agree with r=0; "
+                    "%s: r=auto takes evenly spaced r, and their agreement with r=0 is unknown; "
                     "tome-server calibrate measures it",
                     name,
                 )
@@ -265,7 +263,7 @@ def _run(runner: Runner, loaded: LoadedModel) -> Run:
 
 
 def _revision(spec: ModelSpec) -> str:
-    """Another one whenever the files of a model, or what the settings say of it, are others; of one hub always one."""
+    """A hash of the model's files and settings. A model of a hub has only its settings."""
     digest = hashlib.sha256(repr((spec.source, spec.weights, spec.tuned)).encode())
     kind, _, rest = spec.source.partition(":")
     folder = BUNDLED if kind == "bundled" else Path(rest) if kind == "local-dir" else None

@@ -1,6 +1,6 @@
-"""What timm's own code asks of a model: attributes, parameter groups for optimizers, intermediate features.
+"""The interface of timm's models: attributes, parameter groups for optimizers, intermediate features.
 
-timm's optimizers, feature extractors and data configuration take a merging model as they take the timm model inside it.
+timm's optimizers, feature extractors and data configuration accept a merging model like the timm model inside it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tome_core.schedule import RLike
 from tome_core.tokens import Tokens
 
 PREFIX = "model."
-"""What stands before timm's parameter names in a merging model."""
+"""Prefix of timm's parameter names in a merging model."""
 
 
 class AsTimm(nn.Module):
-    """A module around a timm model, `self.model`, that answers as the timm model does.
+    """A module around a timm model, `self.model`, with the interface of the timm model.
 
     An attribute that only the timm model has is read from it and set on it: `num_classes`, `pretrained_cfg`,
     `get_classifier()`, `reset_classifier(10)`, `set_grad_checkpointing()`, `set_input_size((384, 384))`, `head = ...`.
@@ -50,7 +50,7 @@ class AsTimm(nn.Module):
 
     @property
     def r(self) -> RLike:
-        """The `r` of a call that gives none."""
+        """The `r` of a call without one."""
         raise NotImplementedError
 
     def at(self, r: RLike) -> Self:
@@ -58,7 +58,7 @@ class AsTimm(nn.Module):
         raise NotImplementedError
 
     def tokens_after(self, blocks: Sequence[int], images: Images, r: RLike | None = None) -> list[Tokens]:
-        """The tokens as they leave chosen blocks, in the order of the model."""
+        """The tokens after chosen blocks, in the order of the model."""
         raise NotImplementedError
 
     @property
@@ -93,7 +93,7 @@ class AsTimm(nn.Module):
         return self.family.blocks(self.model)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of this module's parameters that weight decay must leave alone."""
+        """Names of this module's parameters without weight decay."""
         model: Any = self.model
         return {PREFIX + name for name in model.no_weight_decay()}
 
@@ -120,11 +120,11 @@ class AsTimm(nn.Module):
 
         Args:
             images: (B, 3, H, W).
-            n: As `indices` there.
+            n: As `indices` in `forward_intermediates`.
             reshape: Whether to give maps, (B, C, rows, columns), not rows, (B, rows * columns, C).
-            return_prefix_tokens: As there.
-            norm: As there.
-            r: As there.
+            return_prefix_tokens: As in `forward_intermediates`.
+            norm: As in `forward_intermediates`.
+            r: As in `forward_intermediates`.
         """
         return self.forward_intermediates(
             images,
@@ -177,7 +177,7 @@ class AsTimm(nn.Module):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         padded = isinstance(images, Mapping)
         if padded and output_fmt == "NCHW":
-            raise ValueError("output_fmt is 'NCHW', but images of a dictionary have grids of their own; ask for 'NLC'")
+            raise ValueError("output_fmt is 'NCHW', but each image of a dictionary has its own grid; use 'NLC'")
         chosen = chosen_blocks(indices, self.num_blocks)
         last = [] if intermediates_only or stop_early else [self.num_blocks - 1]
         after = dict(zip(ran := sorted({*chosen, *last}), self.tokens_after(ran, images, r), strict=True))
@@ -219,7 +219,7 @@ def chosen_blocks(indices: int | Sequence[int] | None, num_blocks: int) -> list[
         return list(range(num_blocks))
     if isinstance(indices, int):
         if not 1 <= indices <= num_blocks:
-            raise ValueError(f"indices is {indices}: the last {indices} of {num_blocks} blocks")
+            raise ValueError(f"indices is {indices}; a number of last blocks must lie between 1 and {num_blocks}")
         return list(range(num_blocks - indices, num_blocks))
     for i in indices:
         if not -num_blocks <= i < num_blocks:

@@ -1,8 +1,8 @@
-"""Images to the tokens that enter the first block, and their norm: patches cut and multiplied, with no image between.
+"""Makes the tokens that enter the first block, and their norm, from images or pixels without a normalised image.
 
-A patch embedding is a product and something that is the same for every image: a bias, positions, prefix tokens. The
-model itself makes that of an image of one colour, whatever it does with them; the product is added to it, and the norm
-taken, in one pass. Pixels go in as bytes: their normalisation is a factor on the weights, and the colour grey.
+A patch embedding is a product plus a constant for every image: a bias, positions, prefix tokens. The model itself
+computes this constant, as its embedding of an image of one colour. One pass adds the product and takes the norm. Pixels
+stay bytes: their normalisation becomes a factor of the weights, and a grey image gives the constant.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tome_core.kept import kept
 from tome_core.kernels import add_norm, cut, norm
 
 GREY = 128
-"""The byte that `cut` takes for nothing."""
+"""The byte that `cut` subtracts, so that it becomes 0."""
 
 
 class Normalisation(NamedTuple):
-    """How pixels become what a model was trained on: (byte / 255 - mean) / std, for each channel."""
+    """The normalisation of pixels for a model: (byte / 255 - mean) / std, for each channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -34,11 +34,11 @@ class Normalisation(NamedTuple):
         mean, std = (_vector(values, pixels.device)[:, None, None] for values in self)
         B, H, W, channels = pixels.shape
         images = torch.empty(B, channels, H, W, device=pixels.device)
-        images.copy_(pixels.permute(0, 3, 1, 2))  # widens and reorders in one pass
+        images.copy_(pixels.permute(0, 3, 1, 2))  # converts and reorders in one pass
         return torch.addcmul(-mean / std, images, 1 / (255 * std), out=images).to(dtype)
 
     def check(self, pixels: Tensor) -> None:
-        """Raises a ValueError that says why these are no pixels of as many channels."""
+        """Raises ValueError if these are not pixels with one channel for each mean."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != len(self.mean):
             raise ValueError(
                 f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}; they must be torch.uint8 of shape "
@@ -46,12 +46,12 @@ class Normalisation(NamedTuple):
             )
 
     def grey(self, device: torch.device) -> Tensor:
-        """What the byte `GREY` becomes, (channels,) float32."""
+        """The normalised value of the byte `GREY`, (channels,) float32."""
         mean, std = (_vector(values, device) for values in self)
         return (GREY / 255 - mean) / std
 
     def factor(self, device: torch.device) -> Tensor:
-        """What a step of a byte becomes, (channels,) float32."""
+        """The normalised step of one byte, (channels,) float32."""
         return 1 / (255 * _vector(self.std, device))
 
 
@@ -64,8 +64,8 @@ def embed(
         family: The model's adapter.
         model: A model whose blocks run fused.
         images: (B, channels, H, W) in the model's dtype; with `normalisation` pixels (B, H, W, channels) in uint8.
-        normalisation: How pixels become images.
-        dtype: The model's.
+        normalisation: Turns pixels into images; None for images.
+        dtype: The model's dtype.
 
     Returns:
         The tokens, (B, N, C), contiguous and new; the first block's norm of them; positions as `Family.embed` has them.
@@ -76,11 +76,11 @@ def embed(
     image_size = (images.shape[1], images.shape[2]) if pixels else (images.shape[2], images.shape[3])
     weight, norm_pre = family.projection(model, image_size), family.norm_pre(model)
     channels = images.shape[3 if pixels else 1]
-    if weight is None or weight.shape[1] != channels:  # timm says what is wrong with the channels
+    if weight is None or weight.shape[1] != channels:  # timm's error names the channels
         x, positions, _ = family.embed(model, images if normalisation is None else normalisation(images, dtype))
         x = norm_pre(x).contiguous()
         return x, norm(x, None, parts_of(family.blocks(model)[0]).norm1), positions
-    # The largest piece of work is launched first: a GPU is busy with it while the host gets ahead.
+    # The largest piece of work is launched first, so that the host prepares the rest while the GPU is busy.
     colour = None
     if normalisation is not None:
         colour, factor = normalisation.grey(images.device), normalisation.factor(images.device)

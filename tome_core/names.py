@@ -1,4 +1,4 @@
-"""timm's names of the models in which tokens can merge. They are read from timm's source: it is not imported."""
+"""timm's names of the models in which tokens can merge. They are read from timm's source, without an import."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ COVERS = {
     "Qwen3VitClassifier": "classifiers over the vision tower of Qwen3-VL",
     "DeepseekVitClassifier": "classifiers over the vision tower of DeepSeek",
 }
-"""timm's classes that `wrap` takes, and what they are known as."""
+"""timm's classes that `wrap` takes, and the common names of their models."""
 
 REFUSED = ("_merge", "_align")
-"""Ends of names whose models keep the projector of a language model, which needs the whole grid of patches."""
+"""Suffixes of models that keep the projector of a language model, which needs the whole grid of patches."""
 
 _ENTRY = re.compile(r"^@register_model\s+def (\w+)\([^)]*\)\s*->\s*['\"]?(\w+)", re.MULTILINE)
 
@@ -30,7 +30,7 @@ def list_models(pattern: str = "*") -> list[str]:
     """timm's names of the models that `wrap` takes, in order.
 
     Args:
-        pattern: What names must match, such as "vit_*_224"; without a wildcard, what they must contain.
+        pattern: A pattern for names, such as "vit_*_224"; without a wildcard, a part of them.
     """
     pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     return fnmatch.filter(classes(), pattern)
@@ -47,7 +47,7 @@ def classes() -> dict[str, str]:
 
 
 def page() -> str:
-    """docs/supported.md."""
+    """The text of docs/supported.md."""
     lines = [
         "# Supported models",
         f'Tokens merge in {len(classes())} of timm\'s models. `tome_core.list_models("dinov3")` and',
@@ -61,7 +61,7 @@ def page() -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts as timm does: patch8 before patch16."""
+    """A sort key for timm's order: patch8 before patch16."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 

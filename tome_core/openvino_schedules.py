@@ -1,8 +1,8 @@
-"""One translated model for every schedule that merges: its compiled operators are given another `r`.
+"""One translated model for every schedule that merges: another schedule sets another `r` in its compiled operators.
 
-A translation takes seconds, since torch traces the whole model. The graphs of two schedules differ in the `r` of their
-merging operators and in the numbers of tokens that reshapes name. So a model is translated once, at r=1 in every block;
-its reshapes keep the dimension of the tokens instead of naming it; and any other `r` is then set in milliseconds.
+A translation takes seconds, because torch traces the whole model. The graphs of two schedules differ in the `r` of
+their merging operators, and in the numbers of tokens in reshapes. So a model is translated once, at r=1 in every block.
+Its reshapes then keep the dimension of tokens instead of naming it. Any other `r` is set in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def name_no_tokens(model: openvino.Model) -> None:
-    """Has every reshape that names a dimension of its input, at its own place, keep that dimension whatever it is."""
+    """Makes reshapes keep a dimension of any size, where they name the dimension of their input at the same place."""
     from tome_core.quiet import openvino
 
     ops = openvino.opset15
@@ -49,17 +49,17 @@ def operators(model: openvino.Model) -> list[Any]:
 
 
 def set_schedule(model: openvino.Model, schedule: Sequence[int]) -> None:
-    """Has a model that was translated at r=1 merge by another schedule; a block of r=0 loses its operator.
+    """Sets another schedule in a model that was translated at r=1. A block of r=0 loses its operator.
 
     Args:
-        model: As `to_openvino` gave it with an operator, after `name_no_tokens`.
-        schedule: `r` of each block. More than a block can merge is what it can merge.
+        model: The result of `to_openvino` with an operator, after `name_no_tokens`.
+        schedule: `r` of each block; clipped to the most that the block can merge.
 
     Raises:
         RuntimeError: The graph of this model depends on the schedule in another way.
     """
     merging = operators(model)
-    # Where the model reads its class token alone, what merges in the last block is computed for nobody.
+    # If the head reads only the class token, the last block needs no merging operator.
     if len(merging) not in (len(schedule), len(schedule) - 1):
         raise RuntimeError(f"the graph has {len(merging)} merging operators, and the model {len(schedule)} blocks")
     wanted = int(merging[0].input_value(0).get_partial_shape()[1].get_length())
@@ -80,11 +80,11 @@ def set_schedule(model: openvino.Model, schedule: Sequence[int]) -> None:
 
 
 def _names(part: Any, shape: Any, place: int) -> bool:
-    """Whether a part of a target shape is the static dimension that the input has at its place."""
+    """Whether a part of a target shape equals the static dimension of the input at the same place."""
     return place < len(shape) and shape[place].is_static and _value(part) == shape[place].get_length()
 
 
 def _value(part: Any) -> int | None:
-    """The number that a part of a target shape is; None where it is computed."""
+    """The constant value of a part of a target shape; None if it is computed."""
     node = part.get_node()
     return int(node.data.reshape(-1)[0]) if node.get_type_name() == "Constant" else None

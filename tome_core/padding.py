@@ -1,4 +1,4 @@
-"""Matching in a batch of images with padding after their patches: each image merges as it would alone."""
+"""Matching in a batch of images with padding after their patches. Each image merges as it would alone."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tome_core.precision import full_precision, widened
 
 
 def match_padded(metric: Tensor, size: Tensor, r: int, num_prefix_tokens: int) -> MergePlan:
-    """Chooses what each image merges, as `match` does for the image without its padding.
+    """Chooses the tokens that merge in each image, as `match` does for the image without its padding.
 
-    An image with fewer than 2r patches merges half of them. Padding then makes up for the rest: r tokens leave in
-    every image, so that the batch stays a rectangle, and what is left of the padding stays behind the patches.
+    An image with fewer than 2r patches merges half of them, and padding leaves instead of the rest. So r tokens leave
+    every image, and the batch stays a rectangle. The remaining padding stays behind the patches.
 
     Args:
         metric: Features compared, (B, N, D), any float dtype.
         size: Token sizes, (B, N); below 1 for padding.
         r: Tokens that leave each image; at most half of its N - num_prefix_tokens.
-        num_prefix_tokens: Leading tokens, which never merge and are no padding.
+        num_prefix_tokens: Leading tokens, which never merge and are not padding.
 
     Returns:
-        The plan. Where padding leaves, it joins the first token, whose mean it does not change.
+        The plan. Padding that leaves joins the first token, and does not change its mean.
     """
     B, N, _ = metric.shape
     P, device = num_prefix_tokens, metric.device

@@ -1,4 +1,4 @@
-"""A timm model that itself merges, for scripts that hold one: `tome_core.patch(model, r=16)`, then `model(images)`."""
+"""Makes a timm model itself merge, for existing scripts: `tome_core.patch(model, r=16)`, then `model(images)`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN = "_merged"
 
 
 class Patched:
-    """What a patched model does otherwise than timm's. `r` is its dial: `model.r = 8`."""
+    """The methods of a patched model that differ from timm's. `model.r = 8` sets its `r`."""
 
     @property
     def r(self) -> RLike:
@@ -49,7 +49,7 @@ class Patched:
         return _twin(self).get_intermediate_layers(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        """Copies and pickles as the timm model that it was, to be patched again."""
+        """Copies and pickles the original timm model, which is then patched again."""
         own = {name: value for name, value in self.__dict__.items() if name != OWN}
         return patch, (_as(_twin(self).model.__class__, own), self.r, _twin(self)._kernels)
 
@@ -73,7 +73,7 @@ def patch(model: M, r: RLike = 0, kernels: Kernels = "auto") -> M:
         TypeError: r is neither an integer, a sequence of integers nor a Ramp.
     """
     if not isinstance(model, Patched):
-        # Two objects over one state: this one computes as timm's class does, and sees every change of the model.
+        # Two objects share one state. This one computes as timm's class does, and sees every change of the model.
         cls: Any = type(model)
         merged = wrap(_as(cls, model.__dict__), kernels)
         merged.r = r
@@ -90,7 +90,7 @@ def _patched(cls: Any) -> Any:
 
 
 def _as(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    """An object of a class over a state that is there."""
+    """An object of a class with an existing state."""
     made: nn.Module = object.__new__(cls)
     made.__dict__ = state
     return made

@@ -1,4 +1,4 @@
-"""Tokens on their way through a model."""
+"""Tokens between the blocks of a model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from tome_core.merging import unmerge
 
 PADDING = torch.finfo(torch.float32).tiny
-"""Size of a token that stands for nothing: no attention or mean notices it, and no division by it fails."""
+"""Size of a padding token: too small to affect attention or a mean, but not 0, so that divisions work."""
 
 
 class Tokens(NamedTuple):
-    """Tokens on their way through the model.
+    """Tokens between the blocks of a model.
 
     Attributes:
         x: Features, (B, N, C).
-        size: How many input tokens each stands for, (B, N) float32; None while nothing has merged.
-        source: Row that now holds each input token, (B, N0) int64; None when not tracked, or nothing has merged.
-        padded: Whether some tokens are padding: those whose size is below 1.
+        size: Number of input tokens in each, (B, N) float32; None while nothing has merged.
+        source: Row that holds each input token, (B, N0) int64; None without tracking, or while nothing has merged.
+        padded: Whether some tokens are padding, with a size below 1.
     """
 
     x: Tensor

@@ -32,7 +32,7 @@ class Implementation(NamedTuple):
 
     Attributes:
         name: "fused", by the operations of `tome_core.kernels`, or "plain", layer by layer.
-        reason: Why not the other.
+        reason: The reason against the other.
     """
 
     name: str
@@ -45,7 +45,7 @@ Kernels = Literal["auto", "plain", "fused"]
 class MergedViT(AsTimm):
     """A Vision Transformer that merges `r` tokens in every block, between attention and MLP.
 
-    It shares the weights of the timm model it wraps and leaves that model as it was. A call keeps nothing, so one
+    It shares the weights of the timm model it wraps and leaves that model as it was. A call changes no state, so one
     instance serves every `r` from several threads. It answers to timm's attributes and methods (`AsTimm`).
 
     Args:
@@ -54,7 +54,7 @@ class MergedViT(AsTimm):
 
     Attributes:
         model: The wrapped timm model, untouched. Its blocks must stay; their weights may change.
-        tuned: What `load_tuned` has read; None before.
+        tuned: The tuned numbers that `load_tuned` has read; None without.
         gives_features: Whether `forward` gives pooled features beside the logits (`with_features`).
 
     Source: Bolya et al., Token Merging, ICLR 2023.
@@ -100,12 +100,12 @@ class MergedViT(AsTimm):
 
         Args:
             images: (B, 3, H, W), normalised as the model wants them; for a NaFlexVit also its dictionary of patches.
-            r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `self.r`. What a
-                block cannot merge is clipped; `token_counts` shows the outcome.
+            r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `self.r`. More
+                than a block can merge is clipped; `token_counts` shows the outcome.
 
         Returns:
-            Logits, (B, K); where the timm model gives several (distilled, in its mode for training), what it gives. A
-            model made by `with_features` gives logits and pooled features side by side, (B, K + C).
+            Logits, (B, K); the outputs of the timm model if it gives several (distilled, in training). A model made by
+            `with_features` gives logits and pooled features side by side, (B, K + C).
 
         Raises:
             UnsupportedModelError: No right form of the model's pooling is known.
@@ -117,7 +117,7 @@ class MergedViT(AsTimm):
         return self._both(tokens) if self.gives_features else self.forward_head(tokens)
 
     def forward_features(self, images: Images, r: RLike | None = None) -> Any:
-        """Runs all but the head, as timm's method of this name.
+        """Runs the model without its head, as timm's method of this name.
 
         Args:
             images: As in `forward`.
@@ -135,7 +135,7 @@ class MergedViT(AsTimm):
     def forward_tokens(
         self, images: Images, r: RLike | None = None, *, track: bool = False, prefix_only: bool = False
     ) -> Tokens:
-        """Runs all but the head; gives tokens with their sizes and, if asked, the row of every input token.
+        """Runs the model without its head; gives tokens with sizes and, with `track`, the row of every input token.
 
         Args:
             images: As in `forward`.
@@ -157,7 +157,7 @@ class MergedViT(AsTimm):
             return chosen.forward_tokens(images, r, track=track, prefix_only=prefix_only)
         device = _device(images)
         if device.type == "cuda" and not torch.compiler.is_compiling() and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # Triton launches on the current one
+            with torch.cuda.device(device):  # Triton launches on the current device
                 return self.forward_tokens(images, r, track=track, prefix_only=prefix_only)
         if isinstance(images, Tensor) and not track and self.implementation(images).name == "fused":
             x, n, positions = embed(self.family, self.model, images, self._normalisation, self._dtype)
@@ -209,7 +209,7 @@ class MergedViT(AsTimm):
         self.tuned = tuned
         self._in_bands = (None, [])
         if tuned is not None:
-            self._made_for(tuned.bands)  # before a compiler looks on, or several threads do
+            self._made_for(tuned.bands)  # now, because neither a compiler nor several threads should trigger it later
         return self
 
     def at(self, r: RLike) -> Self:
@@ -241,22 +241,26 @@ class MergedViT(AsTimm):
         return model
 
     def _made_for(self, bands: Sequence[Band]) -> list[Self]:
-        """The models of the bands, as this one is now: on its device, in its dtype, training or not."""
+        """The models of the bands in this model's present device, dtype and mode."""
         weight = next(self.model.parameters())
         flags = self.model.training, self.family.trunk(self.model).grad_checkpointing
-        parts = [*self.model.children(), *self.model.parameters(recurse=False), weight]  # a head may be new, say
+        parts = [
+            *self.model.children(),
+            *self.model.parameters(recurse=False),
+            weight,
+        ]  # for example, the head may be new
         state = [weight.device, weight.dtype, *flags, self.num_tokens, *map(id, parts)]
         state += [layer.training for layer in self._layers]
-        known, models = self._in_bands  # another thread may put others there meanwhile
+        known, models = self._in_bands  # read once, because another thread may replace them
         if known != state:
             own = dict(self.model.named_parameters())
-            with torch.inference_mode(False):  # they may meet gradients later
+            with torch.inference_mode(False):  # they may be used with gradients later
                 models = [self.with_tensors(_like(own, band.tensors)) for band in bands]
             self._in_bands = (state, models)
         return models
 
     def plain(self) -> Self:
-        """The same model, over the same weights, that never runs fused."""
+        """The same model, over the same weights, that is always computed plain."""
         model = self._twin()
         model._kernels = "plain"
         return model
@@ -265,7 +269,7 @@ class MergedViT(AsTimm):
         """The same model with most products of its blocks in float8 (e4m3), from its weights as they are now.
 
         The GPU must have compute capability 9.0 (Hopper) or newer. The model must be on it, in bfloat16 or float16.
-        `tome_core.fp8` says which products, and what it costs.
+        `tome_core.fp8` lists these products and the loss of accuracy.
 
         Raises:
             UnsupportedModelError: The model or its device cannot; the message says why.
@@ -275,7 +279,7 @@ class MergedViT(AsTimm):
         if self._kernels == "auto":
             against = against or fp8.missing_on(device)
         if self._dtype not in (torch.bfloat16, torch.float16):
-            against = against or f"it is {self._dtype}, not bfloat16 or float16"
+            against = against or f"its dtype is {self._dtype}; it must be bfloat16 or float16"
         if against:
             raise UnsupportedModelError(f"cannot multiply a {type(self.model).__name__} in float8: {against}")
         model = self._twin()
@@ -285,7 +289,7 @@ class MergedViT(AsTimm):
     def from_pixels(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same model, over the same weights, that takes pixels, (B, H, W, 3) uint8, instead of images.
 
-        It normalises them: (byte / 255 - mean) / std. Where it runs fused, it makes no normalised image.
+        It normalises them: (byte / 255 - mean) / std. The fused form makes no normalised image.
 
         Args:
             mean: Of each channel, as the model was trained with.
@@ -353,7 +357,7 @@ class MergedViT(AsTimm):
         """Pools and classifies.
 
         Args:
-            tokens: What `forward_tokens` gave, or `forward_features`.
+            tokens: The result of `forward_tokens` or `forward_features`.
             pre_logits: Whether to stop before the classifier.
 
         Returns:
@@ -374,7 +378,7 @@ class MergedViT(AsTimm):
         return self.family.head(self.model, tokens.x, tokens.size, pre_logits)
 
     def _both(self, tokens: Tokens) -> Tensor:
-        """Logits and pooled features of what `forward_tokens` gave, side by side."""
+        """Logits and pooled features of the result of `forward_tokens`, side by side."""
         self.family.check_head(self.model)
         logits, features = self.family.head_and_features(self.model, tokens.x, tokens.size)
         return features if logits is None else torch.cat([logits, features], dim=1)
@@ -463,7 +467,7 @@ class MergedViT(AsTimm):
     def _attend(
         self, block: nn.Module, tokens: Tokens, position: Position, num_queries: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Proportional attention: features after its residual, (B, num_queries, C), and what `_merge` compares."""
+        """Proportional attention: features after its residual, (B, num_queries, C), and the keys for `_merge`."""
         return self.family.halves(block).attend(block, tokens.x, tokens.size, position, num_queries)
 
     def _merge(self, block: nn.Module, tokens: Tokens, keys: Tensor, r: int, track: bool) -> Tokens:
@@ -478,7 +482,7 @@ class MergedViT(AsTimm):
 
 
 def _like(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Tensors as parameters that stand still, where those that they replace are and in their dtypes."""
+    """Tensors as parameters without gradients, on the devices and in the dtypes of those that they replace."""
     return {name: nn.Parameter(tensor.to(own[name]), requires_grad=False) for name, tensor in tensors.items()}
 
 
@@ -487,19 +491,19 @@ def _device(images: Images) -> torch.device:
 
 
 def wrap(model: nn.Module, kernels: Kernels = "auto") -> MergedViT:
-    """Gives a timm model a dial: `merged(images, r=8)` merges 8 tokens in every block.
+    """Makes a merging model of a timm model: `merged(images, r=8)` merges 8 tokens in every block.
 
     Args:
         model: A timm Vision Transformer; it stays as it is and shares its weights.
-        kernels: "auto" runs fused kernels where a GPU has them and nothing stands against it
-            (`MergedViT.implementation` tells); "plain" never does; "fused" does on any device, by their plain PyTorch
-            form where there is no kernel.
+        kernels: "auto" runs fused kernels on a GPU that has them, if the model and the call allow it
+            (see `MergedViT.implementation`). "plain" never runs them. "fused" runs them on any device, in plain PyTorch
+            where there is no kernel.
 
     Returns:
         The merging model; at r=0 it computes what `model` computes.
 
     Raises:
-        UnsupportedModelError: Merging is not known to be right in this model, or it cannot run fused and is asked to;
-            the message says why.
+        UnsupportedModelError: Merging is not known to be right in this model, or `kernels` is "fused" and the model
+            cannot run fused. The message gives the reason.
     """
     return MergedViT(model, kernels)

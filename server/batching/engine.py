@@ -334,7 +334,8 @@ class LocalEngine:
 
         def expect() -> None:
             for key, line in lines.items():
-                self._batcher.speed.expect(key, *line)
+                if (key.model, key.revision) in self._begun:  # otherwise it was freed meanwhile
+                    self._batcher.speed.expect(key, *line)
 
         assert self._loop is not None, "nothing is timed before the engine serves"
         self._loop.call_soon_threadsafe(expect)

@@ -1,4 +1,4 @@
-"""The ladder of a model while it serves: every schedule is compiled in the background, then timed beside r=0."""
+"""Compiles the schedules of a model in the background while it serves, and times each in turns with r=0."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from server.types import ModelInfo
 
 LARGER_BATCH = 8
 TURNS, MOST_TURNS, QUIET = 3, 12, 1.2
-"""Each batch is timed in turns, until so many of them took no longer than `QUIET` times the fastest. On a machine that
-does something else a batch takes many times as long."""
+"""Batches are timed in turns, at most `MOST_TURNS`, until `TURNS` of them took at most `QUIET` times the fastest. On a
+busy machine a batch can take many times as long."""
 
 CompileLater = Callable[[Sequence[Schedule], Callable[[Schedule], None]], None]
 
@@ -22,18 +22,18 @@ CompileLater = Callable[[Sequence[Schedule], Callable[[Schedule], None]], None]
 class Ladder:
     """Compiles and times the schedules of a model's curve, one after the other.
 
-    A schedule takes turns with r=0, so that what else the machine does falls on both. Lines that were not timed yet are
-    read off their neighbours.
+    A schedule takes turns with r=0, so that other load of the machine affects both. Lines that were not timed yet are
+    interpolated.
 
     Args:
         info: The model.
         schedules: r=0 first.
-        compile_later: Has schedules compiled; calls back after each.
+        compile_later: Compiles schedules; calls back after each.
         run: Computes a batch of the given size under a schedule.
-        cost: The arithmetic of a schedule.
+        cost: Gives the arithmetic of a schedule.
         max_batch_size: Most images in a batch.
-        lines: Lines that were measured before, on this device.
-        keep: Receives the lines of all schedules after each was timed.
+        lines: Lines that were measured on this device before.
+        keep: Receives the lines once all schedules were timed.
         clock: Monotonic seconds.
     """
 
@@ -57,7 +57,7 @@ class Ladder:
         self._left = set(schedules) - set(lines)
 
     def begin(self, on_device: OnDevice, timed: Timed) -> None:
-        """Begins; returns at once.
+        """Starts the work; returns at once.
 
         Args:
             on_device: Does a piece of work on the thread that computes, between two batches.
@@ -70,10 +70,10 @@ class Ladder:
         if schedule not in self._left:
             return
         unmerged = self._schedules[0]
-        if unmerged not in self._lines:  # as far as it is compiled now; it is timed again once all of it is
+        if unmerged not in self._lines:  # for a single image only; it is timed again once it is compiled for batches
             self._lines[unmerged] = self._measured(unmerged, on_device)[0]
         line, unmerged_s = self._measured(schedule, on_device)
-        if schedule != unmerged:  # at the speed that the machine had when r=0 was timed
+        if schedule != unmerged:  # scaled to the machine's speed when r=0 was timed
             pace = sum(self._lines[unmerged]) / unmerged_s
             line = pace * line[0], pace * line[1]
         self._lines[schedule] = line
@@ -85,7 +85,7 @@ class Ladder:
             self._keep(known)
 
     def _measured(self, schedule: Schedule, on_device: OnDevice) -> tuple[Line, float]:
-        """The line of a schedule, and the seconds of one image at r=0 that took turns with it: the least disturbed."""
+        """The line of a schedule, and the seconds of one image at r=0 in the same turns: of the fastest batches."""
         batches = [(self._schedules[0], 1), *((schedule, size) for size in self._sizes)]
         turns: list[list[float]] = []
         while len(turns) < MOST_TURNS and not (turns and all(map(_is_quiet, zip(*turns, strict=True)))):
@@ -100,12 +100,12 @@ class Ladder:
 
 
 def _is_quiet(seconds: Sequence[float]) -> bool:
-    """Whether enough turns agree, by what the same batch took in each."""
+    """Whether the times of one batch agree in enough turns."""
     return sum(each <= QUIET * min(seconds) for each in seconds) >= TURNS
 
 
 def bisected(schedules: Sequence[Schedule]) -> list[Schedule]:
-    """The schedules but the first: the middle one, the last one, then the middle of each gap, the widest first."""
+    """The schedules except the first: the middle one, the last one, then the middle of each gap, the widest first."""
     found = [len(schedules) // 2, len(schedules) - 1]
     gaps = [(0, found[0]), (found[0], found[1])]
     while gaps:

@@ -1,4 +1,4 @@
-"""The speeds of a curve that this device was found to have, kept in the state folder for the next start."""
+"""The speeds of a curve as measured on this device, kept in the state folder for the next start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def kept(name: str, curve: Curve, facts: Facts, state_dir: Path | None) -> Curve | None:
-    """The curve at the speeds that were kept; None where there are none of these schedules with these facts."""
+    """The curve with the kept speeds; None if there are none for its schedules and these facts."""
     file = _place(name, facts, state_dir)
     if file is None:
         return None
@@ -31,7 +31,7 @@ def kept(name: str, curve: Curve, facts: Facts, state_dir: Path | None) -> Curve
 
 
 def keep(name: str, curve: Curve, lines: Mapping[Schedule, Line], facts: Facts, state_dir: Path | None) -> None:
-    """Keeps the speeds of all schedules of a curve; where that cannot be, they are timed again at the next start."""
+    """Keeps the speeds of all schedules of a curve. If the file cannot be written, the next start times them again."""
     file = _place(name, facts, state_dir)
     if file is None:
         return

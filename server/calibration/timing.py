@@ -1,6 +1,6 @@
-"""A ladder for `r=auto` where no curve was measured on this device: r=0 is timed at the start.
+"""A ladder for `r=auto` if no curve was measured on this device: r=0 is timed at the start.
 
-Without any curve the rungs are evenly spaced `r` up to half of the arithmetic.
+Without any curve, the rungs are evenly spaced `r` up to half of the arithmetic.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def arithmetic(loaded: LoadedModel) -> Callable[[Schedule], float]:
 def timed(
     curve: Curve, loaded: LoadedModel, run: Run, max_batch_size: int, facts: Facts, roughly: bool = False
 ) -> Curve:
-    """A curve of another device at the speeds of this one, as `timed_steps` measures them with these facts."""
+    """The curve of another device with speeds of this one, which `timed_steps` measures."""
     steps = timed_steps(loaded, [row.r for row in curve.rows], run, max_batch_size, roughly)
     lines = {step.schedule: (step.overhead_s, step.image_s) for step in steps}
     return curve.at(lines.__getitem__, max_batch_size, Timed(facts=facts, measured=today()))
@@ -61,14 +61,14 @@ def timed_steps(
 ) -> list[Rung]:
     """Steps of a ladder: r=0 is timed on this device, the others follow their arithmetic until they have run.
 
-    To time them too would mean to warm them all.
+    To time the others too would require to warm them all.
 
     Args:
         loaded: The model.
         ladder: Schedules, r=0 first and then ever faster.
         run: Computes a batch of the given size under a schedule.
         max_batch_size: Most images in a batch.
-        roughly: One image is run once: all steps are timed later, in the background.
+        roughly: Whether to run only one image once, because all steps are timed later in the background.
     """
     timed_lines = {ladder[0]: _rough_line(run, ladder[0]) if roughly else _line(run, ladder[0], max_batch_size)}
     return [Rung(each, *line) for each, line in interpolated(timed_lines, ladder, arithmetic(loaded)).items()]
@@ -77,13 +77,13 @@ def timed_steps(
 def interpolated(
     lines: Mapping[Schedule, Line], schedules: Sequence[Schedule], cost: Callable[[Schedule], float]
 ) -> dict[Schedule, Line]:
-    """The lines of all schedules: those that were timed, and what lies between them by the arithmetic.
+    """The lines of all schedules: timed ones, and others interpolated by their arithmetic.
 
-    So a schedule is never expected to take longer than one of more arithmetic, unless that was measured. Beyond those
-    that were timed, the seconds of an image follow the arithmetic of the nearest.
+    So a schedule is never expected to take longer than one of more arithmetic, unless that was measured. With less
+    arithmetic than all timed schedules, the seconds of an image are proportional to the arithmetic.
 
     Args:
-        lines: Those that were timed, r=0 among them.
+        lines: The timed lines, including r=0.
         schedules: All schedules.
         cost: The arithmetic of a schedule.
     """
@@ -108,13 +108,13 @@ def interpolated(
 def in_order(
     lines: Mapping[Schedule, Line], cost: Callable[[Schedule], float], max_batch_size: int
 ) -> dict[Schedule, Line]:
-    """The lines with their noise averaged out: of two schedules that merge, less arithmetic never takes longer.
+    """The lines with averaged noise: of two schedules that merge, the one of less arithmetic never takes longer.
 
-    Schedules whose times are out of order get the mean of their times (isotonic regression). r=0 keeps its own: whether
-    merging pays at all is for the measurement to say.
+    Schedules whose times are out of order get the mean of their times (isotonic regression). r=0 keeps its own time,
+    because the measurement decides whether merging is faster at all.
 
     Args:
-        lines: Those that were timed, r=0 among them.
+        lines: The timed lines, including r=0.
         cost: The arithmetic of a schedule.
         max_batch_size: Most images in a batch.
     """
@@ -128,7 +128,7 @@ def in_order(
 
 
 def _falling(seconds: Sequence[float]) -> list[float]:
-    """The nearest falling sequence, by least squares: neighbours that rise are replaced by their mean."""
+    """The nearest falling sequence by least squares: rising neighbours are replaced by their mean."""
     pools: list[tuple[float, int]] = []
     for second in seconds:
         total, count = second, 1
@@ -160,7 +160,7 @@ def _line(run: Run, schedule: Schedule, max_batch_size: int) -> Line:
 
 
 def line_of(sizes: tuple[int, int], seconds: Sequence[float]) -> Line:
-    """Seconds of a batch, and of each image in it, where one image and a larger batch take so long."""
+    """Seconds of a batch, and of each image in it, from the times of one image and of a larger batch."""
     large, (one_s, large_s) = sizes[1], seconds
     if large == 1:
         return 0.0, one_s

@@ -1,4 +1,4 @@
-"""What a command asks of its model: `r`, how many classes, and by which scores."""
+"""The request of a command to its model: `r`, the number of classes, and their scores."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def add_class_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """Declares the flags that `classification` reads.
 
     Args:
-        parser: Of the command.
-        default: How many classes are named where no flag says so.
+        parser: The command's parser.
+        default: The default number of classes, for the help.
     """
     parser.add_argument(
         "--top-k", type=int, metavar="N", help=f"classes to name (default: {default}, or with --threshold all)"
@@ -39,7 +39,7 @@ def add_class_arguments(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def plain_r(settings: Settings) -> PlainR:
-    """The `r` of the first model: a number, or a list of one per block. It needs no model: call it before one loads.
+    """The `r` of the first model: a number, or a list of one per block. Call it before the model loads.
 
     Raises:
         SettingsError: It is `auto`.
@@ -56,10 +56,10 @@ def classification(
     """The request that `--r`, `--top-k`, `--threshold` and `--function-to-apply` describe, without images.
 
     Args:
-        settings: Of the command.
-        args: Of the command line.
+        settings: The command's settings.
+        args: The arguments of the command line.
         info: The model.
-        default: How many classes where no flag says so; None for as many as a server names.
+        default: The number of classes without a flag; None for a server's default.
 
     Raises:
         SettingsError: The model has no classes, or `r` is `auto`.

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from server.commands.output import check_place
 from server.dial import parse_r
 from server.errors import InvalidError, SettingsError
 from server.settings import Settings
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 HELP = "measure how fast a running server answers, at each r under each load"
 SETTINGS: tuple[str, ...] = ("api_key", "api_key_file")
-CLIENTS = 32  # that wait for answers: they show about what a server can do
+CLIENTS = 32  # clients that measure roughly how much a server can do
 LEARN_S = 5.0
 N = TypeVar("N", int, float)
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each r to measure: a number, a list like 16,14,12, or auto (default: the deployment's r)",
     )
     parser.add_argument(
-        "--model", dest="model_name", metavar="NAME", help="as the server names it (default: its first)"
+        "--model", dest="model_name", metavar="NAME", help="name of a model on the server (default: its first)"
     )
     loads = parser.add_mutually_exclusive_group()
     loads.add_argument("--rate", nargs="+", metavar="N", help="requests per second, at random times (Poisson)")
@@ -53,11 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--concurrency", nargs="+", metavar="N", help="clients, each with one request at a time (default: 64)"
     )
     loads.add_argument("--find-rate", action="store_true", help="find the highest rate that keeps --p99-ms")
-    parser.add_argument("--p99-ms", type=float, metavar="MS", help="what 99 of 100 requests may take, for --find-rate")
+    parser.add_argument(
+        "--p99-ms", type=float, metavar="MS", help="with --find-rate: the most milliseconds for 99 of 100 requests"
+    )
     parser.add_argument("--duration", type=float, default=30, metavar="S", help="seconds of each load (default: 30)")
     parser.add_argument("--warmup", type=float, default=3, metavar="S", help="seconds before each r (default: 3)")
-    parser.add_argument("--deadline-ms", type=float, metavar="MS", help="after which an answer is worth nothing")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of times and photos (default: 0)")
+    parser.add_argument("--deadline-ms", type=float, metavar="MS", help="milliseconds after which an answer is useless")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of times and photos (default: 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table into this file (needs matplotlib)")
 
 
@@ -79,7 +82,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     session = Session(
         target, photos, model=args.model_name, deadline_ms=args.deadline_ms, headers=headers, seed=args.seed
     )
-    for r in ladder:  # better now than after minutes
+    for r in ladder:  # an error now is better than one after minutes
         if problem := session.check(r):
             raise SettingsError(f"{target}{'' if r is None else f' at {name_of(r)}'}: {problem}")
     deadline = "no deadline" if args.deadline_ms is None else f"deadline {args.deadline_ms:g} ms"
@@ -123,7 +126,7 @@ def _measure(
 
 
 def _explain(rows: Sequence[LoadRow]) -> None:
-    """What the table does not say: why requests failed, and where the sender was too slow."""
+    """Prints why requests failed, and which loads were too fast for this sender."""
     problems = {status: said for row in rows for status, said in row.problems.items()}
     for status, said in sorted(problems.items()):
         print(f"{status}, for example: {said}")
@@ -136,7 +139,7 @@ def _explain(rows: Sequence[LoadRow]) -> None:
 
 
 def _find(session: Session, r: R, args: argparse.Namespace) -> dict[str, Any]:
-    """The highest rate at one `r`, told in words and as JSON."""
+    """Finds the highest rate at one `r`; prints it, and returns it for the JSON."""
     from server.bench.progress import tell
     from server.bench.rate import Probe, find_rate
     from server.bench.rows import name_of, row_of
@@ -173,7 +176,7 @@ def _find(session: Session, r: R, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _words(found: Found, bound_ms: float) -> str:
-    """What was found, and how sure that is."""
+    """The found rate and its certainty, as text."""
     sure = "both sure at 95 %" if found.sure else "not sure at 95 %: longer, with --duration"
     fails = f"{found.fails_at:.1f}/s fails ({_seen(found.failed, bound_ms)})"
     if found.passed is None:
@@ -201,7 +204,7 @@ def _name(r: R) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses numbers out of range, and options that do not go together."""
+    """Refuses numbers out of range, and options that exclude each other."""
     for name in ("duration", "limit", "p99_ms", "deadline_ms"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise SettingsError(f"--{name.replace('_', '-')} is {value:g}; it must be above 0")
@@ -211,8 +214,10 @@ def _check(args: argparse.Namespace) -> None:
         raise SettingsError("--find-rate and --p99-ms go together")
     if args.plot and args.find_rate:
         raise SettingsError("--plot draws a table; --find-rate has none")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
+    if args.plot:
+        check_place("--plot", args.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise SettingsError("--plot needs matplotlib; install it with: pip install matplotlib")
 
 
 def _ladder(words: Sequence[str] | None) -> list[R]:

@@ -34,7 +34,7 @@ COLUMNS: dict[AgreementOf, tuple[str, ...]] = {
     "labels": ("labels agree", ""),
     "neighbours": ("neighbours", "same r %", "cosine"),
 }
-"""What the table says of agreement."""
+"""The columns of the table for each kind of agreement."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Measures images/s, the seconds of a batch as a + b n, and how many photos keep the answer of r=0, which needs "
         "no labels. The answer is the likeliest class; of a model with several labels it is all labels with a score of "
         "0.5 or more. Of a model without classes it measures how many of a photo's ten nearest neighbours stay. A "
-        "server finds the result beside the model, or in the state folder, and r=auto goes by it."
+        "server finds the result beside the model, or in the state folder, and r=auto uses it."
     )
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="photos like those to be served")
     parser.add_argument(
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--neighbours",
         action="store_true",
-        help="measure neighbours for a model with classes too: for one that serves vectors, to search by",
+        help="measure neighbours even if the model has classes, because its vectors serve a search",
     )
     # Not the setting r, which is one r.
     parser.add_argument(
@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="where to keep it (default: beside the model)"
+        "-o", "--output", type=Path, metavar="FILE", help="file for the curve (default: beside the model)"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it into this file, .svg or .png")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve into this file, .svg or .png")
 
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
@@ -107,7 +107,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     runner = Runner({info.name: loaded}, settings.device, settings.precision, options)
     facts = facts_of(loaded, runner)
     if facts is None:
-        raise SettingsError(f"{info.name} has random weights; a curve is of weights that stay")
+        raise SettingsError(
+            f"{info.name} has random weights, which differ at every start; a curve needs a file of weights"
+        )
     rows = measure(loaded, runner, list(dict.fromkeys(schedules)), photos, labels, batch, of, Bar())
     curve = Curve(
         model=info.name,
@@ -137,7 +139,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> list[RSetting]:
-    """Refuses arguments that are wrong for any model; gives each `r` to measure, or none for a ladder by default."""
+    """Refuses arguments that are wrong for any model. Returns each `r` to measure; none for the default ladder."""
     from server.curve import Curve
 
     if args.limit < 2:
@@ -185,7 +187,7 @@ def _print_table(curve: Curve) -> None:
 
 
 def _more(row: CurveRow) -> list[str]:
-    """What `COLUMNS` names beside the agreement."""
+    """The cells of the columns after the agreement."""
     if row.neighbours is not None:
         return [f"{100 * row.neighbours.same_index:.1f}", f"{row.neighbours.cosine:.4f}"]
     return ["" if row.top1 is None else f"{100 * row.top1:.1f}"]

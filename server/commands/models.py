@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         metavar="FOLDER",
-        help="load this model folder instead, compute a black image, and say in one line what it is or what is wrong",
+        help="load this model folder instead, compute a black image, and describe the model or its fault in one line",
     )
     parser.add_argument(
         "--supported",
@@ -66,10 +66,10 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def _supported(pattern: str, as_json: bool) -> list[str]:
-    """A line for each of timm's models of that name in which tokens can merge.
+    """A line for each supported model of timm whose name matches.
 
     Raises:
-        SettingsError: There is none.
+        SettingsError: None matches.
     """
     found, classes = names.list_models(pattern), names.classes()
     if not found:
@@ -81,9 +81,9 @@ def _supported(pattern: str, as_json: bool) -> list[str]:
 
 
 def _checked(folder: str, settings: Settings) -> str:
-    """What a model folder holds, after all that a start does with it; raises what a start would.
+    """Loads a model folder as a start would, raises the same errors, and returns a description.
 
-    Tuned numbers in the folder count as named: a start would tell the log what is wrong with them, and go on.
+    Wrong tuned numbers in the folder are an error here. A start would log them and go on.
     """
     from server.device.models import load_model
     from server.device.runner import Runner
@@ -95,7 +95,7 @@ def _checked(folder: str, settings: Settings) -> str:
     loaded = load_model(spec)
     info = loaded.info
     if spec.tuned == "auto" and not info.tuned and (file := beside(spec, loaded.weights)) and file.exists():
-        read(file, loaded.merged)  # raises what is wrong with it
+        read(file, loaded.merged)  # raises its fault
     try:
         Runner({info.name: loaded}, "cpu", "fp32").warm_up(info.batch_key(info.schedule(0)))
     except EngineError as error:
@@ -109,7 +109,7 @@ def _checked(folder: str, settings: Settings) -> str:
 
 
 def _gives(info: ModelInfo) -> str:
-    """What the model makes of an image."""
+    """The model's outputs for an image."""
     if not info.labels:
         return f"no classes but {info.num_features} features"
     activation = "" if info.activation == "softmax" else f" by {info.activation}"

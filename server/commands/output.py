@@ -1,4 +1,4 @@
-"""What commands share that write a file and talk meanwhile."""
+"""Messages and checks of output files, shared by commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.errors import SettingsError
 
 
 def tell(message: str) -> None:
-    """Says something apart from the answer."""
+    """Prints a message on standard error, apart from the answer."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -19,11 +19,11 @@ def check_place(flag: str, output: Path) -> None:
     """Refuses an output file that cannot be written because of its path.
 
     Args:
-        flag: That names it.
-        output: Where a file is to be written.
+        flag: The flag of the file.
+        output: The file to write.
 
     Raises:
-        SettingsError: It lies in no folder, or is a folder.
+        SettingsError: Its folder does not exist, or it is a folder itself.
     """
     # os.path, because the methods of Path raise an error where a name is too long.
     if not os.path.isdir(output.absolute().parent):
@@ -33,17 +33,17 @@ def check_place(flag: str, output: Path) -> None:
 
 
 def spare_others(output: Path, read: Callable[[Path], object], other: str) -> None:
-    """Refuses to overwrite what is not of the kind that is written.
+    """Refuses to overwrite a file of another kind.
 
     Args:
-        output: Where a file is to be written.
-        read: Raises OSError or ValueError for what is of another kind.
-        other: What the message says of that.
+        output: The file to write.
+        read: Raises OSError or ValueError for a file of another kind.
+        other: Names the fault of such a file, for the message.
 
     Raises:
-        SettingsError: Something of another kind is there.
+        SettingsError: A file of another kind is there.
     """
-    # os.path, for the methods of Path raise an error where a name is too long.
+    # os.path, because the methods of Path raise an error where a name is too long.
     if not os.path.exists(output):
         return
     try:

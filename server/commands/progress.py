@@ -1,4 +1,4 @@
-"""What a long command shows on standard error while it works."""
+"""The progress of a long command on standard error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 
 BETWEEN_S = 10.0
-"""Seconds between two lines where nobody watches. Where a person watches, one line changes ten times a second."""
+"""Seconds between two lines in a file. On a terminal, one line changes ten times a second."""
 
 _WIDTH = 24
 
@@ -19,7 +19,7 @@ class Bar:
         self._next = 0.0
 
     def __call__(self, share: float, text: str) -> None:
-        """Shows it now, or leaves it out because a line was shown a moment ago; the first and the whole are shown."""
+        """Shows the progress, unless a line was shown a moment ago. The first line and the last are always shown."""
         now = time.monotonic()
         if share < 1 and now < self._next:
             return
@@ -33,12 +33,12 @@ class Progress:
     """Counts images, and shows how many are done.
 
     Args:
-        total: Images in all.
-        done: Those of an earlier run.
+        total: Number of all images.
+        done: Number of images of an earlier run.
 
     Attributes:
-        images: Of this run, so far.
-        errors: Those among them that have an error.
+        images: Number of images in this run so far.
+        errors: Number of them that have an error.
     """
 
     def __init__(self, total: int, done: int) -> None:
@@ -49,7 +49,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the first image was asked for."""
+        """Seconds since the start of this run."""
         return time.monotonic() - self._start
 
     @property

@@ -115,7 +115,7 @@ def _compute(
     progress: Progress,
     stop: Stop,
 ) -> None:
-    """Adds the rows of all batches, or of those until it is asked to stop; they are kept whatever happens."""
+    """Adds the rows of all batches, until a stop is requested. The rows are kept even after an error."""
     try:
         with closing(answers):
             for files, answered in zip(batches, answers, strict=False):
@@ -128,7 +128,7 @@ def _compute(
 
 
 def _spare(output: Path, may_replace: bool, form: Format) -> None:
-    """Refuses an output that has no folder, or would replace what it may not."""
+    """Refuses an output without a folder, and one that must not be replaced."""
     check_place("-o", output)
     spare_others(output, form.check, "holds no table of this command")
     if os.path.exists(output) and not may_replace:
@@ -146,7 +146,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
-    """What is asked of every image; raises SettingsError or InvalidError where the model cannot answer that."""
+    """The request for every image. Raises SettingsError or InvalidError if the model cannot answer it."""
     from server.ipc.messages import Embed
 
     if args.embed:
@@ -155,7 +155,7 @@ def _ask(settings: Settings, args: argparse.Namespace, info: ModelInfo) -> Ask:
 
 
 def _about(settings: Settings, args: argparse.Namespace, served: Served, ask: Ask) -> dict[str, Any]:
-    """What decides what stands in the rows, under the names of flags where there are such."""
+    """All that the content of the rows depends on, under the names of flags if there are such."""
     from server.offline.model import schedule_of
 
     said: dict[str, Any] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.commands.output import check_place, spare_others, tell
+from server.commands.progress import clock
 from server.commands.stopping import Stop
 from server.errors import SettingsError
 from server.images.photos import choose_photos
@@ -32,7 +33,7 @@ WIDTH = 24
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "The model learns to say at each r of a band what it says at r=0. Only norms and biases move. They are kept in "
+        "The model learns to give at each r of a band the answer of r=0. Only norms and biases move. They are kept in "
         "a small file beside the weights, which tome-server serve finds; every r outside the band stays as it is. "
         "Ctrl-C keeps the best so far, and the same command goes on from there."
     )
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, default=1000, metavar="N", help="the most photos to use (default: 1000)")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="where to keep the numbers (default: beside the weights)"
+        "-o", "--output", type=Path, metavar="FILE", help="file for the numbers (default: beside the weights)"
     )
 
 
@@ -110,7 +111,7 @@ def _check(args: argparse.Namespace) -> None:
     if output := args.output:
         check_place("-o", output)
         spare_others(output, _load_tuned, "holds no tuned numbers")
-    choose_photos(args.images, args.limit, seed=0, least=FEWEST)  # they are read when the model is there
+    choose_photos(args.images, args.limit, seed=0, least=FEWEST)  # they are read once the model is loaded
 
 
 def _load_tuned(file: Path) -> object:
@@ -120,7 +121,7 @@ def _load_tuned(file: Path) -> object:
 
 
 def _check_answers(info: ModelInfo) -> None:
-    """Refuses models whose answer is not one class: what is learned and judged is the class that r=0 names."""
+    """Refuses models whose answer is not one class, because the class at r=0 is learned and judged."""
     if not info.labels:
         raise SettingsError(f"{info.name} has no classifier; tune learns from the classes that a model names at r=0")
     if info.activation == "sigmoid":
@@ -130,7 +131,7 @@ def _check_answers(info: ModelInfo) -> None:
 
 
 def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path | None, output: Path | None) -> Path:
-    """Writes the tuned numbers to `output`, or else to the model's own place; gives the file."""
+    """Writes the tuned numbers to `output`, or else to the model's own place; returns the file."""
     from server.device import tuned_file
 
     if output is None:
@@ -146,7 +147,7 @@ def _saved(tuned: Tuned, spec: ModelSpec, weights: Path | None, state_dir: Path 
 
 
 def _line(band: tuple[int, int]) -> Callable[[Progress, float], None]:
-    """Tells the progress: in one line that changes where a person looks on, else in a line for each glance."""
+    """Shows the progress: on a terminal in one line that changes, otherwise in a line for each judgement."""
     is_watched, told = sys.stderr.isatty(), 0
 
     def show(progress: Progress, share: float) -> None:
@@ -157,14 +158,10 @@ def _line(band: tuple[int, int]) -> Callable[[Progress, float], None]:
         filled = int(share * WIDTH)
         left_s = progress.seconds * (1 - share) / share
         judged = f"loss {progress.loss:.3f}, agreement {progress.agreement:.1%} at r={sum(band) // 2}, " if told else ""
-        text = f"[{'#' * filled:<{WIDTH}}] {share:4.0%}  {judged}{_clock(left_s)} left"
+        text = f"[{'#' * filled:<{WIDTH}}] {share:4.0%}  {judged}{clock(left_s)} left"
         print(f"\r{text:<96}" if is_watched else text, end="" if is_watched else "\n", file=sys.stderr, flush=True)
 
     return show
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def _print_table(gain: Gain) -> None:

@@ -35,7 +35,7 @@ class Backend(Protocol):
         ...
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
-        """Whether `outputs` of such a batch only begins what the device does then, in no time."""
+        """Whether `outputs` of such a batch only launches work of the device, and so returns at once."""
         ...
 
     def computed_by(self, schedule: Schedule) -> ComputedBy:
@@ -46,8 +46,8 @@ class Backend(Protocol):
         """Compiles schedules in the background, in this order; does nothing if the backend compiles none.
 
         Args:
-            schedules: Those that `auto` and the curve have.
-            compiled: Is called after each schedule that was compiled, on the thread that compiles.
+            schedules: The schedules of `auto` or of the curve.
+            compiled: Called after each compiled schedule, on the thread that compiles.
         """
         ...
 
@@ -60,7 +60,7 @@ class Backend(Protocol):
         ...
 
     def warm_further(self) -> bool:
-        """Does one piece of what `warm_up` left, while there is nothing else to do; False where nothing is left."""
+        """Does one piece of the work that `warm_up` left, while the device is idle; returns False if none is left."""
         ...
 
 
@@ -69,14 +69,14 @@ class BackendOptions:
     """The settings of backends.
 
     Attributes:
-        name: "torch", "openvino", or "auto": OpenVINO on the CPU where it is installed and takes the model.
-        threads: CPU threads; 0 takes what the container may use.
-        cache_dir: Where compiled models are kept; None keeps none.
+        name: "torch", "openvino", or "auto": OpenVINO on the CPU if it is installed and supports the model.
+        threads: CPU threads; 0 takes all that the container may use.
+        cache_dir: The folder that keeps translated models; None keeps none.
         max_batch_size: Most images in a batch.
-        beside: Other models compute while this one is made ready.
-        in_background: Whether `compile_later` follows; until then, warm-up compiles only for a lone image.
-        memory_bytes: What graphs may take that are compiled while the server runs; a quarter of the memory that the
-            container may use. Its models share it.
+        beside: Whether other models compute while this one is made ready.
+        in_background: Whether `compile_later` follows. Then warm-up compiles for a single image only.
+        memory_bytes: Most memory of graphs that are compiled while the server runs; by default a quarter of the
+            memory that the container may use. The models share it.
     """
 
     name: str = "torch"

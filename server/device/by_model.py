@@ -1,4 +1,4 @@
-"""The models of an engine on one device, each of which comes and goes by itself."""
+"""The models of an engine on one device. Each is added and removed by itself."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from server.types import BatchKey, Compiling, ComputedBy, ModelInfo
 
 
 class ByModel:
-    """Has each batch prepared and computed by what its model has on the device.
+    """Passes each batch to the `Device` of its model.
 
-    Models are added by any thread. They are removed by the one that computes, when none of their batches is under way.
+    Any thread may add models. Only the thread that computes removes them, when none of their batches is under way.
 
     Args:
-        device: Where all of them are.
-        prepares: Batches are prepared by a stage of their own.
+        device: The device of all models.
+        prepares: Whether batches are prepared in a separate stage.
 
     Attributes:
         prepares: As given.
@@ -28,18 +28,18 @@ class ByModel:
 
     def __init__(self, device: torch.device, prepares: bool) -> None:
         self._device, self.prepares = device, prepares
-        self._models: dict[tuple[str, str], Device] = {}  # replaced as a whole: two threads look into it
+        self._models: dict[tuple[str, str], Device] = {}  # replaced as a whole, because several threads read it
 
     def __len__(self) -> int:
         """Models in memory."""
         return len(self._models)
 
     def add(self, info: ModelInfo, device: Device) -> None:
-        """Takes batches of a model from now on."""
+        """Adds a model, whose batches are taken from now on."""
         self._models = {**self._models, (info.name, info.revision): device}
 
     def remove(self, info: ModelInfo) -> None:
-        """Drops a model, and with it its memory."""
+        """Removes a model and frees its memory."""
         if (device := self._models.get((info.name, info.revision))) is not None:
             device.close()
         self._models = {key: each for key, each in self._models.items() if key != (info.name, info.revision)}

@@ -41,7 +41,7 @@ def choose_backend(
 
         try:
             return _told(loaded, OpenVINOBackend(loaded, precision, options))
-        except Exception as error:  # any error of the converter: torch works without it
+        except Exception as error:  # any error of the converter; torch computes the model instead
             refusal = f"OpenVINO does not take the model: {error}".splitlines()[0]
             logger.debug("OpenVINO does not take %s", loaded.info.name, exc_info=error)
     if options.name == "openvino":

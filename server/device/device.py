@@ -33,7 +33,7 @@ class Device:
 
     Args:
         runner: Computes a model's outputs.
-        explainer: Finds what merged; None if nobody asks for it.
+        explainer: Finds the groups of merged patches; None if no request needs it.
         preparer: Turns files into pixels in a separate stage; None if every image comes as pixels.
         background: Begins the model's background work; None if there is none.
     """

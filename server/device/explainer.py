@@ -38,7 +38,7 @@ class Explainer:
         self._runner = Runner(self._models, device, "fp32")
 
     def computed_by(self, key: BatchKey) -> ComputedBy:
-        """What computes the explanation."""
+        """The backend that computes the explanation."""
         return self._runner.computed_by(key)
 
     @torch.inference_mode()

@@ -107,7 +107,7 @@ class Graphs:
         return True
 
     def has(self, num_images: int, schedule: Schedule) -> bool:
-        """Whether a batch would be replayed, which launches in no time."""
+        """Whether a batch would be replayed, which returns at once."""
         return (schedule, self._bucket(num_images)) in self._recordings
 
     def __call__(self, images: Tensor, schedule: Schedule) -> Tensor:

@@ -14,11 +14,11 @@ from server.recent import Recent
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 64
-"""Most requested things that wait, because clients name them freely. Beyond, a new one must be requested again."""
+"""Most requested things that wait, because clients name them freely. A further one must be requested again later."""
 
 RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
-"""How long after a failure it is not tried again. The time doubles with every further failure: a full disk or a killed
-process may do better soon, and what never works costs one try an hour."""
+"""Seconds without a new try after a failure. The time doubles with every further failure. So a full disk or a killed
+process is tried again soon, and a lasting failure costs one try an hour."""
 
 _MOST_FAILURES = 256
 
@@ -27,12 +27,12 @@ V = TypeVar("V")
 
 
 class Progress(NamedTuple, Generic[K]):
-    """How far the thread has come.
+    """The progress of the thread.
 
     Attributes:
-        key: What it makes now.
-        done: Things made since the thread last had nothing to do.
-        total: These, the one of now, and those that wait.
+        key: The key that it makes now.
+        done: Things made since the thread was last idle.
+        total: Things that are made, are being made, or wait.
     """
 
     key: K
@@ -43,13 +43,13 @@ class Progress(NamedTuple, Generic[K]):
 class Later(Generic[K, V]):
     """Makes one thing at a time: first the requested ones, the most requested first; then the planned ones, in order.
 
-    Nothing that waits is given up for another. The thread touches nothing but what stands under the lock here; what it
-    made belongs to the thread that takes it. The thread is a daemon: a process that ends does not wait for it.
+    A waiting thing is never dropped for another. The thread changes only state under the lock of this object. A made
+    value belongs to the thread that takes it. The thread is a daemon: a process that ends does not wait for it.
 
     Args:
         make: Makes the value of a key, on the thread here.
         told: Gives the name of a key in the log.
-        name: Of the thread.
+        name: Name of the thread.
         clock: Monotonic seconds.
     """
 
@@ -74,7 +74,7 @@ class Later(Generic[K, V]):
         self.thread: threading.Thread | None = None
 
     def __len__(self) -> int:
-        """Things that were asked for and wait, the one that is made now, and those that nobody has taken yet."""
+        """Number of requested things that wait, the one that is made now, and those that were not taken yet."""
         with self._lock:
             return len(self._asked) + (self._making is not None and self._making not in self._made) + len(self._made)
 
@@ -91,7 +91,7 @@ class Later(Generic[K, V]):
             self._begin()
 
     def plan(self, keys: Iterable[K]) -> None:
-        """Has things made while nothing else is asked for."""
+        """Plans things, which are made while no requested one waits."""
         with self._lock:
             self._planned |= {key: None for key in keys if not self._is_known(key) and key not in self._asked}
             self._begin()
@@ -109,19 +109,19 @@ class Later(Generic[K, V]):
         return made
 
     def progress(self) -> Progress[K] | None:
-        """How far it has come; None while there is nothing to do."""
+        """The progress; None while the thread is idle."""
         with self._lock:
             if self._making is None:
                 return None
             return Progress(self._making, self._num_done, self._num_done + 1 + len(self._asked) + len(self._planned))
 
     def close(self) -> None:
-        """Begins nothing more. What is being made goes on; nobody has to wait for it."""
+        """Begins nothing more. The thing that is being made continues; the caller need not wait for it."""
         with self._lock:
             self._is_closed = True
             self._asked.clear()
             self._planned.clear()
-            self._on_made = lambda key: None  # what it holds may hold us
+            self._on_made = lambda key: None  # it may hold a reference to this object
 
     def _is_known(self, key: K) -> bool:
         _, not_before = self._failures.get(key, (0, -math.inf))
@@ -137,7 +137,7 @@ class Later(Generic[K, V]):
         """Removes the next thing to make from the waiting ones; called under the lock."""
         self._making = None
         if self._asked:
-            self._making = max(self._asked, key=self._asked.__getitem__)  # of equals the first
+            self._making = max(self._asked, key=self._asked.__getitem__)  # the first of equals
             del self._asked[self._making]
             self._is_full = False
         elif self._planned:
@@ -146,7 +146,7 @@ class Later(Generic[K, V]):
         return self._making
 
     def _work(self, first: K) -> None:
-        """Makes what waits, until nothing does: what the thread runs."""
+        """The thread's function: makes things until none waits."""
         key: K | None = first
         while key is not None:
             self._make_now(key)
@@ -164,7 +164,7 @@ class Later(Generic[K, V]):
                 self._made[key] = value
             del value
             self._on_made(key)
-        except Exception:  # there is nobody to raise to
+        except Exception:  # the thread has no caller
             if self._is_closed:
                 return
             with self._lock:
@@ -172,14 +172,14 @@ class Later(Generic[K, V]):
             logger.exception("making %s has failed; it is not tried again for %g s", self._told(key), retry_s)
 
     def _failed(self, key: K) -> float:
-        """Notes a failure; gives the seconds until the next try."""
+        """Records a failure; returns the seconds until the next try."""
         before, _ = self._failures.get(key, (0, 0.0))
         retry_s = min(RETRY_S * 2.0 ** min(before, 16), LONGEST_RETRY_S)
         self._failures[key] = before + 1, self._clock() + retry_s
         return retry_s
 
     def _say_full(self, key: K) -> None:
-        """Says it once for each time that the queue is full."""
+        """Logs once, each time that the queue becomes full."""
         if not self._is_full:
             logger.warning("%d wait to be made; %s and others must be asked for again", MOST_WAITING, self._told(key))
         self._is_full = True

@@ -1,8 +1,8 @@
 """Imports timm without torch's compiler, which takes longer to import than torch and timm together.
 
 Two places import `torch._dynamo`: torchvision, for a check that it makes when regions are pooled, and timm's NaFlex
-model, for a decorator that keeps functions out of compiled graphs. Both get a stand-in that imports the compiler when
-it is really needed. A process that has imported timm or the compiler before is left as it is.
+model, for a decorator that keeps functions out of compiled graphs. Both get a substitute that imports the
+compiler when it is really needed. A process that has imported timm or the compiler before is left as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def import_timm() -> None:
 
 
 class _StandIn(ModuleType):
-    """`torch._dynamo.utils`, which is imported when somebody takes any other name from it."""
+    """`torch._dynamo.utils`, which is imported when any other name is read from it."""
 
     @staticmethod
     def is_compile_supported(device_type: Any) -> Any:
@@ -50,7 +50,7 @@ class _StandIn(ModuleType):
 
 
 def _disable(function: Callable[..., Any] | None = None, recursive: bool = True, *, reason: str | None = None) -> Any:
-    """`torch.compiler.disable`, which takes effect when the compiler is there: nothing is compiled before that."""
+    """`torch.compiler.disable`, which takes effect once the compiler is imported: nothing is compiled before that."""
     import torch
 
     if function is None:

@@ -39,12 +39,12 @@ BUNDLED = model_config.BUNDLED
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to merge, and what the HTTP side must know of it.
+    """A model ready to merge, and its description for the HTTP processes.
 
     Attributes:
-        weights: Their file; None for random ones.
-        tuned: sha256 of the file of its tuned numbers; None where it has none.
-        tuned_file: That file.
+        weights: The file of its weights; None for random ones.
+        tuned: sha256 of the file of its tuned numbers; None without them.
+        tuned_file: The file of its tuned numbers; None without them.
     """
 
     merged: tome_core.MergedViT
@@ -54,7 +54,7 @@ class LoadedModel:
     tuned_file: Path | None = None
 
     def weights_sha256(self) -> str | None:
-        """The hash of the weights' file, which is read for it; None for random ones."""
+        """The hash of the weights' file, which is read each time; None for random ones."""
         if self.weights is None:
             return None
         with self.weights.open("rb") as file:
@@ -66,9 +66,9 @@ class _Source:
     """Where a model comes from: a folder, a repository of the hub, or timm's own collection.
 
     Attributes:
-        name: As it was given.
-        folder: The folder; None for the others.
-        repo, revision: On the hub; empty for the others.
+        name: The source as it was given.
+        folder: The folder; None for other sources.
+        repo, revision: Those on the hub; empty for other sources.
     """
 
     name: str
@@ -109,7 +109,7 @@ class _Source:
         return self.folder / CONFIG_FILE
 
     def weights_file(self, pretrained_cfg: Mapping[str, Any]) -> Path:
-        """Where the source keeps its weights; from a hub they are downloaded, or taken from its cache."""
+        """The file of the source's weights. Those of a hub are downloaded, or taken from its cache."""
         if self.folder is not None:
             return weights_in(self.folder)
         repo, revision = self.repo, self.revision
@@ -135,7 +135,7 @@ def _fetched(source: _Source, repo: str, revision: str, file: str) -> Path:
 
 
 def _is_reachable(host: str) -> bool:
-    """Whether the hub has an address here or a proxy leads to it; its library retries for a minute to find out."""
+    """Whether the hub's name has an address or there is a proxy. The hub's library would retry for a minute."""
     if getproxies():
         return True
     try:
@@ -149,12 +149,12 @@ def load_model(spec: ModelSpec, state_dir: Path | None = None) -> LoadedModel:
     """Builds a model, loads its weights and tuned numbers, and reads its preprocessing and label names.
 
     Args:
-        spec: Which model.
-        state_dir: Where tuned numbers are kept that have no place beside the weights.
+        spec: The model.
+        state_dir: The folder of tuned numbers that have no place beside the weights.
 
     Raises:
         SettingsError: The source is unknown, its weights are not available or do not fit, tokens cannot merge in it, or
-            the tuned numbers that it names cannot be used. The message is one line.
+            the named tuned numbers cannot be used. The message is one line.
     """
     try:
         with _one_thread():
@@ -165,7 +165,7 @@ def load_model(spec: ModelSpec, state_dir: Path | None = None) -> LoadedModel:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keeps torch to one thread: with many small tensors the other threads only wait, which takes CPU time."""
+    """Limits torch to one thread. With many small tensors the other threads only wait, which takes CPU time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -215,12 +215,12 @@ def _load(spec: ModelSpec, state_dir: Path | None) -> LoadedModel:
 
 
 def _sized(described: Described) -> tuple[Any, Preprocessing]:
-    """A model for images of the size that its configuration names, and how it wants them."""
+    """A model for images of the size in its configuration, and the preprocessing of its images."""
     model = _built(described, {})
     images = checked(ImageConfig, model.pretrained_cfg, "its configuration")
     wanted, takes = images.input_size[1:], _own_size(model)
     if takes is not None and takes != wanted and images.fixed_input_size:
-        wanted = takes  # as timm: what the model is built with says more than what its weights came with
+        wanted = takes  # as in timm: the model's arguments count more than the configuration of its weights
     if takes is not None and takes != wanted:
         if "img_size" in described.args and model.patch_embed.strict_img_size:
             raise SettingsError(
@@ -243,10 +243,10 @@ def _sized(described: Described) -> tuple[Any, Preprocessing]:
 
 
 def _built(described: Described, more: Mapping[str, Any]) -> Any:
-    """A timm model in which tokens can merge, and whose head is right for merged tokens.
+    """A timm model in which tokens can merge, with a head that is right for merged tokens.
 
     Raises:
-        SettingsError: There is none.
+        SettingsError: timm cannot build it, or tokens cannot merge in it.
     """
     try:
         model: Any = timm.create_model(
@@ -254,14 +254,14 @@ def _built(described: Described, more: Mapping[str, Any]) -> Any:
         )
         merged = tome_core.wrap(model)
         merged.family.check_head(model)
-    except Exception as error:  # timm raises whatever its layers make of their arguments
+    except Exception as error:  # timm's layers raise any error for wrong arguments
         said = f" with {shown(dict(described.args))}" if described.args else ""
         raise SettingsError(f"cannot build {described.architecture!r}{said}: {sentence(error)}") from error
     return model
 
 
 def _own_size(model: Any) -> tuple[int, int] | None:
-    """Height and width that the model was built for; None where it takes any."""
+    """Height and width that the model was built for; None if it takes any size."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return None if size is None else (int(size[0]), int(size[1]))
 

@@ -1,7 +1,7 @@
 """OpenVINO as the backend: the fastest on CPUs, and the only one here that must compile before it runs.
 
-Graphs are compiled for each schedule. Torch in float32 stands in for a schedule that is not compiled. A thread compiles
-what requests ask for, from the first request on, and then what the server planned: the ladder of the curve.
+Graphs are compiled for each schedule. Until a schedule is compiled, torch in float32 computes it. A thread compiles
+first the schedules that requests name, and then those that the server planned: the ladder of the curve.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ from tome_core.whole_file import write_whole
 logger = logging.getLogger(__name__)
 
 MOST_SCHEDULES = 16
-"""Schedules kept in memory besides the warmed ones, however much of it there is."""
+"""Most schedules in memory besides the warmed ones, even if there is more memory."""
 
 PLANNED_SHARE = 0.75
-"""The part of these that the plan may take. The rest is for what requests name beside it."""
+"""The part of these that planned schedules may take. The rest is for others that requests name."""
 
 _FASTER = 1.05
 """How much faster bf16 must be for `auto` to take it."""
 
 _TOLERANCES = {"fp32": 1e-3, "bf16": 0.5}
-"""By how much a logit may differ from torch's in float32, as a part of the largest."""
+"""Largest difference of a logit from torch's in float32, as a part of the largest logit."""
 
 
 class OpenVINOBackend:
-    """Runs the merging model by OpenVINO, and by torch what OpenVINO has not compiled.
+    """Runs the merging model by OpenVINO, and schedules that are not compiled by torch.
 
-    The compiled graphs belong to the one thread that calls it. Another thread compiles, touches none of them, and hands
-    over what it has made.
+    The compiled graphs belong to the one thread that calls it. Another thread compiles. It uses none of these graphs,
+    and hands over those that it has made.
 
     Args:
-        loaded: The model; its weights stay float32, which torch answers in.
+        loaded: The model. Its weights stay float32, because torch computes in float32.
         precision: "fp32", "bf16", or "auto", which measures both.
         options: Threads, cache, the largest batch, and memory.
 
     Attributes:
-        info: What it is.
+        info: Name, precision and reason.
         merged: The model as torch computes it.
-        most_schedules: Schedules kept in memory besides the warmed ones: as many as there is memory for, less the one
-            that is compiled while the others are there.
+        most_schedules: Most schedules in memory besides the warmed ones. The memory of one is left for the next
+            compilation.
 
     Raises:
-        RuntimeError: OpenVINO cannot translate or compile the model, or gets it wrong.
+        RuntimeError: OpenVINO cannot translate or compile the model, or computes it wrongly.
     """
 
     def __init__(self, loaded: LoadedModel, precision: str, options: BackendOptions) -> None:
@@ -90,15 +90,19 @@ class OpenVINOBackend:
         self._uses = Uses[Schedule]()
         schedule_bytes = (1 + max(map(len, FEWER_BATCH_SIZES.values()))) * self._compiler.graph_bytes
         self.most_schedules = max(0, min(MOST_SCHEDULES, options.memory_bytes // schedule_bytes - 1))
-        # By weak references: as a circle a model that is unloaded would keep its memory until the collector comes, and
-        # that is kept off what was there at the start.
+        # By a weak reference. In a reference cycle, an unloaded model would keep its memory until a garbage collection,
+        # which ignores objects of the start.
         ours = weakref.proxy(self)
         self._later = Later[Schedule, AnyBatch](
             lambda schedule: ours._compile_aside(schedule), lambda schedule: ours._called(schedule), "openvino"
         )
-        self.warm_up(self._unmerged)  # a model that OpenVINO gets wrong is refused here
+        try:
+            self.warm_up(self._unmerged)  # refuses a model that OpenVINO computes wrongly
+        except BaseException:
+            self.close()  # a translation may have begun, which nobody needs now
+            raise
         logger.info(
-            "%s: OpenVINO keeps up to %d schedules that requests name, in %d MB of memory; torch answers others",
+            "%s: OpenVINO keeps up to %d schedules besides those of the start, in %d MB; torch computes others",
             *(self._name, self.most_schedules, self.most_schedules * schedule_bytes / 1e6),
         )
 
@@ -113,7 +117,7 @@ class OpenVINOBackend:
         return self._torch.outputs(pixels, schedule)
 
     def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
-        """Compiles the schedule, and keeps it for good: for all batches, or for one image until the plan ran."""
+        """Compiles the schedule, and keeps it for good; only for one image if `compile_later` follows."""
         self._warmed.add(schedule)
         self._compiler.keep(schedule)
         self._take_over()
@@ -121,10 +125,11 @@ class OpenVINOBackend:
             self._put({schedule: self._compile(schedule, () if self._in_background else None)})
 
     def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
-        """Compiles these schedules on a thread, as many as there is memory for.
+        """Compiles these schedules on a thread, as many as fit into memory.
 
-        What was warmed for one image is compiled for batches behind the first of them: whoever opens the page compares
-        two schedules by one image. Requests have others compiled; `compiled` is called of those, too.
+        The first of them is compiled first, because the page compares two schedules by one image. Then schedules that
+        were warmed for one image are compiled for batches. `compiled` is also called for schedules that requests name.
+
         """
         warmed = list(self._warmed) if self._in_background else []
         others = [schedule for schedule in schedules if schedule not in self._warmed]
@@ -134,31 +139,31 @@ class OpenVINOBackend:
         self._later.plan([*planned[:1], *warmed, *planned[1:]])
 
     def computed_by(self, schedule: Schedule) -> ComputedBy:
-        """OpenVINO, or torch for a schedule that is not compiled."""
+        """OpenVINO, or torch if the schedule is not compiled."""
         stands_in = schedule not in self._ready
         info = self._torch.info if stands_in else self.info
         return ComputedBy(info.name, info.precision, stands_in)
 
     def compiling(self) -> Compiling | None:
-        """The schedule that is compiled now, and how many are done and wait."""
+        """The schedule that is compiled now, and how many are done and in total."""
         progress = self._later.progress()
         return progress and Compiling(progress.key, progress.done, progress.total)
 
     def is_quick(self, num_images: int, schedule: Schedule) -> bool:
-        """Never: it returns when all is computed."""
+        """Whether the launch of a batch takes no time: never."""
         return False
 
     def warm_further(self) -> bool:
-        """Nothing is left."""
+        """False: no work is left."""
         return False
 
     def close(self) -> None:
-        """Compiles nothing more, and ends a translation."""
+        """Begins no more compilations, and kills a running translation."""
         self._later.close()
         self._compiler.close()
 
     def _take_over(self) -> None:
-        """Takes what was compiled meanwhile; of what only requests named, the schedules used least make room."""
+        """Takes newly compiled schedules. If memory is short, drops the least used that only requests named."""
         if made := self._later.take():
             self._put(made)
 
@@ -169,18 +174,18 @@ class OpenVINOBackend:
         self._ready = frozenset(self._runs)
 
     def _has_room_for(self, uses: int) -> bool:
-        """Whether a schedule of so many uses is compiled: there is memory left, or one that is used less makes room."""
+        """Whether to compile a schedule of so many uses: there is memory, or a less used one can be dropped."""
         others, coming = self._others(), len(self._later)
         if len(others) + coming < self.most_schedules - len(self._planned):
             return True
         return bool(others) and not coming and uses > self._uses.of(self._uses.least(others))
 
     def _others(self) -> list[Schedule]:
-        """What is compiled because requests named it."""
+        """The schedules that were compiled only because requests named them."""
         return [each for each in self._runs if each not in self._warmed and each not in self._planned]
 
     def _compile_aside(self, schedule: Schedule) -> AnyBatch:
-        """Compiles what requests ask for, and what is planned; on the thread that compiles."""
+        """Compiles a requested or planned schedule, on the thread that compiles."""
         sizes = None if schedule in self._warmed else FEWER_BATCH_SIZES[self.info.precision]
         return self._compile(schedule, sizes, aside=True)
 
@@ -199,23 +204,23 @@ class OpenVINOBackend:
 
     @torch.inference_mode()
     def _check(self, run: Run, schedule: Schedule, size: int) -> None:
-        """Raises RuntimeError where a graph does not compute what torch does, which has happened.
+        """Raises RuntimeError if a graph does not compute what torch computes, which has happened.
 
-        Two pairs of tokens that are alike but for rounding may merge in either order: half of the images may differ.
+        Two pairs of tokens of nearly equal similarity may merge in either order. So half of the images may differ.
         """
         shape, generator = (size, *self._compiler.input_size, 3), torch.Generator().manual_seed(0)
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        compared = slice(self._num_classes or None)  # features have scales of their own; without classes they are all
+        compared = slice(
+            self._num_classes or None
+        )  # logits only, because features have other scales; without classes, the features
         wanted = self._torch.outputs(pixels, schedule)[:, compared]
         difference = float((run(self.merged.normalised(pixels))[:, compared] - wanted).abs().amax(dim=1).quantile(0.5))
         allowed = _TOLERANCES[self.info.precision] * float(wanted.abs().max())
         if not difference <= allowed:
-            raise RuntimeError(
-                f"OpenVINO's outputs differ from torch's by {difference:.2g}; at most {allowed:.2g} may be"
-            )
+            raise RuntimeError(f"OpenVINO's outputs differ from torch's by {difference:.2g}; the most is {allowed:.2g}")
 
     def _faster_precision(self) -> tuple[str, str]:
-        """Whether to take fp32 or bf16, and why: measured once for a model, a CPU and a number of threads."""
+        """The faster of fp32 and bf16, and why: measured once for a model, a CPU and a number of threads."""
         if not self._compiler.has_bf16:
             return "fp32", "this CPU has no bf16"
         file, here = self._compiler.folder / "precision.json", [cpu_name(), self._compiler.threads]
@@ -231,7 +236,7 @@ class OpenVINOBackend:
         return ("bf16" if ratio > _FASTER else "fp32"), f"bf16 measured {ratio:.2f} times as fast as fp32"
 
     def _measured_ratio(self) -> float:
-        """How many times as fast as fp32 bf16 is, unmerged: both are measured in turn."""
+        """The speed of bf16 divided by that of fp32, at r=0. Both are measured in turns."""
         threads = self._compiler.threads
         size = max(size for size in BATCH_SIZES["fp32"] if size <= self._max_batch_size)
         runs = {

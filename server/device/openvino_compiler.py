@@ -1,9 +1,9 @@
 """Models compiled by OpenVINO, for each schedule, batch size and precision.
 
-Torch traces a model for seconds to translate it. Where merging is one compiled operator, that is done twice: for r=0,
-and for all schedules that merge (`tome_core.openvino_schedules`). Elsewhere each schedule has a translation of its own.
-Translations are kept on disk. Compiled graphs are not: OpenVINO reads one in half of the time that it takes to compile
-one, and each takes the space of the weights.
+A translation takes seconds, because torch traces the model. If merging is one compiled operator, there are two
+translations: one for r=0, and one for all schedules that merge (`tome_core.openvino_schedules`). Otherwise each
+schedule has its own. Translations are kept on disk. Compiled graphs are not: to read one takes half of the time of a
+compilation, and each is as large as the weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tome_core.schedule import mean_r
 logger = logging.getLogger(__name__)
 
 TRACING = threading.Lock()
-"""Held while torch traces a model in this process, and by another thread while it runs or reads one: both fail else."""
+"""Held while torch traces a model, and by other threads while they run or read one. Otherwise both fail."""
 
 
 class Compiler:
@@ -57,13 +57,13 @@ class Compiler:
     Args:
         merged: The merging model, in eval mode and float32.
         input_size: Height and width of its images.
-        threads: CPU threads; 0 takes what the container may use.
-        cache_dir: Where translations are kept for the next start; None keeps them for this process.
-        beside: Other models compute in this process: all translations are made in another one.
+        threads: CPU threads; 0 takes all that the container may use.
+        cache_dir: The folder that keeps translations for the next start; None keeps them for this process only.
+        beside: Whether other models compute in this process. All translations are then made in another process.
 
     Attributes:
         input_size: As given.
-        threads: How many it uses.
+        threads: Number of CPU threads.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Compiler:
 
     @property
     def folder(self) -> Path:
-        """What is kept of this model, these versions and this code."""
+        """The folder of translations for this model, these package versions and this code."""
         return self._files.folder
 
     @property
@@ -106,11 +106,11 @@ class Compiler:
         return GRAPH_PER_WEIGHTS * sum(4 * each.numel() for each in self._merged.model.parameters())
 
     def keep(self, schedule: Schedule) -> None:
-        """Never removes the translation of a schedule to make room on disk."""
+        """Protects the translation of a schedule from removal when disk space is short."""
         self._files.keep(self._name(schedule))
 
     def close(self) -> None:
-        """Ends a translation in another process; nothing is translated there any more."""
+        """Kills a translation in another process, and starts no more."""
         with self._starting:
             self._is_closed = True
             if self._process is not None:
@@ -130,9 +130,9 @@ class Compiler:
             schedule: `r` of each block.
             max_batch_size: Most images at a time.
             precision: "fp32" or "bf16".
-            sizes: Batch sizes that run side by side; None takes all that pay. The graph for a lone image is always
-                there, and does for what they leave.
-            aside: Translates it in a process of its own, so that answers go on.
+            sizes: Batch sizes that run side by side; None takes all useful ones. The graph for a single image is always
+                compiled, and computes the remainder.
+            aside: Whether to translate in another process, so that answers go on.
 
         Raises:
             RuntimeError: It cannot be translated or compiled.
@@ -152,8 +152,8 @@ class Compiler:
             schedule: `r` of each block.
             batch_size: Images that it takes.
             precision: "fp32" or "bf16".
-            side_by_side: How many of it run at a time, with a share of the threads each.
-            aside: Translates it in a process of its own.
+            side_by_side: Number of batches that run at a time, each on a share of the threads.
+            aside: Whether to translate in another process.
 
         Returns:
             A function of any multiple of `batch_size` images.
@@ -179,35 +179,35 @@ class Compiler:
         return core().compile_model(model, "CPU", dict(config))
 
     def _name(self, schedule: Schedule) -> str:
-        """What the translation is called that a schedule is made of."""
+        """The name of the translation for a schedule."""
         is_common = self._operator is not None and max(schedule) > 0 and schedule not in self._differs
         return self._common(schedule) if is_common else f"r{text_of(r_of(schedule)).replace(',', '-')}"
 
     def _common(self, schedule: Schedule) -> str:
-        """What the translation is called that schedules share: all, or all of one band of tuned numbers."""
+        """The name of the translation that all schedules share, or all of one band of tuned numbers."""
         mean = mean_r(schedule)
         bands = self._merged.tuned.bands if self._merged.tuned else ()
         band = next((f"-{band.low}-{band.high}" for band in bands if mean in band), "")
         return f"merging{band}"
 
     def translate_ahead(self, schedule: Schedule) -> None:
-        """Begins what schedules that merge are made of, in another process, while this one does something else."""
+        """Starts the common translation of schedules that merge, in another process."""
         if self._name(schedule) == self._common(schedule) and not self._files.graph(self._name(schedule)).exists():
-            merged = self._pickled()  # now: soon this thread may trace
+            merged = self._pickled()  # now, because this thread may trace soon
 
             def translate() -> None:
-                with contextlib.suppress(RuntimeError):  # whoever needs it tries again, and says what is wrong
+                with contextlib.suppress(RuntimeError):  # the first compilation tries again, and reports the error
                     self._translate(schedule, self._name(schedule), merged)
 
             threading.Thread(target=translate, name="translation", daemon=True).start()
 
     def _translated(self, schedule: Schedule, aside: bool) -> openvino.Model:
-        """The translation that a schedule is made of, from the disk or made now."""
+        """The translation for a schedule, from disk or made now."""
         name = self._name(schedule)
         if self._files.use(name):
             try:
                 return core().read_model(self._files.graph(name))
-            except RuntimeError as error:  # another server has removed it by now, or a crash has spoilt it
+            except RuntimeError as error:  # another server has removed it, or it is damaged after a crash
                 logger.info("%s is translated again: %s", name, error)
                 self._files.remove(name)
         self._translate(schedule, name, self._pickled() if aside or self._beside else None)
@@ -215,21 +215,21 @@ class Compiler:
         return core().read_model(self._files.graph(name))
 
     def _pickled(self) -> bytes:
-        """The model. multiprocessing would put its weights in shared memory, of which a container has 64 MB."""
+        """The pickled model. multiprocessing would use shared memory, of which a container has 64 MB."""
         with TRACING:
             return pickle.dumps(self._merged)
 
     def _translate(self, schedule: Schedule, name: str, merged: bytes | None) -> None:
-        """Makes a translation, where it is not there by now.
+        """Makes a translation, unless another thread has just made it.
 
         Args:
-            schedule: For which.
-            name: What it is called.
-            merged: The pickled model for a process that translates, since no thread may run a model while torch traces
-                one; None translates here.
+            schedule: The schedule.
+            name: Name of the translation.
+            merged: The pickled model for another process, because no thread may run a model while torch traces one;
+                None translates in this process.
 
         Raises:
-            RuntimeError: It cannot be translated; the process has said why.
+            RuntimeError: It cannot be translated. The other process has logged why.
         """
         file, is_common = self._files.graph(name), name == self._common(schedule)
         if merged is None:
@@ -244,7 +244,7 @@ class Compiler:
     def _translate_aside(self, args: tuple[Any, ...]) -> None:
         with self._starting:
             if self._is_closed:
-                raise RuntimeError("the server ends")
+                raise RuntimeError("the model is unloaded, or the server ends")
             process = self._process = translation.start()
         status = translation.finish(process, *args)
         self._process = None
@@ -252,7 +252,7 @@ class Compiler:
             raise RuntimeError(f"its translation ended with status {status}")
 
     def _built(self, folder: Path) -> Path | None:
-        """The compiled operator, or None where OpenVINO's own operators have to do."""
+        """The compiled operator; None if it cannot be built. Then OpenVINO's own operators merge."""
         folder.mkdir(parents=True, exist_ok=True)
         try:
             operator = build_operator(folder)
@@ -273,7 +273,7 @@ def translate(
     file: Path,
     operator: Path | None,
 ) -> None:
-    """Translates a model for a schedule, or for all that merge by the same numbers."""
+    """Translates a model for one schedule, or for all schedules that share its weights."""
     if is_common:
         numbers = tome_core.MergedViT(merged.at(schedule).model)
         numbers = numbers.with_features() if merged.gives_features else numbers
@@ -286,11 +286,11 @@ def translate(
         written = Path(folder) / file.name
         save(model, written)
         written.with_suffix(".bin").replace(file.with_suffix(".bin"))
-        written.replace(file)  # last: where it is, all is
+        written.replace(file)  # last, because its presence means that all is there
 
 
 def _fingerprint(merged: tome_core.MergedViT, input_size: tuple[int, int], operator: Path | None) -> str:
-    """A name for all that a graph depends on but the schedule: weights, tuned numbers, layers, versions, our code."""
+    """A hash of what a graph depends on besides the schedule: weights, tuned numbers, layers, versions, our code."""
     digest = hashlib.sha256()
     parts = list(merged.model.state_dict().items())
     for band in merged.tuned.bands if merged.tuned else ():

@@ -1,6 +1,6 @@
-"""What OpenVINO keeps on disk over a restart, and what of it goes so that the disk does not fill up.
+"""The translations of OpenVINO on disk, and their removal, so that the disk does not fill up.
 
-Several servers may share it: whatever is removed here may be in use there, and is made again by whoever misses it.
+Several servers may share the folder. A server whose translation was removed by another makes it again.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 DISK_SHARE = 0.1
-"""What translations may take of the disk's free space and themselves together."""
+"""The share of free disk space and translations together that translations may take."""
 
 MOST_BYTES = 8 << 30
-"""What they may take however large the disk is: those of twelve ViT-L, or of two hundred times the bundled model."""
+"""The most bytes of all translations: those of twelve ViT-L, or of the bundled model two hundred times."""
 
 _DAY_S = 86_400.0
 OUTDATED_S = 30 * _DAY_S
-"""Folders of models, and operators, that nobody has used for so long are removed. A server touches its own when it
-starts."""
+"""Folders of models, and operators, are removed if they were not used for this time. A server marks its own as used
+when it starts."""
 
 _FOLDER, _OPERATOR, _UNFINISHED = re.compile("[0-9a-f]{24}"), re.compile(r"merge_tokens-\w+\.so"), re.compile("tmp.*")
 
@@ -30,11 +30,11 @@ _FOLDER, _OPERATOR, _UNFINISHED = re.compile("[0-9a-f]{24}"), re.compile(r"merge
 class Translations:
     """The translations of one model, by name: each a graph and its weights.
 
-    The latest use is the time of the graph's file. The graph is written last and removed first: where it is, all is,
-    unless a process was killed or another one removes it at this moment.
+    The latest use is the time of the graph's file. The graph is written last and removed first. So if it is there, the
+    weights are too, unless a process was killed or another one removes them at this moment.
 
     Args:
-        folder: Where they lie; it is made, also when it is gone.
+        folder: Their folder; it is made if it is missing.
 
     Attributes:
         folder: As given.
@@ -47,7 +47,7 @@ class Translations:
         folder.mkdir(parents=True, exist_ok=True)
         touch(folder)
         for each in _entries(folder, _UNFINISHED):
-            if _unused_s(each) > _DAY_S:  # of a process that was killed
+            if _unused_s(each) > _DAY_S:  # left by a process that was killed
                 _remove(each)
 
     def graph(self, name: str) -> Path:
@@ -55,11 +55,11 @@ class Translations:
         return self.folder / f"{name}.xml"
 
     def keep(self, name: str) -> None:
-        """Never removes it to make room."""
+        """Protects it from removal when space is short."""
         self.kept.add(self.graph(name))
 
     def use(self, name: str) -> bool:
-        """Whether it is there; it then is the one used last."""
+        """Whether it is there. Marks it as used now."""
         touch(self.folder)
         return touch(self.graph(name))
 
@@ -69,11 +69,11 @@ class Translations:
 
 
 def make_room(cache_dir: Path, kept: Collection[Path] = ()) -> None:
-    """Removes what nobody has used for long, and of all models the translations used longest ago, beyond the bounds.
+    """Removes outdated folders; then, beyond the bounds, the translations of all models that were used longest ago.
 
     Args:
-        cache_dir: Holds a folder for each model.
-        kept: Graphs that stay.
+        cache_dir: The folder that holds a folder for each model.
+        kept: Graphs that are not removed.
     """
     folders = _entries(cache_dir, _FOLDER)
     outdated = [each for each in folders + _entries(cache_dir, _OPERATOR) if _unused_s(each) > OUTDATED_S]
@@ -104,23 +104,23 @@ def _entries(folder: Path, name: re.Pattern[str]) -> list[Path]:
 
 
 def touch(path: Path) -> bool:
-    """Notes that a file or folder is used; says whether it is there."""
+    """Marks a file or folder as used now; returns whether it is there."""
     try:
         os.utime(path)
     except FileNotFoundError:
         return False
-    except OSError:  # another's, which may be read
+    except OSError:  # it belongs to another user, but can be read
         return path.exists()
     return True
 
 
 def _parts(graph: Path) -> tuple[Path, ...]:
-    """All that is of a translation, the graph first. An older version kept compiled graphs beside it."""
+    """All files of a translation, the graph first. An older version also kept compiled graphs."""
     return graph, graph.with_suffix(".compiled"), graph.with_suffix(".bin")
 
 
 def _bytes_of(path: Path) -> int:
-    """What a file or a folder takes; nothing where it is gone."""
+    """The size of a file or a folder; 0 if it is gone."""
     try:
         return sum(map(_bytes_of, path.iterdir())) if path.is_dir() else path.stat().st_size
     except OSError:
@@ -135,7 +135,7 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _unused_s(path: Path) -> float:
-    """Seconds since its last use; forever where it is gone."""
+    """Seconds since its last use; infinite if it is gone."""
     try:
         return time.time() - path.stat().st_mtime  # noqa: TID251 - a file's own clock
     except OSError:
@@ -143,7 +143,7 @@ def _unused_s(path: Path) -> float:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there and may be removed."""
+    """Removes a file or a folder; does nothing if it is gone or cannot be removed."""
     with contextlib.suppress(OSError):
         path.unlink()
         return

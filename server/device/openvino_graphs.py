@@ -1,7 +1,7 @@
-"""Compiled graphs of OpenVINO for any number of images: a lone one by all threads, several side by side, a thread each.
+"""Compiled graphs of OpenVINO for any number of images: one by all threads, or several side by side, a thread each.
 
-Threads that share one graph wait for each other after every operation, the longer the more else the machine does. Side
-by side they do not: on 2 cores 8 images at r=16 take a fifth less time, and a third less beside a busy HTTP process.
+Threads that share one graph wait for each other after every operation, and wait longer on a busy machine. Side by side
+they do not wait: on 2 cores 8 images at r=16 take a fifth less time, and a third less beside a busy HTTP process.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from tome_core.quiet import openvino
 
 BATCH_SIZES = {"fp32": (1, 2, 4), "bf16": (1, 2, 4, 8, 16)}
-"""What graphs are compiled for. In fp32 a thread is no faster with more images at a time; in bf16 layers are so fast
-that fetching their weights takes long beside them, and merging gains a sixth from 4 to 16."""
+"""Batch sizes of the graphs. In fp32 a thread is no faster with larger batches. In bf16 the layers are so fast that the
+reading of their weights counts, and merging gains a sixth from 4 to 16."""
 
 FEWER_BATCH_SIZES = {"fp32": (4,), "bf16": (4, 16)}
-"""What graphs are compiled for in the background: nearly all of that speed for less memory and time. What they leave of
-a batch, the graph for a lone image computes, one after the other."""
+"""Batch sizes of graphs that are compiled in the background: nearly the same speed for less memory and time. The graph
+for a single image computes the remainder of a batch, one image after the other."""
 
 GRAPH_PER_WEIGHTS = 4
 """Memory of a compiled graph in either precision, as a multiple of the weights in float32: OpenVINO copies and reorders
@@ -36,11 +36,11 @@ class AnyBatch:
 
     Args:
         lone: Runs one image at a time, by all threads.
-        side_by_side: For each batch size, runs any multiple of it, so many at a time on each thread.
-        threads: How many there are.
+        side_by_side: For each batch size, runs any multiple of it, one batch at a time on each thread.
+        threads: Number of threads.
 
     Attributes:
-        graphs: All that it is made of: batch sizes and runs.
+        graphs: Batch sizes and runs of all its graphs.
     """
 
     def __init__(self, lone: Run, side_by_side: Mapping[int, Run], threads: int) -> None:
@@ -61,13 +61,13 @@ class AnyBatch:
 def any_batch(
     graph: Callable[[int, int], Run], threads: int, max_batch_size: int, batch_sizes: Sequence[int]
 ) -> AnyBatch:
-    """Compiles what batches up to a size need.
+    """Compiles the graphs for batches up to a size.
 
     Args:
-        graph: Compiles for a batch size, to run so many of them side by side.
-        threads: How many there are.
+        graph: Compiles a graph for a batch size and a number of batches that run side by side.
+        threads: Number of threads.
         max_batch_size: Most images in a batch.
-        batch_sizes: What to compile for; those that no batch is large enough for are left out.
+        batch_sizes: Sizes to compile for; sizes that no batch reaches are left out.
     """
     sizes = [size for size in batch_sizes if size <= max(1, math.ceil(max_batch_size / threads))]
     lone = graph(1, 1)
@@ -77,7 +77,7 @@ def any_batch(
 
 
 def groups_of(num_images: int, sizes: Sequence[int], threads: int) -> list[tuple[int, int]]:
-    """Cuts a batch into parts, of sizes that leave no thread without one: (size, how many of it), the largest first."""
+    """Splits a batch into parts so that every thread gets one: (size, number of parts), the largest size first."""
     groups = []
     share = math.ceil(num_images / threads)
     for size in sorted((size for size in sizes if size <= share), reverse=True):
@@ -109,7 +109,7 @@ def run_of(compiled: openvino.CompiledModel, batch_size: int, side_by_side: int)
 
 
 def config_of(precision: str, threads: int, side_by_side: int) -> dict[str, Any]:
-    """How OpenVINO is to compute: "fp32" or "bf16", on so many threads, so many batches side by side."""
+    """OpenVINO's settings for a precision ("fp32" or "bf16"), a number of threads, and batches side by side."""
     return {
         "INFERENCE_PRECISION_HINT": {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}[precision],
         "INFERENCE_NUM_THREADS": threads,

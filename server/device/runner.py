@@ -1,4 +1,4 @@
-"""The device: loaded models in, batches of pixels through them, results out. Called from one thread."""
+"""Runs batches of pixels through loaded models on a device. Called from one thread."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class Launched:
-    """A batch on its way through the device.
+    """A batch that the device computes.
 
     Args:
-        name: What computes it.
+        name: The model and its precision, for messages.
         columns: The requested columns of its outputs, as from `gathered`; filled later.
-        num_classes: Of the model.
-        wanted: What that is.
-        pixels: What it is computed from, and so must stay.
+        num_classes: Number of the model's classes.
+        wanted: The requested outputs.
+        pixels: The input, which must stay in memory.
     """
 
     def __init__(self, name: str, columns: Tensor, num_classes: int, wanted: Wanted, pixels: Tensor) -> None:
@@ -53,12 +53,12 @@ class Launched:
         """Waits for the requested columns and returns them.
 
         Raises:
-            EngineError: The model gives no numbers.
+            EngineError: The model's outputs are not finite.
         """
         if self._done is not None:
             self._done.synchronize()
         if not self._columns.isfinite().all():
-            raise EngineError(f"{self._name} gives numbers that are none; try another --precision")
+            raise EngineError(f"{self._name} gives outputs that are not finite; try another --precision")
         return Found(self._columns, self._num_classes, self._wanted)
 
 
@@ -69,10 +69,10 @@ class Runner:
         models: The models by name.
         device: A torch device, or "auto".
         precision: "fp32", "bf16", "fp16", "fp8", or "auto".
-        backend: What computes on the device; torch where nothing is said.
+        backend: The options of the backend; None for their defaults.
 
     Attributes:
-        alone: A lock; other threads than the one that computes hold it while they work on the device.
+        alone: A lock. Threads other than the computing one hold it while they use the device.
 
     Raises:
         SettingsError: There is no such device, or the requested backend or precision is not available.
@@ -101,7 +101,7 @@ class Runner:
         """The requested columns of the model's outputs for each image, under the key's schedule.
 
         Raises:
-            EngineError: The model gives no numbers.
+            EngineError: The model's outputs are not finite.
         """
         launched = prepared[0].batch.launched
         items = [each.item for each in prepared]
@@ -118,25 +118,25 @@ class Runner:
         Args:
             key: Model and schedule.
             pixels: (B, H, W, 3) in uint8, on the device.
-            k: How many.
-            activation: What makes scores of logits; the model's own where nothing is said.
+            k: Number of classes.
+            activation: Turns logits into scores; None for the model's own.
 
         Raises:
-            EngineError: The model gives no numbers.
+            EngineError: The model's outputs are not finite.
         """
         wanted = Wanted((activation or self._infos[key.model].activation,), top_k=k)
         return self.launch(key, pixels, wanted).result().top_k()
 
     def run(self, key: BatchKey, pixels: Tensor) -> None:
-        """Does all of the work of a batch, and keeps nothing of it; as `top_k`."""
+        """Computes a batch and discards its result; raises as `top_k`."""
         has_classes = bool(self._infos[key.model].labels)
         self.launch(key, pixels, Wanted(("none",), top_k=int(has_classes), features=not has_classes)).result()
 
     @torch.inference_mode()
     def launch(self, key: BatchKey, pixels: Tensor, wanted: Wanted) -> Launched:
-        """Begins a batch. On a GPU that takes no time: it is computed after all that was launched before.
+        """Begins a batch. On a GPU this returns at once: the batch is computed after all that was launched before.
 
-        The device must be done with the pixels.
+        The pixels must be complete on the device.
         """
         backend, num_classes = self._backends[key.model], len(self._infos[key.model].labels)
         with on(self._device):
@@ -144,7 +144,7 @@ class Runner:
             return Launched(f"{key.model} in {backend.info.precision}", columns, num_classes, wanted, pixels)
 
     def is_quick(self, key: BatchKey, num_images: int) -> bool:
-        """Whether `launch` only begins what the device does then, in no time."""
+        """Whether `launch` only begins the work of the device, and so returns at once."""
         return self._backends[key.model].is_quick(num_images, key.schedule)
 
     def backend(self, model: str) -> BackendInfo:
@@ -160,7 +160,7 @@ class Runner:
         self._backends[model].compile_later(schedules, compiled)
 
     def compiles(self, model: str) -> bool:
-        """Whether a model's schedules are compiled before they are as fast as they can be."""
+        """Whether a model's schedules must be compiled to run at full speed."""
         return self._backends[model].info.name == "openvino"
 
     def close(self) -> None:
@@ -173,16 +173,16 @@ class Runner:
         return self._backends[model].compiling()
 
     def merged(self, model: str) -> MergedViT:
-        """A model as torch computes it here, from pixels: to follow tokens, or to do without recordings."""
+        """A model as torch computes it here, from pixels and without recordings: to follow tokens."""
         return self._backends[model].merged
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device."""
         return self._device
 
     def check(self) -> None:
-        """Raises when the device is broken."""
+        """Raises if the device is broken."""
         check(self._device)
 
     def warm_up(self, key: BatchKey, is_likely: bool = True) -> None:
@@ -190,10 +190,10 @@ class Runner:
 
         Args:
             key: Model and schedule.
-            is_likely: It is asked for at once.
+            is_likely: Whether requests will name it at once.
 
         Raises:
-            EngineError: That fails: what a start cannot do, no request can.
+            EngineError: The image cannot be computed.
         """
         start = time.perf_counter()
         backend = self._backends[key.model]
@@ -212,14 +212,14 @@ class Runner:
         )
 
     def warm_further(self) -> bool:
-        """Does one piece more of what makes later batches faster; False where nothing is left."""
+        """Does one more piece of work that makes later batches faster; returns False if none is left."""
         with on(self._device):
             return any(backend.warm_further() for backend in self._backends.values())
 
 
 @functools.cache
 def alone_on(device: str) -> AbstractContextManager[bool]:
-    """A lock for each device, whichever runner works there. A thread that holds it may take it again."""
+    """The lock of a device, which all its runners share. A thread that holds it may take it again."""
     return threading.RLock()
 
 
@@ -229,7 +229,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def check(device: torch.device) -> None:
-    """Does the simplest work there is; raises when the device is broken for good, as after an illegal access."""
+    """Does very simple work; raises if the device is broken for good, as after an illegal access."""
     torch.ones(1, device=device).sum().item()
 
 
@@ -237,14 +237,14 @@ def device_of(device: str) -> torch.device:
     """The torch device of a setting.
 
     Raises:
-        SettingsError: There is no such device, or there are several.
+        SettingsError: There is no such device, or the setting names several.
     """
     if "," in device:
         raise SettingsError(f"device {device!r}: one device computes here; 'tome-server serve' takes several")
     try:
         found = torch.device(pick_device(device))
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
+    except (RuntimeError, AssertionError) as error:  # torch's errors for a device that is not there
         raise SettingsError(f"device {device!r}: {error}") from error
     return found
 

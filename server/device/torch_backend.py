@@ -18,7 +18,7 @@ from server.types import BackendInfo, Compiling, ComputedBy
 from tome_core import MergedViT, UnsupportedModelError
 
 CPU_PART = 16
-"""Images that a CPU computes at a time: more do not fit its caches, and 32 at once take a fifth longer."""
+"""Images that a CPU computes at a time. More do not fit its caches: 32 at once take a fifth longer."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """Dtype of the model's weights; fp8 then multiplies most products of its blocks in float8."""
@@ -89,14 +89,14 @@ class TorchBackend:
         """Does nothing: any schedule runs uncompiled."""
 
     def close(self) -> None:
-        """Nothing is done in the background."""
+        """Does nothing: there is no background work."""
 
     def compiling(self) -> Compiling | None:
-        """Does nothing: torch runs any schedule uncompiled."""
+        """None: torch compiles nothing."""
         return None
 
     def warm_further(self) -> bool:
-        """Nothing is left."""
+        """False: no work is left."""
         return False
 
 
@@ -144,10 +144,10 @@ class RecordedBackend:
         """Does nothing: any schedule runs uncompiled."""
 
     def close(self) -> None:
-        """Nothing is done in the background."""
+        """Does nothing: there is no background work."""
 
     def compiling(self) -> Compiling | None:
-        """Does nothing: schedules that are not recorded are launched."""
+        """None: torch compiles nothing."""
         return None
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The process that translates a model for OpenVINO beside a server that answers. It may be killed at any time."""
+"""The process that translates a model for OpenVINO while the server answers. It may be killed at any time."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ _LENGTH_BYTES = 8
 def start() -> subprocess.Popen[bytes]:
     """Starts a process, which imports its modules and waits for work.
 
-    `multiprocessing` does not return before a new process has read its arguments, and cannot be broken off until then.
+    It is no process of `multiprocessing`, whose `start` blocks until the new process has read its arguments.
     """
     return subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM], stdin=subprocess.PIPE, env=environment())
 
 
 def finish(process: subprocess.Popen[bytes], *args: Any) -> int:
-    """Has a process translate with the arguments of `openvino_compiler.translate`, the model pickled.
+    """Sends the arguments of `openvino_compiler.translate` to a process, with the model pickled, and waits for its end.
 
     Returns:
-        Its exit status, which is negative if a signal ended it.
+        Its exit status; negative if a signal ended it.
     """
     work = pickle.dumps(args)
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has been killed, as its status says
-        process.stdin.write(len(work).to_bytes(_LENGTH_BYTES, "big") + work)
+    with contextlib.suppress(BrokenPipeError):  # it was killed; its status tells
+        process.stdin.write(len(work).to_bytes(_LENGTH_BYTES, "big"))
+        process.stdin.write(work)  # apart: together they would be one more copy of the weights
         process.stdin.flush()
-    status = process.wait()  # its input stays open: the end of it is the end of this process
+    status = process.wait()  # the input stays open, because the process ends with it
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     return status
 
 
 def main() -> None:
-    """Translates what the input says. Ends at once if the input does: then the process that asked has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
+    """Translates the model in the input. Ends at once if the input ends, because then the server has ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal to the process group is for the supervisor
+        signal.signal(number, signal.SIG_IGN)
     # Packages that torch imports make semaphores. Python would warn of them if this process was killed.
     resource_tracker.register = lambda name, rtype: None
     resource_tracker.unregister = lambda name, rtype: None
@@ -55,11 +57,11 @@ def main() -> None:
 
     try:
         merged, *args = pickle.loads(work)
-    except (EOFError, pickle.UnpicklingError):  # the input has ended early
+    except (EOFError, pickle.UnpicklingError):  # the input has ended too early
         os._exit(1)
     translate(pickle.loads(merged), *args)
 
 
 def _end_with_input() -> None:
-    sys.stdin.buffer.read(1)
+    os.read(sys.stdin.fileno(), 1)  # `sys.stdin.buffer.read` holds a lock, without which Python aborts at its end
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Modules without their first random weights, which a file will replace."""
+"""Makes modules without random first weights, because a file replaces them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _RANDOM = {"erfinv_", "normal_", "uniform_"} | {
     f"{kind}_{spread}_" for kind in ("kaiming", "xavier", "trunc") for spread in ("normal", "uniform")
 }
 _IN_PLACE = _RANDOM | {"add_", "clamp_", "div_", "fill_", "mul_", "sub_", "zero_"}
-"""Functions that change nothing of a tensor on the meta device, which has no values."""
+"""Functions that do nothing to a tensor on the meta device, which has no values."""
 
 
 class Unfilled(TorchFunctionMode):
-    """Inside it modules are made without first values: to compute them takes longer than to read a file.
+    """Inside this context, modules are made without first values. To compute them takes longer than to read a file.
 
     Every parameter must be loaded afterwards. Buffers that no file holds are not random, and get their values.
     """

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 HALVED_AFTER = 1024
-"""Uses after which all counts are halved. So the past fades, and at most twice as many keys are counted."""
+"""Uses after which all counts are halved. So old uses count less, and at most twice as many keys are counted."""
 
 
 class Uses(Generic[K]):

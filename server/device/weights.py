@@ -1,4 +1,4 @@
-"""Weights of a safetensors file for a model: found, compared with it before anything is read, and read. No pickle."""
+"""Reads the weights of a safetensors file for a model, after a comparison of names and shapes. No pickle is read."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def read_weights(file: Path, model: Any) -> dict[str, Tensor]:
     images of another size are resampled, as timm does.
 
     Args:
-        file: Of safetensors.
-        model: A timm model. Its shapes count alone: its tensors may be on the meta device.
+        file: A safetensors file.
+        model: A timm model. Only its shapes are used: its tensors may be on the meta device.
 
     Raises:
-        SettingsError: It is not such a file, or its weights do not fit the model.
+        SettingsError: It is not a safetensors file, or its weights do not fit the model.
     """
     if not file.is_file():
         raise SettingsError(f"there is no weights file {file}")
@@ -73,7 +73,7 @@ def _prefix(file: Path, names: Collection[str], wanted: Collection[str]) -> str:
     ranked = found.most_common(2)
     if not ranked:
         raise SettingsError(
-            f"{file} holds the weights of another model: none of its {len(names)} tensors has a name of it"
+            f"{file} holds the weights of another model: none of its {len(names)} tensors has a name of this model"
         )
     if len(ranked) == 2 and ranked[0][1] == ranked[1][1] and "" not in dict(ranked):
         several = " and ".join(sorted(repr(prefix) for prefix, _ in ranked))
@@ -87,7 +87,7 @@ def _compare(file: Path, ours: Shapes, wanted: Mapping[str, Tensor], model: Any)
     if missing := [name for name in wanted if name not in ours]:
         differences.append(f"they lack {_some(missing)}")
     if extra := [name for name in ours if name not in wanted]:
-        differences.append(f"they have {_some(extra)}, which it has not")
+        differences.append(f"they have {_some(extra)}, which the model lacks")
     both = {name: (ours[name], tuple(tensor.shape)) for name, tensor in wanted.items() if name in ours}
     other = {name: (here, there) for name, (here, there) in both.items() if here != there}
     if not differences and set(other) == {_POSITIONS} and _old_grid(other[_POSITIONS][0], model):
@@ -106,7 +106,7 @@ def _compare(file: Path, ours: Shapes, wanted: Mapping[str, Tensor], model: Any)
 
 
 def _old_grid(shape: tuple[int, ...], model: Any) -> tuple[int, int] | None:
-    """Rows and columns of patches that position embeddings of this shape are for; None where that is not clear."""
+    """Rows and columns of patches that position embeddings of this shape are for; None if that is not clear."""
     wanted = model.pos_embed.shape
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or len(shape) != 3 or len(wanted) != 3 or shape[::2] != tuple(wanted[::2]):
@@ -127,7 +127,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 
 def _prefix_tokens(model: Any) -> int:
-    """Tokens of position embeddings that stand for no patch."""
+    """Number of position embeddings that belong to no patch."""
     return 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)
 
 

@@ -1,7 +1,7 @@
-"""What crosses between an HTTP process and an engine: every request, every answer, and both as bytes.
+"""The messages between an HTTP process and an engine: every request, every answer, and both as bytes.
 
-A new operation is a new kind of `Request`, with the kind of its results, in this file; beside it stand its endpoint and
-its computation.
+A new operation needs a new kind of `Request` and the kind of its results in this file. It also needs an endpoint and a
+computation.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ T = TypeVar("T")
 
 
 class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
-    """Images for one model, which share one `r`. `T` is what each image is answered with.
+    """Images for one model, which share one `r`. `T` is the type of an image's result.
 
     Attributes:
         model: Its name.
         images: At least one.
-        r: `r` of each block as asked, or the bounds of `auto`; None takes the deployment's.
-        deadline: When the answer is worth nothing, in seconds of `time.monotonic()`, which all processes share.
-        trace: The caller's span as a W3C `traceparent`, and after a blank its `tracestate` where it has one; None
-            where it has no span.
-        revision: That of the model that the images were prepared for; empty takes the one that serves now.
+        r: The requested `r` of each block, or the bounds of `auto`; None takes the deployment's.
+        deadline: When the answer becomes useless, in seconds of `time.monotonic()`, the same in all processes.
+        trace: The caller's span as a W3C `traceparent`, followed by a space and its `tracestate` if it has one; None
+            without a span.
+        revision: The revision of the model that the images were prepared for; empty takes the one that serves now.
     """
 
     model: str
@@ -43,7 +43,7 @@ class Request(Struct, Generic[T], frozen=True, array_like=True, kw_only=True):
 
     @property
     def operation(self) -> str:
-        """What is to be computed. Images of one operation share batches, whatever is wanted of its outcome."""
+        """The computation. Images of one operation share batches, even if their requests want different outputs."""
         return "forward"
 
 
@@ -61,13 +61,13 @@ class Vector(Struct, frozen=True, array_like=True, gc=False, tag="vector"):
 
 
 class Merges(Struct, frozen=True, array_like=True, tag="merges"):
-    """The likeliest classes of one image, and which of its patches merged.
+    """The likeliest classes of one image, and the groups of its merged patches.
 
     Attributes:
         top_k: The classes.
         grid: Rows and columns of patches.
         patch: Side of a patch in pixels of the model's input.
-        groups: For each block, for each patch row by row, the first patch of the group that it is in after that block.
+        groups: For each block and each patch, row by row: the first patch of its group after that block.
     """
 
     top_k: TopK
@@ -80,9 +80,9 @@ class Classify(Request[TopK], frozen=True, tag="classify"):
     """Asks for the likeliest classes of each image.
 
     Attributes:
-        top_k: How many, at most.
-        activation: What makes scores of logits.
-        threshold: Least score of a class that is named; None names `top_k` whatever their scores.
+        top_k: The most classes in the answer.
+        activation: Turns logits into scores.
+        threshold: Least score of a class in the answer; None gives `top_k` classes of any score.
     """
 
     top_k: int
@@ -94,7 +94,7 @@ class Score(Request[Vector], frozen=True, tag="score"):
     """Asks for the scores of all classes, in their order.
 
     Attributes:
-        activation: What makes scores of logits; "none" gives the logits.
+        activation: Turns logits into scores; "none" gives the logits.
         features: Whether the pooled features follow the scores.
     """
 
@@ -107,7 +107,7 @@ class Embed(Request[Vector], frozen=True, tag="embed"):
 
 
 class Explain(Request[Merges], frozen=True, tag="explain"):
-    """Asks for the likeliest classes of each image, and for what merged in every block."""
+    """Asks for the likeliest classes of each image, and for the groups of merged patches after every block."""
 
     top_k: int
     activation: Activation = "softmax"
@@ -118,11 +118,11 @@ class Explain(Request[Merges], frozen=True, tag="explain"):
 
 
 class Item(Struct, frozen=True):
-    """One image of a request: what waits in a queue, and shares a batch with those of other requests.
+    """One image of a request. It waits in a queue, and shares a batch with images of other requests.
 
     Attributes:
-        request: What is asked of it.
-        index: Its place among the images.
+        request: The request.
+        index: Its place among the images of the request.
     """
 
     request: Classify | Score | Embed | Explain
@@ -141,9 +141,9 @@ class Choice(Struct, frozen=True, array_like=True):
 
     Attributes:
         schedule: `r` of each block.
-        reason: "idle": nothing asked for more than r=0. "load": what waited and came. "bounds": the load asked for more
-            than the request allows. "shared": it filled up a batch that merges otherwise.
-        expected_agreement: Share of images that keep the answer of r=0, or None where nobody measured it.
+        reason: "idle": the load needed no more than r=0. "load": the load needed this `r`. "bounds": the load needed a
+            higher `r` than the request allows. "shared": the image filled up a batch of this schedule.
+        expected_agreement: Share of images that keep the answer of r=0; None if it was not measured.
     """
 
     schedule: Schedule
@@ -155,14 +155,14 @@ class Answered(Struct, Generic[T], frozen=True, array_like=True, tag="answered")
     """A request's results, one for each image in order, and how they were computed.
 
     Attributes:
-        results: Of the images.
+        results: The results of the images.
         schedule: `r` of each block.
-        config_version: The configuration that held when the request came.
+        config_version: The version of the configuration when the request came.
         batch_size: Images in the batch; of several batches the largest.
         queue_s: Seconds in the queue; of several images the longest.
-        inference_s: Seconds from there to the answer; of several images the longest.
-        computed_by: The backend that computed it; where images differ, the one that stands in for the model's own.
-        auto: What `auto` chose, where it was to choose.
+        inference_s: Seconds from the end of the queue to the answer; of several images the longest.
+        computed_by: The backend that computed it; if images differ, the one that replaced the model's own.
+        auto: The choice of `auto`; None if the request or the deployment has another `r`.
     """
 
     results: list[T]
@@ -176,17 +176,17 @@ class Answered(Struct, Generic[T], frozen=True, array_like=True, tag="answered")
 
 
 class Probe(Struct, frozen=True, array_like=True, tag="probe"):
-    """Asks whether the batch loop and the device work. It waits in no queue."""
+    """Asks whether the batch loop and the device work. It skips the queues."""
 
 
 class GetCurve(Struct, frozen=True, array_like=True, tag="get_curve"):
-    """Asks for what was measured of a model."""
+    """Asks for the curve of a model."""
 
     model: str
 
 
 class GetCompiling(Struct, frozen=True, array_like=True, tag="get_compiling"):
-    """Asks which schedules of a model are being compiled."""
+    """Asks how far the compilation of a model's schedules is."""
 
     model: str
 
@@ -196,14 +196,14 @@ class GetConfiguration(Struct, frozen=True, array_like=True, tag="get_configurat
 
 
 class Configure(Struct, frozen=True, array_like=True, tag="configure"):
-    """Changes the deployment `r` of some models, all or none."""
+    """Changes the deployment `r` of some models: of all that are named, or of none."""
 
     changes: Mapping[str, RSetting]
     expected_version: int | None
 
 
 class Load(Struct, frozen=True, array_like=True, tag="load"):
-    """Loads a model beside the others, in the newest version or the one that is named."""
+    """Loads a model while the others serve, in the named version or the newest one."""
 
     model: str
     version: str | None
@@ -216,19 +216,19 @@ class Unload(Struct, frozen=True, array_like=True, tag="unload"):
 
 
 class GetRepository(Struct, frozen=True, array_like=True, tag="get_repository"):
-    """Asks which models are loaded, and which may be."""
+    """Asks which models are loaded, and which can be loaded."""
 
 
 class Seen(Struct, frozen=True, array_like=True, tag="seen"):
-    """Says that the last catalog has come, and that all requests from now on go by it. It has no answer."""
+    """Confirms the last catalog: all later requests use it. It has no answer."""
 
 
 class Withdraw(Struct, frozen=True, array_like=True, tag="withdraw"):
-    """Gives up the call of the same id."""
+    """Cancels the call of the same id."""
 
 
 class Failure(Struct, frozen=True, array_like=True, tag="failure"):
-    """A `ServerError` on its way."""
+    """A `ServerError` as a message."""
 
     code: str
     message: str
@@ -237,11 +237,11 @@ class Failure(Struct, frozen=True, array_like=True, tag="failure"):
 
     @staticmethod
     def of(error: ServerError) -> Failure:
-        """What crosses instead of the error."""
+        """The message of an error."""
         return Failure(error.code, error.message, error.retry_after_s, error.details)
 
     def error(self) -> ServerError:
-        """The same error on the other side."""
+        """The error of this message."""
         return ServerError.of(self.code, self.message, self.retry_after_s, self.details)
 
 
@@ -256,13 +256,13 @@ class Measured(Struct, frozen=True, array_like=True, tag="measured"):
 
 
 class Progress(Struct, frozen=True, array_like=True, tag="progress"):
-    """What is compiled of a model; None where nothing is."""
+    """How far the compilation of a model is; None if nothing is compiled."""
 
     compiling: Compiling | None
 
 
 class Deployed(Struct, frozen=True, array_like=True, tag="deployed"):
-    """The configuration that holds now."""
+    """The current configuration."""
 
     configuration: Configuration
 
@@ -272,19 +272,19 @@ class Done(Struct, frozen=True, array_like=True, tag="done"):
 
 
 class Repository(Struct, frozen=True, array_like=True, tag="repository"):
-    """The models that are loaded or may be."""
+    """The models that are loaded, and those that can be loaded."""
 
     models: list[ModelState]
 
 
 class Catalog(Struct, frozen=True, array_like=True, tag="catalog"):
-    """The loaded models, the default first; the engine sends it before all else, and again whenever it changes."""
+    """The loaded models, the default first. The engine sends it first, and again after each change."""
 
     models: list[ModelInfo]
 
 
 class Call(Struct, frozen=True, array_like=True):
-    """What an HTTP process asks, under an id of its own."""
+    """A request of an HTTP process, with an id that the process chose."""
 
     id: int
     ask: (
@@ -306,7 +306,7 @@ class Call(Struct, frozen=True, array_like=True):
 
 
 class Reply(Struct, frozen=True, array_like=True):
-    """What the engine says to the call of that id. The catalog answers no call."""
+    """The engine's answer to the call of that id. A catalog answers no call."""
 
     id: int
     answer: (
@@ -323,24 +323,24 @@ class Reply(Struct, frozen=True, array_like=True):
 
 
 def to_bytes(message: Call | Reply, into: bytearray) -> None:
-    """Writes a message behind what a buffer holds."""
+    """Appends a message to a buffer."""
     _encoder.encode_into(message, into, len(into))
 
 
 def call_of(message: memoryview) -> Call:
-    """What `to_bytes` wrote; raises msgspec.MsgspecError for all else."""
+    """Reads a message of `to_bytes`. Raises msgspec.MsgspecError for other bytes."""
     return _calls.decode(message)
 
 
 def reply_of(message: memoryview) -> Reply:
-    """What `to_bytes` wrote; raises msgspec.MsgspecError for all else."""
+    """Reads a message of `to_bytes`. Raises msgspec.MsgspecError for other bytes."""
     return _replies.decode(message)
 
 
 def _plain(value: object) -> Any:
     if isinstance(value, Curve):
         return value.model_dump()
-    raise TypeError(f"what is a {type(value).__name__} cannot cross")
+    raise TypeError(f"a message cannot hold a {type(value).__name__}")
 
 
 def _curve(kind: type[Curve], said: Any) -> Curve:

@@ -1,4 +1,4 @@
-"""Rows as JSON Lines, CSV or Parquet: parts that are whole files, and parts joined into one file."""
+"""Writes rows as JSON Lines, CSV or Parquet: in parts, each a complete file, and then joined into one file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from server.errors import SettingsError
 from server.offline.rows import Row
 
 ROW_GROUP = 1 << 16
-"""Rows of a Parquet file that are read together."""
+"""Rows of a row group in a Parquet file."""
 
 
 class Format(Protocol):
-    """How a table is written."""
+    """A format of tables."""
 
     def part(self, rows: Sequence[Row], columns: Sequence[str]) -> bytes:
-        """A file of some rows."""
+        """The content of a file of these rows."""
         ...
 
     def files(self, part: Path) -> list[str]:
-        """The column `file` of a part; raises OSError or ValueError where it is none."""
+        """The column `file` of a part. Raises OSError or ValueError if the file is not a part."""
         ...
 
     def join(self, parts: Sequence[Path], output: Path, columns: Sequence[str]) -> None:
@@ -36,15 +36,15 @@ class Format(Protocol):
         ...
 
     def check(self, file: Path) -> None:
-        """Raises OSError or ValueError where a file holds no table of this format and of ours."""
+        """Raises OSError or ValueError if a file does not hold a table that this command wrote in this format."""
         ...
 
 
 def format_of(output: Path) -> Format:
-    """The format that a file's name asks for.
+    """The format for the suffix of a file's name.
 
     Raises:
-        SettingsError: It asks for none, or its package is not installed.
+        SettingsError: The suffix is unknown, or the format's package is not installed.
     """
     kind = _FORMATS.get(output.suffix.lower())
     if kind is None:
@@ -53,7 +53,7 @@ def format_of(output: Path) -> Format:
 
 
 class JsonLines:
-    """An object a line, in which `r` reads as in an answer of the server: a number, or a list where blocks differ."""
+    """One object a line. `r` is as in an answer of the server: a number, or a list if blocks differ."""
 
     def part(self, rows: Sequence[Row], columns: Sequence[str]) -> bytes:
         return b"".join(_json(row | {"r": r_of(tuple(row["r"]))}) + b"\n" for row in rows)
@@ -74,7 +74,7 @@ class JsonLines:
 
 
 class Csv:
-    """A table with a line of names. Lists are JSON; `r` is as `--r` takes it; what is not there is empty."""
+    """A table with a header. Lists are JSON, `r` is written as `--r` takes it, and missing values are empty."""
 
     def part(self, rows: Sequence[Row], columns: Sequence[str]) -> bytes:
         text = io.StringIO()
@@ -83,7 +83,7 @@ class Csv:
         plain.writerow(columns)
         for row in rows:
             cells = [_cell(name, row[name]) for name in columns]
-            # Readers take a bare \r for the end of a line, and the writer does not quote it for that alone.
+            # Readers take a lone \r as the end of a line, but the writer does not quote it.
             (quoted if any("\r" in cell for cell in cells) else plain).writerow(cells)
         return text.getvalue().encode()
 
@@ -147,7 +147,7 @@ _FORMATS: dict[str, Callable[[], Format]] = {".parquet": Parquet, ".jsonl": Json
 
 
 class _Named(msgspec.Struct):
-    """What is read of a line."""
+    """The fields that are read of a line."""
 
     file: str
     model: str

@@ -1,8 +1,8 @@
-// The server's endpoints. Every failure is a Problem with words for people.
+// The server's endpoints. Every failure is a Problem with a readable message.
 
 const KEY = "tome-key";
 
-/** What went wrong with a request, in the server's own words where it has sent any. */
+/** The failure of a request, with the server's message if it sent one. */
 export class Problem extends Error {
   constructor(message, { status = 0, code = "unreachable", retryAfterS = 1 } = {}) {
     super(message);
@@ -11,7 +11,7 @@ export class Problem extends Error {
     this.retryAfterS = retryAfterS;
   }
 
-  /** Whether the same request may succeed a little later. */
+  /** Whether the same request may succeed later. */
   get passes() {
     return [0, 429, 503].includes(this.status);
   }
@@ -20,7 +20,7 @@ export class Problem extends Error {
 /** Whether a key is kept. */
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
-/** Keeps an API key for as long as this tab is open. */
+/** Keeps an API key while this tab is open. */
 export function keepKey(key) {
   sessionStorage.setItem(KEY, key);
 }
@@ -53,7 +53,7 @@ export async function models() {
   return (await (await send("v1/models")).json()).models;
 }
 
-/** One model, with the ETag that a change of it must name. */
+/** One model, with the ETag that a change of it needs. */
 export async function model(name) {
   const response = await send(`v1/models/${encodeURIComponent(name)}`);
   return { ...(await response.json()), etag: response.headers.get("etag") };
@@ -69,7 +69,7 @@ export async function setR(name, r, etag) {
   return { ...(await response.json()), name, etag: response.headers.get("etag") };
 }
 
-/** The measured curve of a model, or null where none has been measured. */
+/** The measured curve of a model, or null if none was measured. */
 export async function curve(name) {
   try {
     return await (await send(`v1/models/${encodeURIComponent(name)}/curve`)).json();

@@ -1,4 +1,4 @@
-// The page: a model, a photo, and two settings of r that look at it.
+// The page: a model, a photo, and the answers of two settings of r.
 
 import * as api from "./api.js";
 import { Blocks } from "./blocks.js";
@@ -17,12 +17,12 @@ import { compilation, judge } from "./verdict.js";
 const FIRST_R = 16;
 const POLL_MS = 2000, LONGEST_POLL_MS = 32_000;
 
-let model = null; // as /v1/models/{name} answers
+let model = null; // the answer of /v1/models/{name}
 let photo = null; // {blob, bitmap, name}
 let lit = null; // the patch under the pointer
 let polling = null; // the timer of the next poll of the model
 let pollMs = POLL_MS;
-const stale = new Set(); // sides whose answer is not that of their dial and photo
+const stale = new Set(); // sides whose answer belongs to an earlier r or photo
 const turns = new Turns();
 const a = new Side("a", { onTurn: look, onTouch: touch });
 const b = new Side("b", { onTurn: look, onTouch: touch });
@@ -55,7 +55,7 @@ at("b-follow").addEventListener("change", () => {
 at("model").addEventListener("change", () => attempt(() => open(at("model").value)));
 at("measure").addEventListener("click", () => stopwatch.start(MANY));
 
-/** Asks a side's question, once it is its turn; then measures both sides anew. */
+/** Sends a side's request in its turn, then measures both sides again. */
 function look(side) {
   if (!photo || !model) return;
   setStale(side, true);
@@ -81,7 +81,7 @@ function look(side) {
   });
 }
 
-/** Shows what is wrong, and asks again where that may help. */
+/** Shows a problem, and sends the request again if that may help. */
 function fail(side, problem) {
   if (!(problem instanceof api.Problem)) throw problem;
   if ([401, 403].includes(problem.status)) return deny(problem);
@@ -111,19 +111,19 @@ function showTimes() {
   follow();
 }
 
-/** Whether the backend that serves the model has computed a side's answer, and no other in its place. */
+/** Whether the model's own backend computed a side's answer. */
 function isSettled({ times: { by } }) {
   return !by || !model.backend || isSame(by, { backend: model.backend.name, precision: model.backend.precision });
 }
 
-/** Polls the model while it compiles; and more and more rarely, while the times cannot be compared. */
+/** Polls the model while it compiles, and ever more rarely while the times cannot be compared. */
 function follow() {
   const differ = a.times.by && b.times.by && !isSame(a.times.by, b.times.by);
   if (polling || !model || !(model.compiling || differ)) return;
   pollMs = model.compiling ? POLL_MS : Math.min(2 * pollMs, LONGEST_POLL_MS);
   polling = setTimeout(async () => {
     polling = null;
-    if (!document.hidden) await reload().catch(() => null); // the live view shows whether the server answers
+    if (!document.hidden) await reload().catch(() => null); // the live view shows a server that does not answer
     if (differ && !model.compiling) stopwatch.start(FEW);
     follow();
   }, pollMs);
@@ -135,7 +135,7 @@ function paint() {
   blocks.draw(sides);
 }
 
-/** Lights the token of a patch, on both sides. */
+/** Highlights the token of a patch on both sides. */
 function touch(patch) {
   lit = patch;
   const sizes = patch === null || !blocks.block ? [] : sides.filter((side) => side.merging && patch < side.merging.blocks[0].groups.length)
@@ -145,11 +145,11 @@ function touch(patch) {
   paint();
 }
 
-/** Takes over what the server says of the model. */
+/** Shows a new answer about the model. */
 function adopt(now) {
   const old = model;
-  if (now.name !== old.name) return old; // asked before another model was chosen
-  model = { ...old, ...now }; // the answer to a change names less than the model does
+  if (now.name !== old.name) return old; // the request was sent before another model was chosen
+  model = { ...old, ...now }; // the answer to a change has fewer fields than the model
   for (const side of sides) side.model = model;
   deployment.show(model);
   curve.showModel(model);
@@ -166,7 +166,7 @@ function adopt(now) {
   return model;
 }
 
-/** Asks for the model again, until no newer answer has come while we waited. */
+/** Requests the model again, until no other answer has come meanwhile. */
 async function reload() {
   let asked, answer;
   do {
@@ -183,10 +183,10 @@ async function readCurve() {
   if (name === model.name) curve.show(measured, model);
 }
 
-/** The curve of a model; a problem in its place does not stop the page. */
+/** The curve of a model, or the Problem that prevents it: the page works without a curve. */
 const curveOf = (name) => api.curve(name).catch((problem) => problem);
 
-/** Brings the page to a model. */
+/** Shows a model. */
 async function open(name) {
   const [answer, measured] = await Promise.all([api.model(name), curveOf(name)]);
   if (name !== at("model").value) return; // another has been chosen meanwhile
@@ -206,14 +206,14 @@ async function open(name) {
   else takeFirstSample();
 }
 
-/** Finds the models. */
+/** Reads the list of models and shows the first. */
 async function start() {
   const known = await api.models();
   at("model").replaceChildren(...known.map(({ name }) => make("option", {}, name)));
   await open(known[0].name);
 }
 
-/** Does what needs the server, for as long as it takes; a model that is gone starts the page anew. */
+/** Runs a task until the server answers. If the model is gone, the page starts again. */
 async function attempt(task) {
   try {
     await task();
@@ -230,7 +230,7 @@ function deny(problem) {
   status.sayWaiting("a key is needed");
 }
 
-/** Metrics cannot be read. They may be kept elsewhere or behind a key, by a server that answers all the same. */
+/** Handles unreadable metrics. With 401, 403 or 404 the server still answers other requests. */
 function leave(error) {
   if ([401, 403, 404].includes(error.status)) {
     if (status.isAway()) comeBack();
@@ -244,7 +244,7 @@ function leave(error) {
 function comeBack() {
   status.sayNoMetrics(null);
   status.sayBack();
-  attempt(reload).then(() => sides.forEach(look)); // it may be another server by now
+  attempt(reload).then(() => sides.forEach(look)); // it may be another server now
 }
 
 live.start();

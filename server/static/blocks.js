@@ -1,4 +1,4 @@
-// The block that both pictures show: a slider, a button that plays it, and the tokens after each block above it.
+// Chooses the block that both pictures show: a slider, a play button, and a chart of the tokens after each block.
 
 import { at, draw, fillTrack } from "./dom.js";
 

@@ -8,7 +8,7 @@ const MARKS = { A: -20, B: 20 }; // pixels below the curve
 
 const isNumber = (r) => typeof r === "number";
 
-/** Where the dials end: at the curve's last r, else where a higher r leaves no fewer tokens. */
+/** The highest r of the dials: the curve's last r, or without a curve the r beyond which no fewer tokens are left. */
 export function lastR(curve, model) {
   const measured = Math.max(...(curve?.rows ?? []).map(({ r }) => r).filter(isNumber));
   if (measured > 0) return measured;
@@ -16,14 +16,14 @@ export function lastR(curve, model) {
   return Math.max(left.indexOf(Math.min(...left)), 1);
 }
 
-/** Draws a curve, or says how to make one. */
+/** Draws a curve, or shows the command that measures one. */
 export class Curve {
   #curve = null;
   #model = null;
   #marks = []; // [name, r] of each side
   #onChoose;
 
-  /** @param onChoose Is called with the r of a dot that was chosen. */
+  /** @param onChoose Called with the r of a chosen dot. */
   constructor(onChoose) {
     this.#onChoose = onChoose;
     at("curve-what").addEventListener("change", () => this.#draw());
@@ -43,7 +43,7 @@ export class Curve {
     ])));
   }
 
-  /** Marks the deployment's r of a model that has changed. */
+  /** Updates the mark of the deployment's r. */
   showModel(model) {
     const hasMoved = this.#operating !== words(model.r);
     this.#model = model;
@@ -68,7 +68,7 @@ export class Curve {
 
   #draw() {
     if (!this.#curve?.rows?.length) return;
-    const what = document.querySelector("input[name=what]:checked").value;
+    const what = at("curve-what").hidden ? "agreement" : document.querySelector("input[name=what]:checked").value;
     const rows = this.#curve.rows.filter((row) => row[what] !== null).sort((a, b) => a.images_per_s - b.images_per_s);
     const low = Math.min(...rows.map((row) => (what === "agreement" ? row.agreement_interval[0] : row.top1)));
     const high = Math.max(...rows.map((row) => (what === "agreement" ? row.agreement_interval[1] : row.top1)));
@@ -124,7 +124,7 @@ export class Curve {
     return dot;
   }
 
-  /** Labels the dots that have room for it, the deployment's first. */
+  /** Labels the dots that have room for a label, the deployment's first. */
   #labels(rows, what, x, y) {
     const labels = [];
     for (const row of [...rows].sort((one, other) => this.#isOperating(other) - this.#isOperating(one))) {
@@ -156,10 +156,10 @@ export class Curve {
   }
 }
 
-/** Where a measurement comes from. */
+/** The origin of a measurement, as text. */
 const origin = ({ device, backend, precision, measured }) => `${device}, ${backend}, ${precision}, ${measured}`;
 
-/** Where r lies on the curve, between its neighbours if it has no row: [images/s, share]; null if it lies outside. */
+/** The place of r on the curve, [images/s, share]: interpolated if it has no row, null outside the curve. */
 function place(rows, r, what) {
   const own = rows.find((row) => words(row.r) === words(r));
   if (own) return [own.images_per_s, own[what]];
@@ -171,7 +171,7 @@ function place(rows, r, what) {
   return [between("images_per_s"), between(what)];
 }
 
-/** The letter of a side, beside its place on the curve. */
+/** The letter of a side at its place on the curve. */
 function mark(name, where, x, y) {
   if (!where) return null;
   const [left, top] = [x(where[0]), y(where[1])], away = MARKS[name];

@@ -1,4 +1,4 @@
-// The deployment's r: shown, and set unless somebody else has changed it meanwhile.
+// Shows the deployment's r, and sets it unless another client has changed it meanwhile.
 
 import { setR } from "./api.js";
 import { at, words } from "./dom.js";
@@ -8,7 +8,7 @@ export class Deployment {
   #model = null;
   #shown = "";
   #events;
-  #last = Promise.resolve(); // changes go one after the other: each names the ETag of the one before
+  #last = Promise.resolve(); // changes run one after the other, because each needs the ETag of the one before
 
   /** @param events rOfA(), onModel(changed) and reload(), which return the model, and onDenied(problem) */
   constructor(events) {
@@ -23,7 +23,7 @@ export class Deployment {
     });
   }
 
-  /** Shows a model's deployment. Text that was typed and not yet set stays. */
+  /** Shows a model's deployment. Typed text that is not set yet stays. */
   show(model) {
     const field = at("deployment-r"), untouched = field.value === this.#shown;
     this.#model = model;
@@ -31,7 +31,7 @@ export class Deployment {
     if (untouched) field.value = this.#shown;
   }
 
-  /** Shows it in place of what was typed. */
+  /** Shows the deployment's r instead of the typed text. */
   #put(model) {
     at("deployment-r").value = this.#shown;
     this.show(model);

@@ -10,7 +10,7 @@ const code = (text) => make("code", {}, text);
 /** An id that a link can name. */
 const idOf = (...words) => words.join("-").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").toLowerCase();
 
-/** What a schema allows, in words and links. */
+/** The values that a schema allows, as text with links. */
 function kind(schema) {
   if (schema.$ref) {
     const name = schema.$ref.split("/").at(-1);
@@ -31,7 +31,7 @@ function kind(schema) {
   return [schema.format === "binary" ? "file" : (schema.type ?? "any"), ...range(schema)];
 }
 
-/** The bounds of a number, in words. */
+/** The bounds of a number, as text. */
 function range(schema) {
   const least = schema.minimum ?? schema.exclusiveMinimum, most = schema.maximum ?? schema.exclusiveMaximum;
   const from = schema.exclusiveMinimum !== undefined ? "above" : "from";

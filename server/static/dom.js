@@ -1,6 +1,6 @@
 // Elements, by id and by name.
 
-/** The element of that id. */
+/** The element with this id. */
 export const at = (id) => document.getElementById(id);
 
 /** A new element with text or children. */
@@ -25,7 +25,7 @@ export function fillTrack(slider) {
   slider.style.setProperty("--at", `${100 * share}%`);
 }
 
-/** A setting of r in words: a number, auto, or a list without the zeros that it ends in. */
+/** A setting of r as text: a number, auto, or a list without its trailing zeros. */
 export const words = (r) => (Array.isArray(r) ? r.join(", ").replace(/(, 0)+$/, "") : String(r));
 
 /** A label's first word for its class, and the rest of them. */

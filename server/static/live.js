@@ -1,4 +1,4 @@
-// The live view: one scrape a second while the page is seen.
+// The live view: one scrape a second while the page is visible.
 
 import { metrics } from "./api.js";
 import { at, draw, make } from "./dom.js";
@@ -7,7 +7,7 @@ import { growth, quantile, read } from "./prometheus.js";
 const EVERY_MS = 1000, TIMEOUT_MS = 5000;
 const LATENCY_OVER = 10, SHARE_OVER = 30, SPARK_OVER = 60; // scrapes
 
-/** Polls the metrics of the model that is looked at. */
+/** Polls the metrics of the chosen model. */
 export class Live {
   #scrapes = []; // {at, images, latency, inFlight, version}, the oldest first
   #series = { rate: [], flight: [], p50: [], p95: [] };

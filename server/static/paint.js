@@ -1,5 +1,5 @@
-// A photo painted by merged groups, as tome_core/visualize.py paints it: a group has its mean colour and a line around
-// it, a patch that is still alone keeps its detail.
+// Paints a photo by merged groups, like tome_core/visualize.py: a group gets its mean colour and a line around it, and
+// a single patch keeps its detail.
 
 const LINE = 2; // pixels of the canvas
 
@@ -48,7 +48,7 @@ export class Painter {
       const group = groups[patch];
       const x = (patch % columns) * cell, y = Math.floor(patch / columns) * cell;
       if (size[group] < 2) {
-        context.fillStyle = "rgb(255 255 255 / .3)"; // a hair between tokens of their own
+        context.fillStyle = "rgb(255 255 255 / .3)"; // a thin line between single patches
         this.#edges(patch, groups, rows, columns, cell, 1);
         continue;
       }
@@ -125,7 +125,7 @@ function sums(data, rows, columns, cell) {
   return total;
 }
 
-/** A bright colour for each first patch, its hue far from those of its neighbours. */
+/** A bright colour for each first patch, with a hue far from those of its neighbours. */
 function line(patch, columns) {
   const hue = Math.floor(patch / columns) * 0.56984 + (patch % columns) * 0.754878;
   const [red, green, blue] = [0, 2 / 3, 1 / 3].map((offset) => {

@@ -1,8 +1,8 @@
-// Choosing a photo: a sample, a file, one dropped anywhere, or one pasted.
+// Chooses a photo: a sample, a file, a dropped one, or a pasted one.
 
 import { at } from "./dom.js";
 
-/** Tells `onPhoto({blob, bitmap, name})` of every photo chosen; bitmap is null where the browser cannot read it. */
+/** Calls `onPhoto({blob, bitmap, name})` for every chosen photo; bitmap is null if the browser cannot read it. */
 export function listenForPhotos(onPhoto) {
   let latest = 0;
   async function take(blob, name) {

@@ -1,4 +1,4 @@
-// One of the two settings that look at the photo: its dial, its picture, its answer, its times.
+// One of the two settings: its dial, its picture, its answer and its times.
 
 import { ask } from "./api.js";
 import { at, fillTrack, make, synonyms, words } from "./dom.js";
@@ -33,7 +33,7 @@ export class Side {
     return this.#id.toUpperCase();
   }
 
-  /** The r to ask for; null asks for the deployment's. */
+  /** The r of requests; null for the deployment's. */
   get r() {
     return this.follows ? null : Number(this.dial.value);
   }
@@ -42,7 +42,7 @@ export class Side {
     return Boolean(at(`${this.#id}-follow`)?.checked);
   }
 
-  /** Brings the dial to a model: its range, and its r, which is clipped to that range. */
+  /** Sets the dial's model and range, and its r, clipped to the range. */
   fit(model, r, most) {
     this.model = model;
     this.dial.max = most;
@@ -70,7 +70,7 @@ export class Side {
     at(`${this.#id}-r`).textContent = words(r);
   }
 
-  /** Asks about a photo; shows the answer, then what merged. Raises a Problem. */
+  /** Sends the requests for a photo; shows the answer, then the merged patches. Throws a Problem. */
   async look(photo, signal) {
     const r = this.r;
     const answer = await ask("classify", photo.blob, this.model.name, r, signal);
@@ -88,7 +88,7 @@ export class Side {
     at(`${this.#id}-work`).textContent = `${Math.round(100 * share)} %`;
   }
 
-  /** Asks the same again for its time. Returns whether it was the same question still. */
+  /** Repeats the request for its time. Returns false if the setting has changed. */
   async time(signal) {
     const answer = this.answer;
     if (!answer || !this.#photo) return false;
@@ -140,13 +140,13 @@ export class Side {
     );
   }
 
-  /** How many patches share a token with this one, after a block. */
+  /** The number of patches in the token of this patch after a block. */
   sharing(patch, block) {
     const groups = block ? this.merging.blocks[block - 1].groups : null;
     return groups ? groups.filter((group) => group === groups[patch]).length : 1;
   }
 
-  /** Removes the answer, for a photo that gets none. */
+  /** Removes the answer. */
   clear() {
     this.answer = this.merging = this.#photo = null;
     this.times.clear();

@@ -1,4 +1,4 @@
-// What the page says of the server: ready, compiling, waiting, or no answer.
+// The state of the server: ready, compiling, waiting, or no answer.
 
 import { at } from "./dom.js";
 import { compilation } from "./verdict.js";
@@ -8,15 +8,15 @@ function say(state, text) {
   at("health").textContent = text;
 }
 
-/** Shows that a model is ready, and what is compiled for it meanwhile. */
+/** Shows that a model is ready, and its compilation. */
 export function sayReady(model) {
   say("ready", ["ready", compilation(model)].filter(Boolean).join(", "));
 }
 
-/** Shows what the page waits for. */
+/** Shows the reason why the page waits. */
 export const sayWaiting = (text) => say("waiting", text);
 
-/** Shows that metrics cannot be read: the server may answer all other requests. */
+/** Shows that metrics cannot be read; the server may answer other requests. Null removes the message. */
 export function sayNoMetrics(error) {
   at("metrics-error").textContent = error ? `${error.message}.` : "";
   at("metrics-error").hidden = !error;
@@ -25,7 +25,7 @@ export function sayNoMetrics(error) {
 
 export const isAway = () => !at("away").hidden;
 
-/** Greys out what the server said before it stopped. */
+/** Greys out the answers from before the server stopped. */
 export function sayAway() {
   say("away", "no answer");
   at("away").textContent = "The server does not answer. Trying again every second. The grey parts are from before.";
@@ -38,5 +38,5 @@ export function sayBack() {
   document.querySelector("main").toggleAttribute("data-away", false);
 }
 
-/** Greys out the answers of sides whose dial or photo has changed since. */
+/** Greys out the answers of these sides, which belong to an earlier r or photo. */
 export const markStale = (sides) => (at("compare").dataset.stale = sides.map(({ name }) => name.toLowerCase()).join(" "));

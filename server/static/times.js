@@ -1,6 +1,6 @@
-// Inference times of A and B, by the engine's clock. They are measured in turns, so that both meet the same drift.
+// Inference times of A and B, by the engine's clock. They are measured in turns, so that a slow spell affects both.
 
-export const FEW = 5; // times, before a median is compared
+export const FEW = 5; // fewest times for a comparison of medians
 export const MANY = 20;
 
 /** Whether the same backend computed both, in the same precision. */
@@ -9,7 +9,7 @@ export const isSame = (one, other) => one?.backend === other?.backend && one?.pr
 /** Times of one setting, all computed by the same backend in the same precision. */
 export class Times {
   #ms = [];
-  before = null; // the result of the measurement before
+  before = null; // the result of the previous measurement
   by = null; // {backend, precision}
 
   /** Adds an answer's time. A change of the backend drops the times before it. */
@@ -19,7 +19,7 @@ export class Times {
     this.#ms.push(timings_ms.inference);
   }
 
-  /** Forgets everything: the setting or the photo is another one. */
+  /** Forgets all times, for another setting or photo. */
   clear() {
     this.#ms = [];
     this.before = this.by = null;
@@ -35,7 +35,7 @@ export class Times {
     return this.#ms.length;
   }
 
-  /** The result of this measurement, {ms, count}: the median and of how many times; null without any time. */
+  /** The result of this measurement, {ms, count}: the median and the number of times; null without any time. */
   get now() {
     return this.count ? { ms: median(this.#ms), count: this.count } : null;
   }
@@ -46,13 +46,13 @@ function median(numbers) {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
-/** The results of two settings to show, both of one measurement: the one before, until the new one has enough times. */
+/** The results of two settings to show: both of the new measurement once it has enough times, else of the previous. */
 export function results(...both) {
   const isNew = both.every(({ count }) => count >= FEW) || both.some(({ before }) => !(before?.count >= FEW));
   return both.map(({ now, before }) => (isNew ? now ?? before : before));
 }
 
-/** How many times as fast the first setting is as the second; null while they cannot be compared. */
+/** The speed of the first setting divided by that of the second; null while they cannot be compared. */
 export function gain(first, second) {
   const [one, other] = results(first, second);
   if (!isSame(first.by, second.by) || !(one?.count >= FEW && other?.count >= FEW)) return null;
@@ -71,7 +71,7 @@ export class Stopwatch {
   /**
    * @param turns Runs one request at a time.
    * @param sides The two sides.
-   * @param onTime Is called after each time, and at the end.
+   * @param onTime Called after each time and at the end.
    */
   constructor(turns, sides, onTime) {
     this.#turns = turns;
@@ -80,7 +80,7 @@ export class Stopwatch {
     this.#onTime = onTime;
   }
 
-  /** Measures both sides anew, at least `wanted` times each. */
+  /** Measures both sides again, at least `wanted` times each. */
   start(wanted) {
     const most = Math.max(this.wanted, wanted);
     this.stop();
@@ -100,7 +100,7 @@ export class Stopwatch {
     this.#turns.ask("times", async (signal) => {
       if (run !== this.#run) return;
       this.#last = side;
-      const isTimed = await side.time(signal).catch(() => false); // other requests tell what is wrong
+      const isTimed = await side.time(signal).catch(() => false); // other requests show the problem
       if (run !== this.#run) return;
       if (!isTimed) return this.#end();
       this.#onTime();

@@ -1,6 +1,6 @@
-// One request at a time. Of each asker's jobs the last one always runs.
+// Runs one request at a time. The last job of each asker always runs.
 
-/** Runs jobs one after another. A newer job of the same asker replaces a waiting one, and cuts short a slow one. */
+/** Runs jobs one after another. A newer job of the same asker replaces a waiting one, and aborts a slow one. */
 export class Turns {
   #waiting = new Map();
   #running = null;
@@ -15,7 +15,7 @@ export class Turns {
     this.#waiting.set(asker, job);
     const running = this.#running;
     if (running?.asker === asker) {
-      // A quick answer to an old question is worth showing; a slow one is not worth waiting for.
+      // A quick answer to an old request is still shown; a slow one is aborted.
       running.timer ??= setTimeout(() => running.controller.abort(), this.#patienceMs);
     }
     if (!running) this.#run();
@@ -40,7 +40,7 @@ export class Turns {
       try {
         await job(this.#running.controller.signal);
       } catch (error) {
-        reportError(error); // a fault of the page; the other jobs go on
+        reportError(error); // an error of the page; the other jobs go on
       }
       clearTimeout(this.#running.timer);
     }

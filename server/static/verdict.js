@@ -1,4 +1,4 @@
-// What the page says in words: whether A and B agree, and which of them is faster.
+// The verdict: whether A and B agree, and which of them is faster.
 
 import { make, synonyms, words } from "./dom.js";
 import { gain, isSame, results } from "./times.js";
@@ -12,13 +12,13 @@ export function compilation({ compiling }) {
   return `compiling r = ${words(r)} (${Math.min(done + 1, total)} of ${total})`;
 }
 
-/** How a backend is named beside a time. */
+/** The name of a backend beside a time. */
 export const backend = ({ backend, precision }) => `${backend}, ${precision}`;
 
 /** A time of some milliseconds, as short as its size allows. */
 export const time = (ms) => (ms < 1000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
-/** Which side is faster, in words; null while their times cannot be compared. */
+/** The faster side and its gain, as text; null while the times cannot be compared. */
 function faster(a, b) {
   const times = gain(a.times, b.times);
   if (times === null) return null;
@@ -26,7 +26,7 @@ function faster(a, b) {
   return factor < NOTICEABLE ? "equally fast" : `${winner} is ${factor.toFixed(1)}× as fast`;
 }
 
-/** What is known of the times, in a sentence. */
+/** A sentence about the times. */
 function detail(a, b, model) {
   const [one, other] = results(a.times, b.times);
   const compiled = compilation(model)?.replace("c", "C");

@@ -169,7 +169,7 @@ def test_how_it_was_wrapped_may_stand_against_it(build: Build) -> None:
     for kernels, message in (("auto", "there (is|are) no .* (on|for) cpu"), ("plain", "asked for plain")):
         with pytest.raises(UnsupportedModelError, match=message):
             tome_core.wrap(model, kernels).in_float8()  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError, match="it is torch.float32, not bfloat16 or float16"):
+    with pytest.raises(UnsupportedModelError, match="its dtype is torch.float32; it must be bfloat16 or float16"):
         tome_core.wrap(build(**WIDE), "fused").in_float8()
 
 

@@ -139,7 +139,7 @@ def test_blocks_after_the_last_one_wanted_do_not_run(build: Build, images: Tenso
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"indices": 4}, "indices is 4: the last 4 of 3 blocks"),
+        ({"indices": 4}, "indices is 4; a number of last blocks must lie between 1 and 3"),
         ({"indices": 0}, "indices is 0"),
         ({"indices": [3]}, "names block 3; blocks lie between -3 and 2"),
         ({"indices": [0, -4]}, "names block -4"),

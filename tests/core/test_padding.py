@@ -142,6 +142,6 @@ def test_what_merging_cannot_do_with_a_dictionary_is_refused(build: Build) -> No
         merged({"patches": images["patches"]})
     with pytest.raises(ValueError, match="has an attn_mask, which merged tokens cannot follow"):
         merged(images | {"attn_mask": torch.zeros(1)})
-    with pytest.raises(ValueError, match="output_fmt is 'NCHW', but images of a dictionary have grids of their own"):
+    with pytest.raises(ValueError, match="output_fmt is 'NCHW', but each image of a dictionary has its own grid"):
         merged.forward_intermediates(images)
     assert merged.implementation(images) == ("plain", "the images are a dictionary of patches")

@@ -1,10 +1,10 @@
-"""`tome-server` whose child processes are forked from a process that has imported torch and everything else once.
+"""`tome-server` with child processes that are forked from a process with all imports done, such as torch.
 
     python -m tests.e2e.preloaded ADDRESS MODULE serve ...
 
-runs a module, such as `server.cli`, as `python -m` does. Its supervisor starts the engines and HTTP processes by the
-fork server at ADDRESS instead of new interpreters. They still get their arguments by pickle, and the environment and
-standard error of the supervisor; only the imports, most of the time of a start, are done once for all tests.
+runs a module, such as `server.cli`, as `python -m` does. Its supervisor starts engines and HTTP processes by the fork
+server at ADDRESS, instead of new interpreters. They still get their arguments by pickle, and the environment, standard
+output and standard error of the supervisor. Only the imports, which take most of a start, are done once for all tests.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MODULES = [
     *("server.calibration.timing", "server.device.explainer", "server.device.preparing", "server.device.runner"),
     *("server.api.connection", "server.api.schemas", "server.api.terms"),
 ]
-"""All but what makes metrics, which each process shares with its own supervisor."""
+"""The modules to import, except those that make metrics, which each process shares with its own supervisor."""
 
 
 @functools.cache
 def _fork_server() -> Any:
-    """The fork server of this process, with which it ends."""
+    """The fork server of this process, which ends with it."""
     server: Any = forkserver.ForkServer()
     server.set_forkserver_preload(MODULES)
     server.ensure_running()
@@ -39,7 +39,7 @@ def _fork_server() -> Any:
 
 
 def address() -> str:
-    """Where this process's fork server listens."""
+    """The address of this process's fork server."""
     return str(_fork_server()._forkserver_address)
 
 
@@ -47,20 +47,22 @@ class _Remote(forkserver.ForkServer):
     """The fork server of another process.
 
     Args:
-        address: Where it listens.
+        address: Its address.
     """
 
     def __init__(self, address: str) -> None:
         super().__init__()
         self._forkserver_address = address
-        self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # it lives as long as the process that started it
+        self._forkserver_alive_fd = os.open(
+            os.devnull, os.O_RDONLY
+        )  # the process that started the server keeps it alive
 
     def ensure_running(self) -> None:
         resource_tracker.ensure_running()
 
 
 class _Stream:
-    """Unpickled in the new process it is a duplicate of this process's file descriptor.
+    """A file descriptor that is pickled as a duplicate for the new process.
 
     Args:
         fd: The descriptor.
@@ -96,7 +98,7 @@ def _as_spawned(
     target: Callable[..., None],
     *args: Any,
 ) -> None:
-    """Runs a target with what a new interpreter inherits from the process that starts it."""
+    """Runs a target with the environment, signal mask and streams of the process that starts it."""
     os.environ.clear()
     os.environ.update(environment)
     for ours, theirs in ((1, stdout), (2, stderr)):
@@ -104,9 +106,9 @@ def _as_spawned(
         os.close(theirs)
     tempfile.tempdir = None
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    from server.calibration import timing  # which imports torch
+    from server.calibration import timing  # here, because it imports torch
 
-    timing.RUNS = 1  # no test is about how well r=0 was timed
+    timing.RUNS = 1  # no test needs an exact time of r=0
     target(*args)
 
 
@@ -119,6 +121,6 @@ def main(address: str, module: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    from tests.e2e import preloaded  # whose functions can be pickled, unlike those of __main__
+    from tests.e2e import preloaded  # its functions can be pickled, unlike those of __main__
 
     preloaded.main(*sys.argv[1:])

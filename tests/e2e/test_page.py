@@ -656,6 +656,18 @@ def test_the_curve_marks_where_the_deployment_stands_and_sets_the_dial(watched: 
     expect(dots).to_have_count(2)
 
 
+def test_a_curve_without_top_1_is_drawn_after_top_1_was_chosen_for_another(watched: Watched) -> None:
+    curve = a_curve()
+    watched.page.route("**/curve", lambda route: route.fulfill(json=curve))
+    page = watched.open()
+    page.get_by_role("radio", name="top-1").check()
+    expect(page.locator("#curve .dot")).to_have_count(2)
+    for row in curve["rows"]:
+        row["top1"] = None
+    page.get_by_role("combobox", name="Model").dispatch_event("change")
+    expect(page.locator("#curve .dot")).to_have_count(3)
+
+
 def test_the_curve_says_where_its_speed_and_where_its_agreement_come_from(watched: Watched) -> None:
     watched.page.route("**/curve", lambda route: route.fulfill(json=a_curve()))
     page = watched.open()

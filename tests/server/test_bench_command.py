@@ -458,6 +458,7 @@ def test_the_command_finds_a_rate(
         ("--find-rate", "go together"),
         ("--p99-ms 40", "go together"),
         ("--find-rate --p99-ms 40 --plot x.png", "--plot"),
+        ("--plot missing/x.png", "--plot is missing/x.png: there is no folder missing"),
         ("--images .", "0 images"),
     ],
 )

@@ -13,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from server import loader
 from server.batching.engine import LocalEngine
+from server.calibration import speeds
+from server.calibration.background import Ladder
 from server.cli import main
 from server.commands import progress
 from server.commands.progress import Bar
-from server.curve import Curve
+from server.curve import Curve, Facts
 from server.device import models
 from server.device.models import LoadedModel
 from server.engine_process import build_engine
@@ -120,6 +123,27 @@ async def test_the_engine_goes_by_it(folder: Path, photos: Path, caplog: pytest.
     assert [row.agreement for row in moved.rows] == [row.agreement for row in made.rows]
     assert moved.facts.device == "abacus" and moved.speed_from.facts == made.facts
     assert (moved.rows[2].overhead_s or 0.0) < 1000
+
+
+async def test_speeds_are_kept_for_the_weights_that_were_loaded_whatever_the_file_holds_by_then(
+    folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(command(folder, photos, "--r", "4", "-o", str(folder / "curve.json"))) == 0
+    weights = Curve.from_json((folder / "curve.json").read_bytes()).facts.weights
+    ladders: list[Any] = []
+    kept: list[Facts] = []
+
+    def made(*args: Any) -> Ladder:
+        ladders.append(args)
+        return Ladder(*args)
+
+    monkeypatch.setattr(loader, "Ladder", made)
+    monkeypatch.setattr(speeds, "keep", lambda name, curve, lines, facts, state_dir: kept.append(facts))
+    engine(folder)
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    ((*_, keep),) = ladders
+    keep({})
+    assert [facts.weights for facts in kept] == [weights]
 
 
 async def test_the_ladder_of_auto_is_made_of_its_rows(folder: Path, photos: Path) -> None:

@@ -150,6 +150,20 @@ async def test_an_unloaded_model_is_freed_once_its_last_request_is_answered() ->
         assert (await states(engine))["tiny", "1"] == "UNAVAILABLE"
 
 
+async def test_what_is_timed_of_a_model_that_was_freed_is_not_kept() -> None:
+    device, loader = FakeDevice(), FakeLoader()
+    async with loading(device, loader) as engine:
+        await engine.load("cats")
+        key = engine.catalog()["cats"].batch_key((4, 4, 4))
+        (timed,) = [timed for name, _, timed in device.begun if name == "cats"]
+        await asyncio.to_thread(timed, {key: (0.25, 0.125)})
+        assert engine._batcher.speed.own_line(key) == (0.25, 0.125)
+        await engine.unload("cats")
+        await until(lambda: engine._loading is not None and not engine._loading._going)
+        await asyncio.to_thread(timed, {key: (0.25, 0.125)})
+        assert engine._batcher.speed.own_line(key) is None
+
+
 async def test_a_model_is_freed_only_after_the_batch_of_a_request_that_was_withdrawn() -> None:
     device, loader = FakeDevice(), FakeLoader()
     async with loading(device, loader) as engine:

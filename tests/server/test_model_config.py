@@ -103,7 +103,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("model_args", [1], "model_args"),
     ("num_classes", 5, "3 classes; the model has 5"),
     ("num_classes", -1, "num_classes"),
-    ("num_classes", 0, r"they have 'head\.\w+', 'head\.\w+', which it has not"),
+    ("num_classes", 0, r"they have 'head\.\w+', 'head\.\w+', which the model lacks"),
     ("num_classes", "many", "num_classes"),
     ("architecture", "vit_of_nobody", "timm has no architecture 'vit_of_nobody'"),
     ("architecture", "hf-hub:someone/mine", "timm has no architecture"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.device import openvino_files
+from server.device import openvino_files, translation
 from server.device.backend import BackendOptions
 from server.device.openvino_files import OUTDATED_S, Translations, make_room
 from server.dial import Schedule
@@ -221,6 +223,20 @@ def test_what_is_warmed_is_compiled_for_one_image_at_the_start_and_for_batches_i
     backend.compile_later([(0, 0), (3, 0), (4, 0)], lambda schedule: None)
     settle(backend)
     assert sizes == [((0, 0), (), False), ((3, 0), (4,), True), ((0, 0), None, True), ((4, 0), (4,), True)]
+
+
+def test_a_model_that_is_refused_leaves_no_translation_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[FakeCompiler] = []
+
+    def refuse(self: FakeCompiler, *args: Any, **named: Any) -> Any:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(FakeCompiler, "any_batch", refuse)
+    monkeypatch.setattr(FakeCompiler, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(openvino, "Compiler", FakeCompiler)
+    with pytest.raises(RuntimeError, match="no such operator"):
+        openvino.OpenVINOBackend(loaded(), "fp32", BackendOptions("openvino", 1))
+    assert len(closed) == 1
 
 
 @torch.inference_mode()
@@ -454,3 +470,29 @@ def test_a_translation_in_another_process_is_killed_by_the_end(tmp_path: Path) -
     assert not thread.is_alive() and "its translation ended with status -9" in str(failures)
     with pytest.raises(RuntimeError, match="the server ends"):
         compiler.graph((3, 0), 1, "fp32", aside=True)
+
+
+def test_a_translation_in_another_process_ends_well(tmp_path: Path) -> None:
+    compiler = compiler_of.Compiler(loaded().merged, (64, 64), 1, tmp_path)
+    run = compiler.graph((3, 0), 1, "fp32", aside=True)
+    assert run(images(2)).shape[0] == 2
+
+
+def test_a_translation_outlives_sigterm_which_a_process_group_gets_before_the_server_has_answered_all(
+    tmp_path: Path,
+) -> None:
+    process = translation.start()
+    while not _ignores_sigterm(process.pid):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    merged = loaded().merged
+    file = tmp_path / "merging.xml"
+    assert translation.finish(process, pickle.dumps(merged), (3, 0), False, (64, 64), file, None) == 0
+    assert file.exists()
+
+
+def _ignores_sigterm(pid: int) -> bool:
+    (ignored,) = [
+        line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn:")
+    ]
+    return bool(int(ignored, 16) & 1 << signal.SIGTERM - 1)

@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[Callable[[State], State], str]] = {
         "of another model: none of its 1 tensors",
     ),
     "no tensor at all": (lambda state: {}, "of another model: none of its 0 tensors"),
-    "one too many": (lambda state: state | {"extra": torch.zeros(1)}, "they have 'extra', which it has not"),
+    "one too many": (lambda state: state | {"extra": torch.zeros(1)}, "they have 'extra', which the model lacks"),
     "one too few": (lambda state: {n: t for n, t in state.items() if n != "head.bias"}, "they lack 'head.bias'"),
     "a prefix, and one too few": (
         lambda state: {f"module.{n}": t for n, t in state.items() if n != "cls_token"},
