@@ -21,7 +21,7 @@ from server.config.shared import Check
 from server.config.store import ConfigStore, open_store
 from server.device.models import LoadedModel
 from server.device.runner import pick_device
-from server.device.torch_backend import set_threads
+from server.device.torch_backend import one_thread, set_threads
 from server.dial import RSetting, text_of
 from server.documents import sentence
 from server.errors import InvalidError, ServerError, SettingsError
@@ -176,7 +176,8 @@ def _read(
             continue
         try:
             found = loader.find(name, changed.get(name))
-            read.append((found, loader.read(found)))
+            with one_thread():
+                read.append((found, loader.read(found)))
         except Exception as error:  # any error of torch, timm or the disk
             if name not in changed:
                 raise

@@ -6,8 +6,7 @@ import hashlib
 import logging
 import math
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,21 +156,9 @@ def load_model(spec: ModelSpec, state_dir: Path | None = None) -> LoadedModel:
             the named tuned numbers cannot be used. The message is one line.
     """
     try:
-        with _one_thread():
-            return _load(spec, state_dir)
+        return _load(spec, state_dir)
     except SettingsError as error:
         raise SettingsError(f"model {spec.name}: {error}") from error
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limits torch to one thread. With many small tensors the other threads only wait, which takes CPU time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _load(spec: ModelSpec, state_dir: Path | None) -> LoadedModel:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,27 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 """Dtype of the model's weights; fp8 then multiplies most products of its blocks in float8."""
 
 
-class TorchBackend:
+class _Uncompiled:
+    """A backend that computes every schedule itself, and does nothing in the background."""
+
+    info: BackendInfo
+
+    def computed_by(self, schedule: Schedule) -> ComputedBy:
+        """This backend, for every schedule."""
+        return ComputedBy(self.info.name, self.info.precision)
+
+    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
+        """Does nothing: every schedule runs uncompiled."""
+
+    def compiling(self) -> Compiling | None:
+        """Nothing is ever compiled."""
+        return None
+
+    def close(self) -> None:
+        """Does nothing: no work is in the background."""
+
+
+class TorchBackend(_Uncompiled):
     """Runs the merging model directly.
 
     Args:
@@ -81,26 +101,12 @@ class TorchBackend:
         """Whether the launch of a batch takes no time: never."""
         return False
 
-    def computed_by(self, schedule: Schedule) -> ComputedBy:
-        """This backend, for every schedule."""
-        return ComputedBy(self.info.name, self.info.precision)
-
-    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
-        """Does nothing: any schedule runs uncompiled."""
-
-    def close(self) -> None:
-        """Does nothing: there is no background work."""
-
-    def compiling(self) -> Compiling | None:
-        """None: torch compiles nothing."""
-        return None
-
     def warm_further(self) -> bool:
         """False: no work is left."""
         return False
 
 
-class RecordedBackend:
+class RecordedBackend(_Uncompiled):
     """torch by recorded forward passes. On a GPU, small batches are bound by launches, which a CUDA graph avoids.
 
     Args:
@@ -136,20 +142,6 @@ class RecordedBackend:
         """Whether the launch of a batch takes no time, because it is recorded."""
         return self._graphs.has(num_images, schedule)
 
-    def computed_by(self, schedule: Schedule) -> ComputedBy:
-        """This backend, for every schedule."""
-        return ComputedBy(self.info.name, self.info.precision)
-
-    def compile_later(self, schedules: Sequence[Schedule], compiled: Callable[[Schedule], None]) -> None:
-        """Does nothing: any schedule runs uncompiled."""
-
-    def close(self) -> None:
-        """Does nothing: there is no background work."""
-
-    def compiling(self) -> Compiling | None:
-        """None: torch compiles nothing."""
-        return None
-
     @torch.inference_mode()
     def warm_further(self) -> bool:
         """Records one more batch size; returns False if all are recorded."""
@@ -172,3 +164,17 @@ def set_threads(threads: int) -> None:
     """
     if threads or torch.get_num_threads() > available_cpus():
         torch.set_num_threads(threads or available_cpus())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Limits torch to one thread. With many small tensors the other threads only wait, which takes CPU time.
+
+    Only for the start: a thread that uses torch for the first time meanwhile would keep one thread for good.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
