@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said_and_nothing_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert export(tiny_folder, Path("tiny.onnx"), *arguments) == 1
+    assert export(tiny_folder, Path("tiny.onnx"), *arguments) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("tome-server: ") and named in shown.err
     assert shown.out == "" and list(tmp_path.iterdir()) == []
@@ -121,7 +121,7 @@ def test_what_is_wrong_is_said_and_nothing_written(
 def test_a_file_that_is_no_onnx_file_is_not_overwritten(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = tiny_folder / "model.safetensors"
     before = weights.read_bytes()
-    assert export(tiny_folder, weights) == 1
+    assert export(tiny_folder, weights) == 2
     assert f"-o is {weights}, which is no .onnx file; it is not overwritten" in capsys.readouterr().err
     assert weights.read_bytes() == before
 
@@ -130,7 +130,7 @@ def test_a_missing_package_is_named_with_its_extra(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert export(tiny_folder, tmp_path / "tiny.onnx") == 1
+    assert export(tiny_folder, tmp_path / "tiny.onnx") == 2
     assert "pip install 'tome-server[export]'" in capsys.readouterr().err
 
 
@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written_is_a_message(
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "replace", full)
-    assert export(tiny_folder, tmp_path / "tiny.onnx") == 1
+    assert export(tiny_folder, tmp_path / "tiny.onnx") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
