@@ -12,6 +12,7 @@ import timm
 import torch
 
 from server.device.models import load_model
+from server.device.torch_backend import one_thread
 from server.device.unfilled import Unfilled
 from server.model_spec import ModelSpec
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOADS_THE_BUNDLED_MODEL = """
 import sys
 from server.device.models import load_model
+from server.device.torch_backend import one_thread
 from server.model_spec import ModelSpec
 load_model(ModelSpec.model_validate("bundled"))
 print("torch._dynamo" in sys.modules)
@@ -64,10 +66,14 @@ def test_loading_weights_draws_no_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_loading_leaves_the_number_of_threads() -> None:
-    before = torch.get_num_threads()
-    load_model(ModelSpec.model_validate("bundled"))
-    assert torch.get_num_threads() == before
+def test_one_thread_loads_and_the_others_are_back_afterwards() -> None:
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)  # as every test has it
 
 
 SMALL: dict[str, dict[str, Any]] = {
