@@ -112,7 +112,7 @@ def test_what_was_written_outlives_a_kill(command: list[str], tmp_path: Path) ->
     eager = tmp_path / "program.py"
     eager.write_text(
         PROGRAM.replace("progress.BETWEEN_S = 0", "progress.BETWEEN_S = unfinished.PART_S = 0").replace(
-            "import progress", "import progress, unfinished"
+            "import progress", "import progress\nfrom server.offline import unfinished"
         )
     )
     process = started(command)
