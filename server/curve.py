@@ -153,6 +153,11 @@ class Curve(_Frozen):
         """Where the speeds come from."""
         return self.timed or Timed(facts=self.facts, measured=self.measured)
 
+    @property
+    def lines(self) -> dict[Schedule, tuple[float, float]]:
+        """The measured lines: seconds of a batch and of each image in it, for each schedule that was timed."""
+        return {row.r: row.line for row in self.rows if row.line is not None}
+
     def to_json(self) -> str:
         """The stored form, with one row a line."""
         head = self.model_dump_json(exclude={"rows"}, exclude_none=True).removesuffix("}")

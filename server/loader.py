@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from server.batching.ladder import steps_of
-from server.batching.loader import Found, Loaded, OnDevice
+from server.batching.loader import Found, Loaded
 from server.calibration import speeds
 from server.calibration.background import Ladder
 from server.calibration.facts import facts_of
@@ -24,15 +24,16 @@ from server.device.backend import BackendOptions
 from server.device.by_model import ByModel
 from server.device.device import Device
 from server.device.explainer import Explainer
-from server.device.models import BUNDLED, LoadedModel, load_model
+from server.device.models import LoadedModel, load_model
 from server.device.preparing import Preparer
 from server.device.runner import Runner, alone_on, device_of
 from server.dial import AutoR, RSetting, Schedule
 from server.errors import ServerError, SettingsError
 from server.images.nvjpeg import engine_decodes
+from server.model_config import BUNDLED
 from server.model_spec import ModelSpec
 from server.settings import Settings
-from server.types import ModelInfo
+from server.types import ModelInfo, OnDevice
 from server.versions import versions_in
 
 logger = logging.getLogger(__name__)
@@ -238,17 +239,13 @@ class ModelLoader:
             return None, {}
         if stale := speed_staleness(curve, facts):
             if (kept := speeds.kept(name, curve, facts, self._settings.state_dir)) is not None:
-                return kept, _lines_of(kept)
+                return kept, kept.lines
             later = runner.compiles(loaded.info.name)
             when = "while it serves" if later else "now"
             logger.info("%s: the curve of %s was %s: speeds are timed %s", name, curve.measured, stale, when)
             old, run, largest = curve, _run(runner, loaded), self._settings.max_batch_size
             return step(lambda: timed(old, loaded, run, largest, facts, roughly=later)), {}
-        return curve, _lines_of(curve)
-
-
-def _lines_of(curve: Curve) -> dict[Schedule, Line]:
-    return {row.r: row.line for row in curve.rows if row.line is not None}
+        return curve, curve.lines
 
 
 def _run(runner: Runner, loaded: LoadedModel) -> Run:

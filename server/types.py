@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,10 @@ DEFAULT_TOP_K = 5
 _token_counts = functools.lru_cache(4096)(token_counts)
 
 
+OnDevice = Callable[[Callable[[], Any]], Any]
+"""Runs work on the computing thread between two batches, and returns its result."""
+
+
 class BatchKey(NamedTuple):
     """Images with the same key may share a batch: the same model, `r` of every block, input size and operation."""
 
@@ -31,6 +35,10 @@ class BatchKey(NamedTuple):
     input_size: tuple[int, int]
     operation: str = "forward"
     revision: str = ""
+
+
+OnTimed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
+"""Receives the lines of keys: seconds of a batch, and of each image in it."""
 
 
 @dataclass(frozen=True, slots=True)

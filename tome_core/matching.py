@@ -33,6 +33,14 @@ class MergePlan(NamedTuple):
         return torch.cat([rows, self.dst], dim=1).gather(1, inverse)
 
 
+def first_of_sides(num_prefix_tokens: int) -> tuple[int, int]:
+    """The positions of the first src and of the first dst; both sides take every second token from there.
+
+    Parity counts from the start of the sequence, so a class token shifts patches as in the paper.
+    """
+    return num_prefix_tokens + num_prefix_tokens % 2, num_prefix_tokens + 1 - num_prefix_tokens % 2
+
+
 def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
     """Chooses the r most similar token pairs to merge.
 
@@ -63,9 +71,7 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
     if r == 0:
         return MergePlan(positions, positions[:, :0], positions[:, :0])
 
-    # Parity counts from the start of the sequence, so a class token shifts patches as in the paper.
-    first_src = num_prefix_tokens + num_prefix_tokens % 2
-    first_dst = num_prefix_tokens + 1 - num_prefix_tokens % 2
+    first_src, first_dst = first_of_sides(num_prefix_tokens)
     with full_precision(metric.device):
         metric = F.normalize(widened(metric), dim=-1)
         similarity = metric[:, first_src::2] @ metric[:, first_dst::2].transpose(1, 2)  # (B, N_src, N_dst)

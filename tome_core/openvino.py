@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from tome_core.export import export_program
-from tome_core.matching import match
+from tome_core.matching import first_of_sides, match
 from tome_core.merging import merge
 from tome_core.schedule import RLike, max_r
 from tome_core.tokens import Tokens
@@ -213,8 +213,7 @@ def _translate(node: Any, num_heads: int, N: int, D: int) -> tuple[Any, Any]:
     def gather(data: Any, index: Any, batch_dims: int = 1) -> Any:
         return ops.gather(data, index, integers(1), batch_dims)
 
-    src = np.arange(num_prefix_tokens + num_prefix_tokens % 2, N, 2, dtype=np.int32)
-    dst = np.arange(num_prefix_tokens + 1 - num_prefix_tokens % 2, N, 2, dtype=np.int32)
+    src, dst = (np.arange(first, N, 2, dtype=np.int32) for first in first_of_sides(num_prefix_tokens))
 
     # Cosine similarity is independent of scale, so the sum over heads replaces their mean. A product is the fastest
     # sum.

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tome_core.quiet import openvino
@@ -66,6 +66,11 @@ def _run(*command: str) -> str:
         raise OperatorError(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
 
 
+def operators(model: openvino.Model) -> list[Any]:
+    """The merging operators of a model, in the order of its blocks."""
+    return [node for node in model.get_ordered_ops() if node.get_type_name() == "MergeTokens"]
+
+
 def to_bfloat16(model: openvino.Model) -> None:
     """Lets the operator read and write tokens in bfloat16, for a model to be compiled in it.
 
@@ -75,9 +80,7 @@ def to_bfloat16(model: openvino.Model) -> None:
     from tome_core.quiet import openvino
 
     ops = openvino.opset15
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "MergeTokens":
-            continue
+    for node in operators(model):
         readers = node.output(0).get_target_inputs()
         for port in (node.input(0), node.input(1)):
             port.replace_source_output(ops.convert(port.get_source_output(), openvino.Type.bf16).output(0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tome_core.openvino_operator import operators
 from tome_core.schedule import max_r
 
 if TYPE_CHECKING:
@@ -41,11 +42,6 @@ def name_no_tokens(model: openvino.Model) -> None:
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(made.output(0))
     model.validate_nodes_and_infer_types()
-
-
-def operators(model: openvino.Model) -> list[Any]:
-    """The merging operators of a model, in the order of its blocks."""
-    return [node for node in model.get_ordered_ops() if node.get_type_name() == "MergeTokens"]
 
 
 def set_schedule(model: openvino.Model, schedule: Sequence[int]) -> None:

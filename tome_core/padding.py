@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tome_core.matching import MergePlan
+from tome_core.matching import MergePlan, first_of_sides
 from tome_core.precision import full_precision, widened
 
 
@@ -28,7 +28,7 @@ def match_padded(metric: Tensor, size: Tensor, r: int, num_prefix_tokens: int) -
     B, N, _ = metric.shape
     P, device = num_prefix_tokens, metric.device
     positions, valid = torch.arange(N, device=device).expand(B, N), size >= 1
-    first_src, first_dst = P + P % 2, P + 1 - P % 2
+    first_src, first_dst = first_of_sides(P)
     with full_precision(device):
         metric = F.normalize(widened(metric), dim=-1)
         similarity = metric[:, first_src::2] @ metric[:, first_dst::2].transpose(1, 2)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from server.batching.batcher import Batcher
 from server.batching.drift import DriftWatch
 from server.batching.jobs import Batched, Open
-from server.batching.loader import Kept, Loader, OnDevice
+from server.batching.loader import Kept, Loader
 from server.batching.loading import Loading
 from server.batching.policy import Rung
 from server.batching.served import Served, ServedModels
@@ -22,15 +22,22 @@ from server.dial import AutoR, RSetting, Schedule
 from server.errors import ConflictError, NotFoundError, ServerError, UnavailableError
 from server.ipc.messages import Answered, Choice, Classify, Item, Request
 from server.metrics import BatchMetrics
-from server.types import BatchKey, Compiling, ComputedBy, Configuration, ModelInfo, ModelState, find_model
+from server.types import (
+    BatchKey,
+    Compiling,
+    ComputedBy,
+    Configuration,
+    ModelInfo,
+    ModelState,
+    OnDevice,
+    OnTimed,
+    find_model,
+)
 
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 T = TypeVar("T")
-
-Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
-"""Receives the lines of keys: seconds of a batch, and of each image in it."""
 
 CHECK_TIMEOUT_S = 10.0
 
@@ -62,7 +69,7 @@ class Device(Protocol):
         """The progress of a model's background compilation; None without one. Thread-safe."""
         ...
 
-    def begin(self, info: ModelInfo, on_device: OnDevice, timed: Timed) -> None:
+    def begin(self, info: ModelInfo, on_device: OnDevice, timed: OnTimed) -> None:
         """Starts the background work for a model: it compiles and times its schedules.
 
         Args:

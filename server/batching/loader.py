@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from server.batching.policy import Rung
 from server.curve import Curve
 from server.dial import RSetting
-from server.types import ModelInfo
+from server.types import ModelInfo, OnDevice
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,6 @@ class Loaded:
     r: RSetting
     steps: Sequence[Rung]
     curve: Curve | None = None
-
-
-OnDevice = Callable[[Callable[[], Any]], Any]
-"""Runs work on the computing thread between two batches, and returns its result."""
 
 
 class Loader(Protocol):

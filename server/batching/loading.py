@@ -9,11 +9,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from server.batching.loader import Found, Kept, Loader, OnDevice
+from server.batching.loader import Found, Kept, Loader
 from server.batching.served import ServedModels
 from server.documents import sentence
 from server.errors import EngineError, InvalidError, ServerError, SettingsError, UnavailableError
-from server.types import ModelInfo, ModelState, find_model
+from server.types import ModelInfo, ModelState, OnDevice, find_model
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,10 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from server.calibration.timing import Line, Run, in_order, interpolated, line_of
-from server.device.device import OnDevice, Timed
+from server.calibration.timing import LARGER_BATCH, Line, Run, in_order, interpolated, line_of, seconds_of
 from server.dial import Schedule
-from server.types import ModelInfo
+from server.types import ModelInfo, OnDevice, OnTimed
 
-LARGER_BATCH = 8
 TURNS, MOST_TURNS, QUIET = 3, 12, 1.2
 """Batches are timed in turns, at most `MOST_TURNS`, until `TURNS` of them took at most `QUIET` times the fastest. On a
 busy machine a batch can take many times as long."""
@@ -56,7 +54,7 @@ class Ladder:
         self._lines = dict(lines)
         self._left = set(schedules) - set(lines)
 
-    def begin(self, on_device: OnDevice, timed: Timed) -> None:
+    def begin(self, on_device: OnDevice, timed: OnTimed) -> None:
         """Starts the work; returns at once.
 
         Args:
@@ -65,7 +63,7 @@ class Ladder:
         """
         self._compile_later(bisected(self._schedules), lambda schedule: self._time(schedule, on_device, timed))
 
-    def _time(self, schedule: Schedule, on_device: OnDevice, timed: Timed) -> None:
+    def _time(self, schedule: Schedule, on_device: OnDevice, timed: OnTimed) -> None:
         """Times a schedule that has just been compiled; called on the thread that compiles."""
         if schedule not in self._left:
             return
@@ -89,14 +87,10 @@ class Ladder:
         batches = [(self._schedules[0], 1), *((schedule, size) for size in self._sizes)]
         turns: list[list[float]] = []
         while len(turns) < MOST_TURNS and not (turns and all(map(_is_quiet, zip(*turns, strict=True)))):
-            turns.append([on_device(functools.partial(self._seconds, *batch)) for batch in batches])
+            timed = (functools.partial(seconds_of, self._run, *batch, self._clock) for batch in batches)
+            turns.append([on_device(each) for each in timed])
         unmerged_s, *seconds = map(min, zip(*turns, strict=True))
         return line_of(self._sizes, seconds), unmerged_s
-
-    def _seconds(self, schedule: Schedule, images: int) -> float:
-        start = self._clock()
-        self._run(schedule, images)
-        return self._clock() - start
 
 
 def _is_quiet(seconds: Sequence[float]) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from server.curve import Curve, CurveError, Facts, speed_staleness, staleness
-from server.device.models import BUNDLED
 from server.keeping import keep, state_folder
+from server.model_config import BUNDLED
 from server.model_spec import ModelSpec
 from server.types import ModelInfo
 from tome_core.whole_file import write_whole

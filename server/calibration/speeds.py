@@ -24,7 +24,7 @@ def kept(name: str, curve: Curve, facts: Facts, state_dir: Path | None) -> Curve
         before = Curve.from_json(file.read_bytes())
     except (OSError, CurveError):  # they are timed again
         return None
-    lines = {row.r: row.line for row in before.rows if row.line is not None}
+    lines = before.lines
     if speed_staleness(before, facts) is not None or any(row.r not in lines for row in curve.rows):
         return None
     return curve.at(lines.__getitem__, before.max_batch_size, before.speed_from)

@@ -70,8 +70,10 @@ def timed_steps(
         max_batch_size: Most images in a batch.
         roughly: Whether to run only one image once, because all steps are timed later in the background.
     """
-    timed_lines = {ladder[0]: _rough_line(run, ladder[0]) if roughly else _line(run, ladder[0], max_batch_size)}
-    return [Rung(each, *line) for each, line in interpolated(timed_lines, ladder, arithmetic(loaded)).items()]
+    unmerged = ladder[0]
+    line = (0.0, seconds_of(run, unmerged, 1, time.perf_counter)) if roughly else _line(run, unmerged, max_batch_size)
+    lines = interpolated({unmerged: line}, ladder, arithmetic(loaded))
+    return [Rung(each, *line) for each, line in lines.items()]
 
 
 def interpolated(
@@ -139,23 +141,18 @@ def _falling(seconds: Sequence[float]) -> list[float]:
     return [total / count for total, count in pools for _ in range(count)]
 
 
-def _rough_line(run: Run, schedule: Schedule) -> Line:
-    start = time.perf_counter()
-    run(schedule, 1)
-    return 0.0, time.perf_counter() - start
+def seconds_of(run: Run, schedule: Schedule, images: int, clock: Callable[[], float]) -> float:
+    """Seconds of a batch of the given size."""
+    start = clock()
+    run(schedule, images)
+    return clock() - start
 
 
 def _line(run: Run, schedule: Schedule, max_batch_size: int) -> Line:
     """Seconds of a batch, and of each image in it."""
-
-    def seconds(images: int) -> float:
-        start = time.perf_counter()
-        run(schedule, images)
-        return time.perf_counter() - start
-
     large = min(LARGER_BATCH, max_batch_size)
-    seconds(large)  # warm-up
-    runs = [(seconds(1), seconds(large)) for _ in range(RUNS)]
+    seconds_of(run, schedule, large, time.perf_counter)  # warm-up
+    runs = [[seconds_of(run, schedule, images, time.perf_counter) for images in (1, large)] for _ in range(RUNS)]
     return line_of((1, large), [statistics.median(times) for times in zip(*runs, strict=True)])
 
 

@@ -14,6 +14,21 @@ from server.types import Activation, ModelInfo
 if TYPE_CHECKING:
     from server.ipc.messages import Classify
 
+OFFLINE_SETTINGS: tuple[str, ...] = (
+    "model",
+    "weights",
+    "tuned",
+    "r",
+    "device",
+    "precision",
+    "backend",
+    "decode",
+    "threads",
+    "max_batch_size",
+    "state_dir",
+)
+"""The settings of commands that compute photos without a server (server/offline)."""
+
 
 def add_class_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """Declares the flags that `classification` reads.

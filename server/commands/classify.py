@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from server.commands.asked import add_class_arguments, classification, plain_r
+from server.commands.asked import OFFLINE_SETTINGS, add_class_arguments, classification, plain_r
 from server.commands.output import tell
 from server.dial import r_of
 from server.settings import Settings
@@ -19,19 +19,7 @@ if TYPE_CHECKING:
     from server.types import ModelInfo
 
 HELP = "classify photos and folders of photos here and now, without a server"
-SETTINGS: tuple[str, ...] = (
-    "model",
-    "weights",
-    "tuned",
-    "r",
-    "device",
-    "precision",
-    "backend",
-    "decode",
-    "threads",
-    "max_batch_size",
-    "state_dir",
-)
+SETTINGS = OFFLINE_SETTINGS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.commands.asked import add_class_arguments, classification, plain_r
+from server.commands.asked import OFFLINE_SETTINGS, add_class_arguments, classification, plain_r
 from server.commands.output import check_place, spare_others, tell
 from server.commands.progress import Progress
 from server.commands.stopping import Stop
@@ -28,19 +28,7 @@ if TYPE_CHECKING:
     from server.types import ModelInfo
 
 HELP = "compute a folder of photos into a table of labels or vectors, without a server"
-SETTINGS: tuple[str, ...] = (
-    "model",
-    "weights",
-    "tuned",
-    "r",
-    "device",
-    "precision",
-    "backend",
-    "decode",
-    "threads",
-    "max_batch_size",
-    "state_dir",
-)
+SETTINGS = OFFLINE_SETTINGS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

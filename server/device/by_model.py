@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from server.device.device import Device, OnDevice, Timed
+from server.device.device import Device
 from server.device.runner import check
 from server.ipc.messages import Item
-from server.types import BatchKey, Compiling, ComputedBy, ModelInfo
+from server.types import BatchKey, Compiling, ComputedBy, ModelInfo, OnDevice, OnTimed
 
 
 class ByModel:
@@ -56,7 +56,7 @@ class ByModel:
     def compiling(self, info: ModelInfo) -> Compiling | None:
         return self._models[info.name, info.revision].compiling(info.name)
 
-    def begin(self, info: ModelInfo, on_device: OnDevice, timed: Timed) -> None:
+    def begin(self, info: ModelInfo, on_device: OnDevice, timed: OnTimed) -> None:
         self._models[info.name, info.revision].begin(on_device, timed)
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from server.device.explainer import Explainer
@@ -14,17 +14,11 @@ from server.device.preparing import Preparer
 from server.device.runner import Runner
 from server.errors import ServerError
 from server.ipc.messages import Item, Merges, TopK, Vector
-from server.types import BatchKey, Compiling, ComputedBy
+from server.types import BatchKey, Compiling, ComputedBy, OnDevice, OnTimed
 
 logger = logging.getLogger(__name__)
 
 Result = TopK | Vector | Merges
-OnDevice = Callable[[Callable[[], Any]], Any]
-"""Runs a function on the thread that computes, between two batches, and returns its result."""
-
-Timed = Callable[[Mapping[BatchKey, tuple[float, float]]], None]
-"""Receives the seconds of a batch of each key, and of each image in it."""
-
 Compute = Callable[[BatchKey, Sequence[Prepared]], Sequence[Result]]
 
 
@@ -43,7 +37,7 @@ class Device:
         runner: Runner,
         explainer: Explainer | None,
         preparer: Preparer | None = None,
-        background: Callable[[OnDevice, Timed], None] | None = None,
+        background: Callable[[OnDevice, OnTimed], None] | None = None,
     ) -> None:
         self._background = background
         self._runner, self._explainer = runner, explainer
@@ -93,7 +87,7 @@ class Device:
         """The progress of the model's background compilation; None without one."""
         return self._runner.compiling(model)
 
-    def begin(self, on_device: OnDevice, timed: Timed) -> None:
+    def begin(self, on_device: OnDevice, timed: OnTimed) -> None:
         """Starts the background work."""
         if self._background is not None:
             self._background(on_device, timed)

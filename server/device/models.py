@@ -25,15 +25,13 @@ from server.device.unfilled import Unfilled
 from server.documents import sentence
 from server.errors import SettingsError, shown
 from server.images.preprocessing import Preprocessing
+from server.model_config import BUNDLED, WEIGHTS_FILE, Described, ImageConfig, checked, read_config, weights_in
 from server.model_config import FILE as CONFIG_FILE
-from server.model_config import WEIGHTS_FILE, Described, ImageConfig, checked, read_config, weights_in
 from server.model_spec import ModelSpec
 from server.types import ModelInfo
 from server.versions import UNVERSIONED
 
 logger = logging.getLogger(__name__)
-
-BUNDLED = model_config.BUNDLED
 
 
 @dataclass(frozen=True)

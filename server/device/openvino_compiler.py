@@ -51,6 +51,10 @@ TRACING = threading.Lock()
 """Held while torch traces a model, and by other threads while they run or read one. Otherwise both fail."""
 
 
+Work = tuple[tome_core.MergedViT, Schedule, bool, tuple[int, int], Path, Path | None]
+"""The arguments of `translate`."""
+
+
 class Compiler:
     """Turns a model into callables, one for a schedule, a batch size and a precision.
 
@@ -193,11 +197,12 @@ class Compiler:
     def translate_ahead(self, schedule: Schedule) -> None:
         """Starts the common translation of schedules that merge, in another process."""
         if self._name(schedule) == self._common(schedule) and not self._files.graph(self._name(schedule)).exists():
-            merged = self._pickled()  # now, because this thread may trace soon
+            name = self._name(schedule)
+            work = self._pickled(schedule, name)  # now, because this thread may trace soon
 
             def translate() -> None:
                 with contextlib.suppress(RuntimeError):  # the first compilation tries again, and reports the error
-                    self._translate(schedule, self._name(schedule), merged)
+                    self._translate_aside(name, work)
 
             threading.Thread(target=translate, name="translation", daemon=True).start()
 
@@ -210,44 +215,39 @@ class Compiler:
             except RuntimeError as error:  # another server has removed it, or it is damaged after a crash
                 logger.info("%s is translated again: %s", name, error)
                 self._files.remove(name)
-        self._translate(schedule, name, self._pickled() if aside or self._beside else None)
+        if aside or self._beside:
+            self._translate_aside(name, self._pickled(schedule, name))
+        else:
+            with TRACING:
+                translate(*self._work(schedule, name))
         make_room(self._files.folder.parent, self._files.kept | {self._files.graph(name)})
         return core().read_model(self._files.graph(name))
 
-    def _pickled(self) -> bytes:
-        """The pickled model. multiprocessing would use shared memory, of which a container has 64 MB."""
+    def _work(self, schedule: Schedule, name: str) -> Work:
+        """The arguments of `translate` for a translation."""
+        is_common, file = name == self._common(schedule), self._files.graph(name)
+        return self._merged, schedule, is_common, self.input_size, file, self._operator
+
+    def _pickled(self, schedule: Schedule, name: str) -> bytes:
+        """The work for another process, because no thread may run a model while torch traces one."""
         with TRACING:
-            return pickle.dumps(self._merged)
+            return pickle.dumps(self._work(schedule, name))
 
-    def _translate(self, schedule: Schedule, name: str, merged: bytes | None) -> None:
-        """Makes a translation, unless another thread has just made it.
-
-        Args:
-            schedule: The schedule.
-            name: Name of the translation.
-            merged: The pickled model for another process, because no thread may run a model while torch traces one;
-                None translates in this process.
+    def _translate_aside(self, name: str, work: bytes) -> None:
+        """Makes a translation in another process, unless another thread has just made it.
 
         Raises:
             RuntimeError: It cannot be translated. The other process has logged why.
         """
-        file, is_common = self._files.graph(name), name == self._common(schedule)
-        if merged is None:
-            with TRACING:
-                translate(self._merged, schedule, is_common, self.input_size, file, self._operator)
-            return
-        args = (merged, schedule, is_common, self.input_size, file, self._operator)
         with self._aside:
-            if not self._files.use(name):
-                self._translate_aside(args)
-
-    def _translate_aside(self, args: tuple[Any, ...]) -> None:
-        with self._starting:
-            if self._is_closed:
-                raise RuntimeError("the model is unloaded, or the server ends")
-            process = self._process = translation.start()
-        status = translation.finish(process, *args)
-        self._process = None
+            if self._files.use(name):
+                return
+            with self._starting:
+                if self._is_closed:
+                    raise RuntimeError("the model is unloaded, or the server ends")
+                process = self._process = translation.start()
+            status = translation.finish(process, work)
+            self._process = None
         if status != 0:
             raise RuntimeError(f"its translation ended with status {status}")
 

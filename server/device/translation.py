@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from multiprocessing import resource_tracker
-from typing import Any
 
 from server.images.decoder_process import environment
 
@@ -26,13 +25,12 @@ def start() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM], stdin=subprocess.PIPE, env=environment())
 
 
-def finish(process: subprocess.Popen[bytes], *args: Any) -> int:
-    """Sends the arguments of `openvino_compiler.translate` to a process, with the model pickled, and waits for its end.
+def finish(process: subprocess.Popen[bytes], work: bytes) -> int:
+    """Sends the pickled arguments of `openvino_compiler.translate` to a process, and waits for its end.
 
     Returns:
         Its exit status; negative if a signal ended it.
     """
-    work = pickle.dumps(args)
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it was killed; its status tells
         process.stdin.write(len(work).to_bytes(_LENGTH_BYTES, "big"))
@@ -56,10 +54,10 @@ def main() -> None:
     from server.device.openvino_compiler import translate
 
     try:
-        merged, *args = pickle.loads(work)
+        args = pickle.loads(work)
     except (EOFError, pickle.UnpicklingError):  # the input has ended too early
         os._exit(1)
-    translate(pickle.loads(merged), *args)
+    translate(*args)
 
 
 def _end_with_input() -> None:

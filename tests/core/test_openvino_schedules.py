@@ -16,8 +16,8 @@ pytest.importorskip("openvino", reason="the package openvino is not installed")
 
 from tome_core.openvino import save, to_openvino  # needs the package
 from tome_core.openvino_core import add_operator, core
-from tome_core.openvino_operator import build_operator
-from tome_core.openvino_schedules import name_no_tokens, operators, set_schedule
+from tome_core.openvino_operator import build_operator, operators
+from tome_core.openvino_schedules import name_no_tokens, set_schedule
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 

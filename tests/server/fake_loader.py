@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from server.batching.engine import LocalEngine
-from server.batching.loader import Found, Loaded, OnDevice
+from server.batching.loader import Found, Loaded
 from server.batching.policy import Rung
 from server.config.local import LocalConfig
 from server.curve import Curve
 from server.dial import RSetting
 from server.errors import NotFoundError, SettingsError
-from server.types import ModelInfo
+from server.types import ModelInfo, OnDevice
 from tests.server.conftest import FakeDevice, model_info
 
 TINY, TINY_2 = model_info("tiny", revision="t1"), model_info("tiny", version="2", revision="t2", max_r=4)

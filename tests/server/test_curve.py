@@ -16,8 +16,9 @@ from server.calibration import places
 from server.calibration.measure import batch_sizes, fit
 from server.calibration.places import find, save
 from server.curve import Curve, CurveError, Neighbours, Timed, speed_staleness, staleness
-from server.device.models import BUNDLED, load_model
+from server.device.models import load_model
 from server.errors import SettingsError
+from server.model_config import BUNDLED
 from server.model_spec import ModelSpec
 from tests.server.conftest import assert_is_error, curve_row, facts, fake_curve, grey_png, model_info, serving
 

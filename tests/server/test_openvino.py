@@ -487,7 +487,7 @@ def test_a_translation_outlives_sigterm_which_a_process_group_gets_before_the_se
     process.send_signal(signal.SIGTERM)
     merged = loaded().merged
     file = tmp_path / "merging.xml"
-    assert translation.finish(process, pickle.dumps(merged), (3, 0), False, (64, 64), file, None) == 0
+    assert translation.finish(process, pickle.dumps((merged, (3, 0), False, (64, 64), file, None))) == 0
     assert file.exists()
 
 
