@@ -102,7 +102,7 @@ class Service:
         """SIGTERM, and the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(timeout=60)
+        status = self.process.wait()
         self.reader.join()
         assert self.process.stderr is not None
         self.process.stderr.close()

@@ -125,13 +125,13 @@ def test_without_a_state_folder_the_engines_agree_and_sigterm_answers_what_was_a
         service.until(lambda: httpx.get(f"{service.url}/readyz").status_code == 503)
         bodies = [answer.result().json() for answer in answers]
     assert {(body["r"], body["config_version"]) for body in bodies} == {(13, version)}
-    assert service.process.wait(timeout=60) == 0
+    assert service.process.wait() == 0
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
 def test_a_device_that_is_not_there_ends_the_start_with_its_name(start_service: StartService) -> None:
     service = start_service("--device", "cpu,abacus", wait=False)
-    assert service.process.wait(timeout=60) == 2
+    assert service.process.wait() == 2
     service.reader.join()
     assert "device 'abacus'" in "".join(service.log)
     assert "Traceback" not in "".join(service.log)

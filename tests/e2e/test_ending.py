@@ -42,7 +42,7 @@ def test_under_load_readyz_fails_first_and_no_request_is_lost(start_service: Sta
         may_send.clear()  # nothing is sent any more; what is on its way must be answered
         answers = [answer for each in clients for answer in each.result()]
     assert {answer.status_code for answer in answers} == {200}
-    assert service.process.wait(timeout=60) == 0
+    assert service.process.wait() == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{service.url}/livez")
 
@@ -53,8 +53,8 @@ def test_a_service_that_compiles_a_graph_ends_when_it_is_told(start_service: Sta
     (model,) = httpx.get(f"{service.url}/v1/models").json()["models"]
     service.until(lambda: httpx.get(f"{service.url}/v1/models/{model['name']}").json()["compiling"] is not None)
     service.process.send_signal(signal.SIGTERM)
-    assert service.process.wait(timeout=60) == 0
-    service.reader.join(timeout=60)
+    assert service.process.wait() == 0
+    service.reader.join()
     assert [line for line in service.log if re.search("is killed|Traceback|leaked", line)] == []
 
 
@@ -72,4 +72,4 @@ def test_what_was_accepted_is_answered_whoever_is_told_to_end(
         service.until(lambda: httpx.get(f"{service.url}/readyz").status_code == 503)
         assert classify(service, png(100)).status_code == 200  # a group's engine was told too
         assert {answer.result().status_code for answer in answers} == {200}
-    assert service.process.wait(timeout=60) == 0
+    assert service.process.wait() == 0

@@ -93,7 +93,7 @@ def test_the_end_waits_for_what_decodes_and_leaves_no_process(start_service: Sta
         decoders = decoders_of(http)
         service.process.send_signal(signal.SIGTERM)
         assert {answer.result().status_code for answer in answers} == {200}
-    assert service.process.wait(timeout=60) == 0
+    assert service.process.wait() == 0
     assert not any("is killed" in line for line in service.log)
     wait_for(lambda: all(map(is_gone, decoders)))
 

@@ -241,7 +241,7 @@ def test_kserves_client_asks_by_protocol_v1(service: Service, expected: dict[str
         pytest.skip("kserve is not installed")
     script = Path(__file__).with_name("kserve_v1_client.py")  # whose import here would clash with Triton's messages
     command = [sys.executable, "-W", "ignore", str(script), service.url, MODEL, str(PHOTO)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     assert told["live"] is True and told["ready"] is True
@@ -334,4 +334,4 @@ def test_a_platform_names_the_port(protocol: str, variable: str, tmp_path: Path)
         assert any(f"http://127.0.0.1:{port}" in line for line in process.stderr)
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate()

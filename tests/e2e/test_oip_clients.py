@@ -264,7 +264,7 @@ def test_kserves_client(service: Service, photo: bytes, tmp_path: Path) -> None:
     path.write_bytes(photo)
     script = Path(__file__).with_name("kserve_client.py")  # whose import here would clash with Triton's messages
     command = [sys.executable, "-W", "ignore", str(script), BUNDLED_NAME, service.url, grpc_address(service), str(path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     best = natively(service, photo, 8)

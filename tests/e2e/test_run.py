@@ -69,7 +69,7 @@ def started(command: list[str]) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str], word: str | None = "\n") -> tuple[int, dict[str, Any], str]:
     """Its status, the last line of its answer, and what else it told."""
-    answer, told = process.communicate(word, timeout=60)
+    answer, told = process.communicate(word)
     assert "Traceback" not in told, told
     return process.returncode, json.loads(answer.splitlines()[-1]) if answer else {}, told
 
@@ -82,7 +82,7 @@ def children(parent: int, program: bytes) -> list[int]:
 
 def whole(command: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Runs it to its end: the last line of its answer, and the rows."""
-    done = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input="\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     output = Path(command[-1])
     assert not output.with_name("out.jsonl.unfinished").exists()

@@ -88,7 +88,7 @@ def test_answers_above_r_0_are_checked_against_r_0_and_no_metric_of_production_s
 def test_a_port_in_use_is_said(shared_service: Service) -> None:
     port = shared_service.url.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "server.cli", "serve", "--port", port]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in second.stderr
 
@@ -115,7 +115,7 @@ def test_a_signal_ends_every_process_with_status_0(start_service: StartService, 
     service = start_service()
     children = [service.pid_of(name) for name in ("engine", "http-0")]
     service.process.send_signal(number)
-    assert service.process.wait(timeout=60) == 0
+    assert service.process.wait() == 0
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
@@ -141,7 +141,7 @@ def test_what_the_engine_cannot_start_with_stops_the_service_with_a_message(
     start_service: StartService, flags: tuple[str, ...], message: str
 ) -> None:
     service = start_service(*flags, wait=False)
-    assert service.process.wait(timeout=60) == 2
+    assert service.process.wait() == 2
     service.reader.join()
     log = "".join(service.log)
     assert log.count(message) == 1 and message in log.splitlines(keepends=True)[-1]

@@ -32,7 +32,7 @@ def answers(service: Service, path: str, status: int) -> None:
 
 def ended(service: Service) -> tuple[int, str]:
     """Exit status and log."""
-    status = service.process.wait(timeout=60)
+    status = service.process.wait()
     service.reader.join()
     return status, "".join(service.log)
 

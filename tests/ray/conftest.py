@@ -99,7 +99,7 @@ class RayService:
         """Ends the cluster."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(timeout=120)
+        self._process.wait()
         self._process.stdout.close()
 
 

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import logging
-import signal
 import struct
 import threading
 import time
@@ -46,7 +45,6 @@ hypothesis_settings.load_profile("server")
 SIDE = 8
 NUM_CLASSES = 101  # a prime: different colours and schedules give different classes
 NUM_FEATURES = 5
-HANGS_AFTER_S = 60
 
 
 @pytest.fixture
@@ -60,20 +58,6 @@ def listening(recorder: Recorder) -> Iterator[Listening]:
     """Our connections on a real socket, before that application."""
     with Listening(recorder) as server:
         yield server
-
-
-@pytest.fixture(autouse=True)
-def _never_hang() -> Iterator[None]:
-    """A test that waits for what never comes fails instead of standing still."""
-
-    def ring(number: int, frame: object) -> None:
-        raise TimeoutError(f"the test still runs after {HANGS_AFTER_S} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(HANGS_AFTER_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(autouse=True)

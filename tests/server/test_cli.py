@@ -152,7 +152,6 @@ def test_a_wrong_model_folder_ends_the_start_before_torch_is_imported(
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("tome-server: model ") and done.stderr.count("\n") == 1

@@ -194,7 +194,7 @@ def test_a_key_on_the_command_line_is_warned_of_and_not_logged(
 def test_the_command_says_in_one_sentence_why_it_does_not_start() -> None:
     environment = {**os.environ, "TOME_API_KEY": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "server.cli", "serve"], env=environment, capture_output=True, text=True, timeout=50
+        [sys.executable, "-m", "server.cli", "serve"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr.startswith("tome-server: api_key: it is empty") and done.stderr.count("\n") == 1

@@ -26,20 +26,20 @@ class Maker:
     def _make(self, key: str) -> str:
         self.threads.add(threading.get_ident())
         self.begun.put(key)
-        if outcome := self.outcomes.get(timeout=30):
+        if outcome := self.outcomes.get():
             raise outcome
         return f"made {key}"
 
     def end(self, outcome: Exception | None = None) -> str:
         """Lets the one that is being made end; gives its key."""
-        key = self.begun.get(timeout=30)
+        key = self.begun.get()
         self.outcomes.put(outcome)
         return key
 
     def settled(self) -> dict[str, str]:
         """What was made, once nothing is being made or waits."""
         if (thread := self.later.thread) is not None:
-            thread.join(timeout=30)
+            thread.join()
             assert not thread.is_alive()
         return self.later.take()
 
@@ -69,7 +69,7 @@ def test_what_is_asked_for_meanwhile_waits_and_what_is_asked_for_most_comes_firs
 
 def test_what_is_asked_for_comes_before_what_is_planned_and_nothing_is_dropped(maker: Maker) -> None:
     maker.later.plan(("p", "q", "r"))
-    assert maker.begun.get(timeout=30) == "p"
+    assert maker.begun.get() == "p"
     maker.later.ask("x")
     maker.later.ask("r")  # planned, and now asked for
     maker.later.plan(("s", "q"))
@@ -92,7 +92,7 @@ def test_progress_counts_what_is_done_and_all_that_waits(maker: Maker) -> None:
     maker.later.ask("c")
     seen = []
     for _ in range(3):
-        key = maker.begun.get(timeout=30)
+        key = maker.begun.get()
         assert (progress := maker.later.progress()) is not None and progress.key == key
         seen.append(tuple(progress))
         maker.outcomes.put(None)
@@ -109,7 +109,7 @@ def test_what_is_made_and_not_yet_taken_is_not_made_again(maker: Maker) -> None:
     maker.later.ask("a")
     maker.end()
     if maker.later.thread is not None:
-        maker.later.thread.join(timeout=30)
+        maker.later.thread.join()
     maker.later.ask("a")
     maker.later.plan(("a",))
     assert maker.later.thread is None and maker.settled() == {"a": "made a"}
@@ -168,20 +168,20 @@ def test_a_failure_holds_nothing_else_up_and_failures_are_bounded(
 def test_once_closed_nothing_more_is_begun_and_nobody_waits_for_what_is_being_made(maker: Maker) -> None:
     maker.later.ask("a")
     maker.later.plan(("b",))
-    assert maker.begun.get(timeout=30) == "a"
+    assert maker.begun.get() == "a"
     thread = maker.later.thread
     assert thread is not None and thread.daemon
     maker.later.close()
     maker.later.ask("c")
     maker.later.plan(("d",))
     maker.outcomes.put(None)
-    thread.join(timeout=30)
+    thread.join()
     assert maker.begun.empty() and maker.later.take() == {"a": "made a"}
 
 
 def test_what_ends_because_it_was_closed_is_no_failure(maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
     maker.later.ask("a")
-    assert maker.begun.get(timeout=30) == "a"
+    assert maker.begun.get() == "a"
     maker.later.close()
     maker.outcomes.put(RuntimeError("its translation was killed"))
     maker.settled()

@@ -26,7 +26,7 @@ leave(3)
 
 
 def test_a_process_that_leaves_waits_for_no_thread() -> None:
-    ended = subprocess.run([sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    ended = subprocess.run([sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done at the exit\n", "")
 
 

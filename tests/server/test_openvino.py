@@ -105,7 +105,7 @@ def ask(backend: Any, schedule: Schedule, times: int = 1) -> None:
 def settle(backend: Any) -> None:
     """Waits until nothing is compiled."""
     if (thread := backend._later.thread) is not None:
-        thread.join(timeout=60)
+        thread.join()
         assert not thread.is_alive()
 
 
@@ -466,7 +466,7 @@ def test_a_translation_in_another_process_is_killed_by_the_end(tmp_path: Path) -
         assert thread.is_alive()
         time.sleep(0.01)
     compiler.close()
-    thread.join(timeout=60)
+    thread.join()
     assert not thread.is_alive() and "its translation ended with status -9" in str(failures)
     with pytest.raises(RuntimeError, match="the server ends"):
         compiler.graph((3, 0), 1, "fp32", aside=True)

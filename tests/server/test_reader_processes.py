@@ -62,7 +62,7 @@ def pids() -> list[int]:
 
 
 def read(processes: ReaderProcesses, files: list[str]) -> list[Image | str]:
-    return [image for part in processes.read(files) for image in part.result(timeout=60)]
+    return [image for part in processes.read(files) for image in part.result()]
 
 
 def test_they_give_what_a_reader_gives_in_the_order_of_the_files(processes: ReaderProcesses, files: list[str]) -> None:
@@ -76,7 +76,7 @@ def test_they_give_what_a_reader_gives_in_the_order_of_the_files(processes: Read
         *(len(files) - 2, len(files) - 1),
     ]
     begun = [processes.read(files), processes.read(files[::-1]), processes.read(files[:1])]
-    got = [[image for part in parts for image in part.result(timeout=60)] for parts in begun]
+    got = [[image for part in parts for image in part.result()] for parts in begun]
     assert got == [wanted, wanted[::-1], wanted[:1]]
 
 
@@ -87,7 +87,7 @@ def test_all_of_them_read(processes: ReaderProcesses, files: list[str]) -> None:
     first, second, _ = processes.read(files[:2] * FILES_OF_A_PROCESS + files[:1])
     assert not first.done() and not second.done(), "answers come in the order of the files"
     os.kill(stopped, signal.SIGCONT)
-    assert first.result(timeout=60) == second.result(timeout=60)
+    assert first.result() == second.result()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -107,9 +107,9 @@ def test_one_that_is_killed_is_an_error_in_a_sentence(processes: ReaderProcesses
     os.kill(killed, signal.SIGKILL)
     first, second, third = processes.read(files)
     with pytest.raises(EngineError, match="a process that reads files has ended with status -9"):
-        first.result(timeout=60)
-    assert second.result(timeout=60) == wanted[FILES_OF_A_PROCESS:]
-    assert isinstance(third.exception(timeout=60), EngineError)
+        first.result()
+    assert second.result() == wanted[FILES_OF_A_PROCESS:]
+    assert isinstance(third.exception(), EngineError)
 
 
 def test_one_that_does_not_start_is_an_error_in_a_sentence(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,4 +190,4 @@ sys.stdin.read()
     with subprocess.Popen([sys.executable, "-c", program, files[0]], stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdout is not None and process.stdout.readline() == b"read\n"
         process.kill()
-        assert process.communicate(timeout=60)[1] == b"", "standard error closes when the readers have ended too"
+        assert process.communicate()[1] == b"", "standard error closes when the readers have ended too"
