@@ -51,7 +51,8 @@ def test_a_slope_needs_samples_and_nothing_grows_from_nothing() -> None:
 
 
 def test_processes_are_seen_with_those_that_they_started(tmp_path: Path) -> None:
-    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print('up', flush=True); sys.stdin.read()"
+    """The started process ends when its standard input does."""
+    code = "import subprocess, sys; p = subprocess.Popen(['cat']); print('up', flush=True); sys.stdin.read()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None and child.stdout.readline() == b"up\n"

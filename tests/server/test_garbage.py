@@ -193,6 +193,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     for module in (in_redis, watched):
         monkeypatch.setattr(module, "POLL_S", 0.01)
     monkeypatch.setattr(in_redis, "RETRY_S", 0.01)
+    monkeypatch.setattr(in_redis, "TIMEOUT_S", 600)  # a Redis on a busy machine is slow; here it is never away
     made = request.param(tmp_path)
     if isinstance(made, InRedis):
         with closing(made):
