@@ -196,15 +196,16 @@ class Compiler:
 
     def translate_ahead(self, schedule: Schedule) -> None:
         """Starts the common translation of schedules that merge, in another process."""
-        if self._name(schedule) == self._common(schedule) and not self._files.graph(self._name(schedule)).exists():
-            name = self._name(schedule)
-            work = self._pickled(schedule, name)  # now, because this thread may trace soon
+        name = self._name(schedule)
+        if name != self._common(schedule) or self._files.graph(name).exists():
+            return
+        work = self._pickled(schedule, name)  # now, because this thread may trace soon
 
-            def translate() -> None:
-                with contextlib.suppress(RuntimeError):  # the first compilation tries again, and reports the error
-                    self._translate_aside(name, work)
+        def translate() -> None:
+            with contextlib.suppress(RuntimeError):  # the first compilation tries again, and reports the error
+                self._translate_aside(name, work)
 
-            threading.Thread(target=translate, name="translation", daemon=True).start()
+        threading.Thread(target=translate, name="translation", daemon=True).start()
 
     def _translated(self, schedule: Schedule, aside: bool) -> openvino.Model:
         """The translation for a schedule, from disk or made now."""
