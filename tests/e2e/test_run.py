@@ -22,20 +22,19 @@ BATCH, PHOTOS = 4, 60
 PROGRAM = f"""
 import signal, sys, time
 from server.cli import main
-from server.commands import progress
+from server.commands import progress, run
 
-class Waits(progress.Progress):
+class Waits(run.Progress):
     def add(self, images, errors):
-        super().add(images, errors)
-        if self.images == 3 * {BATCH}:
-            ours = signal.getsignal(signal.SIGINT)
-            if sys.stdin.readline() == "stop\\n":
-                while signal.getsignal(signal.SIGINT) is ours:  # another thread may have the signal first
-                    time.sleep(0.01)
+        ours = signal.getsignal(signal.SIGINT)
+        super().add(images, errors)  # the test sees this line, and sends its signal
+        if self.images == 3 * {BATCH} and sys.stdin.readline() == "stop\\n":
+            while signal.getsignal(signal.SIGINT) is ours:  # another thread may have the signal first
+                time.sleep(0.01)
 
 if __name__ == "__main__":
     progress.BETWEEN_S = 0
-    progress.Progress = Waits
+    run.Progress = Waits
     sys.exit(main())
 """
 
@@ -115,7 +114,7 @@ def test_what_was_written_outlives_a_kill(command: list[str], tmp_path: Path) ->
     eager = tmp_path / "program.py"
     eager.write_text(
         PROGRAM.replace("progress.BETWEEN_S = 0", "progress.BETWEEN_S = unfinished.PART_S = 0").replace(
-            "import progress", "import progress\nfrom server.offline import unfinished"
+            "import progress, run", "import progress, run\nfrom server.offline import unfinished"
         )
     )
     process = started(command)
