@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from tome_core import quiet  # noqa: F401  # tests report to nobody
+
+# httpx gives up after 5 s. A real server may answer later on a busy machine; pytest-timeout ends a test that hangs.
+for phase in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, phase, None)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which timm's is
