@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,40 +129,45 @@ class ModelLoader:
         runner: Runner = step(
             lambda: Runner({info.name: loaded}, settings.device, settings.precision, self._options(beside))
         )
-        preparer = None
-        if self.device.prepares:
-            preparer = Preparer(self._place, {info.name: info}, settings.max_image_pixels)
+        with ExitStack() as unless_ready:
+            unless_ready.callback(runner.close)  # it may compile in the background
+            preparer = None
+            if self.device.prepares:
+                preparer = Preparer(self._place, {info.name: info}, settings.max_image_pixels)
 
-        def warm_up(schedule: Schedule, is_likely: bool = True) -> None:
-            key = info.batch_key(schedule)
-            step(lambda: runner.warm_up(key, is_likely and not beside))
-            if preparer is not None and max(schedule) == 0:
-                step(lambda: preparer.warm_up(key))
+            def warm_up(schedule: Schedule, is_likely: bool = True) -> None:
+                key = info.batch_key(schedule)
+                step(lambda: runner.warm_up(key, is_likely and not beside))
+                if preparer is not None and max(schedule) == 0:
+                    step(lambda: preparer.warm_up(key))
 
-        warm_up(info.schedule(0))
-        run, largest = _run(runner, loaded), settings.max_batch_size
-        facts = facts_of(loaded, runner)
-        curve, lines = self._curve(found, loaded, runner, step, facts)
-        later = runner.compiles(info.name)
-        steps = steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest, later))
-        if not isinstance(r, AutoR):
-            wanted = [info.schedule(r)]
-        else:  # on a CPU they are compiled in the background, and `auto` uses only compiled ones
-            wanted = [each.schedule for each in steps] if self._place.type == "cuda" else []
-        for schedule in wanted:
-            if max(schedule) > 0:
-                warm_up(schedule, is_likely=not isinstance(r, AutoR))
-        while beside and step(runner.warm_further):  # what at the start is done in one piece
-            pass
-        ready = replace(info, backend=runner.backend(info.name), decodes_jpeg=self.device.prepares)
+            warm_up(info.schedule(0))
+            run, largest = _run(runner, loaded), settings.max_batch_size
+            facts = facts_of(loaded, runner)
+            curve, lines = self._curve(found, loaded, runner, step, facts)
+            later = runner.compiles(info.name)
+            steps = (
+                steps_of(curve) if curve else step(lambda: timed_steps(loaded, schedules(loaded), run, largest, later))
+            )
+            if not isinstance(r, AutoR):
+                wanted = [info.schedule(r)]
+            else:  # on a CPU they are compiled in the background, and `auto` uses only compiled ones
+                wanted = [each.schedule for each in steps] if self._place.type == "cuda" else []
+            for schedule in wanted:
+                if max(schedule) > 0:
+                    warm_up(schedule, is_likely=not isinstance(r, AutoR))
+            while beside and step(runner.warm_further):  # what at the start is done in one piece
+                pass
+            ready = replace(info, backend=runner.backend(info.name), decodes_jpeg=self.device.prepares)
 
-        def keep(lines: Mapping[Schedule, Line]) -> None:
-            if curve is not None and facts is not None:
-                speeds.keep(found.name, curve, lines, facts, settings.state_dir)
+            def keep(lines: Mapping[Schedule, Line]) -> None:
+                if curve is not None and facts is not None:
+                    speeds.keep(found.name, curve, lines, facts, settings.state_dir)
 
-        planned = [row.r for row in curve.rows] if curve else [each.schedule for each in steps]
-        ladder = self._ladder(loaded, runner, planned, lines, keep)
-        self.device.add(ready, Device(runner, explainer, preparer, ladder.begin))
+            planned = [row.r for row in curve.rows] if curve else [each.schedule for each in steps]
+            ladder = self._ladder(loaded, runner, planned, lines, keep)
+            self.device.add(ready, Device(runner, explainer, preparer, ladder.begin))
+            unless_ready.pop_all()
         return Loaded(ready, found.r, steps, curve)
 
     def free(self, info: ModelInfo) -> None:

@@ -159,17 +159,24 @@ class Later(Generic[K, V]):
     def _make_now(self, key: K) -> None:
         try:
             value = self._make(key)
-            with self._lock:
-                self._failures.pop(key, None)
-                self._made[key] = value
-            del value
-            self._on_made(key)
         except Exception:  # the thread has no caller
-            if self._is_closed:
-                return
             with self._lock:
                 retry_s = self._failed(key)
-            logger.exception("making %s has failed; it is not tried again for %g s", self._told(key), retry_s)
+            self._say("making %s has failed; it is not tried again for %g s", self._told(key), retry_s)
+            return
+        with self._lock:
+            self._failures.pop(key, None)
+            self._made[key] = value
+        del value
+        try:
+            self._on_made(key)
+        except Exception:
+            self._say("%s is made, but what follows on it has failed", self._told(key))
+
+    def _say(self, message: str, *args: object) -> None:
+        """Logs the current exception, unless this object was closed, which may be its cause."""
+        if not self._is_closed:
+            logger.exception(message, *args)
 
     def _failed(self, key: K) -> float:
         """Records a failure; returns the seconds until the next try."""

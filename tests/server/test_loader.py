@@ -229,6 +229,23 @@ async def test_a_start_brings_back_what_was_loaded_and_leaves_out_what_was_unloa
         assert (await scores(engine, "dogs")).indices
 
 
+def test_a_model_that_fails_once_it_is_on_the_device_is_closed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no facts")
+
+    closed: list[runner.Runner] = []
+    monkeypatch.setattr(runner.Runner, "close", lambda self: closed.append(self))
+    loader = ModelLoader(settings(repository))
+    loader.load(loader.find("dogs"), 0, lambda work: work())
+    assert closed == []
+    monkeypatch.setattr("server.loader.facts_of", fails)
+    with pytest.raises(RuntimeError, match="no facts"):
+        loader.load(loader.find("dogs"), 0, lambda work: work())
+    assert len(closed) == 1
+
+
 def break_cats(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has cats fail with this error when they are made ready."""
     make_ready = ModelLoader.make_ready

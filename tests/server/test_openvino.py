@@ -106,7 +106,6 @@ def settle(backend: Any) -> None:
     """Waits until nothing is compiled."""
     if (thread := backend._later.thread) is not None:
         thread.join()
-        assert not thread.is_alive()
 
 
 @torch.inference_mode()
@@ -467,7 +466,7 @@ def test_a_translation_in_another_process_is_killed_by_the_end(tmp_path: Path) -
         time.sleep(0.01)
     compiler.close()
     thread.join()
-    assert not thread.is_alive() and "its translation ended with status -9" in str(failures)
+    assert "its translation ended with status -9" in str(failures)
     with pytest.raises(RuntimeError, match="the server ends"):
         compiler.graph((3, 0), 1, "fp32", aside=True)
 
