@@ -1,5 +1,5 @@
-"""What holds for every test: the same random numbers each time, one torch thread, no settings of the shell, and kernels
-that need no GPU."""
+"""What holds for every test: the same random numbers each time, one torch thread, no settings of the shell, no clock
+but that of pytest-timeout, and kernels that need no GPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
+from hypothesis import HealthCheck, settings
 
 from tome_core import quiet  # noqa: F401  # tests report to nobody
 
-# httpx gives up after 5 s. A real server may answer later on a busy machine; pytest-timeout ends a test that hangs.
+# A busy machine is no error; pytest-timeout ends a test that hangs. httpx gives up after 5 s, hypothesis after 0.2 s.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 for phase in ("connect", "read", "write", "pool"):
     setattr(DEFAULT_TIMEOUT_CONFIG, phase, None)
 

@@ -1,4 +1,4 @@
-"""Small timm models whose every parameter matters, and hypothesis without deadlines: a busy machine is no bug."""
+"""Small timm models whose every parameter matters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 import timm
 import torch
-from hypothesis import settings
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 
@@ -18,9 +17,6 @@ from tests.core.recording import Calls, Event
 from tests.core.variants import VARIANTS, Case
 from tome_core import recorded, wrap
 from tome_core.kernels import launch
-
-settings.register_profile("core", deadline=None)
-settings.load_profile("core")
 
 SMALL: dict[str, Any] = {"img_size": 96, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 

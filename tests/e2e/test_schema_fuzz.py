@@ -104,7 +104,6 @@ def test_no_request_gets_a_5xx(face: str, mode: GenerationMode, operations: dict
         @given(case=operation.as_strategy(generation_mode=mode), sent=st.just(sent))
         @settings(
             max_examples=EXAMPLES,
-            deadline=None,
             derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -1,16 +1,12 @@
-"""A tiny model, noise for photos, and hypothesis without deadlines: a busy machine is no bug."""
+"""A tiny model, and noise for photos."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from tests.server.model_folders import noise_photos, random_vit
-
-settings.register_profile("schedule", deadline=None)
-settings.load_profile("schedule")
 
 COUNT = 24
 

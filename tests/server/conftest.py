@@ -19,7 +19,6 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from hypothesis import settings as hypothesis_settings
 from PIL import Image
 
 from server.api.access_log import AccessLog
@@ -38,9 +37,6 @@ from server.settings import Settings
 from server.tracing.provider import Tracing
 from server.types import Activation, BatchKey, Compiling, ComputedBy, ModelInfo
 from tests.server.listening import Listening, Recorder
-
-hypothesis_settings.register_profile("server", deadline=None)
-hypothesis_settings.load_profile("server")
 
 SIDE = 8
 NUM_CLASSES = 101  # a prime: different colours and schedules give different classes

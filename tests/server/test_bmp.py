@@ -120,7 +120,7 @@ def with_masks(draw: st.DrawFn) -> tuple[bytes, Array]:
     return encoded, (colour * alpha + 255 * (255 - alpha)) / 255
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(file=with_masks())
 def test_of_16_to_32_bits_the_pixels_are_right(file: tuple[bytes, Array]) -> None:
     encoded, wanted = file
@@ -189,7 +189,7 @@ def with_palette(draw: st.DrawFn) -> tuple[bytes, Array]:
     return encoded, np.array(colours)[indices]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(file=with_palette())
 def test_of_a_palette_the_pixels_are_right(file: tuple[bytes, Array]) -> None:
     encoded, wanted = file
@@ -248,7 +248,7 @@ def test_runs_that_are_cut_off_are_an_answer_to_the_client(code: bytes) -> None:
         decoded(bmp((8, 8), 8, code, compression=RLE8, colours=[(0, 0, 0)]), 8, 8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(file=with_palette() | with_masks(), at=st.integers(0, 80), value=st.integers(0, 255))
 def test_a_changed_header_gives_pixels_or_an_answer_to_the_client(
     file: tuple[bytes, Array], at: int, value: int

@@ -54,7 +54,7 @@ def test_an_image_with_broken_exif_is_read_and_upright(format: str, content: byt
     np.testing.assert_array_equal(decoded(with_broken_exif(format, content), WIDTH, HEIGHT), PIXELS[format])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(format=st.sampled_from(FORMATS_WITH_EXIF), content=st.binary(min_size=8, max_size=80))
 def test_no_bytes_of_exif_can_break_the_pixels(format: str, content: bytes) -> None:
     np.testing.assert_array_equal(decoded(with_broken_exif(format, content), WIDTH, HEIGHT), PIXELS[format])
@@ -100,7 +100,7 @@ def segment(mark: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, mark, len(content) + 2) + content
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     segments=st.lists(
         st.builds(

@@ -78,7 +78,7 @@ def files(draw: st.DrawFn) -> tuple[bytes, Array]:
     return png(kind, depth, samples, *before), np.broadcast_to(wanted, (height, width, 3))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(file=files())
 def test_of_every_kind_the_pixels_are_right(file: tuple[bytes, Array]) -> None:
     encoded, wanted = file
@@ -140,7 +140,7 @@ NAMES = [b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"gAMA", b"cHRM", b"sRGB",
 STARTS = [b"", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0", b"exif\0", b"transparency\0", b"a\0\0", b"II*\0"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     parts=st.lists(
         st.tuples(

@@ -241,5 +241,5 @@ class Waiting(RuleBasedStateMachine):
                 assert results == [f"{asked.batched.key}:{index}" for index in range(len(results))]
 
 
-Waiting.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+Waiting.TestCase.settings = settings(max_examples=50, stateful_step_count=40)
 TestWaiting = Waiting.TestCase

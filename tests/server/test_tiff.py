@@ -128,7 +128,7 @@ def whole_bytes(draw: st.DrawFn) -> tuple[Kind, bytes, Array]:
     return kind, by_tifffile(data, **options), shown(samples, kind, palette)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(file=whole_bytes())
 def test_of_8_and_16_bits_the_pixels_are_right(file: tuple[Kind, bytes, Array]) -> None:
     kind, encoded, wanted = file
@@ -219,14 +219,14 @@ def packed_bits(draw: st.DrawFn) -> tuple[bytes, Array]:
     return tiff(tags, strips, order), shown(samples, kind, palette)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(file=packed_bits())
 def test_of_packed_bits_the_pixels_are_right(file: tuple[bytes, Array]) -> None:
     encoded, wanted = file
     np.testing.assert_array_equal(decoded(encoded, wanted.shape[1], wanted.shape[0]), wanted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     width=st.integers(1, 80),
     height=st.integers(1, 40),
@@ -264,7 +264,7 @@ def smooth(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     width=st.integers(60, 100),
     height=st.integers(60, 100),
@@ -464,7 +464,7 @@ ANCILLARY = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     extra=st.dictionaries(
         st.sampled_from(ANCILLARY) | st.integers(40_000, 65_535),
@@ -506,7 +506,7 @@ def test_an_orientation_that_is_none_turns_nothing(orientation: int) -> None:
     np.testing.assert_array_equal(decoded(plain_grey(t274=("H", [orientation])), 8, 8), decoded(plain_grey(), 8, 8))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(file=whole_bytes(), data=st.data())
 def test_a_changed_tag_gives_pixels_or_an_answer_to_the_client(
     file: tuple[Kind, bytes, Array], data: st.DataObject

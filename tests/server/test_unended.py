@@ -27,7 +27,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     width=st.integers(1, 100),
     height=st.integers(1, 100),
@@ -43,7 +43,7 @@ def test_a_file_that_lacks_only_its_end_has_its_pixels(
     np.testing.assert_array_equal(decoded(encoded[:-missing], width, height), decoded(encoded, width, height))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     width=st.integers(40, 100),
     height=st.integers(40, 100),
