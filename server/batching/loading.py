@@ -69,11 +69,20 @@ class Loading:
 
     async def load(self, name: str, version: str | None) -> None:
         """See `Engine`. It continues after its caller gives up."""
-        await self._in_turn(lambda: self._load(name, version))
+
+        async def work() -> None:
+            await self._keep(name, await self._load(name, version))
+
+        await self._in_turn(work)
 
     async def unload(self, name: str) -> None:
         """See `Engine`. It continues after its caller gives up."""
-        await self._in_turn(lambda: self._unload(name))
+
+        async def work() -> None:
+            await self._unload(name)
+            await self._keep(name, None)
+
+        await self._in_turn(work)
 
     async def states(self) -> list[ModelState]:
         """See `Engine.repository`."""
@@ -88,7 +97,8 @@ class Loading:
         states |= {each: ModelState(*each, "READY") for each in served}
         return list(states.values())
 
-    async def _load(self, name: str, version: str | None) -> None:
+    async def _load(self, name: str, version: str | None) -> str:
+        """Returns the version that is served now."""
         found = await self._aside(name, self._loader.find, name, version)
         before = self._served.models.get(name)
         if before is None or before.revision != found.revision:
@@ -100,7 +110,7 @@ class Loading:
             self._failures.pop((name, found.version), None)
             if before is not None:
                 self._let_go(before)
-        await self._keep(name, found.version)
+        return found.version
 
     async def _bring(self, found: Found) -> None:
         """Puts a model into service; one that is still in memory at once."""
@@ -129,7 +139,6 @@ class Loading:
         self._served.retire(name)
         self._let_go(info)
         logger.info("model %s, version %s, is unloaded", name, info.version)
-        await self._keep(name, None)
 
     def _let_go(self, info: ModelInfo) -> None:
         """Has a retired model freed once nothing computes it any more."""
@@ -166,6 +175,7 @@ class Loading:
             await asyncio.sleep(FOLLOW_S)
 
     async def _catch_up(self, kept: Kept) -> None:
+        """Keeps nothing: what it repeats is kept, and may have been changed meanwhile."""
         for name, version in kept.entries().items():
             served = self._served.models.get(name)
             if (served and served.version) == version:

@@ -71,13 +71,18 @@ class FakeLoader:
 
 
 class FakeKept(dict[str, str | None]):
-    """Keeps what came and went."""
+    """Keeps what came and went, and the calls that asked for it."""
+
+    def __init__(self, **entries: str | None) -> None:
+        super().__init__(entries)
+        self.calls: list[tuple[str, str | None]] = []
 
     def entries(self) -> dict[str, str | None]:
         return dict(self)
 
     def keep(self, name: str, version: str | None) -> None:
         self[name] = version
+        self.calls.append((name, version))
 
 
 @asynccontextmanager

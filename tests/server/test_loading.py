@@ -368,6 +368,7 @@ async def test_an_engine_follows_what_another_one_has_kept(monkeypatch: pytest.M
         kept["cats"] = "1"
         await until(lambda: list(engine.catalog()) == ["tiny", "cats"])
         assert (await ask(engine, "cats")).results
+        assert kept.calls == []  # to keep again what it follows would undo a later change
 
 
 async def test_an_engine_that_ends_waits_for_no_load() -> None:
