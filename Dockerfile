@@ -39,7 +39,7 @@ ENV PATH=/opt/code/bin:/opt/tome-server/bin:$PATH PYTHONPATH=/opt/code \
 USER 10001:10001
 VOLUME ["/models", "/var/lib/tome-server"]
 EXPOSE 8000
-HEALTHCHECK --start-period=120s --interval=5s --timeout=12s \
+HEALTHCHECK --start-period=300s --interval=5s --timeout=12s \
     CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/readyz' % os.environ.get('TOME_PORT', 8000), timeout=11)"]
 ENTRYPOINT ["tini", "--", "tome-server"]
 CMD ["serve"]

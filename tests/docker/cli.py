@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 240.0
+WAIT_S = 600.0
 
 
 def docker(*arguments: str, environment: dict[str, str] | None = None, text: str | None = None) -> str:

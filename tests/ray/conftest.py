@@ -24,7 +24,10 @@ __all__ = ["photo"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "docker" / "ray" / "serve.yaml"
-LIMIT_S = 180.0
+LIMIT_S = 600.0
+
+PATIENT = {f"RAY_SERVE_PROXY_{check}_TIMEOUT_S": "120" for check in ("READY_CHECK", "HEALTH_CHECK")}
+"""Ray kills a proxy that does not answer within 5 s, which a busy machine can take."""
 
 
 class RayService:
@@ -32,7 +35,7 @@ class RayService:
 
     def __init__(self, log: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TOME_")}
-        environment |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"} | PATIENT
         self._log = log
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
