@@ -5,12 +5,13 @@
 # What the package registry has of torch is CUDA's build: it runs everywhere, and is large. Build arguments:
 #   PIP_OPTIONS       goes to pip: "--extra-index-url URL" of a CPU build of torch makes a much smaller image
 #   EXTRAS            extras of ours to install, apart by spaces
-#   RUNTIME_PACKAGES  Debian packages: "gcc libc6-dev" lets Triton build its launcher, without which a GPU runs unfused;
-#                     "g++" lets OpenVINO merge by one operator of ours, which bf16 and lone images gain by
+#   RUNTIME_PACKAGES  Debian packages: "gcc libc6-dev" lets Triton build its launcher, without which a GPU runs unfused
 FROM python:3.11-slim AS build
 ARG PIP_OPTIONS=""
 ARG EXTRAS="openvino redis grpc"
 WORKDIR /src
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++
 # The dependencies are a layer of their own, which a change of our code neither builds nor pulls again.
 COPY pyproject.toml constraints.txt ./
 RUN python -m venv --without-pip /opt/tome-server \
@@ -21,6 +22,8 @@ COPY README.md LICENSE ./
 COPY tome_core tome_core
 COPY server server
 RUN pip --python /opt/tome-server install --no-cache-dir --no-deps ${PIP_OPTIONS} --target /opt/code .
+# OpenVINO merges by an operator of ours, which is compiled here, for all CPUs.
+RUN case " ${EXTRAS} " in *" openvino "*) PYTHONPATH=/opt/code /opt/tome-server/bin/python -P -m tome_core.openvino_operator ;; esac
 
 FROM python:3.11-slim
 ARG RUNTIME_PACKAGES=""

@@ -1,24 +1,39 @@
-"""Merging as one compiled OpenVINO operator, if there is a C++ compiler.
+"""Merging as one compiled OpenVINO operator, if a C++ compiler makes it or an image ships it.
 
 About 36 small operators of a merge become one. This matters most when each has little work: in bfloat16, and for a
 single image. `openvino_operator.cpp` is its source; OpenVINO's headers come with its wheel.
+
+    python -m tome_core.openvino_operator
+
+compiles it into this package, for all CPUs of this architecture. The Docker image is built so, and needs no compiler.
 """
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from tome_core.quiet import openvino
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_SHIPPED = Path(__file__).with_name("compiled")
 # Never unloaded: models compiled with it outlive the `openvino.Core` that loaded it, and would call freed code.
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wl,-z,nodelete")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-Wl,-z,nodelete")
+
+_X86_FLAGS = {
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+"""Flags for the CPUs to which torch gives these names, by the same instructions. Others get what every CPU of their
+architecture has. Not -march=native: a library must be right on each CPU that finds it in a shared folder."""
 
 
 class OperatorError(RuntimeError):
@@ -26,10 +41,11 @@ class OperatorError(RuntimeError):
 
 
 def build_operator(folder: Path) -> Path:
-    """Compiles the operator for this machine, or finds it compiled.
+    """Finds the operator compiled for this CPU, or compiles it.
 
     Args:
-        folder: Its folder. The file name depends on its source, the compiler, the CPU and OpenVINO's version.
+        folder: Where it is kept, if this package does not ship it. The file name depends on its source, the CPU and
+            OpenVINO's version.
 
     Returns:
         The library, for `to_openvino` and for `openvino.Core.add_extension`.
@@ -38,6 +54,40 @@ def build_operator(folder: Path) -> Path:
         OperatorError: There is no C++ compiler, OpenVINO lacks its headers, or compiling fails.
         OSError: The folder cannot be written.
     """
+    cpu = torch.backends.cpu.get_cpu_capability()
+    library = folder / _file_name(cpu)
+    shipped = _SHIPPED / library.name
+    if shipped.exists():
+        return shipped
+    if not library.exists():
+        _compile(cpu, library)
+    return library
+
+
+def ship() -> None:
+    """Compiles the operator into this package for all CPUs of this architecture.
+
+    Raises:
+        OperatorError: As in `build_operator`.
+        OSError: The package's folder cannot be written.
+    """
+    _SHIPPED.mkdir(exist_ok=True)
+    for cpu in ("any", *(_X86_FLAGS if platform.machine() == "x86_64" else ())):
+        _compile(cpu, _SHIPPED / _file_name(cpu))
+
+
+def _file_name(cpu: str) -> str:
+    from tome_core.quiet import openvino
+
+    identity = (_SOURCE.read_text(), repr((_FLAGS, _flags_for(cpu))), platform.machine(), openvino.__version__)
+    return f"merge_tokens-{hashlib.sha256(''.join(identity).encode()).hexdigest()[:24]}.so"
+
+
+def _flags_for(cpu: str) -> tuple[str, ...]:
+    return _X86_FLAGS.get(cpu, ()) if platform.machine() == "x86_64" else ()
+
+
+def _compile(cpu: str, library: Path) -> None:
     from tome_core.quiet import openvino
 
     package = Path(openvino.__file__).parent
@@ -47,21 +97,16 @@ def build_operator(folder: Path) -> Path:
     libraries = sorted((package / "libs").glob("libopenvino.so.*"))
     if not libraries or not (package / "include").is_dir():
         raise OperatorError(f"OpenVINO's headers and library are not in {package}")
-    # The predefined macros contain the compiler's version and the meaning of -march=native on this machine.
-    macros = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", "/dev/null")
-    identity = (_SOURCE.read_text(), macros, repr(_FLAGS), openvino.__version__)
-    library = folder / f"merge_tokens-{hashlib.sha256(''.join(identity).encode()).hexdigest()[:24]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / library.name
-            _run(compiler, *_FLAGS, str(_SOURCE), "-I", str(package / "include"), str(libraries[0]), "-o", str(made))
-            made.replace(library)
-    return library
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        include = ("-I", str(package / "include"))
+        _run(compiler, *_FLAGS, *_flags_for(cpu), str(_SOURCE), *include, str(libraries[0]), "-o", str(made))
+        made.replace(library)
 
 
-def _run(*command: str) -> str:
+def _run(*command: str) -> None:
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        subprocess.run(command, check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         raise OperatorError(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
 
@@ -89,3 +134,7 @@ def to_bfloat16(model: openvino.Model) -> None:
         for reader in readers:
             reader.replace_source_output(widened)
     model.validate_nodes_and_infer_types()
+
+
+if __name__ == "__main__":
+    ship()

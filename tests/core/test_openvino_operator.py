@@ -26,9 +26,17 @@ from tome_core.openvino_operator import OperatorError, build_operator, to_bfloat
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_operator(tmp_path_factory.mktemp("operator"))
+NAME = "get_cpu_capability"
+HERE = torch.backends.cpu.get_cpu_capability()
+CPUS = ("any", "AVX2", "AVX512")
+"""CPUs that the operator is compiled for; one runs what is compiled for those before it."""
+
+
+@pytest.fixture(scope="module", params=CPUS[: CPUS.index(HERE) + 1] if HERE in CPUS else ["any"])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, NAME, lambda: request.param)
+        return build_operator(tmp_path_factory.mktemp("operator"))
 
 
 def merged_by(
@@ -101,6 +109,18 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     assert build_operator(tmp_path) == first
     assert list(tmp_path.iterdir()) == [first]
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+
+
+@needs_compiler
+def test_one_that_is_shipped_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_operator, "_SHIPPED", tmp_path / "compiled")
+    openvino_operator.ship()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = set()
+    for cpu in (HERE, "AVX2", "AVX512", "DEFAULT"):
+        monkeypatch.setattr(torch.backends.cpu, NAME, lambda cpu=cpu: cpu)
+        found.add(build_operator(tmp_path / "nothing is written here"))
+    assert found == set((tmp_path / "compiled").iterdir())
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
