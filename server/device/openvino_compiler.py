@@ -299,8 +299,9 @@ def _fingerprint(merged: tome_core.MergedViT, input_size: tuple[int, int], opera
     for name, tensor in parts:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
-    digest.update(repr((merged.model, input_size, operator and operator.name)).encode())
+    digest.update(repr((merged.model, input_size, operator is not None)).encode())
     digest.update(repr((openvino.__version__, torch.__version__, timm.__version__)).encode())
-    for file in sorted(Path(tome_core.__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
+    for file in sorted(Path(tome_core.__file__).parent.rglob("*")):
+        if file.suffix in (".py", ".cpp"):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:24]

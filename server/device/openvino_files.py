@@ -1,6 +1,7 @@
 """The translations of OpenVINO on disk, and their removal, so that the disk does not fill up.
 
-Several servers may share the folder. A server whose translation was removed by another makes it again.
+Several servers may share the folder. A server whose translation was removed by another makes it again. The Docker image
+ships those of the bundled model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ import shutil
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
+
+from server.model_config import BUNDLED
+
+SHIPPED = BUNDLED / "openvino"
+"""The folder of the translations that an image ships: a folder for each model, as in a state folder. Never written."""
 
 DISK_SHARE = 0.1
 """The share of free disk space and translations together that translations may take."""
@@ -43,6 +49,7 @@ class Translations:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._shipped = {graph.stem: graph for graph in (SHIPPED / folder.name).glob("*.xml")}
         self.kept: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
         touch(folder)
@@ -52,7 +59,7 @@ class Translations:
 
     def graph(self, name: str) -> Path:
         """The file of its graph."""
-        return self.folder / f"{name}.xml"
+        return self._shipped.get(name, self.folder / f"{name}.xml")
 
     def keep(self, name: str) -> None:
         """Protects it from removal when space is short."""
@@ -64,8 +71,9 @@ class Translations:
         return touch(self.graph(name))
 
     def remove(self, name: str) -> None:
-        """Removes all of it."""
-        _remove_graph(self.graph(name))
+        """Removes all of it; a shipped one stays, and is not used again."""
+        if self._shipped.pop(name, None) is None:
+            _remove_graph(self.graph(name))
 
 
 def make_room(cache_dir: Path, kept: Collection[Path] = ()) -> None:

@@ -98,6 +98,8 @@ def test_a_new_r_is_compiled_while_requests_for_it_are_answered(run: Run, photo:
     with Load(container.url, photo, r=13, pause_s=0.05) as load:
         load.until(lambda: "at r=13 is compiled by OpenVINO" in log(container.id))
     assert load.failures() == []
+    translated = "import pathlib; print(*pathlib.Path('/var/lib/tome-server/openvino').rglob('*.xml'))"
+    assert container.python(translated) == ""  # the image ships what a first start would make
 
 
 def test_stays_within_a_memory_limit_under_load(run: Run, photo: bytes) -> None:

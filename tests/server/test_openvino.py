@@ -412,6 +412,25 @@ def test_a_translation_that_another_server_removed_is_made_again(lost: str, tmp_
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_shipped_translation_is_used_and_a_damaged_one_made_again(
+    is_damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded()
+    builder = compiler_of.Compiler(model.merged, (64, 64), 1, tmp_path / "image")
+    wanted = builder.graph((3, 0), 1, "fp32")(images(1))
+    (graph,) = builder.folder.glob("*.xml")
+    if is_damaged:
+        graph.write_bytes(b"")
+    shipped = names(builder.folder)
+    monkeypatch.setattr(openvino_files, "SHIPPED", tmp_path / "image")
+    compiler = compiler_of.Compiler(model.merged, (64, 64), 1, tmp_path / "state")
+    torch.testing.assert_close(compiler.graph((3, 0), 1, "fp32")(images(1)), wanted, atol=1e-5, rtol=1e-5)
+    assert names(builder.folder) == shipped
+    assert names(compiler.folder) == (shipped if is_damaged else set())
+
+
+@torch.inference_mode()
 def test_however_many_schedules_are_compiled_the_folder_holds_two_translations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
