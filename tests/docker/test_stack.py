@@ -20,17 +20,18 @@ pytestmark = pytest.mark.slow
 OVERRIDES = ("gpu", "limits")
 
 
-@pytest.fixture
-def build(image: str) -> Iterator[Callable[[str], str]]:
-    """Builds a new version, at no cost: the image and a line more of a Dockerfile."""
-    tag = "tome-server:test-next"
+@pytest.fixture(scope="module")
+def build(image: str) -> Iterator[Callable[[str, str], str]]:
+    """Builds a version under a tag, at no cost: the image and a line more of a Dockerfile."""
+    tags = []
 
-    def derive(line: str) -> str:
-        docker("build", "--tag", tag, "-", text=f"FROM {image}\n{line}\n")
-        return tag
+    def derive(version: str, line: str) -> str:
+        tags.append(f"tome-server:test-{version}")
+        docker("build", "--tag", tags[-1], "-", text=f"FROM {image}\n{line}\n")
+        return tags[-1]
 
     yield derive
-    docker("rmi", "--force", tag)
+    docker("rmi", "--force", *tags)
 
 
 def test_requests_spread_evenly(stack: Stack, photo: bytes) -> None:
@@ -69,26 +70,24 @@ def test_a_killed_engine_costs_no_request_and_comes_back(stack: Stack, photo: by
     assert load.failures() == []
 
 
-def test_a_rolling_update_costs_no_request(stack: Stack, photo: bytes, image: str, build: Callable[[str], str]) -> None:
-    next_image = build("LABEL version=next")
-    try:
-        with Load(stack.url(), photo) as load:
-            load.go_on(10)
-            old = stack.servers()
-            stack.roll(next_image)
-            load.until_answered_by(3)
-        assert load.failures() == []
-        assert not set(old) & set(stack.servers()) and len(stack.servers()) == 3
-        images = {docker("inspect", "--format", "{{.Config.Image}}", server) for server in stack.servers()}
-        assert images == {next_image}
-    finally:
-        stack.roll(image)
+def test_a_rolling_update_costs_no_request(stack: Stack, photo: bytes, build: Callable[[str, str], str]) -> None:
+    next_image = build("next", "LABEL version=next")
+    with Load(stack.url(), photo) as load:
+        load.go_on(10)
+        old = stack.servers()
+        stack.roll(next_image)  # which the stack keeps
+        load.until_answered_by(3)
+    assert load.failures() == []
+    assert not set(old) & set(stack.servers()) and len(stack.servers()) == 3
+    images = {docker("inspect", "--format", "{{.Config.Image}}", server) for server in stack.servers()}
+    assert images == {next_image}
 
 
 def test_an_update_to_an_image_that_does_not_start_changes_nothing(
-    stack: Stack, photo: bytes, image: str, build: Callable[[str], str]
+    stack: Stack, photo: bytes, build: Callable[[str, str], str]
 ) -> None:
-    broken, before = build("ENV TOME_PORT=none"), stack.servers()
+    broken, before = build("broken", "ENV TOME_PORT=none"), stack.servers()
+    image = stack.environment["TOME_IMAGE"]
     with Load(stack.url(), photo) as load:
         load.go_on(5)
         with pytest.raises(AssertionError, match="did not get ready"):
