@@ -16,7 +16,8 @@
 #include <openvino/core/op_extension.hpp>
 #include <openvino/op/op.hpp>
 
-namespace tome {
+// Without a name, so that two libraries in a process, for different CPUs, share neither code nor memory.
+namespace {
 
 // A tile of similarities is ROWS src by two vectors of dst. Its sums must fit into the registers: with 16 lanes on a CPU
 // without AVX-512 they did not, and merging took several times as long.
@@ -236,6 +237,6 @@ private:
     int64_t r = 0, num_prefix_tokens = 0, num_heads = 1;
 };
 
-}  // namespace tome
+}  // namespace
 
-OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<tome::MergeTokens>>()}));
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<MergeTokens>>()}));

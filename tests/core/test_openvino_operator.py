@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     assert build_operator(tmp_path) == first
     assert list(tmp_path.iterdir()) == [first]
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_it_shares_no_memory_with_one_for_another_cpu(library: Path) -> None:
+    """A thread's memory was aligned for the narrower vectors of the other library, and the process ended."""
+    symbols = subprocess.run(["nm", "--demangle", str(library)], capture_output=True, text=True, check=True).stdout
+    shared = [line for line in symbols.splitlines() if line[17:18] in "uVW" and "propose" in line]
+    assert "propose" in symbols and not shared
 
 
 @needs_compiler
