@@ -88,8 +88,9 @@ def test_the_end_waits_for_what_decodes_and_leaves_no_process(start_service: Sta
     service = start_service()
     http = service.pid_of("http-0")
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(classify, service, many_scans(150, 7000)) for _ in range(2)]
-        service.until(lambda: bool(decoders_of(http)))
+        file = many_scans(150, 7000)
+        answers = [pool.submit(classify, service, file) for _ in range(2)]
+        service.until(lambda: service.metrics()["tome_in_flight_images"] == 2 and bool(decoders_of(http)))
         decoders = decoders_of(http)
         service.process.send_signal(signal.SIGTERM)
         assert {answer.result().status_code for answer in answers} == {200}
