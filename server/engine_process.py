@@ -185,7 +185,7 @@ def _read(
     return read
 
 
-def _in_words(info: ModelInfo, r: RSetting, place: str) -> str:
+def _description(info: ModelInfo, r: RSetting, place: str) -> str:
     """What serves, on what, and at which `r`."""
     by = info.backend
     how = f" by {by.name} in {by.precision} ({by.reason})" if by else ""
@@ -213,14 +213,14 @@ async def _serve(engine: LocalEngine, door: Door, ready: UnnamedFile, pulse: Pul
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
     engine.start()
     server = EngineServer(engine, door)
-    engine.tell_of_models(server.show_catalog)
+    engine.on_catalog(server.show_catalog)
     spare_the_collector()
     take_turns_quickly()
     ENGINE_STARTS.inc()
     ready.write(b"1")
     configuration = await engine.configuration()
     for name, info in engine.catalog().items():
-        logger.info("serving %s", _in_words(info, configuration.models[name], place))
+        logger.info("serving %s", _description(info, configuration.models[name], place))
     ends = [asyncio.create_task(told_to_end.wait()), asyncio.create_task(engine.broken())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()

@@ -56,12 +56,12 @@ class ComputedBy(NamedTuple):
     Attributes:
         backend: "torch" or "openvino".
         precision: "fp32", "bf16", "fp16" or "fp8".
-        stands_in: It computes in place of the model's own backend, which has not compiled this schedule yet.
+        is_fallback: Whether it computes in place of the model's own backend, which has not compiled this schedule yet.
     """
 
     backend: str
     precision: str
-    stands_in: bool = False
+    is_fallback: bool = False
 
 
 class Compiling(NamedTuple):

@@ -89,5 +89,5 @@ class AutoDial:
         return [
             Rung(schedule, *(self._speed.own_line(key) or (0.0, 0.0)), self.expected_agreement(schedule))
             for schedule, key in self._keys.items()
-            if key == self._unmerged or not self._speed.stands_in(key)
+            if key == self._unmerged or not self._speed.is_fallback(key)
         ]

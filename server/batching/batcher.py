@@ -56,8 +56,8 @@ class Batcher(Generic[K, P, A]):
             and the time when it was taken, in seconds of the clock.
         idle: Runs while nothing waits, until its event is set. Its work delays the next batch.
         clock: Monotonic seconds.
-        stands_in: Whether a slower backend would compute a batch of a key now, in place of its own.
-        stood_in: Whether a slower backend computed this result.
+        is_fallback: Whether a slower backend would compute a batch of a key now, in place of its own.
+        was_fallback: Whether a slower backend computed this result.
 
     Attributes:
         speed: Estimates of how long batches take, learned from those that ran.
@@ -75,12 +75,12 @@ class Batcher(Generic[K, P, A]):
         watch: Callable[[K, Sequence[P], Sequence[Any], float], None] | None = None,
         idle: Callable[[asyncio.Event], Awaitable[object]] = asyncio.Event.wait,
         clock: Callable[[], float] = time.monotonic,
-        stands_in: Callable[[K], bool] = lambda key: False,
-        stood_in: Callable[[A], bool] = lambda result: False,
+        is_fallback: Callable[[K], bool] = lambda key: False,
+        was_fallback: Callable[[A], bool] = lambda result: False,
     ) -> None:
-        self._max_queue_size, self._stood_in = max_queue_size, stood_in
+        self._max_queue_size, self._was_fallback = max_queue_size, was_fallback
         self._observer, self._watch, self._idle, self._clock = observer, watch, idle, clock
-        self.speed = Speed[K](clock, stands_in)
+        self.speed = Speed[K](clock, is_fallback)
         self._queues = Queues[K, P, A](
             self.speed,
             self._dropped,
@@ -257,8 +257,8 @@ class Batcher(Generic[K, P, A]):
                 job.answer(outcome, len(jobs), waits_s[-1], run_s)
         self._queues.ran(key, now, pace_s)
         if len(waits_s) == len(jobs):  # a split batch tells nothing about the time of a whole one
-            if len(stood_in := set(map(self._stood_in, outcomes))) == 1:
-                self.speed.observe(key, len(jobs), pace_s, stood_in.pop())
+            if len(was_fallback := set(map(self._was_fallback, outcomes))) == 1:
+                self.speed.observe(key, len(jobs), pace_s, was_fallback.pop())
             self._stage_s.add(pace_s)
             self._per_job_s.add(pace_s / len(jobs))
             self._queues.stage_s = self._stage_s.value

@@ -159,7 +159,7 @@ class LocalEngine:
         self._device = device
         self._broken = asyncio.Event()
         self._is_warming = True
-        self._told: Callable[[], object] = lambda: None
+        self._on_catalog: Callable[[], object] = lambda: None
         self._store = store
         self._configuration: Configuration | None = None
         self._following: asyncio.Task[None] | None = None
@@ -175,8 +175,8 @@ class LocalEngine:
             observer=BatchMetrics(),
             watch=None if spans is None else spans.batch_ran,
             idle=self._idle,
-            stands_in=lambda key: device.computed_by(key).stands_in,
-            stood_in=lambda computed: computed.by.stands_in,
+            is_fallback=lambda key: device.computed_by(key).is_fallback,
+            was_fallback=lambda computed: computed.by.is_fallback,
         )
         self._begun: set[tuple[str, str]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -317,15 +317,15 @@ class LocalEngine:
             )
         return self._loading
 
-    def tell_of_models(self, told: Callable[[], object]) -> None:
+    def on_catalog(self, changed: Callable[[], object]) -> None:
         """Sets the function to call whenever the catalog has changed, whatever changed it."""
-        self._told = told
+        self._on_catalog = changed
 
     def _came_or_went(self) -> None:
         self._forget_configuration()
         self._is_warming = True
         self._begin_background()
-        self._told()
+        self._on_catalog()
 
     def _begin_background(self) -> None:
         """Starts the background work of new models, but not before the engine serves."""
@@ -445,8 +445,8 @@ class LocalEngine:
 
 
 def _computed_by(computed: Sequence[_Computed]) -> ComputedBy:
-    """The backend of a request's results; if they differ, the one that stood in for the model's own."""
-    return next((each.by for each in computed if each.by.stands_in), computed[0].by)
+    """The backend of a request's results; if they differ, the fallback."""
+    return next((each.by for each in computed if each.by.is_fallback), computed[0].by)
 
 
 def _plainly(work: Callable[[], A]) -> A:

@@ -125,32 +125,31 @@ class _Line:
 class Speed(Generic[K]):
     """Seconds of a batch of n jobs, a + b n for each key.
 
-    Where a line is known beforehand, batches that run tell by what factor the device is now off it, and that is kept
-    for good; else they are all that the line is fitted to, and the key that ran longest ago is forgotten.
+    If a line was measured before, batches show by what factor the device differs from it now. Such lines are kept.
+    Other lines are fitted to the batches alone, and the one of the key that ran longest ago is forgotten.
 
-    A key may be computed by something slower that stands in until the key's own backend is ready. What such batches
-    take is learned apart: it tells nothing of the backend, and the backend nothing of it.
+    A slower backend may compute a key until its own backend is ready (the fallback). The two have lines of their own.
 
     Args:
         clock: Monotonic seconds.
-        stands_in: Whether something stands in for the backend of a key at this moment.
+        is_fallback: Whether the fallback computes a key at this moment.
 
     Attributes:
-        stands_in: As given.
+        is_fallback: As given.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        stands_in: Callable[[K], bool] = lambda key: False,
+        is_fallback: Callable[[K], bool] = lambda key: False,
     ) -> None:
-        self._clock, self.stands_in = clock, stands_in
+        self._clock, self.is_fallback = clock, is_fallback
         self._known: dict[K, tuple[float, float]] = {}
         self._factors: dict[K, tuple[Mean, float]] = {}  # and when the last batch of the key ran
         self._overall = Mean(0.1, 1.0)
         self._latest: K | None = None  # the known key whose batch ran last
         self._learned = Recent[K, _Line](MOST_LEARNED)
-        self._stand_ins = Recent[K, _Line](MOST_LEARNED)
+        self._fallbacks = Recent[K, _Line](MOST_LEARNED)
 
     def expect(self, key: K, a: float, b: float) -> None:
         """Sets the measured line of a key, in seconds."""
@@ -159,15 +158,15 @@ class Speed(Generic[K]):
         self._learned.pop(key, None)
 
     def forget(self, is_gone: Callable[[K], bool]) -> None:
-        """Forgets keys that come no more."""
-        for of_key in (self._known, self._factors, self._learned, self._stand_ins):
+        """Forgets keys that will not come again."""
+        for of_key in (self._known, self._factors, self._learned, self._fallbacks):
             for key in [key for key in of_key if is_gone(key)]:
                 del of_key[key]
 
-    def observe(self, key: K, n: int, seconds: float, stood_in: bool = False) -> None:
-        """Learns the time of a batch of n, computed by the key's backend or by one that stood in."""
-        if stood_in:
-            _learn(self._stand_ins, key, n, seconds)
+    def observe(self, key: K, n: int, seconds: float, was_fallback: bool = False) -> None:
+        """Learns the time of a batch of n, computed by the key's own backend or by the fallback."""
+        if was_fallback:
+            _learn(self._fallbacks, key, n, seconds)
         elif key in self._known:
             a, b = self._known[key]
             factor = seconds / (a + b * n)
@@ -182,9 +181,9 @@ class Speed(Generic[K]):
 
     def doubt(self, key: K) -> None:
         """Marks the estimate of a key as old: the next batch replaces it, if that takes far less time than expected."""
-        if self.stands_in(key):
-            if key in self._stand_ins:
-                self._stand_ins[key].doubt()
+        if self.is_fallback(key):
+            if key in self._fallbacks:
+                self._fallbacks[key].doubt()
         elif key in self._known:
             self._own_factor(key).doubt()
         elif key in self._learned:
@@ -192,12 +191,12 @@ class Speed(Generic[K]):
 
     def line(self, key: K) -> tuple[float, float] | None:
         """a and b in seconds for the backend that computes the key now, or None if unknown."""
-        if self.stands_in(key) and key in self._stand_ins:
-            return self._stand_ins[key].line()
+        if self.is_fallback(key) and key in self._fallbacks:
+            return self._fallbacks[key].line()
         return self.own_line(key)
 
     def own_line(self, key: K) -> tuple[float, float] | None:
-        """a and b in seconds for the key's own backend, even if another stands in now; None if unknown."""
+        """a and b in seconds for the key's own backend, even if the fallback computes it now; None if unknown."""
         if key in self._known:
             factor = self._factor(key)
             return self._known[key][0] * factor, self._known[key][1] * factor

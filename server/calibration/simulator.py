@@ -160,12 +160,12 @@ def _in_virtual_time(work: Coroutine[Any, Any, T]) -> T:
 class _Leap(selectors.DefaultSelector):
     """A selector that never waits, but reports the time for which it should have."""
 
-    def __init__(self, told: Callable[[float], None]) -> None:
+    def __init__(self, waited: Callable[[float], None]) -> None:
         super().__init__()
-        self._told = told
+        self._waited = waited
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        self._told(timeout or 0.0)
+        self._waited(timeout or 0.0)
         return super().select(0)
 
 

@@ -41,7 +41,7 @@ class ModelSet:
     """
 
     def __init__(self, settings: Settings, memory: UnnamedFile | None = None) -> None:
-        self._starts = {spec.name: _told(spec) for spec in settings.model}
+        self._starts = {spec.name: _described(spec) for spec in settings.model}
         self._memory = memory
         self._kept = LastGood(memory, settings.models_file(), "which models were loaded")
         with self._alone():
@@ -77,7 +77,7 @@ class ModelSet:
             fcntl.lockf(self._memory, fcntl.LOCK_UN)
 
 
-def _told(spec: ModelSpec) -> str:
+def _described(spec: ModelSpec) -> str:
     """The part of a model's settings that identifies it."""
     return ",".join(filter(None, [spec.source, spec.weights and f"weights={spec.weights}", spec.version]))
 

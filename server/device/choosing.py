@@ -40,7 +40,7 @@ def choose_backend(
         from server.device.openvino import OpenVINOBackend
 
         try:
-            return _told(loaded, OpenVINOBackend(loaded, precision, options))
+            return _logged(loaded, OpenVINOBackend(loaded, precision, options))
         except Exception as error:  # any error of the converter; torch computes the model instead
             refusal = f"OpenVINO does not take the model: {error}".splitlines()[0]
             logger.debug("OpenVINO does not take %s", loaded.info.name, exc_info=error)
@@ -48,8 +48,8 @@ def choose_backend(
         raise SettingsError(f"--backend openvino: {refusal}")
     launched = TorchBackend(loaded, device, precision, refusal)
     if device.type != "cuda":
-        return _told(loaded, launched)
-    return _told(loaded, RecordedBackend(launched, options.max_batch_size, CudaRecorder(), alone))
+        return _logged(loaded, launched)
+    return _logged(loaded, RecordedBackend(launched, options.max_batch_size, CudaRecorder(), alone))
 
 
 def _refusal(device: torch.device, precision: str) -> str | None:
@@ -65,7 +65,7 @@ def _refusal(device: torch.device, precision: str) -> str | None:
     return None
 
 
-def _told(loaded: LoadedModel, backend: Backend) -> Backend:
+def _logged(loaded: LoadedModel, backend: Backend) -> Backend:
     info = backend.info
     logger.debug("%s runs on %s in %s: %s", loaded.info.name, info.name, info.precision, info.reason)
     return backend

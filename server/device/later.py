@@ -48,7 +48,7 @@ class Later(Generic[K, V]):
 
     Args:
         make: Makes the value of a key, on the thread here.
-        told: Gives the name of a key in the log.
+        name_of: Gives the name of a key in the log.
         name: Name of the thread.
         clock: Monotonic seconds.
     """
@@ -56,11 +56,11 @@ class Later(Generic[K, V]):
     def __init__(
         self,
         make: Callable[[K], V],
-        told: Callable[[K], str],
+        name_of: Callable[[K], str],
         name: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._make, self._told, self._name, self._clock = make, told, name, clock
+        self._make, self._name_of, self._name, self._clock = make, name_of, name, clock
         self._on_made: Callable[[K], None] = lambda key: None
         self._lock = threading.Lock()
         self._asked: dict[K, int] = {}
@@ -162,7 +162,7 @@ class Later(Generic[K, V]):
         except Exception:  # the thread has no caller
             with self._lock:
                 retry_s = self._failed(key)
-            self._say("making %s has failed; it is not tried again for %g s", self._told(key), retry_s)
+            self._say("making %s has failed; it is not tried again for %g s", self._name_of(key), retry_s)
             return
         with self._lock:
             self._failures.pop(key, None)
@@ -171,7 +171,7 @@ class Later(Generic[K, V]):
         try:
             self._on_made(key)
         except Exception:
-            self._say("%s is made, but what follows on it has failed", self._told(key))
+            self._say("%s is made, but what follows on it has failed", self._name_of(key))
 
     def _say(self, message: str, *args: object) -> None:
         """Logs the current exception, unless this object was closed, which may be its cause."""
@@ -188,5 +188,7 @@ class Later(Generic[K, V]):
     def _say_full(self, key: K) -> None:
         """Logs once, each time that the queue becomes full."""
         if not self._is_full:
-            logger.warning("%d wait to be made; %s and others must be asked for again", MOST_WAITING, self._told(key))
+            logger.warning(
+                "%d wait to be made; %s and others must be asked for again", MOST_WAITING, self._name_of(key)
+            )
         self._is_full = True

@@ -140,9 +140,9 @@ class OpenVINOBackend:
 
     def computed_by(self, schedule: Schedule) -> ComputedBy:
         """OpenVINO, or torch if the schedule is not compiled."""
-        stands_in = schedule not in self._ready
-        info = self._torch.info if stands_in else self.info
-        return ComputedBy(info.name, info.precision, stands_in)
+        is_fallback = schedule not in self._ready
+        info = self._torch.info if is_fallback else self.info
+        return ComputedBy(info.name, info.precision, is_fallback)
 
     def compiling(self) -> Compiling | None:
         """The schedule that is compiled now, and how many are done and in total."""

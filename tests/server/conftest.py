@@ -205,7 +205,9 @@ class FakeDevice:
         return [self.answer(key, item) for item in work]
 
     def computed_by(self, key: BatchKey) -> ComputedBy:
-        return ComputedBy("openvino", "bf16") if self.is_compiled(key) else ComputedBy("torch", "fp32", stands_in=True)
+        return (
+            ComputedBy("openvino", "bf16") if self.is_compiled(key) else ComputedBy("torch", "fp32", is_fallback=True)
+        )
 
     def is_compiled(self, key: BatchKey) -> bool:
         return key.schedule not in self.uncompiled

@@ -357,7 +357,7 @@ async def test_an_engine_follows_what_another_one_has_kept(monkeypatch: pytest.M
     kept, loader = FakeKept(cats="1"), FakeLoader()
     told: list[list[str]] = []
     async with loading(FakeDevice(), loader, kept=kept) as engine:
-        engine.tell_of_models(lambda: told.append(list(engine.catalog())))
+        engine.on_catalog(lambda: told.append(list(engine.catalog())))
         await until(lambda: list(engine.catalog()) == ["tiny", "cats"])  # kept while this one started
         assert told == [["tiny", "cats"]]
         kept["tiny"] = "2"

@@ -80,10 +80,10 @@ class Server:
         self.callback(schedule)
 
     def answer(self, schedule: Schedule, n: int) -> None:
-        stands_in = schedule not in self.compiled
-        took_s = STAND_IN_S * n if stands_in else seconds(self.true[schedule], n)
+        is_fallback = schedule not in self.compiled
+        took_s = STAND_IN_S * n if is_fallback else seconds(self.true[schedule], n)
         self.now += took_s
-        self.speed.observe(INFO.batch_key(schedule), n, took_s, stands_in)
+        self.speed.observe(INFO.batch_key(schedule), n, took_s, is_fallback)
 
     def drawn(self) -> list[Line]:
         """The lines of the curve as it is drawn."""

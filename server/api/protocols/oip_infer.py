@@ -135,7 +135,7 @@ async def infer(service: Service, asking: Asking, info: ModelInfo, inference: In
             lambda: _tensors(wanted, activations, info, terms.activation, results),
             size=sum(len(each.values) for each in results),
         )
-    return Inferred(answer, outputs, _told(answer))
+    return Inferred(answer, outputs, _computation_of(answer))
 
 
 async def _done(work: Callable[[], T], size: int) -> T:
@@ -267,11 +267,11 @@ def _activated(logits: Any, how: Activation) -> Any:
     return raised / raised.sum(axis=1, keepdims=True)
 
 
-def _told(answer: Answer[Any]) -> dict[str, Any]:
+def _computation_of(answer: Answer[Any]) -> dict[str, Any]:
     """Facts about the computation as parameters: numbers, texts and booleans."""
     terms, answered = answer.terms, answer.answered
     r = r_of(answered.schedule)
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "r": r if isinstance(r, int) else text_of(r),
         "r_source": terms.r_source,
         "tuned": terms.info.is_tuned(answered.schedule),
@@ -280,7 +280,7 @@ def _told(answer: Answer[Any]) -> dict[str, Any]:
         "config_version": answered.config_version,
     }
     if answered.auto is not None:
-        told["auto_reason"] = answered.auto.reason
+        facts["auto_reason"] = answered.auto.reason
         if answered.auto.expected_agreement is not None:
-            told["expected_agreement"] = answered.auto.expected_agreement
-    return told
+            facts["expected_agreement"] = answered.auto.expected_agreement
+    return facts
