@@ -31,7 +31,7 @@ class AutoR:
 
 
 MOST_MAX_R = 2**31 - 1
-"""The highest bound of `auto`. It is stored whatever the model can merge, and Python limits the digits of an
+"""The highest bound of `auto`. It may exceed what the model can merge, but Python limits the digits of an
 integer.
 """
 

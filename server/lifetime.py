@@ -77,9 +77,9 @@ def spare_the_collector() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once, whatever its threads do: one that compiles a graph cannot be broken off.
+    """Ends this process at once, even if threads are busy: the compilation of a graph cannot be interrupted.
 
-    What is registered for the exit is done: logs are written, temporary folders removed.
+    Exit handlers run: logs are written, temporary folders removed.
     """
     atexit._run_exitfuncs()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""`tome-server serve`: an engine a device, N HTTP processes on one port, each started again when it dies or hangs."""
+"""`tome-server serve`: one engine per device and N HTTP processes on one port; restarts those that die or hang."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _SILENCE_S = 15.0
 
 
 class Child:
-    """One supervised process: `start()` starts it, again when it has died, later each time it dies young.
+    """One supervised process. `start()` starts or restarts it; the pause grows if it dies young.
 
     Args:
-        name: What the log calls it.
-        target: What it runs: gets the arguments, then a `Pulse`.
+        name: Its name in the log.
+        target: Its function, called with the arguments and a `Pulse`.
         args: Its arguments.
     """
 
@@ -68,11 +68,10 @@ class Child:
         logger.info("%s is process %d", self._name, self.process.pid)
 
     def watch(self, passed_s: float) -> None:
-        """Kills a process that is stopped or hangs. Before its first beat it may take its time: models load.
+        """Kills a process that is stopped or hangs. Before its first beat there is no limit: models load.
 
         Args:
-            passed_s: Seconds since the last call. After a pause of the whole service they are many, of which at most
-                one counts against the process.
+            passed_s: Seconds since the last call. At most one second counts, because the whole service may have paused.
         """
         count = self._pulse.count
         self._silent_s = self._silent_s + min(passed_s, 1.0) if count and count == self._seen else 0.0
@@ -96,7 +95,7 @@ class Child:
         return status
 
     def tell_to_end(self) -> None:
-        """Asks the process to finish what it has and end."""
+        """Asks the process to finish its work and end."""
         if self.process is not None:
             self.process.terminate()
 
@@ -136,7 +135,7 @@ def serve(settings: Settings) -> int:
 
 
 def _with_grpc_port(settings: Settings, stack: contextlib.ExitStack) -> Settings:
-    """Settings with the port that gRPC takes, which is kept for all HTTP processes; raises SettingsError."""
+    """Settings with gRPC's port, which is reserved for all HTTP processes; raises SettingsError."""
     if settings.grpc_port is None:
         return settings
     try:
@@ -151,7 +150,7 @@ def _with_grpc_port(settings: Settings, stack: contextlib.ExitStack) -> Settings
 
 
 def _agreed_file(settings: Settings, stack: contextlib.ExitStack) -> Path | None:
-    """By which several engines agree on the live configuration where they keep no state; None where none is needed."""
+    """The file of the live configuration for several engines that keep no state; None if it is not needed."""
     if settings.state_file() is not None or len(settings.devices()) == 1:
         return None
     try:
@@ -222,7 +221,7 @@ def _supervise(settings: Settings, listener: socket.socket, doors: Sequence[Door
 
 
 def _is_hurried(told_to_end: Sequence[int]) -> bool:
-    """Whether Ctrl-C was pressed twice: then nothing more is waited for."""
+    """Whether Ctrl-C was pressed twice, which ends all waiting."""
     return told_to_end.count(signal.SIGINT) > 1
 
 
@@ -268,7 +267,7 @@ def _run_http(
 
 @contextmanager
 def _unreachable_for_the_terminal() -> Iterator[None]:
-    """Processes that start meanwhile never get what a terminal sends to all: the supervisor alone ends them."""
+    """Processes that start inside get no signals of the terminal: only the supervisor ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield

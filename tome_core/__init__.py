@@ -1,7 +1,7 @@
 """Token merging for timm Vision Transformers, as a library: `merged = wrap(model)`, then `merged(images, r=8)`.
 
-It knows no HTTP, no asyncio and no environment. Names load on first use, so that code which needs schedules alone
-(`tome_core.schedule`) does not pay for torch.
+It has no HTTP, no asyncio and no settings. Names load on first use, so that code that needs only schedules
+(`tome_core.schedule`) does not import torch.
 """
 
 from importlib import import_module

@@ -116,7 +116,7 @@ class AsTimm(nn.Module):
         *,
         r: RLike | None = None,
     ) -> Any:
-        """DINO's name for `forward_intermediates`: a list of features alone.
+        """DINO's name for `forward_intermediates`; gives only the list of features.
 
         Args:
             images: (B, 3, H, W).
@@ -158,17 +158,17 @@ class AsTimm(nn.Module):
             indices: Blocks, counted from 0 or, if negative, from the end; a number n means the last n, None all.
             return_prefix_tokens: Whether to give (patches, prefix tokens) for each block, if the model has any.
             norm: Whether to apply the model's final norm.
-            stop_early: Whether to run no block after the last one chosen. The final features are then that block's.
+            stop_early: Whether to stop after the last chosen block, which then gives the final features.
             output_fmt: "NCHW", maps (B, C, rows, columns), or "NLC", (B, rows * columns, C).
             intermediates_only: Whether to leave the final features out.
             output_dict: Whether to give a dictionary.
             r: As in `MergedViT.forward`.
 
         Returns:
-            (final features, intermediates), as `forward_features` gives the first: merged, (B, M, C). The second is a
-            list of one entry a chosen block, in order, and comes alone with `intermediates_only`. With `output_dict`
-            "image_features", "image_intermediates" and, where asked for, "image_intermediates_prefix"; of a NaFlexVit's
-            dictionary also "patch_valid".
+            (final features, intermediates). The features are merged, (B, M, C), as from `forward_features`. The
+            intermediates are a list with an entry for each chosen block, in order; with `intermediates_only` only this
+            list. With `output_dict` a dictionary: "image_features", "image_intermediates" and, if requested,
+            "image_intermediates_prefix"; for a NaFlexVit's dictionary also "patch_valid".
 
         Raises:
             ValueError: output_fmt is neither, there is no such block, or patches were dropped (in training).
@@ -202,7 +202,7 @@ class AsTimm(nn.Module):
         return intermediates if intermediates_only else (final_norm(after[ran[-1]].x), intermediates)
 
     def _grid(self, images: Images) -> tuple[int, int]:
-        """Rows and columns of patches; one row of all patches where images have grids of their own."""
+        """Rows and columns of patches; one row of all patches if each image has its own grid."""
         if isinstance(images, Mapping):
             return 1, images["patches"].shape[1]
         height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]

@@ -1,4 +1,4 @@
-"""Proportional attention: a token of size s is attended to as s tokens would be."""
+"""Proportional attention: a token of size s counts as s tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merging model at one `r`: a module of images alone, as compilers and exporters want it."""
+"""A merging model at one `r`: a module whose only input is images, for compilers and exporters."""
 
 from __future__ import annotations
 

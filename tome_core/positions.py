@@ -1,8 +1,8 @@
-"""Positions that follow their tokens: what attention knows of where tokens are, after some of them merged.
+"""The positions of tokens in attention, after some of them have merged.
 
-A merged token stands at the mean of the positions of its input tokens. For a rotary table that mean is taken over sines
-and cosines, so that its rotated key is the mean of its members' rotated keys; for a bias between pairs of positions,
-over rows and columns of the grid.
+The position of a merged token is the mean of those of its input tokens. For a rotary table it is the mean of sines and
+cosines, so that its rotated key is the mean of its members' rotated keys. For a bias between pairs of positions it is
+the mean of rows and columns of the grid.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tome_core.precision import full_precision, widened
 
 
 class Position(NamedTuple):
-    """Where tokens are, as one block's attention wants to know it.
+    """The positions of tokens, as one block's attention uses them.
 
     Attributes:
         rope: Sines and cosines of a rotary embedding, (..., N - num_prefix_tokens, 2D), or None.
-        bias: What is added to the attention scores of each pair of tokens, (1 or B, num_heads, N, N), or None.
+        bias: Added to the attention scores of each pair of tokens, (1 or B, num_heads, N, N), or None.
         grid: Rows and columns of patches that a bias spans.
     """
 
@@ -30,7 +30,7 @@ class Position(NamedTuple):
 
 
 NOWHERE = Position()
-"""Of a block whose attention does not know positions."""
+"""For a block whose attention uses no positions."""
 
 
 def follow(
@@ -43,7 +43,7 @@ def follow(
         source: Row that now holds each of them, (B, N0) int64.
         num_tokens: Tokens that are left, N.
         num_prefix_tokens: Leading tokens that never merge and have no position.
-        size: Input tokens that each stands for, (B, N), where some are padding, whose rope is zero.
+        size: Number of input tokens in each, (B, N), if some are padding, whose rope is zero.
 
     Returns:
         Positions of the N tokens: rope (B, 1 or num_heads, N - num_prefix_tokens, 2D), bias (B, num_heads, N, N).
@@ -70,7 +70,7 @@ def nearest_cell(sums: Tensor, size: Tensor) -> Tensor:
 
     Args:
         sums: Rows and columns of the cells, added up, (B, N, 2), whole numbers of any dtype.
-        size: How many cells they are, (B, N).
+        size: Number of these cells, (B, N).
 
     Returns:
         Row and column, (B, N, 2), of the same dtype.

@@ -1,4 +1,4 @@
-"""Arithmetic that stays float32 or wider, whatever the model's dtype."""
+"""Arithmetic that stays float32 or wider, for any dtype of the model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Imports of packages that report to their makers, with the reports off: `from tome_core.quiet import openvino`.
+"""Imports of packages that send usage reports, with the reports off: `from tome_core.quiet import openvino`.
 
-The import of openvino alone creates a lasting number for the machine in the home folder, and sends it to an analytics
+The import of openvino alone creates a permanent id of the machine in the home folder, and sends it to an analytics
 host. The package openvino_telemetry does this; openvino also works without it, so it is hidden from this process.
 onnxruntime reports at its first session, and huggingface_hub tells the hub which packages are installed; environment
 variables stop both, also in child processes. Nothing is written for that. All code here imports these packages through

@@ -1,7 +1,7 @@
 """A merging model at one `r`, recorded as a CUDA graph and replayed, so that kernels are not launched one by one.
 
-A forward pass launches some eighty kernels, and a host needs longer for that than a GPU for a small model or a few
-images. Token counts depend on the schedule alone, so one recording serves every batch of a shape.
+A forward pass launches about eighty kernels. For a small model or a few images, the launches take longer than the
+kernels. Token counts depend on the schedule alone, so one recording serves every batch of a shape.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tome_core.vit import MergedViT
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one memory pool, for no two of them run at once."""
+    """Records CUDA graphs that share one memory pool, because no two of them run at once."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Callable[[], Tensor]) -> CudaRecording:
-        """Records what `compute` does on the current device, after two calls that set up what is set up once."""
+        """Records `compute` on the current device, after two warm-up calls."""
         for _ in range(2):
             compute()
         torch.cuda.synchronize()
@@ -50,7 +50,7 @@ class CudaRecording:
             self.output = compute()
 
     def replay(self) -> None:
-        """Computes `output` anew from what the inputs hold now."""
+        """Computes `output` from the present content of the inputs."""
         self._graph.replay()
 
 
@@ -58,14 +58,14 @@ class Recorded(nn.Module):
     """A merging model at one `r`, replayed: `Recorded(merged, 13)(images)` is `merged(images, 13)`.
 
     The first call with a shape of images records it, which takes some forward passes; every later one replays it.
-    Where nothing can be recorded (on a CPU, with gradients, inside another graph) it calls the model. The model's
+    If it cannot record (on a CPU, with gradients, inside another graph), it calls the model. The model's
     weights may change in place; they must not move. Several threads may call it; they take turns.
 
     Args:
         merged: The merging model.
         r: Tokens merged in each block: a number, a list of one per block, or a Ramp; None means `merged.r`.
         max_shapes: Most shapes whose recordings are kept, each with its activations in the GPU's memory; the one unused
-            for longest goes first.
+            for longest is dropped first.
 
     Raises:
         ValueError: r is negative, or lists more blocks than there are.
@@ -129,6 +129,6 @@ def _can_record(images: Tensor) -> bool:
 
 
 def _autocast(images: Tensor) -> torch.dtype | None:
-    """What autocast brings products on the images' device to; None where it is off."""
+    """The dtype of products under autocast on the images' device; None if it is off."""
     kind = images.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,6 +1,6 @@
-"""How many tokens each block merges: `r`, lists and ramps become one number per block. Pure Python, no torch.
+"""The number of tokens that each block merges, from `r`, a list or a ramp. Pure Python, no torch.
 
-Token counts depend on the schedule and the model alone, never on an image; that is what keeps batches rectangular.
+Token counts depend on the schedule and the model alone, never on an image, so batches stay rectangular.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Ramp:
 
 
 RLike = int | Sequence[int] | Ramp
-"""What a caller may say: one `r` for every block, a list of one per block (short lists end in zeros), or a ramp."""
+"""The `r` of a caller: one number for every block, a list of one per block (short lists end in zeros), or a ramp."""
 
 
 def resolve(r: RLike, num_blocks: int) -> tuple[int, ...]:
-    """Turns what the caller said into one `r` per block, before any clipping.
+    """Converts the `r` of a caller to one number per block, before clipping.
 
     Raises:
         ValueError: A number is negative, or a list is longer than the model has blocks.
@@ -84,7 +84,7 @@ def resolve(r: RLike, num_blocks: int) -> tuple[int, ...]:
 
 
 def mean_r(schedule: Sequence[int]) -> int:
-    """The one `r` that a schedule counts as where one is asked for: its mean over all blocks, halves rounded up."""
+    """The single `r` of a schedule: its mean over all blocks, halves rounded up."""
     return (2 * sum(schedule) + len(schedule)) // (2 * len(schedule))
 
 
@@ -94,7 +94,7 @@ def max_r(num_tokens: int, num_prefix_tokens: int) -> int:
 
 
 def clip(schedule: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> tuple[int, ...]:
-    """Lowers each block's `r` to what the tokens still there allow, as the paper does."""
+    """Lowers each block's `r` to what its remaining tokens allow, as the paper does."""
     clipped = []
     for r in schedule:
         r = min(r, max_r(num_tokens, num_prefix_tokens))

@@ -1,4 +1,4 @@
-"""Seeing what merged: which patches each token stands for after a block, and a picture painted by those groups."""
+"""Shows what merged: the patches in each token after a block, and a picture painted by these groups."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tome_core.vit import MergedViT
 
 @torch.no_grad()
 def sources(merged: MergedViT, images: Tensor, r: RLike, blocks: Sequence[int]) -> list[Tensor]:
-    """Says where every input token is after some blocks.
+    """The row of every input token after some blocks.
 
     Args:
         merged: The merging model.
         images: (B, 3, H, W), normalised as the model wants them.
         r: Tokens merged in each block, as in `MergedViT.forward`.
-        blocks: Blocks to look behind, counted from 0.
+        blocks: Blocks after which to look, counted from 0.
 
     Returns:
         For each of `blocks`, the row that holds each input token after it, (B, N0) int64, prefix included.
@@ -35,13 +35,13 @@ def sources(merged: MergedViT, images: Tensor, r: RLike, blocks: Sequence[int]) 
 
 
 def _rows(tokens: Tokens) -> Tensor:
-    """Where every input token is, (B, N0) int64, also while nothing has merged."""
+    """The row of every input token, (B, N0) int64, also while nothing has merged."""
     B, N, _ = tokens.x.shape
     return torch.arange(N, device=tokens.x.device).expand(B, N) if tokens.source is None else tokens.source
 
 
 def groups(source: Tensor) -> Tensor:
-    """Names the group of each patch by its first patch: a name that a group keeps while it swallows later ones.
+    """Names the group of each patch by its first patch. A group keeps its name when later patches join it.
 
     Args:
         source: Row that now holds each patch, (B, N), as `sources` gives it, without the prefix.
@@ -56,12 +56,12 @@ def groups(source: Tensor) -> Tensor:
 def paint(image: Tensor, source: Tensor, grid: tuple[int, int], num_prefix_tokens: int, border: int = 1) -> Tensor:
     """Paints a picture by merged group: each in its mean colour, with a line where another group begins.
 
-    A patch that has merged with none keeps its pixels, so that what the model still sees in detail shows in detail.
-    Lines lie inside the group that they belong to; their colour tells groups apart and joins a group's scattered parts.
-    It goes by the group's first patch: from block to block a group keeps its colour while it swallows later ones.
+    A patch that has not merged keeps its pixels, because the model still sees it in detail. Lines lie inside their
+    group. Their colour identifies the group and its scattered parts. It depends on the group's first patch, so a group
+    keeps its colour from block to block.
 
     Args:
-        image: What the model saw, (3, H, W) uint8, at any enlargement; H and W are multiples of the grid's.
+        image: The model's input, (3, H, W) uint8, at any enlargement; H and W are multiples of the grid's.
         source: Row that now holds each input token, (N0,) int64, prefix included: one image of `sources`.
         grid: Rows and columns of patches.
         num_prefix_tokens: Leading tokens that are no patches.

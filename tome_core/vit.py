@@ -32,7 +32,7 @@ class Implementation(NamedTuple):
 
     Attributes:
         name: "fused", by the operations of `tome_core.kernels`, or "plain", layer by layer.
-        reason: The reason against the other.
+        reason: Why the other is not used.
     """
 
     name: str
@@ -46,7 +46,7 @@ class MergedViT(AsTimm):
     """A Vision Transformer that merges `r` tokens in every block, between attention and MLP.
 
     It shares the weights of the timm model it wraps and leaves that model as it was. A call changes no state, so one
-    instance serves every `r` from several threads. It answers to timm's attributes and methods (`AsTimm`).
+    instance serves every `r` from several threads. It has timm's attributes and methods (`AsTimm`).
 
     Args:
         model: A timm Vision Transformer.
@@ -79,7 +79,7 @@ class MergedViT(AsTimm):
 
     @property
     def r(self) -> RLike:
-        """The `r` of a call that gives none: a number, a list of one per block, or a Ramp; 0 at first.
+        """The `r` of calls without one: a number, a list of one per block, or a Ramp; 0 at first.
 
         Raises:
             ValueError: It is negative, or lists more blocks than there are.
@@ -95,8 +95,8 @@ class MergedViT(AsTimm):
     def forward(self, images: Images, r: RLike | None = None) -> Tensor:
         """Classifies images.
 
-        Where the head reads prefix tokens alone (class-token pooling), the last block computes them alone: the same
-        logits for less work.
+        If the head reads only prefix tokens (class-token pooling), the last block computes only those: the same logits
+        for less work.
 
         Args:
             images: (B, 3, H, W), normalised as the model wants them; for a NaFlexVit also its dictionary of patches.
@@ -191,7 +191,7 @@ class MergedViT(AsTimm):
         tuned numbers too.
 
         Args:
-            file: What `Tuned.save` has written.
+            file: A file of `Tuned.save`.
 
         Returns:
             This model.

@@ -57,7 +57,7 @@ class Places:
         self._opened[index] = 1
 
     def leave(self, index: int) -> None:
-        """Records that a process accepts no more, or has died."""
+        """Records that a process has stopped accepting, or has died."""
         self._held[index] = _AWAY
 
     def was_ever_open(self, index: int) -> bool:
@@ -124,7 +124,7 @@ class Acceptor:
         self._loop.add_reader(self._listener.fileno(), self._look)
 
     async def close(self) -> None:
-        """Accepts no more, and returns when all accepted connections have their protocol."""
+        """Stops accepting, and returns when all accepted connections have their protocol."""
         self._loop.remove_reader(self._listener.fileno())
         if self._later is not None:
             self._later.cancel()

@@ -20,7 +20,7 @@ class AutoDial:
     Args:
         key_of: Gives the batch key of a schedule.
         steps: The ladder, r=0 first, each step faster than the one before. A step counts once its own backend computes
-            it, because a slower stand-in would increase the load.
+            it, because a slower fallback would increase the load.
         speed: The batcher's estimates. They start from the times of the steps.
         clock: Monotonic seconds.
     """

@@ -1,6 +1,6 @@
 """Dynamic batching by key, without torch or HTTP. Each request gets exactly one answer.
 
-Work-conserving: an idle device takes whatever waits at once, and batches grow only while it is busy. A request may
+Work-conserving: an idle device takes waiting jobs at once, and batches grow only while it is busy. A request may
 leave its key open. It then gets a key when its batch is formed, by the load of that moment, or fills up the batch of
 another key. With a preparing stage, one batch is prepared while the one before computes.
 """
@@ -131,7 +131,7 @@ class Batcher(Generic[K, P, A]):
             UnavailableError, if the batcher was stopped; and the errors that `run_batch` gives for a payload.
 
         Raises:
-            QueueFullError: Too many jobs wait. It says when to come back.
+            QueueFullError: Too many jobs wait. It says when to retry.
             UnavailableError: The batcher is closed.
         """
         assert payloads, "a request of nothing would never be answered"
@@ -172,7 +172,7 @@ class Batcher(Generic[K, P, A]):
         await self._pipeline.finished(of)
 
     async def close(self) -> None:
-        """Takes no more jobs, answers all that wait, and returns when the device is idle."""
+        """Stops taking jobs, answers all that wait, and returns when the device is idle."""
         self._closed = True
         self._stirred.set()
         if self._loop is not None:

@@ -198,7 +198,7 @@ class LocalEngine:
         self._begin_background()
 
     async def broken(self) -> None:
-        """Returns when this engine can serve no more: its device or batch loop has failed, or it was closed."""
+        """Returns when this engine can no longer serve: its device or batch loop has failed, or it was closed."""
         await self._broken.wait()
 
     async def close(self) -> None:
@@ -318,7 +318,7 @@ class LocalEngine:
         return self._loading
 
     def on_catalog(self, changed: Callable[[], object]) -> None:
-        """Sets the function to call whenever the catalog has changed, whatever changed it."""
+        """Sets the function to call after every change of the catalog."""
         self._on_catalog = changed
 
     def _came_or_went(self) -> None:
@@ -386,7 +386,7 @@ class LocalEngine:
         await self._drift.idle(arrived)
 
     async def _prepare_and_compute(self, key: BatchKey, items: Sequence[Item]) -> Sequence[Any]:
-        """Prepares and computes a batch, whatever else is prepared or computed meanwhile."""
+        """Prepares and computes a batch, independent of other batches."""
         work = await self._prepare(key, items) if self._device.prepares else items
         for each in work:
             if isinstance(each, ServerError):

@@ -25,7 +25,7 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, slots=True)
 class Open(Generic[K]):
-    """Stands for a key that is still open: which keys a job allows.
+    """A key that is not chosen yet: the keys that a job allows.
 
     Attributes:
         group: Open jobs of one group wait together, and one choice is made for them.

@@ -1,4 +1,4 @@
-"""Models come and go while the engine serves: loaded beside the others, put into service in one step, and freed."""
+"""Loads, replaces and frees models while the engine serves. A loaded model enters service in one step."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Loading:
             await asyncio.sleep(FOLLOW_S)
 
     async def _catch_up(self, kept: Kept) -> None:
-        """Keeps nothing: what it repeats is kept, and may have been changed meanwhile."""
+        """Records nothing: the repeated changes are recorded, and may be outdated already."""
         for name, version in kept.entries().items():
             served = self._served.models.get(name)
             if (served and served.version) == version:

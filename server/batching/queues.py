@@ -23,7 +23,7 @@ BATCH_SHARE = 0.3
 
 TRY_AFTER_S = 1.0
 """When no batch of a key has run for so long, one job is tried although the estimate calls it late. Otherwise a slow
-moment would be remembered for ever, because refused work teaches nothing. An idle device tries sooner if half of the
+estimate would never change, because refused work is not measured. An idle device tries sooner if half of the
 estimate would be enough, because estimates are never exact.
 """
 

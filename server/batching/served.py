@@ -52,7 +52,7 @@ class ServedModels:
         store: The deployment `r` of each.
         speed: Gets the expected times of their batches.
         drift: Gets their curves.
-        changed: Called whenever a model has come or gone.
+        changed: Called after a model was added or removed.
 
     Raises:
         InvalidError: A model's deployment `r` is out of its range.
@@ -131,7 +131,7 @@ class ServedModels:
         self._tell()
 
     def forget(self, info: ModelInfo) -> None:
-        """Lets no more requests reach a retired model."""
+        """Stops requests from reaching a retired model."""
         del self._retired[info.name, info.revision]
 
     def _made(self, info: ModelInfo, steps: Sequence[Rung] | None, curve: Curve | None) -> Served:

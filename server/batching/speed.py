@@ -158,7 +158,7 @@ class Speed(Generic[K]):
         self._learned.pop(key, None)
 
     def forget(self, is_gone: Callable[[K], bool]) -> None:
-        """Forgets keys that will not come again."""
+        """Forgets keys that are no longer used."""
         for of_key in (self._known, self._factors, self._learned, self._fallbacks):
             for key in [key for key in of_key if is_gone(key)]:
                 del of_key[key]

@@ -1,4 +1,4 @@
-"""`tome-server calibrate`: measure what each `r` costs and keeps on this machine, and keep it beside the model."""
+"""`tome-server calibrate`: measure the speed and agreement of each `r` here, and store them beside the model."""
 
 from __future__ import annotations
 

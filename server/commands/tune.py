@@ -1,4 +1,4 @@
-"""`tome-server tune`: give a model back what merging costs, from photos without labels."""
+"""`tome-server tune`: recover the accuracy that merging costs, from photos without labels."""
 
 from __future__ import annotations
 

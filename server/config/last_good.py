@@ -20,7 +20,7 @@ class LastGood:
     """Keeps one document in two places: in memory for an engine that restarts, in a file for a server that restarts.
 
     Args:
-        memory: Outlives the engine process, whatever happens to the disk; None without a supervisor.
+        memory: Outlives the engine process and any fault of the disk; None without a supervisor.
         file: Outlives the server; None if the server keeps no state.
         what: The log's name of the document.
     """

@@ -53,8 +53,8 @@ class Graphs:
         record: Makes a recording.
         alone: Held while something is recorded, which tolerates no other thread's work on the device.
         has_room: Whether the device has memory for one more recording.
-        max_recordings: Most recordings, including warmed ones. A warmed one is kept for good; of the others the least
-            used makes room.
+        max_recordings: Most recordings, including warmed ones. A warmed one is never dropped; of the others, a new
+            one replaces the least used.
 
     Attributes:
         buckets: Recorded batch sizes; a batch is padded to the next of them.

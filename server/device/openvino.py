@@ -117,7 +117,7 @@ class OpenVINOBackend:
         return self._torch.outputs(pixels, schedule)
 
     def warm_up(self, schedule: Schedule, is_likely: bool = True) -> None:
-        """Compiles the schedule, and keeps it for good; only for one image if `compile_later` follows."""
+        """Compiles the schedule, and never drops it; only for one image if `compile_later` follows."""
         self._warmed.add(schedule)
         self._compiler.keep(schedule)
         self._take_over()
@@ -158,7 +158,7 @@ class OpenVINOBackend:
         return False
 
     def close(self) -> None:
-        """Begins no more compilations, and kills a running translation."""
+        """Starts no other compilation, and kills a running translation."""
         self._later.close()
         self._compiler.close()
 

@@ -114,7 +114,7 @@ class Compiler:
         self._files.keep(self._name(schedule))
 
     def close(self) -> None:
-        """Kills a translation in another process, and starts no more."""
+        """Kills a translation in another process, and starts no others."""
         with self._starting:
             self._is_closed = True
             if self._process is not None:

@@ -229,7 +229,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def check(device: torch.device) -> None:
-    """Does very simple work; raises if the device is broken for good, as after an illegal access."""
+    """Does very simple work; raises if the device is permanently broken, as after an illegal access."""
     torch.ones(1, device=device).sum().item()
 
 

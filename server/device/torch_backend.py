@@ -170,7 +170,7 @@ def set_threads(threads: int) -> None:
 def one_thread() -> Iterator[None]:
     """Limits torch to one thread. With many small tensors the other threads only wait, which takes CPU time.
 
-    Only for the start: a thread that uses torch for the first time meanwhile would keep one thread for good.
+    Only for the start: a thread that uses torch for the first time meanwhile would always keep one thread.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

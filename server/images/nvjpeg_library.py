@@ -26,7 +26,7 @@ _MOST_COMPONENTS = 4
 _BASELINE = struct.Struct(">HHBHH")  # the start of a frame: mark, length, bits, height and width
 
 AT_ONCE = 3
-"""Threads that call nvJPEG: it keeps a thread busy with one image after the other, whatever decodes them."""
+"""Threads that call nvJPEG: it keeps a thread busy with one image after the other, with any decoder."""
 LEAST = 16
 """Fewest files for another thread."""
 

@@ -76,7 +76,7 @@ class Devices:
 
 
 class _Process:
-    """The process of one device. It sends its model; it receives the request and says when it is warm; then come
+    """The process of one device. It sends its model, receives the request, reports when it is warm, and then receives
     batches.
     """
 

@@ -1,4 +1,4 @@
-"""What is to be computed: the photos of a folder, the files that a list names, or those of a command line."""
+"""The files to compute: those of a folder, a list or a command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.images.photos import photos_in
 
 
 def images_of(paths: Iterable[str]) -> list[str]:
-    """Files in the order of the command line; a folder stands for its image files and those of the folders below it.
+    """Files in the order of the command line; a folder stands for its image files, including subfolders.
 
     Raises:
         SettingsError: A path does not exist, or a folder holds no images.
@@ -31,9 +31,8 @@ def files_of(source: str) -> list[str]:
     """Paths that open from the working directory, each once.
 
     Args:
-        source: A folder, whose image files are taken with those of the folders below it, in the order of their paths;
-            or a text file with a path a line, in its order. A relative path of a list is one from the working
-            directory. Blank lines count for nothing.
+        source: A folder, for its image files, including subfolders, sorted by path; or a text file with a path a
+            line, in its order. Relative paths in a list start at the working directory. Blank lines are ignored.
 
     Raises:
         SettingsError: It is neither, or there are no files.
@@ -54,7 +53,7 @@ def files_of(source: str) -> list[str]:
 
 
 def _images_in(folder: str) -> list[str]:
-    """The image files of a folder and of the folders below it; raises SettingsError where there are none."""
+    """The image files of a folder, including subfolders; raises SettingsError if there are none."""
     files = [str(file) for file in photos_in(Path(folder))]
     if not files:
         raise SettingsError(f"{folder} holds no images")

@@ -119,7 +119,7 @@ def parts(files: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def _content(file: str) -> bytes | None:
-    """The bytes of a file; None for a folder, a device or a pipe, from which no byte may ever come."""
+    """The bytes of a file; None for a folder, a device or a pipe, which may never give a byte."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

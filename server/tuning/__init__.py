@@ -1,4 +1,4 @@
-"""Tuning as a command: reads and splits photos, learns parameters, judges them, and keeps what gains."""
+"""Tuning as a command: reads and splits photos, learns parameters, judges them, and keeps those that gain."""
 
 FEWEST = 50
 """Fewest photos for tuning."""

@@ -28,8 +28,8 @@ class Embedded(NamedTuple):
 
     Attributes:
         x: Tokens, (B, N, C), prefix tokens first; a norm may follow (`Family.norm_pre`).
-        positions: What the attention of every block shares about positions (a rotary table, a relative bias), or None.
-        valid: Which tokens are no padding, (B, N) bool; None where none is padding.
+        positions: Position data that all blocks share (a rotary table, a relative bias), or None.
+        valid: Which tokens are not padding, (B, N) bool; None if none is padding.
     """
 
     x: Tensor
@@ -40,13 +40,13 @@ class Embedded(NamedTuple):
 class Family:
     """An adapter to one family of timm models. It holds no state: the model and its tokens come as arguments.
 
-    In every method `size` is (B, N) float32, or None while each token stands for itself.
+    In every method `size` is (B, N) float32, or None while nothing has merged.
 
     Attributes:
         model_classes: The exact model classes that it serves.
-            takes_patches: Whether the models take a dictionary of patches for images.
+        takes_patches: Whether the models take a dictionary of patches for images.
         positional: Whether attention knows positions, so that they must follow their tokens through merges.
-        pools: The poolings that timm's models of the family know and that have a size-weighted form.
+        pools: The family's poolings that have a size-weighted form.
     """
 
     model_classes: tuple[type[nn.Module], ...] = ()
@@ -59,7 +59,7 @@ class Family:
         return model
 
     def check(self, model: Any) -> None:
-        """Refuses blocks for which no right form under merging is known.
+        """Refuses blocks that have no known correct form under merging.
 
         Raises:
             UnsupportedModelError: The message names what was found and what is supported.
@@ -77,7 +77,7 @@ class Family:
                     raise UnsupportedModelError(f"{found} with {type(layer).__name__}; supported: {supported}")
 
     def check_head(self, model: Any) -> None:
-        """Refuses poolings for which no right form under merging is known. Features alone need no pooling.
+        """Refuses poolings that have no known correct form under merging. Features alone need no pooling.
 
         Raises:
             UnsupportedModelError: The message names what was found and what is supported.
@@ -99,7 +99,7 @@ class Family:
         return blocks
 
     def halves(self, block: nn.Module) -> Halves:
-        """How the block runs in two halves, with room for a merge between them."""
+        """The two halves of the block, between which tokens merge."""
         return HALVES[type(block)]
 
     def num_prefix_tokens(self, model: Any) -> int:
@@ -135,26 +135,26 @@ class Family:
         return self.place(model, self.trunk(model).patch_embed(images))
 
     def place(self, model: Any, patches: Tensor) -> Embedded:
-        """Patches, as the patch embedding leaves them, to tokens: positions and prefix tokens."""
+        """Adds positions and prefix tokens to the patches of the patch embedding."""
         raise NotImplementedError
 
     def projection(self, model: Any, image_size: tuple[int, int]) -> Tensor | None:
         """The weights of the patch embedding, (C, channels, p, p), if it is one product of square patches.
 
-        `embed` then adds to that product something that is the same for every image, which `embed_colour` gives.
+        `embed` then adds a constant to that product, which `embed_colour` gives.
 
         Args:
             model: The timm model.
-            image_size: Height and width of the images; None is returned where patches do not divide them.
+            image_size: Height and width of the images; the result is None if patches do not divide them.
         """
         return _projection(self.trunk(model).patch_embed, image_size)
 
     def embed_colour(self, model: Any, colour: Tensor | None, image_size: tuple[int, int]) -> Embedded:
-        """What `embed` makes of one image that is all of one colour, by a model that has a `projection`.
+        """The result of `embed` for an image of one colour, for a model that has a `projection`.
 
         Args:
             model: The timm model.
-            colour: (channels,), as the model takes it; None is zeros.
+            colour: (channels,), normalised as for the model; None is zeros.
             image_size: Height and width.
         """
         embed = self.trunk(model).patch_embed
@@ -178,7 +178,7 @@ class Family:
 
         Args:
             model: The timm model.
-            positions: What `embed` gave for all blocks.
+            positions: The result of `embed` for all blocks.
             i: The block.
         """
         return NOWHERE
@@ -189,7 +189,7 @@ class Family:
         return norm
 
     def reads_prefix_only(self, model: Any) -> bool:
-        """Whether the head looks at prefix tokens alone."""
+        """Whether the head reads only prefix tokens."""
         return bool(model.global_pool == "token")
 
     def head(self, model: Any, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
@@ -205,7 +205,7 @@ class Family:
         return x if pre_logits else model.head(x)
 
     def head_and_features(self, model: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Logits (B, K), None without a classifier, and pooled features (B, C), pooled once where that is possible."""
+        """Logits (B, K), None without a classifier, and pooled features (B, C), pooled once if possible."""
         features = self.head(model, x, size, pre_logits=True)
         if not model.num_classes:
             return None, features
@@ -224,7 +224,7 @@ class Family:
 
 
 def _projection(embed: Any, image_size: tuple[int, int]) -> Tensor | None:
-    """The weights of timm's plain patch embedding; None where it does more than cut and multiply."""
+    """The weights of timm's plain patch embedding; None if it does more than cut and multiply."""
     if type(embed) is not PatchEmbed or type(embed.proj) is not nn.Conv2d or type(embed.norm) is not nn.Identity:
         return None
     proj, (height, width) = embed.proj, embed.patch_size
@@ -237,7 +237,7 @@ def _projection(embed: Any, image_size: tuple[int, int]) -> Tensor | None:
 
 
 def _pool(model: Any, x: Tensor, size: Tensor) -> Tensor:
-    """Pools tokens (B, N, C) to (B, C), each as if it stood there `size` times."""
+    """Pools tokens (B, N, C) to (B, C), each counted `size` times."""
     if model.global_pool == "map":
         pooled: Tensor = model.attn_pool(x, attn_mask=size_bias(size, x.dtype))
         return pooled

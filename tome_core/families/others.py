@@ -32,7 +32,7 @@ def refusal(model: nn.Module, supported: Sequence[type[nn.Module]]) -> str:
 
 
 def _library(model: nn.Module) -> str | None:
-    """The library that a model's class, or a class that it extends, comes from; None if it is none that is known."""
+    """The library that a model's class, or a class that it extends, comes from; None if it is unknown."""
     roots = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     if hasattr(model, "timm_model"):  # transformers' wrapper of timm's models
         return None

@@ -16,38 +16,38 @@ from tome_core.kernels.side import is_recorded
 
 
 class _Table:
-    """Stands where a rotary embedding stood, and always gives the same table."""
+    """Replaces a rotary embedding, and always gives the same table."""
 
     def __init__(self, table: Tensor) -> None:
         self._table = table
 
     def get_embed(self, shape: object = None) -> Tensor:
-        """The table, whatever the grid."""
+        """The table, for any grid."""
         return self._table
 
 
 MOST_KINDS = 16
-"""Kinds of input whose tables are kept for a rotary embedding; the oldest makes room."""
+"""Kinds of input whose tables are kept for a rotary embedding; a new one replaces the oldest."""
 
 _TABLES: WeakKeyDictionary[nn.Module, OrderedDict[object, Tensor]] = WeakKeyDictionary()
 """The tables that a rotary embedding gave, by the kind of input."""
 
 
 def place(trunk: Any, patches: Tensor) -> Embedded:
-    """The trunk's `_pos_embed`: patches, as the patch embedding leaves them, to tokens and a rotary table."""
+    """The trunk's `_pos_embed`: patches of the patch embedding to tokens and a rotary table."""
     return with_table(trunk, patches, lambda trunk: trunk._pos_embed(patches))
 
 
 def with_table(trunk: Any, inputs: Tensor, embed: Callable[[Any], tuple[Tensor, Tensor | None]]) -> Embedded:
-    """What `embed` gives of a trunk, by a rotary embedding that can be recorded.
+    """The result of `embed` for a trunk, with a rotary embedding that can be recorded.
 
-    Some tables are made on the host at every call (DINOv3's), which a recorded graph cannot do. There the table of a
-    call before stands in, which warmed the recording up: without parameters, it is the same.
+    Some tables are made on the host at every call (DINOv3's), which a recorded graph cannot do. It uses the table of
+    the warm-up call instead, which is the same, because it has no parameters.
 
     Args:
         trunk: Has the rotary embedding, or None, as `rope`.
-        inputs: What the table follows from: their shape, dtype and device.
-        embed: Gives tokens and table of the trunk that it is called with.
+        inputs: Their shape, dtype and device determine the table.
+        embed: Gives tokens and table of a trunk.
     """
     rope, kind = trunk.rope, (inputs.shape[1:], inputs.dtype, inputs.device)
     if rope is None or torch.compiler.is_compiling() or next(rope.parameters(), None) is not None:

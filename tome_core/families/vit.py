@@ -12,7 +12,7 @@ from tome_core.families.family import Embedded, Family
 
 
 class ViTFamily(Family):
-    """Adapter to `VisionTransformer` and `VisionTransformerDistilled`, whatever block they are made of."""
+    """Adapter to `VisionTransformer` and `VisionTransformerDistilled`, with any kind of block."""
 
     model_classes: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
 

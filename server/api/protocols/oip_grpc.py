@@ -162,7 +162,7 @@ class GrpcServer:
         await self._server.start()
 
     def begin_to_end(self, within_s: float) -> None:
-        """Takes no more calls; running calls may continue for `within_s`."""
+        """Stops taking calls; running calls may continue for `within_s`."""
         if self._server is not None and self._ending is None:
             self._ending = asyncio.ensure_future(self._server.stop(within_s))
 
@@ -202,7 +202,7 @@ class GrpcServer:
     def _handler(self, name: str, method: Callable[[Call], Awaitable[Any]], check: Check | None) -> Any:
         """The handler of one kind of call. On the wire, a stream of one message equals that message.
 
-        As a stream, the call reaches us before its message is complete, so that no client can send it for ever.
+        As a stream, the call reaches us before its message is complete, so its time can be limited.
         """
 
         async def answer(pieces: AsyncIterator[bytes], context: Any) -> bytes:
