@@ -1,5 +1,5 @@
 # The server with its bundled model: no compiler, no pip, a user of its own, a root file system that may be read-only.
-#   docker build -t tome-server .
+#   docker build -t tome-server .          # Docker 25 or later
 #   docker run --rm -p 8000:8000 tome-server
 #   docker run --rm -p 8000:8000 --gpus all tome-server
 # What the package registry has of torch is CUDA's build: it runs everywhere, and is large. Build arguments:
@@ -24,11 +24,10 @@ COPY server server
 RUN pip --python /opt/tome-server install --no-cache-dir --no-deps ${PIP_OPTIONS} --target /opt/code .
 # What every first start would make: the operator that merges in OpenVINO, for all CPUs, and the bundled model's translations.
 ENV PATH=/opt/code/bin:/opt/tome-server/bin:$PATH PYTHONPATH=/opt/code TOME_STATE_DIR=/tmp/state TOME_BACKEND=openvino
-RUN case " ${EXTRAS} " in *" openvino "*) \
+RUN if [ -d /opt/tome-server/lib/python3.11/site-packages/openvino ]; then \
     python -P -m tome_core.openvino_operator \
-    && { tome-server classify --r 0 server/static/samples/lighthouse.jpg & } \
-    && tome-server classify --r 16 server/static/samples/lighthouse.jpg && wait $! \
-    && mv /tmp/state/openvino /opt/code/server/bundled/ ;; esac
+    && tome-server classify --r 16 server/static/samples/lighthouse.jpg \
+    && mv /tmp/state/openvino /opt/code/server/bundled/; fi
 
 FROM python:3.11-slim
 ARG RUNTIME_PACKAGES=""

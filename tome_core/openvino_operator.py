@@ -14,6 +14,7 @@ import hashlib
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,8 @@ def build_operator(folder: Path) -> Path:
     """Finds the operator compiled for this CPU, or compiles it.
 
     Args:
-        folder: Where it is kept, if this package does not ship it. The file name depends on its source, the CPU and
-            OpenVINO's version.
+        folder: Where it is kept, if this package does not ship it. The file name depends on its source, the CPU, the C
+            library and OpenVINO's version.
 
     Returns:
         The library, for `to_openvino` and for `openvino.Core.add_extension`.
@@ -71,16 +72,21 @@ def ship() -> None:
         OperatorError: As in `build_operator`.
         OSError: The package's folder cannot be written.
     """
-    _SHIPPED.mkdir(exist_ok=True)
-    for cpu in ("any", *(_X86_FLAGS if platform.machine() == "x86_64" else ())):
-        _compile(cpu, _SHIPPED / _file_name(cpu))
+    with tempfile.TemporaryDirectory(dir=_SHIPPED.parent) as scratch:
+        made = Path(scratch) / _SHIPPED.name
+        made.mkdir()
+        for cpu in ("any", *(_X86_FLAGS if platform.machine() == "x86_64" else ())):
+            _compile(cpu, made / _file_name(cpu))
+        shutil.rmtree(_SHIPPED, ignore_errors=True)
+        made.rename(_SHIPPED)
 
 
 def _file_name(cpu: str) -> str:
     from tome_core.quiet import openvino
 
-    identity = (_SOURCE.read_text(), repr((_FLAGS, _flags_for(cpu))), platform.machine(), openvino.__version__)
-    return f"merge_tokens-{hashlib.sha256(''.join(identity).encode()).hexdigest()[:24]}.so"
+    system = (platform.machine(), platform.libc_ver(), openvino.__version__)
+    identity = _SOURCE.read_text() + repr((_FLAGS, _flags_for(cpu), system))
+    return f"merge_tokens-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
 
 
 def _flags_for(cpu: str) -> tuple[str, ...]:
@@ -137,4 +143,7 @@ def to_bfloat16(model: openvino.Model) -> None:
 
 
 if __name__ == "__main__":
-    ship()
+    try:
+        ship()
+    except (OperatorError, ImportError, OSError) as error:
+        sys.exit(f"the merging operator cannot be compiled: {error}")

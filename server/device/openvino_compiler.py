@@ -261,7 +261,8 @@ class Compiler:
         except (RuntimeError, OSError) as error:  # OperatorError, or a folder that is full
             logger.info("OpenVINO merges by its own operators, which takes longer: %s", error)
             return None
-        touch(operator)
+        if operator.parent == folder:
+            touch(operator)
         return operator
 
 

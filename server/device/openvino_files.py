@@ -59,21 +59,24 @@ class Translations:
 
     def graph(self, name: str) -> Path:
         """The file of its graph."""
-        return self._shipped.get(name, self.folder / f"{name}.xml")
+        return self._shipped.get(name, self._own(name))
 
     def keep(self, name: str) -> None:
         """Protects it from removal when space is short."""
-        self.kept.add(self.graph(name))
+        self.kept.add(self._own(name))
 
     def use(self, name: str) -> bool:
-        """Whether it is there. Marks it as used now."""
+        """Whether it is there. Marks it as used now, if it is not shipped."""
         touch(self.folder)
-        return touch(self.graph(name))
+        return name in self._shipped or touch(self._own(name))
 
     def remove(self, name: str) -> None:
         """Removes all of it; a shipped one stays, and is not used again."""
         if self._shipped.pop(name, None) is None:
-            _remove_graph(self.graph(name))
+            _remove_graph(self._own(name))
+
+    def _own(self, name: str) -> Path:
+        return self.folder / f"{name}.xml"
 
 
 def make_room(cache_dir: Path, kept: Collection[Path] = ()) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,13 @@ from tome_core.openvino_core import add_operator, core  # noqa: E402
 from tome_core.openvino_operator import OperatorError, build_operator, to_bfloat16  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_operator, "_SHIPPED", tmp_path_factory.mktemp("shipped"))
+        yield
 
 
 NAME = "get_cpu_capability"
@@ -137,6 +146,12 @@ def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OperatorError, match="no C\\+\\+ compiler"):
         build_operator(tmp_path)
+    command = [sys.executable, "-m", "tome_core.openvino_operator"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "the merging operator cannot be compiled: there is no C++ compiler (c++)\n",
+    )
 
 
 @needs_compiler

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from tests.docker.cli import ROOT, docker, need_docker
 from tests.docker.container import Container, Run
 from tests.docker.stack import Stack
 
+Build = Callable[[str, str], str]
 TAG = "tome-server:test"
 BUILD_OPTIONS = "DOCKER_BUILD_OPTIONS"
 LOCK = Path(tempfile.gettempdir()) / "tome-server-test.lock"
@@ -53,7 +54,26 @@ def run(image: str) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def stack(image: str) -> Iterator[Stack]:
+def build(image: str) -> Iterator[Build]:
+    """Builds a version under a tag, at no cost: the image and a line more of a Dockerfile.
+
+    The tags go when no container runs them: an image that loses its tag before would stay.
+    """
+    tags = []
+
+    def derive(version: str, line: str) -> str:
+        tag = f"tome-server:test-{version}"
+        docker("build", "--tag", tag, "-", text=f"FROM {image}\n{line}\n")
+        tags.append(tag)
+        return tag
+
+    yield derive
+    for tag in tags:
+        docker("rmi", tag)
+
+
+@pytest.fixture(scope="module")
+def stack(image: str, build: Build) -> Iterator[Stack]:
     """Three servers behind HAProxy, for all tests of a module; each leaves three that are ready."""
     stack = Stack(f"tome-test-{os.getpid()}", image)
     try:

@@ -5,33 +5,19 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 from PIL import Image
 
 from tests.docker.cli import ROOT, command, docker, until
+from tests.docker.conftest import Build
 from tests.docker.container import kill_engine, log
 from tests.docker.load import Load
 from tests.docker.stack import Stack
 
 pytestmark = pytest.mark.slow
 OVERRIDES = ("gpu", "limits")
-
-
-@pytest.fixture(scope="module")
-def build(image: str) -> Iterator[Callable[[str, str], str]]:
-    """Builds a version under a tag, at no cost: the image and a line more of a Dockerfile."""
-    tags = []
-
-    def derive(version: str, line: str) -> str:
-        tags.append(f"tome-server:test-{version}")
-        docker("build", "--tag", tags[-1], "-", text=f"FROM {image}\n{line}\n")
-        return tags[-1]
-
-    yield derive
-    docker("rmi", "--force", *tags)
 
 
 def test_requests_spread_evenly(stack: Stack, photo: bytes) -> None:
@@ -70,7 +56,7 @@ def test_a_killed_engine_costs_no_request_and_comes_back(stack: Stack, photo: by
     assert load.failures() == []
 
 
-def test_a_rolling_update_costs_no_request(stack: Stack, photo: bytes, build: Callable[[str, str], str]) -> None:
+def test_a_rolling_update_costs_no_request(stack: Stack, photo: bytes, build: Build) -> None:
     next_image = build("next", "LABEL version=next")
     with Load(stack.url(), photo) as load:
         load.go_on(10)
@@ -83,9 +69,7 @@ def test_a_rolling_update_costs_no_request(stack: Stack, photo: bytes, build: Ca
     assert images == {next_image}
 
 
-def test_an_update_to_an_image_that_does_not_start_changes_nothing(
-    stack: Stack, photo: bytes, build: Callable[[str, str], str]
-) -> None:
+def test_an_update_to_an_image_that_does_not_start_changes_nothing(stack: Stack, photo: bytes, build: Build) -> None:
     broken, before = build("broken", "ENV TOME_PORT=none"), stack.servers()
     image = stack.environment["TOME_IMAGE"]
     with Load(stack.url(), photo) as load:

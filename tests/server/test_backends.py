@@ -30,7 +30,7 @@ from server.images.preprocessing import Preprocessing
 from server.ipc.messages import Classify, Item
 from server.types import ModelInfo
 from tests.server.test_graphs import Repeated
-from tome_core import MergedViT, wrap
+from tome_core import MergedViT, openvino_operator, wrap
 from tome_core.embedding import Normalisation
 from tome_core.vit import Implementation, Kernels
 
@@ -400,6 +400,7 @@ def test_merging_does_without_a_compiler(
     openvino: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(openvino_operator, "_SHIPPED", tmp_path)
     model = loaded()
     with caplog.at_level(logging.INFO):
         run = openvino.Compiler(model.merged, (64, 64), 1).graph((5, 2), 3, "fp32")

@@ -132,7 +132,7 @@ async def test_a_changed_r_counts_from_the_next_job_on_and_waiting_jobs_keep_the
         assert REGISTRY.get_sample_value("tome_config_version") == changed.version
 
 
-async def test_an_answer_says_what_computed_it_and_a_stand_in_teaches_nothing_of_the_backend() -> None:
+async def test_an_answer_says_what_computed_it_and_a_fallback_teaches_nothing_of_the_backend() -> None:
     device = FakeDevice(uncompiled=[(4, 4, 4)])
     async with started(device, steps={"tiny": STEPS}) as engine:
         key = model_info().batch_key((4, 4, 4))

@@ -168,7 +168,7 @@ def test_however_much_memory_there_is_no_more_than_so_many_schedules_stay(monkey
 
 
 @torch.inference_mode()
-def test_the_first_request_for_a_schedule_has_it_compiled_and_says_what_stood_in(backend: Any) -> None:
+def test_the_first_request_for_a_schedule_has_it_compiled_and_says_what_the_fallback_was(backend: Any) -> None:
     assert backend.computed_by((0, 0)) == ("openvino", "fp32", False)
     backend.outputs(pixels(1), (3, 0))
     assert backend.computed_by((3, 0)) == ("torch", "fp32", True)
@@ -425,9 +425,11 @@ def test_a_shipped_translation_is_used_and_a_damaged_one_made_again(
     shipped = names(builder.folder)
     monkeypatch.setattr(openvino_files, "SHIPPED", tmp_path / "image")
     compiler = compiler_of.Compiler(model.merged, (64, 64), 1, tmp_path / "state")
+    compiler.keep((3, 0))
     torch.testing.assert_close(compiler.graph((3, 0), 1, "fp32")(images(1)), wanted, atol=1e-5, rtol=1e-5)
     assert names(builder.folder) == shipped
     assert names(compiler.folder) == (shipped if is_damaged else set())
+    assert {path.parent for path in compiler._files.kept} == {compiler.folder}
 
 
 @torch.inference_mode()

@@ -77,7 +77,7 @@ async def test_an_answer_says_what_is_in_the_image_and_how_it_was_computed() -> 
         assert {stage: float(ms) for stage, ms in stages.items()} == pytest.approx(timings, abs=0.006)
 
 
-async def test_an_answer_says_what_stood_in_for_a_schedule_that_is_not_compiled() -> None:
+async def test_an_answer_names_the_fallback_for_a_schedule_that_is_not_compiled() -> None:
     async with serving() as service:
         service.device.uncompiled = [(4, 4, 4)]
         for path in ("/classify", "/v1/explain"):

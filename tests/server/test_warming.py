@@ -1,4 +1,4 @@
-"""The ladder while it warms up: compiled, timed, its gaps filled, and untouched by what stands in."""
+"""The ladder while it warms up: compiled, timed, its gaps filled, and untouched by the fallback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INFO = model_info()
 SCHEDULES: list[Schedule] = [(r, r, r) for r in (0, 1, 2, 4, 6, 8)]
 COSTS = dict(zip(SCHEDULES, (100.0, 93.0, 85.0, 70.0, 58.0, 50.0), strict=True))
 UNMERGED = SCHEDULES[0]
-STAND_IN_S = 9.0
+FALLBACK_S = 9.0
 
 lines = st.tuples(st.floats(0, 0.01), st.floats(1e-3, 0.05))
 shares = st.lists(st.floats(0.1, 1.0), min_size=len(SCHEDULES) - 1, max_size=len(SCHEDULES) - 1)
@@ -44,7 +44,7 @@ def seconds(line: Line, n: int) -> float:
 
 
 class Server:
-    """A device that computes what is compiled as `true` says, and all else for as long as a stand-in takes."""
+    """A device that computes what is compiled as `true` says, and all else for as long as the fallback takes."""
 
     def __init__(self, true: Mapping[Schedule, Line], pace: Sequence[float] = (1.0,)) -> None:
         self.true, self.now, self.paces = true, 0.0, list(pace)
@@ -81,7 +81,7 @@ class Server:
 
     def answer(self, schedule: Schedule, n: int) -> None:
         is_fallback = schedule not in self.compiled
-        took_s = STAND_IN_S * n if is_fallback else seconds(self.true[schedule], n)
+        took_s = FALLBACK_S * n if is_fallback else seconds(self.true[schedule], n)
         self.now += took_s
         self.speed.observe(INFO.batch_key(schedule), n, took_s, is_fallback)
 
@@ -120,16 +120,16 @@ def test_the_curve_and_the_dial_stay_monotone_while_schedules_warm_up(
         assert all(a.batch_s(32) >= b.batch_s(32) * (1 - 1e-6) for a, b in zip(ladder, ladder[1:], strict=False))
 
 
-def test_what_stands_in_is_expected_to_take_what_it_took_and_the_backend_what_it_takes() -> None:
+def test_the_fallback_is_expected_to_take_what_it_took_and_the_backend_what_it_takes() -> None:
     server, key = Server(falling((0.0, 0.04), [0.9] * 5)), INFO.batch_key((4, 4, 4))
     before = server.drawn()
     server.answer((4, 4, 4), 2)
-    assert server.speed(key, 1) == pytest.approx(STAND_IN_S) and server.drawn() == before
+    assert server.speed(key, 1) == pytest.approx(FALLBACK_S) and server.drawn() == before
     server.compile((4, 4, 4))
     server.answer((4, 4, 4), 2)
     assert server.speed(key, 1) == pytest.approx(0.04 * 0.9**3)
     server.compiled.discard((4, 4, 4))  # another schedule has taken its place
-    assert server.speed(key, 1) == pytest.approx(STAND_IN_S)
+    assert server.speed(key, 1) == pytest.approx(FALLBACK_S)
 
 
 def test_under_load_auto_takes_no_schedule_that_is_not_compiled() -> None:
