@@ -24,7 +24,7 @@ COPY server server
 RUN pip --python /opt/tome-server install --no-cache-dir --no-deps ${PIP_OPTIONS} --target /opt/code .
 # What every first start would make: the operator that merges in OpenVINO, for all CPUs, and the bundled model's translations.
 ENV PATH=/opt/code/bin:/opt/tome-server/bin:$PATH PYTHONPATH=/opt/code TOME_STATE_DIR=/tmp/state TOME_BACKEND=openvino
-RUN if [ -d /opt/tome-server/lib/python3.11/site-packages/openvino ]; then \
+RUN if [ -d /opt/tome-server/lib/python*/site-packages/openvino ]; then \
     python -P -m tome_core.openvino_operator \
     && tome-server classify --r 16 server/static/samples/lighthouse.jpg \
     && mv /tmp/state/openvino /opt/code/server/bundled/; fi
